@@ -1,0 +1,67 @@
+"""Customize Stable Diffusion with detachable Res-Tuning tuners.
+
+The public names load when they are first used, so that importing the package costs nothing beyond torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .attachment import Attachment, TunerManager, attach, detach
+    from .config import BypassConfig, SkipConfig
+    from .errors import BaseMismatchError, DataError, RestuneError, TrainingError, TunerFileError, TunerNameError
+    from .fileformat import TunerInfo, load_tuner, read_info, save_tuner
+    from .loaders import RestuneLoaderMixin
+    from .pipelines import RestuneStableDiffusionPipeline, RestuneStableDiffusionXLPipeline
+    from .sites import BaseInfo, Site, describe_base
+    from .tuner import Tuner
+
+__version__ = "0.1.0"
+
+_MODULES = {
+    "attachment": ("Attachment", "TunerManager", "attach", "detach"),
+    "config": ("BypassConfig", "SkipConfig"),
+    "errors": ("BaseMismatchError", "DataError", "RestuneError", "TrainingError", "TunerFileError", "TunerNameError"),
+    "fileformat": ("TunerInfo", "load_tuner", "read_info", "save_tuner"),
+    "loaders": ("RestuneLoaderMixin",),
+    "pipelines": ("RestuneStableDiffusionPipeline", "RestuneStableDiffusionXLPipeline"),
+    "sites": ("BaseInfo", "Site", "describe_base"),
+    "tuner": ("Tuner",),
+}
+_HOME = {name: module for module, names in _MODULES.items() for name in names}
+
+__all__ = [
+    "Attachment",
+    "BaseInfo",
+    "BaseMismatchError",
+    "BypassConfig",
+    "DataError",
+    "RestuneError",
+    "RestuneLoaderMixin",
+    "RestuneStableDiffusionPipeline",
+    "RestuneStableDiffusionXLPipeline",
+    "Site",
+    "SkipConfig",
+    "TrainingError",
+    "Tuner",
+    "TunerFileError",
+    "TunerInfo",
+    "TunerManager",
+    "TunerNameError",
+    "attach",
+    "describe_base",
+    "detach",
+    "load_tuner",
+    "read_info",
+    "save_tuner",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_HOME[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

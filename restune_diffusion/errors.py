@@ -1,0 +1,25 @@
+"""Errors that a user can cause and mend; each message says what is wrong and what to do, in one sentence."""
+
+
+class RestuneError(Exception):
+    """Base of every error that is shown to a user as one sentence, without a traceback."""
+
+
+class TunerFileError(RestuneError):
+    """A tuner file cannot be read, written or trusted."""
+
+
+class BaseMismatchError(RestuneError):
+    """A tuner was made for a base of another structure."""
+
+
+class TunerNameError(RestuneError, ValueError):
+    """A tuner name is unknown, taken, or not allowed."""
+
+
+class DataError(RestuneError):
+    """Training images or captions cannot be used."""
+
+
+class TrainingError(RestuneError):
+    """Training cannot go on."""

@@ -1,0 +1,246 @@
+"""Load, mix and unload tuners on any diffusers pipeline with a U-Net, beside its LoRA loader."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from .attachment import TunerManager, attach
+from .errors import RestuneError, TunerFileError, TunerNameError
+from .fileformat import load_tuner, save_tuner
+from .tuner import Tuner
+
+TUNER_WEIGHT_NAME = "pytorch_tuner_weights.safetensors"
+_NAME = re.compile(r"[^./\\\x00-\x1f][^/\\\x00-\x1f]*")
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+class RestuneLoaderMixin:
+    """Methods that a diffusers pipeline gains: those of its LoRA loader, under names that do not collide with it.
+
+    Mix it in before the pipeline's class: `class MyPipeline(RestuneLoaderMixin, StableDiffusionPipeline)`.
+    Tuners belong to the base, so pipelines that share a U-Net share its tuners.
+    """
+
+    unet: Any
+
+    def load_tuner_weights(
+        self,
+        pretrained_model_name_or_path: str | os.PathLike[str] | Tuner,
+        tuner_name: str | None = None,
+        *,
+        weight: float = 1.0,
+        weight_name: str | None = None,
+        subfolder: str | None = None,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+        local_files_only: bool | None = None,
+    ) -> None:
+        """Load a tuner and make it active, beside those that are already loaded.
+
+        Args:
+            pretrained_model_name_or_path: a tuner file, a folder that holds one, a repository id on the Hub, or a
+                `Tuner`.
+            tuner_name: name for this pipeline; defaults to the file's name.
+            weight: factor on the tuner's residuals.
+            weight_name: name of the file in a folder or repository.
+            subfolder: folder inside the folder or repository.
+            revision: branch, tag or commit on the Hub.
+            token: token for the Hub.
+            cache_dir: where files of the Hub are kept.
+            local_files_only: use only files of the Hub that are already here.
+
+        Raises:
+            TunerFileError: if the file cannot be found, read or trusted.
+            TunerNameError: if the name is taken.
+            BaseMismatchError: if the tuner is for a base of another structure.
+        """
+        source = pretrained_model_name_or_path
+        if isinstance(source, Tuner):
+            tuner, name = source, tuner_name or "default"
+        else:
+            path = _find_local(source, weight_name, subfolder) or _download(
+                str(source), weight_name, subfolder, revision, token, cache_dir, local_files_only
+            )
+            name = tuner_name or (str(source).rsplit("/", 1)[-1] if path.name == TUNER_WEIGHT_NAME else path.stem)
+            tuner = load_tuner(path, dtype=self._tuner_base.dtype).requires_grad_(False)
+        if not _NAME.fullmatch(name):
+            raise TunerNameError(f"{name!r} cannot name a tuner; use a name without slashes or a leading dot.")
+        attach(self._tuner_base, tuner, name, weight)
+
+    @classmethod
+    def tuner_state_dict(
+        cls, pretrained_model_name_or_path: str | os.PathLike[str], weight_name: str | None = None
+    ) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+        """Read a local tuner file without attaching it: its tensors and its metadata."""
+        path = _find_local(pretrained_model_name_or_path, weight_name, None)
+        if path is None:
+            raise TunerFileError(f"There is no tuner file at {pretrained_model_name_or_path}.")
+        tuner = load_tuner(path)
+        return tuner.state_dict(), tuner.metadata
+
+    def save_tuner_weights(
+        self, save_directory: str | os.PathLike[str], tuner_name: str, weight_name: str | None = None
+    ) -> Path:
+        """Write a loaded tuner into a folder, in the dtype that it has here, and return the file's path.
+
+        Args:
+            save_directory: the folder; made where it does not exist.
+            tuner_name: which of the loaded tuners.
+            weight_name: name of the file; defaults to `<tuner_name>.safetensors`.
+        """
+        manager = TunerManager.of(self._tuner_base)
+        if manager is None:
+            raise TunerNameError(f"No tuner named {tuner_name!r} is loaded; loaded: none.")
+        path = Path(save_directory) / (weight_name or f"{tuner_name}.safetensors")
+        save_tuner(manager.tuner(tuner_name), path)
+        return path
+
+    def set_tuners(
+        self,
+        tuner_names: str | Sequence[str] | Mapping[str, float],
+        weights: float | Sequence[float] | None = None,
+    ) -> None:
+        """Choose which loaded tuners act, and how strongly; all others get weight zero.
+
+        Args:
+            tuner_names: one name, several names, or a mapping from names to weights.
+            weights: one weight for all names, or one each; defaults to 1.
+        """
+        if isinstance(tuner_names, Mapping):
+            if weights is not None:
+                raise RestuneError("Give the weights in the mapping or as `weights`, not both.")
+            chosen = dict(tuner_names)
+        else:
+            names = [tuner_names] if isinstance(tuner_names, str) else list(tuner_names)
+            values = [1.0 if weights is None else weights] * len(names) if _is_scalar(weights) else list(weights)  # type: ignore[arg-type]
+            if len(values) != len(names):
+                raise RestuneError(f"There are {len(names)} tuner names but {len(values)} weights.")
+            chosen = dict(zip(names, values, strict=True))  # type: ignore[arg-type]
+        manager = TunerManager.of(self._tuner_base)
+        if manager is None:
+            if chosen:
+                raise TunerNameError(f"No tuner named {', '.join(map(repr, chosen))} is loaded; loaded: none.")
+            return
+        manager.set_weights(chosen)
+
+    def get_active_tuners(self) -> list[str]:
+        """Names of the tuners that act: loaded, enabled, and of a weight other than zero."""
+        manager = TunerManager.of(self._tuner_base)
+        if manager is None or not manager.enabled:
+            return []
+        return [name for name, weight in manager.weights.items() if weight]
+
+    def get_list_tuners(self) -> dict[str, float]:
+        """Names of all loaded tuners, with their weights."""
+        manager = TunerManager.of(self._tuner_base)
+        return manager.weights if manager is not None else {}
+
+    def disable_tuners(self) -> None:
+        """Switch all tuners off, keeping them loaded with their weights."""
+        self._switch(False)
+
+    def enable_tuners(self) -> None:
+        """Switch the tuners on again."""
+        self._switch(True)
+
+    def delete_tuners(self, tuner_names: str | Sequence[str]) -> None:
+        """Unload the named tuners; with the last one go all hooks."""
+        names = [tuner_names] if isinstance(tuner_names, str) else list(tuner_names)
+        manager = TunerManager.of(self._tuner_base)
+        unknown = [name for name in names if manager is None or name not in manager.names]
+        if unknown or manager is None:
+            present = ", ".join(manager.names) if manager is not None else "none"
+            raise TunerNameError(f"No tuner named {', '.join(map(repr, unknown))} is loaded; loaded: {present}.")
+        for name in dict.fromkeys(names):
+            manager.remove(name)
+
+    def unload_tuner_weights(self) -> None:
+        """Unload all tuners; the base is as it was before the first was loaded."""
+        self.delete_tuners(list(self.get_list_tuners())) if self.get_list_tuners() else None
+
+    def set_tuner_device(self, tuner_names: str | Sequence[str], device: torch.device | str) -> None:
+        """Move loaded tuners; one that acts is moved back to its feature's device when it is next needed."""
+        manager = TunerManager.of(self._tuner_base)
+        for name in [tuner_names] if isinstance(tuner_names, str) else tuner_names:
+            if manager is None:
+                raise TunerNameError(f"No tuner named {name!r} is loaded; loaded: none.")
+            manager.tuner(name).to(device)
+
+    @property
+    def _tuner_base(self) -> Any:
+        base = getattr(self, "unet", None)
+        if not isinstance(base, nn.Module):
+            raise RestuneError(f"Tuners need a pipeline with a U-Net, but {type(self).__name__} has none loaded.")
+        return base
+
+    def _switch(self, on: bool) -> None:
+        manager = TunerManager.of(self._tuner_base)
+        if manager is not None:
+            manager.enabled = on
+
+
+def _is_scalar(weights: object) -> bool:
+    return weights is None or isinstance(weights, int | float)
+
+
+def _find_local(source: str | os.PathLike[str], weight_name: str | None, subfolder: str | None) -> Path | None:
+    """Return the tuner file that a local path means, or None where nothing exists at the path."""
+    path = Path(source).expanduser()
+    if path.is_file():
+        return path
+    if not path.is_dir():
+        return None
+    folder = path / (subfolder or "")
+    named = folder / (weight_name or TUNER_WEIGHT_NAME)
+    if named.is_file():
+        return named
+    found = sorted(folder.glob("*.safetensors")) if weight_name is None else []
+    if len(found) == 1:
+        return found[0]
+    raise TunerFileError(
+        f"{folder} holds {len(found)} safetensors files; name one with weight_name."
+        if weight_name is None
+        else f"There is no {weight_name} in {folder}."
+    )
+
+
+def _download(
+    repository: str,
+    weight_name: str | None,
+    subfolder: str | None,
+    revision: str | None,
+    token: str | bool | None,
+    cache_dir: str | os.PathLike[str] | None,
+    local_files_only: bool | None,
+) -> Path:
+    # A path that merely does not exist must never become a network call.
+    if not _HUB_ID.fullmatch(repository) or repository.endswith((".safetensors", ".bin", ".pt", ".ckpt")):
+        raise TunerFileError(f"There is no tuner file at {repository}.")
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        return Path(
+            hf_hub_download(
+                repository,
+                weight_name or TUNER_WEIGHT_NAME,
+                subfolder=subfolder,
+                revision=revision,
+                token=token,
+                cache_dir=None if cache_dir is None else Path(cache_dir),
+                local_files_only=bool(local_files_only),
+            )
+        )
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise TunerFileError(
+            f"There is no file or folder {repository} here, and the Hub did not give it: {reason}"
+        ) from error

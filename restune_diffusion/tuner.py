@@ -1,0 +1,97 @@
+"""A tuner: configs, and their modules built for the structure of one base."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import nn
+
+from .config import BypassConfig, PartConfig, SkipConfig
+from .errors import RestuneError
+from .sites import BaseInfo, describe_base
+from .tuners import BypassPart, Part, SkipPart
+
+
+def _build_part(config: PartConfig, base: BaseInfo) -> Part:
+    match config:
+        case SkipConfig():
+            return SkipPart(config, base)
+        case BypassConfig():
+            return BypassPart(config, base)
+
+
+class Tuner(nn.Module):
+    """What a user trains, names, loads and shares; it knows a base's structure but holds nothing of the base.
+
+    Make one with `Tuner.for_base`, or read one with `restune_diffusion.load_tuner`. The constructor leaves the
+    parameters as torch draws them; call `reset_parameters` for the proper start.
+
+    Args:
+        configs: one config for each part; a kind of part may appear once.
+        base: structure of the base that the tuner is for.
+        metadata: facts to keep in the tuner's file.
+    """
+
+    def __init__(
+        self, configs: tuple[PartConfig, ...], base: BaseInfo, metadata: Mapping[str, str] | None = None
+    ) -> None:
+        super().__init__()
+        kinds = [config.part for config in configs]
+        if not kinds or len(set(kinds)) != len(kinds):
+            raise RestuneError(f"A tuner needs one or more parts, each kind once, but got {kinds}.")
+        self.configs = configs
+        self.base = base
+        self.metadata = dict(metadata or {})
+        for config in configs:
+            self.add_module(config.part, _build_part(config, base))
+
+    @classmethod
+    def for_base(cls, base: nn.Module, *configs: PartConfig, generator: torch.Generator | None = None) -> Tuner:
+        """Build a fresh tuner for a base; attached, it leaves the base's output as it is.
+
+        Args:
+            base: a `UNet2DConditionModel`.
+            configs: one config for each part.
+            generator: source of the initial parameters, on the CPU.
+
+        Returns:
+            A tuner with fp32 parameters on the CPU.
+        """
+        tuner = cls.empty(configs, describe_base(base)).to_empty(device="cpu")
+        tuner.reset_parameters(generator)
+        return tuner
+
+    @classmethod
+    def empty(
+        cls, configs: tuple[PartConfig, ...], base: BaseInfo, metadata: Mapping[str, str] | None = None
+    ) -> Tuner:
+        """Build a tuner on the meta device: shapes without memory."""
+        with torch.device("meta"):
+            return cls(configs, base, metadata)
+
+    def parts(self) -> Iterator[Part]:
+        """Yield the parts in the order of their configs."""
+        for child in self.children():
+            assert isinstance(child, Part)
+            yield child
+
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Draw the initial parameters; every residual is zero afterwards."""
+        with torch.no_grad():
+            for part in self.parts():
+                part.reset_parameters(generator)
+
+    def num_parameters(self) -> int:
+        """Count the parameters."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the parameters."""
+        return next(self.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the parameters."""
+        return next(self.parameters()).dtype

@@ -1,0 +1,140 @@
+"""Res-Tuning-Bypass: a narrow side network on detached features (Res-Tuning, arXiv 2310.19859).
+
+The paper's chain, written for a U-Net: the state visits the tapped sites in the order of the forward pass, changes
+width and resolution with them, and is written back once, at the input of the output head. Beyond the paper: the
+vertical tuner mixes neighbours by a depthwise convolution and sees the time step, and a single zero gate at the end
+makes the tuner the identity at the start.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ..config import BypassConfig, match_sites
+from ..sites import BaseInfo
+from .base import Features, Part, init_linear, init_zero, pointwise
+
+_TIME_WIDTH = 64
+
+
+def _normalize(x: torch.Tensor) -> torch.Tensor:
+    """Bring each image's feature map to zero mean and unit variance: taps differ in scale by orders of magnitude."""
+    return F.group_norm(x, 1)
+
+
+def _resample(x: torch.Tensor, size: torch.Size) -> torch.Tensor:
+    """Bring a map to another resolution without parameters: average going down, nearest going up."""
+    if x.shape[-2:] == size:
+        return x
+    if size[-1] < x.shape[-1]:
+        return F.adaptive_avg_pool2d(x, (size[0], size[1]))
+    return F.interpolate(x, size=size, mode="nearest")
+
+
+class VerticalTuner(nn.Module):
+    """`V_l`: carry the bypass state to the next stage.
+
+    A 1x1 convolution where the width changes, then a residual block: depthwise 3x3, time-dependent scale and shift,
+    two linear layers.
+
+    Args:
+        in_channels: width of the state that comes in.
+        channels: width of the state that goes out.
+        hidden: width between the two linear layers.
+    """
+
+    def __init__(self, in_channels: int, channels: int, hidden: int) -> None:
+        super().__init__()
+        self.transition = nn.Linear(in_channels, channels) if in_channels != channels else None
+        self.mix = nn.Conv2d(channels, channels, 3, padding=1, groups=channels)
+        self.film = nn.Linear(_TIME_WIDTH, 2 * channels)
+        self.down = nn.Linear(channels, hidden)
+        self.up = nn.Linear(hidden, channels)
+
+    def forward(self, state: torch.Tensor, time: torch.Tensor, size: torch.Size) -> torch.Tensor:
+        """Map a state `(batch, in_channels, h, w)` to `(batch, channels, *size)`; `time` is `(batch, time width)`."""
+        if self.transition is not None:
+            state = pointwise(state, self.transition)
+        state = _resample(state, size)
+        scale, shift = self.film(time)[:, :, None, None].chunk(2, dim=1)
+        mixed = _normalize(self.mix(state)) * (1 + scale) + shift
+        return state + pointwise(F.gelu(pointwise(mixed, self.down)), self.up)
+
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Draw all parameters; nothing here starts at zero, as the gate at the end of the chain already does."""
+        for layer in self.children():
+            assert isinstance(layer, nn.Linear | nn.Conv2d)
+            init_linear(layer, generator)
+
+
+class BypassStage(nn.Module):
+    """`b_l = lam_l * H_l(sg(x_l)) + (1 - lam_l) * V_l(b_{l-1})` with `lam_l = sigmoid(logit)`, 0.5 at the start.
+
+    Args:
+        tap_channels: width of the tapped feature `x_l`.
+        channels: width of the state `b_l`.
+        in_channels: width of the state `b_{l-1}`; None for the first stage, which has none: `b_0 = H_0(sg(x_0))`.
+        expansion: width inside the vertical tuner over `channels`.
+    """
+
+    def __init__(self, tap_channels: int, channels: int, in_channels: int | None, expansion: float) -> None:
+        super().__init__()
+        self.horizontal = nn.Linear(tap_channels, channels)
+        self.vertical: VerticalTuner | None = None
+        if in_channels is not None:
+            self.vertical = VerticalTuner(in_channels, channels, max(1, round(expansion * channels)))
+            self.logit = nn.Parameter(torch.zeros(()))
+
+    def forward(self, tap: torch.Tensor, state: torch.Tensor | None, time: torch.Tensor) -> torch.Tensor:
+        """Return the state `(batch, channels, h, w)` at the resolution of `tap` `(batch, tap_channels, h, w)`."""
+        read = pointwise(_normalize(tap), self.horizontal)
+        if self.vertical is None or state is None:
+            return read
+        lam = torch.sigmoid(self.logit)
+        return lam * read + (1 - lam) * self.vertical(state, time, tap.shape[-2:])
+
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Draw the parameters of both tuners and set lam to 0.5."""
+        init_linear(self.horizontal, generator)
+        if self.vertical is not None:
+            self.vertical.reset_parameters(generator)
+            nn.init.zeros_(self.logit)
+
+
+class BypassPart(Part):
+    """The whole chain: one stage for each tap, a shared time projection, and the gate at the site `out`."""
+
+    def __init__(self, config: BypassConfig, base: BaseInfo) -> None:
+        super().__init__()
+        self.taps = tuple(match_sites(config.taps, [name for name in base.sites if name != "out"]))
+        self.writes = ("out",)
+        self.time = nn.Linear(base.time_channels, _TIME_WIDTH)
+        previous = None
+        for site in self.taps:
+            tap_channels = base.sites[site].channels
+            channels = max(8, round(config.ratio * tap_channels))
+            self._register_site(site, BypassStage(tap_channels, channels, previous, config.expansion))
+            previous = channels
+        assert previous is not None
+        self.gate = nn.Linear(previous, base.sites["out"].channels)
+
+    def forward(self, site: str, x: torch.Tensor, features: Features) -> torch.Tensor:
+        """Run the chain over the tapped features and return the residual for `out`."""
+        dtype = self.gate.weight.dtype
+        assert features.time is not None
+        time = self.time(F.silu(features.time.detach().to(dtype)))
+        state: torch.Tensor | None = None
+        for name in self.taps:
+            state = self._at_site[name](features.by_site[name].detach().to(dtype), state, time)
+        assert state is not None
+        return pointwise(_normalize(state), self.gate)
+
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Draw the parameters of every stage and close the gate."""
+        init_linear(self.time, generator)
+        for stage in self._at_site.values():
+            assert isinstance(stage, BypassStage)
+            stage.reset_parameters(generator)
+        init_zero(self.gate)

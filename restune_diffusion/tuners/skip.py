@@ -1,0 +1,59 @@
+"""SC-Tuner: a bottleneck on each skip connection of a U-Net (SCEdit, arXiv 2312.11392)."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ..config import SkipConfig, match_sites
+from ..sites import BaseInfo
+from .base import Features, Part, init_linear, init_zero, pointwise
+
+
+class SkipTuner(nn.Module):
+    """`W_up GELU(W_down x)` at every position, `W_up` zero at the start.
+
+    Args:
+        channels: width of the feature.
+        width: width of the bottleneck.
+    """
+
+    def __init__(self, channels: int, width: int) -> None:
+        super().__init__()
+        self.down = nn.Linear(channels, width)
+        self.up = nn.Linear(width, channels)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Map a feature `(batch, channels, height, width)` to a residual of the same shape."""
+        return pointwise(F.gelu(pointwise(x, self.down)), self.up)
+
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Draw `W_down`, zero `W_up`."""
+        init_linear(self.down, generator)
+        init_zero(self.up)
+
+
+class SkipPart(Part):
+    """An SC-Tuner on every selected skip connection."""
+
+    def __init__(self, config: SkipConfig, base: BaseInfo) -> None:
+        super().__init__()
+        skips = [name for name in base.sites if name.startswith("skip.")]
+        self.taps = ()
+        self.writes = tuple(match_sites(config.sites, skips))
+        for site in self.writes:
+            channels = base.sites[site].channels
+            self._register_site(site, SkipTuner(channels, max(1, round(config.ratio * channels))))
+
+    def forward(self, site: str, x: torch.Tensor, features: Features) -> torch.Tensor:
+        """Return the residual for a skip feature, from that feature alone."""
+        tuner = self._at_site[site]
+        assert isinstance(tuner, SkipTuner)
+        return tuner(x.to(tuner.down.weight.dtype))
+
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Draw the initial parameters of every site's tuner."""
+        for tuner in self._at_site.values():
+            assert isinstance(tuner, SkipTuner)
+            tuner.reset_parameters(generator)
