@@ -1,0 +1,33 @@
+"""`restune demo`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class DemoOptions(BaseModel):
+    """Train two small tuners on bundled images and draw what they change; takes minutes on a CPU.
+
+    Example: restune demo --output ./demo
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
+
+    output: Path = Path("restune-demo")
+    """Folder for the tuners and the grid of images."""
+    steps: int | None = Field(default=None, gt=0)
+    """Training steps of each tuner; the demo's own choice where not given."""
+    seed: int = 0
+    """Seed of the training and of the images."""
+
+    def run(self) -> None:
+        """Run the demo."""
+        from .quiet import quiet_libraries
+
+        quiet_libraries()
+        from ..demo import run_demo
+
+        options = {} if self.steps is None else {"steps": self.steps}
+        run_demo(self.output, seed=self.seed, **options)

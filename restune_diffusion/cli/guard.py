@@ -1,0 +1,31 @@
+"""Turn the errors that a user can mend into one sentence and an exit code."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
+from ..errors import RestuneError
+
+
+def run_guarded(action: Callable[[], object]) -> int:
+    """Do something; return the process's exit code, with what went wrong said in one sentence on stderr."""
+    try:
+        action()
+    except KeyboardInterrupt:
+        print("restune: stopped; `restune train --resume` goes on from the newest checkpoint.", file=sys.stderr)
+        return 130
+    except (RestuneError, OSError) as error:
+        # Messages of other libraries run over many lines.
+        print("restune:", " ".join(str(error).split()), file=sys.stderr)
+        return 1
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":
+            raise
+        print(
+            "restune: the GPU's memory is full; use a smaller batch or resolution, --mixed-precision fp16, "
+            "or --tuner bypass.",
+            file=sys.stderr,
+        )
+        return 1
+    return 0

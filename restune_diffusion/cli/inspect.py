@@ -1,0 +1,83 @@
+"""`restune inspect`: say what a tuner file is."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import tyro
+from pydantic import BaseModel, ConfigDict
+
+if TYPE_CHECKING:
+    from ..fileformat import TunerInfo
+
+
+class InspectOptions(BaseModel):
+    """Show what a tuner file says about itself, without loading it.
+
+    Example: restune inspect watercolor.safetensors
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    file: Annotated[Path, tyro.conf.Positional]
+    """The tuner file."""
+    json_output: Annotated[bool, tyro.conf.arg(name="json"), tyro.conf.FlagCreatePairsOff] = False
+    """Print JSON for other programs."""
+
+    def run(self) -> None:
+        """Print the facts."""
+        from ..fileformat import read_info
+
+        info = read_info(self.file)
+        print(json.dumps(as_json(info), indent=2) if self.json_output else as_text(info))
+
+
+def as_json(info: TunerInfo) -> dict[str, Any]:
+    """Return all that a file says about itself as plain JSON values."""
+    return {
+        "file": str(info.path),
+        "bytes": info.bytes,
+        "parameters": info.num_parameters,
+        "dtype": info.dtype,
+        "parts": [config.model_dump(mode="json") for config in info.configs],
+        "base": info.base.model_dump(mode="json"),
+        "training": info.training,
+        "metadata": {key: value for key, value in info.metadata.items() if not key.startswith("restune.")},
+    }
+
+
+def as_text(info: TunerInfo) -> str:
+    """Return the facts that a person asks for first, one a line."""
+    training = info.training
+    config = training.get("config") or {}
+    widths = list(dict.fromkeys(site.channels for site in info.base.sites.values()))
+    facts: list[tuple[str, Any]] = [("file", f"{info.path} ({info.bytes / 2**20:.2f} MiB)")]
+    facts += [(part.part, _settings(part.model_dump(mode="json", exclude={"part"}))) for part in info.configs]
+    facts += [
+        ("parameters", f"{info.num_parameters:,} ({info.dtype})"),
+        ("base", f"{config.get('base') or info.base.name or 'unnamed'} ({info.base.denoiser}, widths {widths})"),
+    ]
+    if training:
+        facts += [
+            ("trained", f"{training.get('steps')} steps on {training.get('images')} images of "
+                        f"{training.get('resolution')} px, {training.get('prediction_type')}"),
+            ("recipe", _settings({key: config[key] for key in _RECIPE if config.get(key) is not None})),
+            ("images", f"sha256 {str(training.get('data_hash'))[:16]}…"),
+            ("versions", _settings(training.get("versions") or {})),
+        ]  # fmt: skip
+    for key in ("modelspec.title", "modelspec.date", "modelspec.license"):
+        if info.metadata.get(key):
+            facts.append((key.removeprefix("modelspec."), info.metadata[key]))
+    return "\n".join(f"{name:<12}{value}" for name, value in facts)
+
+
+_RECIPE = ("prompt", "learning_rate", "lr_scheduler", "batch_size", "gradient_accumulation_steps", "seed",
+           "mixed_precision", "caption_dropout", "snr_gamma")  # fmt: skip
+
+
+def _settings(settings: dict[str, Any]) -> str:
+    return ", ".join(
+        f"{key} {' '.join(value) if isinstance(value, list) else value}" for key, value in settings.items()
+    )

@@ -1,0 +1,21 @@
+"""Train tuners: `train(TrainConfig(base=..., data=..., output=...))`."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from .config import TrainConfig, ValidationConfig
+
+if TYPE_CHECKING:
+    from .run import StepReport
+    from .trainer import TrainResult, train
+
+__all__ = ["StepReport", "TrainConfig", "TrainResult", "ValidationConfig", "train"]
+
+_HOME = {"StepReport": "run", "TrainResult": "trainer", "train": "trainer"}
+
+
+def __getattr__(name: str) -> Any:
+    # The config alone loads at once: a command line must show its help without waiting for torch.
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_HOME[name]}", __name__), name)

@@ -1,0 +1,72 @@
+"""Put training batches together from the cache and the sample stream."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from .cache import Cache
+from .conditioning import denoiser_inputs
+from .stream import SampleStream
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Input of one forward pass: clean latents, noise, timesteps, and keyword arguments of the denoiser."""
+
+    latents: torch.Tensor
+    noise: torch.Tensor
+    timesteps: torch.Tensor
+    inputs: dict[str, Any]
+
+
+class Batches:
+    """Draws batches by their number, so that any of them can be drawn at any time.
+
+    Args:
+        cache: the encoded training data.
+        seed: seed of the run.
+        size: samples of a batch.
+        timesteps: number of noise levels.
+        caption_dropout: share of the samples that get the empty caption.
+        device: where the batches go.
+        dtype: dtype of the text states.
+    """
+
+    def __init__(
+        self,
+        cache: Cache,
+        *,
+        seed: int,
+        size: int,
+        timesteps: int,
+        caption_dropout: float,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        self._cache = cache
+        self._stream = SampleStream(len(cache), seed)
+        self._size = size
+        self._timesteps = timesteps
+        self._caption_dropout = caption_dropout
+        self._device = device
+        self._dtype = dtype
+
+    def __getitem__(self, number: int) -> Batch:
+        latents, noise, timesteps, conditionings, geometries = [], [], [], [], []
+        for draw in self._stream.draws(number * self._size, self._size):
+            latent = self._cache.latents[draw.index].draw(draw.generator)
+            latents.append(latent)
+            noise.append(torch.randn(latent.shape, generator=draw.generator))
+            timesteps.append(torch.randint(self._timesteps, (), generator=draw.generator))
+            dropped = torch.rand((), generator=draw.generator).item() < self._caption_dropout
+            conditionings.append(self._cache.unconditional if dropped else self._cache.conditioning(draw.index))
+            geometries.append(self._cache.geometries[draw.index])
+        return Batch(
+            torch.stack(latents).to(self._device),
+            torch.stack(noise).to(self._device),
+            torch.stack(timesteps).to(self._device),
+            denoiser_inputs(conditionings, geometries, self._device, self._dtype),
+        )

@@ -1,0 +1,95 @@
+"""Everything that the frozen encoders say about the training data, computed once."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..errors import DataError
+from .conditioning import Conditioning, encode_caption, encode_nothing
+from .data import Geometry, Sample
+
+
+@dataclass(frozen=True)
+class Latent:
+    """Posterior of an image under the base's autoencoder, on the CPU in fp32, already scaled for the denoiser."""
+
+    mean: torch.Tensor
+    std: torch.Tensor
+
+    def draw(self, generator: torch.Generator) -> torch.Tensor:
+        """Sample the latent."""
+        return self.mean + self.std * torch.randn(self.mean.shape, generator=generator)
+
+
+@dataclass(frozen=True)
+class Cache:
+    """The encoded training data: one entry per image, one conditioning per distinct caption."""
+
+    latents: list[Latent]
+    captions: list[str]
+    geometries: list[Geometry]
+    conditionings: dict[str, Conditioning]
+    unconditional: Conditioning
+    data_hash: str
+
+    def __len__(self) -> int:
+        return len(self.latents)
+
+    def conditioning(self, index: int) -> Conditioning:
+        """Return the text states of an image's caption."""
+        return self.conditionings[self.captions[index]]
+
+    @property
+    def bytes(self) -> int:
+        """Memory that the cache takes."""
+        tensors = [tensor for latent in self.latents for tensor in (latent.mean, latent.std)]
+        tensors += [conditioning.states for conditioning in self.conditionings.values()]
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def build_cache(pipeline: Any, samples: Iterable[Sample]) -> Cache:
+    """Encode images and captions with the pipeline's frozen encoders.
+
+    Raises:
+        DataError: if there is no sample.
+    """
+    latents, captions, geometries = [], [], []
+    content = hashlib.sha256()
+    with _in_fp32(pipeline.vae):
+        for sample in samples:
+            latents.append(encode_image(pipeline.vae, sample.pixels))
+            captions.append(sample.caption)
+            geometries.append(sample.geometry)
+            content.update(sample.digest + sample.caption.encode() + b"\0")
+    if not latents:
+        raise DataError("None of the images can be read; check that the files are whole PNG, JPEG or WebP images.")
+    conditionings = {caption: encode_caption(pipeline, caption) for caption in dict.fromkeys(captions)}
+    return Cache(latents, captions, geometries, conditionings, encode_nothing(pipeline), content.hexdigest())
+
+
+@torch.no_grad()
+def encode_image(vae: Any, pixels: torch.Tensor) -> Latent:
+    """Encode one image; the posterior is kept, so that every step can draw from it anew."""
+    posterior = vae.encode(pixels[None].to(vae.device)).latent_dist
+    shift, scale = vae.config.get("shift_factor") or 0.0, vae.config.scaling_factor
+    return Latent(((posterior.mean[0] - shift) * scale).cpu(), (posterior.std[0] * scale).cpu())
+
+
+@contextmanager
+def _in_fp32(vae: Any) -> Iterator[None]:
+    # SDXL's autoencoder, and some of SD 1.5's, overflow to black in fp16.
+    dtype = vae.dtype
+    if dtype == torch.float32:
+        yield
+        return
+    vae.to(torch.float32)
+    try:
+        yield
+    finally:
+        vae.to(dtype)

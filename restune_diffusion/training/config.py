@@ -1,0 +1,120 @@
+"""Settings of a training run: the CLI's flags, the Python argument and what the tuner's file records."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from ..config import BypassConfig, PartConfig, SkipConfig
+
+
+class ValidationConfig(BaseModel):
+    """Sample images that show how training goes."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
+
+    prompts: tuple[str, ...] = ()
+    """Prompts to draw; without any, no samples are made."""
+    every: int = Field(default=0, ge=0)
+    """Draw every so many steps; 0 draws only at the start and the end."""
+    steps: int = Field(default=25, gt=0)
+    """Denoising steps of a sample."""
+    guidance: float = Field(default=7.5, ge=0)
+    """Classifier-free guidance of a sample."""
+    seed: int = 0
+    """Seed of every sample, so that the images of two steps differ by the training alone."""
+
+
+class TrainConfig(BaseModel):
+    """Everything that decides a training run. The defaults are the published SCEdit recipe."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
+
+    base: str
+    """Stable Diffusion checkpoint in diffusers' layout: a directory, or the id of a hub repository."""
+    data: Path
+    """Folder of images. Captions: `metadata.jsonl` (file_name, text), or a `.txt` beside each image, or --prompt."""
+    output: Path
+    """Folder for the tuner, the checkpoints, the samples and `metrics.jsonl`."""
+    name: str = Field(default="tuner", pattern=r"^[\w][\w.\- ]*$")
+    """Name of the tuner; its file is OUTPUT/NAME.safetensors."""
+    prompt: str | None = None
+    """Caption of every image that has none of its own."""
+
+    tuner: Literal["skip", "bypass"] = "skip"
+    """Kind of tuner: `skip` learns most, `bypass` is fastest and needs the least memory."""
+    skip: SkipConfig = SkipConfig()
+    bypass: BypassConfig = BypassConfig()
+
+    resolution: int | None = Field(default=None, gt=0)
+    """Side of the square training images in pixels; the base's own size where not given."""
+    steps: int = Field(default=2000, gt=0)
+    """Optimizer steps."""
+    batch_size: int = Field(default=1, gt=0)
+    """Images of one forward pass, per process."""
+    gradient_accumulation_steps: int = Field(default=1, gt=0)
+    """Forward passes of one optimizer step."""
+    learning_rate: float = Field(default=1e-4, gt=0)
+    """Peak learning rate of AdamW."""
+    weight_decay: float = Field(default=1e-2, ge=0)
+    """Weight decay of AdamW."""
+    lr_scheduler: Literal["constant", "constant_with_warmup", "linear", "cosine", "polynomial"] = "constant"
+    """Course of the learning rate."""
+    lr_warmup_steps: int = Field(default=0, ge=0)
+    """Steps of linear warm-up, for every course but `constant`."""
+    max_grad_norm: float = Field(default=1.0, gt=0)
+    """Gradients are clipped to this norm."""
+    mixed_precision: Literal["no", "fp16", "bf16"] = "no"
+    """Precision of the base; the tuner's own weights and the image encoder stay in fp32."""
+    caption_dropout: float = Field(default=0.0, ge=0, le=1)
+    """Share of the samples that train with an empty caption."""
+    snr_gamma: float | None = Field(default=None, gt=0)
+    """Min-SNR weighting of the loss; 5 is usual."""
+    seed: int = 0
+    """Seed of everything that is drawn at random."""
+    cpu: bool = False
+    """Train on the CPU even where there is a GPU."""
+
+    validation: ValidationConfig = ValidationConfig()
+    checkpoint_every: int = Field(default=500, ge=0)
+    """Save the state of the run every so many steps; 0 never does."""
+    checkpoints_kept: int = Field(default=2, gt=0)
+    """Number of checkpoints that are kept."""
+    resume: bool = False
+    """Go on from the newest checkpoint in OUTPUT; the result is the same as without the break."""
+    log_with: Literal["tensorboard"] | None = None
+    """Log to TensorBoard too; `metrics.jsonl` is always written."""
+
+    @model_validator(mode="after")
+    def _part_settings_are_used(self) -> TrainConfig:
+        unused = {"skip": self.bypass != BypassConfig(), "bypass": self.skip != SkipConfig()}
+        if unused[self.tuner]:
+            other = "bypass" if self.tuner == "skip" else "skip"
+            raise ValueError(f"settings of the {other} tuner are given, but the tuner to train is {self.tuner}")
+        if self.lr_warmup_steps and self.lr_scheduler == "constant":
+            raise ValueError("a constant learning rate has no warm-up; choose constant_with_warmup")
+        return self
+
+    @property
+    def parts(self) -> tuple[PartConfig, ...]:
+        """Configs of the parts that the tuner is made of."""
+        return (self.skip if self.tuner == "skip" else self.bypass,)
+
+    @property
+    def file(self) -> Path:
+        """Where the finished tuner is written."""
+        return self.output / f"{self.name}.safetensors"
+
+    def recorded(self) -> dict[str, Any]:
+        """Return the settings that the tuner's file records, as plain JSON values.
+
+        Left out are the settings of the kind of tuner that is not trained, and paths, which say more about a
+        person's machine than about the tuner.
+        """
+        unused = "bypass" if self.tuner == "skip" else "skip"
+        settings = self.model_dump(mode="json", exclude={unused, "data", "output", "resume", "cpu"})
+        if Path(self.base).exists():
+            settings["base"] = Path(self.base).resolve().name
+        return settings

@@ -1,0 +1,53 @@
+"""What is recorded about a run: in its checkpoints, to tell runs apart, and in the tuner's file, for its readers."""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+from typing import Any
+
+from .. import __version__
+from .run import TrainingRun
+
+# Settings that may change when a run is resumed: they do not reach the tuner.
+_IMMATERIAL = {"name", "validation", "checkpoint_every", "checkpoints_kept", "log_with"}
+# Courses of the learning rate that do not depend on the number of steps, so that a run may be prolonged.
+_ENDLESS = ("constant", "constant_with_warmup")
+
+
+def library_versions() -> dict[str, str]:
+    """Return the versions of the libraries that decide the arithmetic."""
+    return {"restune-diffusion": __version__, **{name: version(name) for name in ("torch", "diffusers")}}
+
+
+def run_identity(run: TrainingRun) -> dict[str, Any]:
+    """Return all that decides the result of a run, flat, under the names of the settings."""
+    settings = {key: value for key, value in run.config.recorded().items() if key not in _IMMATERIAL}
+    if run.config.lr_scheduler in _ENDLESS:
+        del settings["steps"]
+    # A caption that comes from the prompt is part of the data's hash.
+    del settings["prompt"]
+    settings["resolution"] = run.resolution
+    settings["images and captions"] = run.cache.data_hash
+    settings["number of processes"] = run.accelerator.num_processes
+    return dict(_flat(settings))
+
+
+def training_facts(run: TrainingRun) -> dict[str, Any]:
+    """Return what the tuner's file says about its training; no path of this machine is among it."""
+    return {
+        "steps": run.step,
+        "images": len(run.cache),
+        "images_seen": run.step * run.images_per_step,
+        "data_hash": run.cache.data_hash,
+        "resolution": run.resolution,
+        "prediction_type": run.objective.prediction_type,
+        "versions": library_versions(),
+        "config": run.config.recorded(),
+    }
+
+
+def _flat(settings: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    items: list[tuple[str, Any]] = []
+    for key, value in settings.items():
+        items += _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else [(prefix + key, value)]
+    return items

@@ -1,0 +1,107 @@
+"""The training loop: forward, backward, optimizer step, and nothing else."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+
+import torch
+
+from ..errors import TrainingError
+from .batches import Batch
+from .checkpoint import latest_checkpoint
+from .run import Hook, StepReport, TrainingRun
+
+# So many steps in a row without finite fp16 gradients are no search for a loss scale any more.
+_MAX_SKIPPED_STEPS = 50
+
+
+def run_loop(run: TrainingRun, hooks: Sequence[Hook]) -> None:
+    """Train until `config.steps`, telling the hooks.
+
+    Raises:
+        TrainingError: if the loss or the gradient stops being finite; the tuner keeps its last finite state.
+    """
+    skipped = 0
+    try:
+        for hook in hooks:
+            hook.on_start(run)
+        while run.step < run.config.steps:
+            report = _step(run)
+            skipped = skipped + 1 if run.optimizer.step_was_skipped else 0
+            if skipped > _MAX_SKIPPED_STEPS:
+                raise _diverged(run, "gradient")
+            for hook in hooks:
+                hook.on_step(run, report)
+        for hook in hooks:
+            hook.on_end(run)
+    finally:
+        for hook in hooks:
+            hook.close()
+
+
+def _step(run: TrainingRun) -> StepReport:
+    """Do one optimizer step."""
+    started = time.perf_counter()
+    config, accelerator = run.config, run.accelerator
+    losses = []
+    for micro_step in range(config.gradient_accumulation_steps):
+        number = run.step * config.gradient_accumulation_steps + micro_step
+        batch = run.batches[number * accelerator.num_processes + accelerator.process_index]
+        with accelerator.accumulate():
+            loss = batch_loss(run, batch)
+            # The mean over all processes is what every one of them checks, so that they stop together.
+            losses.append(accelerator.reduce(loss.detach(), reduction="mean").item())
+            if not math.isfinite(losses[-1]):
+                raise _diverged(run, "loss")
+            accelerator.backward(loss)
+    learning_rate = run.lr_scheduler.get_last_lr()[0]
+    grad_norm = _update(run)
+    run.step += 1
+    return StepReport(
+        step=run.step,
+        steps=config.steps,
+        loss=sum(losses) / len(losses),
+        grad_norm=grad_norm,
+        learning_rate=learning_rate,
+        seconds=time.perf_counter() - started,
+        images=run.images_per_step,
+    )
+
+
+def batch_loss(run: TrainingRun, batch: Batch) -> torch.Tensor:
+    """Return the loss of one batch under the run's precision."""
+    noisy = run.objective.add_noise(batch.latents, batch.noise, batch.timesteps)
+    target = run.objective.target(batch.latents, batch.noise, batch.timesteps)
+    with run.accelerator.autocast():
+        unet = run.pipeline.unet
+        prediction = unet(noisy.to(unet.dtype), batch.timesteps, return_dict=False, **batch.inputs)[0]
+    return run.objective.loss(prediction, target, batch.timesteps)
+
+
+def _update(run: TrainingRun) -> float:
+    """Move the tuner along the gradient of all processes and return the gradient's norm before clipping."""
+    accelerator, parameters = run.accelerator, list(run.tuner.parameters())
+    if accelerator.num_processes > 1:
+        # The tuner runs inside the base's hooks, where DistributedDataParallel could not see its forward.
+        for parameter in parameters:
+            parameter.grad = accelerator.reduce(parameter.grad, reduction="mean")
+    grad_norm = float(accelerator.clip_grad_norm_(parameters, run.config.max_grad_norm))
+    if not math.isfinite(grad_norm) and accelerator.scaler is None:
+        raise _diverged(run, "gradient")
+    run.optimizer.step()
+    run.optimizer.zero_grad()
+    if not run.optimizer.step_was_skipped:
+        run.lr_scheduler.step()
+    return grad_norm
+
+
+def _diverged(run: TrainingRun, what: str) -> TrainingError:
+    config = run.config
+    cure = f"lower the learning rate (now {config.learning_rate:g})"
+    if config.mixed_precision == "fp16":
+        cure = f"fp16 may have overflowed: try bf16, or {cure}"
+    checkpoint = latest_checkpoint(config.output)
+    kept = f"the last good checkpoint is {checkpoint}" if checkpoint else "no checkpoint had been saved yet"
+    return TrainingError(f"Stopped at step {run.step + 1}: the {what} is not a finite number; {cure}; {kept}.")

@@ -1,0 +1,128 @@
+"""Tell the user and the log how training goes."""
+
+from __future__ import annotations
+
+import json
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO, Any
+
+from tqdm.auto import tqdm
+
+from ..fileformat import atomic_write
+from .run import Hook, StepReport, TrainingRun
+
+# Losses of single steps differ by the timestep that was drawn far more than by learning.
+_WINDOW = 50
+
+
+def describe_plan(run: TrainingRun) -> str:
+    """Say in a few lines what the run is about to do."""
+    config, cache = run.config, run.cache
+    images = run.images_per_step
+    precision = {"no": "fp32", "fp16": "fp16", "bf16": "bf16"}[config.mixed_precision]
+    # weight, gradient and two moments of Adam, four bytes each
+    tuner_memory, base_memory = run.tuner.num_parameters() * 16, _size(run.pipeline.unet)
+    lines = [
+        f"base        {config.base} ({run.objective.prediction_type}, {precision}, {run.accelerator.device})",
+        f"images      {len(cache)} at {run.resolution} x {run.resolution}, {len(cache.conditionings)} captions",
+        f"tuner       {config.tuner}, {run.tuner.num_parameters():,} parameters",
+        f"training    {config.steps} steps of {images} images = {config.steps * images / len(cache):.1f} epochs",
+        f"memory      U-Net {_readable(base_memory)}, tuner and optimizer {_readable(tuner_memory)}, "
+        f"cached data {_readable(cache.bytes)} (in main memory), and activations",
+        f"output      {config.file}",
+    ]
+    return "\n".join(lines)
+
+
+class ProgressBar(Hook):
+    """Shows the smoothed loss and the speed on the terminal."""
+
+    def __init__(self) -> None:
+        self._recent: deque[StepReport] = deque(maxlen=_WINDOW)
+        self._bar: Any = None
+
+    def on_start(self, run: TrainingRun) -> None:
+        """Show the bar."""
+        shown = run.accelerator.is_main_process
+        self._bar = tqdm(
+            total=run.config.steps, initial=run.step, unit="step", desc=run.config.name, disable=not shown
+        )
+
+    def on_step(self, run: TrainingRun, report: StepReport) -> None:
+        """Move the bar on."""
+        self._recent.append(report)
+        loss = sum(recent.loss for recent in self._recent) / len(self._recent)
+        speed = sum(recent.images for recent in self._recent) / sum(recent.seconds for recent in self._recent)
+        self._bar.set_postfix_str(f"loss {loss:.4f}, {speed:.1f} images/s", refresh=False)
+        self._bar.update()
+
+    def close(self) -> None:
+        """Leave the bar's last state on the terminal."""
+        if self._bar is not None:
+            self._bar.close()
+
+
+class MetricsLog(Hook):
+    """Appends one line of JSON per step to `metrics.jsonl`, and tells accelerate's trackers the same."""
+
+    def __init__(self) -> None:
+        self._file: IO[str] | None = None
+
+    def on_start(self, run: TrainingRun) -> None:
+        """Open the log; a resumed run forgets the steps that it is about to repeat."""
+        if run.accelerator.is_main_process:
+            path = run.config.output / "metrics.jsonl"
+            _keep_until(path, run.step)
+            self._file = path.open("a", encoding="utf-8")
+
+    def on_step(self, run: TrainingRun, report: StepReport) -> None:
+        """Log the step."""
+        values = {
+            "loss": report.loss,
+            "grad_norm": report.grad_norm,
+            "learning_rate": report.learning_rate,
+            "images_per_second": report.images / report.seconds,
+        }
+        if self._file is not None:
+            self._file.write(json.dumps({"step": report.step, **values}) + "\n")
+            self._file.flush()
+        run.accelerator.log(values, step=report.step)
+
+    def close(self) -> None:
+        """Close the log."""
+        if self._file is not None:
+            self._file.close()
+
+
+class Progress(Hook):
+    """Hands every step's report to a function of the caller."""
+
+    def __init__(self, function: Callable[[StepReport], None]) -> None:
+        self._function = function
+
+    def on_step(self, run: TrainingRun, report: StepReport) -> None:
+        """Call the function."""
+        self._function(report)
+
+
+def _keep_until(path: Path, step: int) -> None:
+    """Cut a log back to the steps up to this one; a line that a crash left unfinished goes too."""
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except (ValueError, KeyError, TypeError):
+            continue
+    with atomic_write(path) as file:
+        file.write("".join(kept).encode())
+
+
+def _size(module: Any) -> int:
+    return sum(parameter.numel() * parameter.element_size() for parameter in module.parameters())
+
+
+def _readable(size: float) -> str:
+    return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"

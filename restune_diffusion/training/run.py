@@ -1,0 +1,66 @@
+"""The state of a training run, and the hooks that watch it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from accelerate import Accelerator
+
+from ..tuner import Tuner
+from .batches import Batches
+from .cache import Cache
+from .config import TrainConfig
+from .objective import Objective
+
+
+@dataclass
+class TrainingRun:
+    """Everything that one training run works on; `step` counts the finished optimizer steps."""
+
+    config: TrainConfig
+    accelerator: Accelerator
+    pipeline: Any
+    tuner: Tuner
+    optimizer: Any
+    lr_scheduler: Any
+    cache: Cache
+    batches: Batches
+    objective: Objective
+    resolution: int
+    step: int = 0
+
+    @property
+    def images_per_step(self) -> int:
+        """Images that one optimizer step sees, over all processes."""
+        config = self.config
+        return config.batch_size * config.gradient_accumulation_steps * int(self.accelerator.num_processes)
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What happened in one optimizer step."""
+
+    step: int
+    steps: int
+    loss: float
+    grad_norm: float
+    learning_rate: float
+    seconds: float
+    images: int
+
+
+class Hook:
+    """Something that watches a training run; every process calls it, in the order of the hooks."""
+
+    def on_start(self, run: TrainingRun) -> None:
+        """Called once, before the first step of this process."""
+
+    def on_step(self, run: TrainingRun, report: StepReport) -> None:
+        """Called after every optimizer step."""
+
+    def on_end(self, run: TrainingRun) -> None:
+        """Called once, after the last step."""
+
+    def close(self) -> None:
+        """Called at last, also after an error."""

@@ -1,0 +1,172 @@
+"""Train a tuner, from a config to a file."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from diffusers.optimization import get_scheduler
+
+from ..attachment import attach
+from ..errors import TrainingError
+from ..fileformat import save_tuner
+from ..tuner import Tuner
+from .base import PRECISIONS, check_trainable, frozen, load_base, move_encoders, training_resolution
+from .batches import Batches
+from .cache import build_cache
+from .captions import find_examples
+from .checkpoint import Checkpoints, latest_checkpoint, restore_checkpoint
+from .config import TrainConfig
+from .data import load_samples
+from .facts import training_facts
+from .loop import run_loop
+from .objective import Objective
+from .reporting import MetricsLog, Progress, ProgressBar, describe_plan
+from .run import Hook, StepReport, TrainingRun
+from .validation import ValidationSamples
+
+_ATTACHED_NAME = "in training"
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What came out of a training run; the losses are those of the steps that this call did."""
+
+    path: Path
+    steps: int
+    seconds: float
+    losses: tuple[float, ...]
+    samples: tuple[Path, ...]
+
+
+def train(
+    config: TrainConfig,
+    *,
+    pipeline: Any = None,
+    on_progress: Callable[[StepReport], None] | None = None,
+    verbose: bool = True,
+) -> TrainResult:
+    """Train a tuner and write it to `config.file`.
+
+    Args:
+        config: all settings.
+        pipeline: a loaded text-to-image pipeline to train on instead of loading `config.base`; it is moved to the
+            training device and otherwise left as it was.
+        on_progress: called after every step.
+        verbose: whether to print the plan and a progress bar.
+
+    Returns:
+        The file's path and the course of the training.
+
+    Raises:
+        DataError: if the images or captions cannot be used.
+        TrainingError: if the run cannot start, diverges, or does not fit the checkpoint to resume from.
+        TunerFileError: if a file cannot be written.
+    """
+    started = time.perf_counter()
+    _check_output(config)
+    accelerator = _make_accelerator(config)
+    examples = find_examples(config.data, config.prompt)
+    if pipeline is None:
+        pipeline = load_base(config.base, PRECISIONS[config.mixed_precision])
+    check_trainable(pipeline)
+    resolution = training_resolution(pipeline, config.resolution)
+    pipeline.to(accelerator.device)
+    with frozen(pipeline):
+        cache = build_cache(pipeline, load_samples(examples, resolution))
+        move_encoders(pipeline, torch.device("cpu"))
+        try:
+            run = _make_run(config, accelerator, pipeline, cache, resolution)
+            losses: list[float] = []
+            samples = ValidationSamples()
+            hooks: list[Hook] = [Progress(lambda report: losses.append(report.loss)), MetricsLog()]
+            hooks += [ProgressBar()] if verbose else []
+            hooks += [Checkpoints(), FinalFile(), samples]
+            hooks += [Progress(on_progress)] if on_progress else []
+            if verbose:
+                accelerator.print(describe_plan(run))
+            accelerator.init_trackers("logs")
+            with attach(pipeline.unet, run.tuner, _ATTACHED_NAME):
+                run_loop(run, hooks)
+        finally:
+            move_encoders(pipeline, accelerator.device)
+            accelerator.end_training()
+    seconds = time.perf_counter() - started
+    return TrainResult(config.file, run.step, seconds, tuple(losses), tuple(samples.folders))
+
+
+class FinalFile(Hook):
+    """Writes the finished tuner."""
+
+    def on_end(self, run: TrainingRun) -> None:
+        """Write the file."""
+        if run.accelerator.is_main_process:
+            save_tuner(run.tuner, run.config.file, training=training_facts(run))
+        run.accelerator.wait_for_everyone()
+
+
+def _check_output(config: TrainConfig) -> None:
+    found = latest_checkpoint(config.output)
+    if found is not None and not config.resume:
+        raise TrainingError(
+            f"{config.output} holds {found.name} of an earlier run; add --resume to go on from it, "
+            f"or choose another output folder."
+        )
+
+
+def _make_accelerator(config: TrainConfig) -> Accelerator:
+    # Two runs of one process may differ in precision, which accelerate keeps in a state of the whole process.
+    AcceleratorState._reset_state()
+    try:
+        accelerator = Accelerator(
+            mixed_precision=config.mixed_precision,
+            gradient_accumulation_steps=config.gradient_accumulation_steps,
+            cpu=config.cpu,
+            log_with=config.log_with,
+            project_dir=config.output,
+        )
+    except (ValueError, ImportError) as error:
+        raise TrainingError(f"Training cannot start: {str(error).strip().splitlines()[0]}") from error
+    return accelerator
+
+
+def _make_run(
+    config: TrainConfig, accelerator: Accelerator, pipeline: Any, cache: Any, resolution: int
+) -> TrainingRun:
+    """Put the parts of a run together, and restore them from the newest checkpoint if asked."""
+    objective = Objective(pipeline.scheduler, config.snr_gamma)
+    tuner = Tuner.for_base(pipeline.unet, *config.parts, generator=torch.Generator().manual_seed(config.seed))
+    tuner.to(accelerator.device)
+    optimizer = torch.optim.AdamW(tuner.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
+    lr_scheduler = get_scheduler(config.lr_scheduler, optimizer, config.lr_warmup_steps, config.steps)
+    run = TrainingRun(
+        config=config,
+        accelerator=accelerator,
+        pipeline=pipeline,
+        tuner=tuner,
+        # Only the optimizer is prepared: the tuner runs in hooks, and the schedule counts steps, not processes.
+        optimizer=accelerator.prepare(optimizer),
+        lr_scheduler=lr_scheduler,
+        cache=cache,
+        batches=Batches(
+            cache,
+            seed=config.seed,
+            size=config.batch_size,
+            timesteps=objective.timesteps,
+            caption_dropout=config.caption_dropout,
+            device=accelerator.device,
+            dtype=pipeline.unet.dtype,
+        ),
+        objective=objective,
+        resolution=resolution,
+    )
+    checkpoint = latest_checkpoint(config.output) if config.resume else None
+    if checkpoint is not None:
+        restore_checkpoint(run, checkpoint)
+    return run

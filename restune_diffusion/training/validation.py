@@ -1,0 +1,110 @@
+"""Sample images while training, made the way that a user will make them: from a tuner file, with the pipeline."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from PIL import Image
+
+from ..attachment import TunerManager
+from ..fileformat import save_tuner
+from .base import move_encoders, sampling_pipeline
+from .config import ValidationConfig
+from .contact_sheet import labelled_grid
+from .run import Hook, StepReport, TrainingRun
+
+_NAME = "validation sample"
+
+
+class ValidationSamples(Hook):
+    """Draws the validation prompts at the start, every so many steps, and at the end.
+
+    Place it after `FinalFile`: the last samples are drawn from the finished file.
+    """
+
+    def __init__(self) -> None:
+        self.folders: list[Path] = []
+
+    def on_start(self, run: TrainingRun) -> None:
+        """Draw what the base makes of the prompts, unless the run is resumed."""
+        if run.step == 0:
+            self._sample_from_state(run)
+
+    def on_step(self, run: TrainingRun, report: StepReport) -> None:
+        """Draw if it is time."""
+        every = run.config.validation.every
+        if every and run.step % every == 0 and run.step < run.config.steps:
+            self._sample_from_state(run)
+
+    def on_end(self, run: TrainingRun) -> None:
+        """Draw from the finished file."""
+        self._sample(run, run.config.file)
+
+    def _sample_from_state(self, run: TrainingRun) -> None:
+        if run.config.validation.prompts and run.accelerator.is_main_process:
+            with TemporaryDirectory(dir=run.config.output, prefix=".sample-") as folder:
+                file = Path(folder) / "tuner.safetensors"
+                save_tuner(run.tuner, file)
+                self._sample(run, file)
+        run.accelerator.wait_for_everyone()
+
+    def _sample(self, run: TrainingRun, file: Path) -> None:
+        if not run.config.validation.prompts or not run.accelerator.is_main_process:
+            return
+        images = draw_samples(run.pipeline, file, run.config.validation, run.accelerator.device)
+        folder = run.config.output / "samples" / f"step-{run.step:06d}"
+        folder.mkdir(parents=True, exist_ok=True)
+        for number, image in enumerate(images):
+            image.save(folder / f"{number:02d}.png")
+        sheet = labelled_grid([[image] for image in images], run.config.validation.prompts, [f"step {run.step}"])
+        sheet.save(folder / "sheet.png")
+        self.folders.append(folder)
+
+
+def draw_samples(pipeline: Any, file: Path, config: ValidationConfig, device: torch.device) -> list[Image.Image]:
+    """Generate one image per prompt with the tuner in a file; tuners on the base are set aside meanwhile.
+
+    No random state but the samples' own is used, so sampling does not change the course of training.
+    """
+    sampler = sampling_pipeline(pipeline)
+    images = []
+    with _only_tuner(sampler, file), _encoders_on(pipeline, device):
+        for prompt in config.prompts:
+            result = sampler(
+                prompt,
+                num_inference_steps=config.steps,
+                guidance_scale=config.guidance,
+                generator=torch.Generator("cpu").manual_seed(config.seed),
+            )
+            images.append(result.images[0])
+    return images
+
+
+@contextmanager
+def _only_tuner(sampler: Any, file: Path) -> Iterator[None]:
+    """Load a tuner file as the only active tuner, and give the others their weights back afterwards."""
+    before = sampler.get_list_tuners()
+    sampler.load_tuner_weights(file, tuner_name=_NAME)
+    try:
+        sampler.set_tuners(_NAME)
+        yield
+    finally:
+        sampler.delete_tuners(_NAME)
+        manager = TunerManager.of(sampler.unet)
+        if manager is not None:
+            manager.set_weights(before)
+
+
+@contextmanager
+def _encoders_on(pipeline: Any, device: torch.device) -> Iterator[None]:
+    """Bring the models that training itself does not need to the device, for as long as they are needed."""
+    move_encoders(pipeline, device)
+    try:
+        yield
+    finally:
+        move_encoders(pipeline, torch.device("cpu"))

@@ -1,0 +1,66 @@
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from restune_diffusion.training import TrainConfig
+
+from . import tiny
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("base") / "tiny-sd"
+    tiny.sd_pipeline().save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.write_images(tmp_path_factory.mktemp("data") / "discs")
+
+
+@pytest.fixture
+def config(base: Path, images: Path, tmp_path: Path) -> Callable[..., TrainConfig]:
+    """Makes configs of short runs; keywords override."""
+
+    def make(**changes: Any) -> TrainConfig:
+        settings = {
+            "base": str(base),
+            "data": images,
+            "output": tmp_path / "out",
+            "steps": 4,
+            "batch_size": 2,
+            "learning_rate": 1e-3,
+            "checkpoint_every": 0,
+            "cpu": True,
+        }
+        return TrainConfig(**{**settings, **changes})
+
+    return make
+
+
+Script = Callable[..., "subprocess.Popen[str]"]
+
+
+@pytest.fixture
+def script() -> Script:
+    """Starts Python on the given arguments, offline, with its output captured."""
+
+    def start(*arguments: str | Path) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [sys.executable, *map(str, arguments)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "HF_HUB_OFFLINE": "1"},
+            cwd=Path(__file__).parents[2],
+        )
+
+    return start
