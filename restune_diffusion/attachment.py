@@ -60,7 +60,6 @@ class TunerManager:
     """
 
     def __init__(self, base: nn.Module) -> None:
-        _refuse_compiled(base)
         self.base_info = describe_base(base)
         self.enabled = True
         self._tuners: dict[str, _Attached] = {}
@@ -219,6 +218,7 @@ def attach(base: nn.Module, tuner: Tuner, name: str = "default", weight: float =
     """
     manager = TunerManager.of(base)
     if manager is None:
+        _refuse_compiled(base)
         tuner.base.check_fits(describe_base(base))
         manager = TunerManager(base)
     manager.add(name, tuner, weight)
