@@ -1,0 +1,90 @@
+"""The demo: customize the bundled base with two tuners, and draw what they change."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from PIL import Image
+
+from .config import BypassConfig, SkipConfig
+from .errors import RestuneError
+from .fileformat import atomic_write
+from .training import TrainConfig, train
+from .training.base import load_base
+from .training.contact_sheet import labelled_grid
+
+_ASSETS = Path(__file__).parent / "assets"
+BASE = _ASSETS / "restune-tiny"
+IMAGES = _ASSETS / "demo"
+STYLE = "glossy style"
+"""How the captions of the demo's images call a style that the base has never seen."""
+SUBJECTS = ("red heart", "cat face", "alarm clock", "red apple", "house", "sun", "pizza", "dog face")
+"""What the grid shows; none of these is among the training images."""
+_KINDS: tuple[Literal["skip", "bypass"], ...] = ("skip", "bypass")
+
+
+def run_demo(output: Path, *, steps: int = 300, seed: int = 0) -> Path:
+    """Train a skip and a bypass tuner on the bundled images and write a grid: base, skip tuner, bypass tuner.
+
+    Args:
+        output: folder for the tuners and the grid; made where it does not exist.
+        steps: optimizer steps of each tuner.
+        seed: seed of the training and of the images.
+
+    Returns:
+        Path of the grid.
+    """
+    started = time.perf_counter()
+    if not (BASE / "model_index.json").is_file():
+        raise RestuneError(f"The bundled base is missing from {BASE}; install restune-diffusion again.")
+    pipeline = load_base(str(BASE), torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    prompts = [f"{subject}, {STYLE}" for subject in SUBJECTS]
+    columns = {"base": _draw(pipeline, prompts, seed)}
+    for kind in _KINDS:
+        # Each run starts anew: a demo has nothing to resume, and its folder may hold an earlier one.
+        result = train(_recipe(kind, output, steps, seed), pipeline=pipeline)
+        pipeline.load_tuner_weights(result.path)
+        columns[f"{kind} tuner"] = _draw(pipeline, prompts, seed)
+        pipeline.unload_tuner_weights()
+        print(f"{result.path}: {result.steps} steps in {result.seconds:.0f} s")
+    rows = [list(row) for row in zip(*columns.values(), strict=True)]
+    grid = labelled_grid(rows, prompts, list(columns), cell=128)
+    path = output / "grid.png"
+    with atomic_write(path) as file:
+        grid.save(file, format="PNG")
+    print(f"The same prompts and seeds, before and after: {path} ({time.perf_counter() - started:.0f} s in all)")
+    return path
+
+
+def _recipe(kind: Literal["skip", "bypass"], output: Path, steps: int, seed: int) -> TrainConfig:
+    return TrainConfig(
+        base=str(BASE),
+        data=IMAGES,
+        output=output,
+        name=kind,
+        tuner=kind,
+        skip=SkipConfig(),
+        bypass=BypassConfig(),
+        steps=steps,
+        batch_size=8,
+        learning_rate=1e-3,
+        lr_scheduler="cosine",
+        snr_gamma=5.0,
+        caption_dropout=0.1,
+        checkpoint_every=0,
+        seed=seed,
+        cpu=True,
+    )
+
+
+def _draw(pipeline: Any, prompts: list[str], seed: int) -> list[Image.Image]:
+    """Draw each prompt from the same noise."""
+    generators = [torch.Generator("cpu").manual_seed(seed) for _ in prompts]
+    images: list[Image.Image] = pipeline(
+        prompts, num_inference_steps=20, guidance_scale=4.0, generator=generators
+    ).images
+    return images
