@@ -13,7 +13,7 @@ def run_guarded(action: Callable[[], object]) -> int:
     try:
         action()
     except KeyboardInterrupt:
-        print("restune: stopped; `restune train --resume` goes on from the newest checkpoint.", file=sys.stderr)
+        print("restune: stopped; --resume goes on with a training from its newest checkpoint.", file=sys.stderr)
         return 130
     except (RestuneError, OSError) as error:
         # Messages of other libraries run over many lines.

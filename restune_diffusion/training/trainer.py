@@ -133,6 +133,8 @@ def _make_accelerator(config: TrainConfig) -> Accelerator:
         )
     except (ValueError, ImportError) as error:
         raise TrainingError(f"Training cannot start: {str(error).strip().splitlines()[0]}") from error
+    if config.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+        raise TrainingError("fp16 needs a GPU; train on the CPU in fp32 (mixed precision `no`) or bf16.")
     return accelerator
 
 
@@ -144,7 +146,9 @@ def _make_run(
     tuner = Tuner.for_base(pipeline.unet, *config.parts, generator=torch.Generator().manual_seed(config.seed))
     tuner.to(accelerator.device)
     optimizer = torch.optim.AdamW(tuner.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
-    lr_scheduler = get_scheduler(config.lr_scheduler, optimizer, config.lr_warmup_steps, config.steps)
+    lr_scheduler = get_scheduler(
+        config.lr_scheduler, optimizer, num_warmup_steps=config.lr_warmup_steps, num_training_steps=config.steps
+    )
     run = TrainingRun(
         config=config,
         accelerator=accelerator,

@@ -59,7 +59,8 @@ def script() -> Script:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            env={**os.environ, "HF_HUB_OFFLINE": "1"},
+            # One thread: what runs beside the tests must not slow them, and both processes must round alike.
+            env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
             cwd=Path(__file__).parents[2],
         )
 

@@ -1,0 +1,29 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from restune_diffusion.training import TrainConfig, train
+
+from ..training import tiny
+
+
+@pytest.fixture(scope="session")
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a small base, images, and a tuner that visibly changes what the base draws."""
+    folder = tmp_path_factory.mktemp("cli")
+    tiny.sd_pipeline().save_pretrained(folder / "base")
+    tiny.write_images(folder / "images")
+    config = TrainConfig(
+        base=str(folder / "base"),
+        data=folder / "images",
+        output=folder / "trained",
+        name="disc",
+        steps=3,
+        learning_rate=0.1,
+        checkpoint_every=0,
+        cpu=True,
+    )
+    train(config, verbose=False)
+    return folder

@@ -1,0 +1,199 @@
+from __future__ import annotations
+
+import json
+import pickle
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from restune_diffusion import RestuneStableDiffusionPipeline, read_info
+from restune_diffusion.cli import main
+from restune_diffusion.cli.generate import split_weight, unique_names
+
+Restune = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def restune(capsys: pytest.CaptureFixture[str]) -> Restune:
+    """Runs a command; returns its exit code, output and errors."""
+
+    def run(*arguments: str | Path) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as exited:
+            main([str(argument) for argument in arguments])
+        shown = capsys.readouterr()
+        code = exited.value.code
+        return code if isinstance(code, int) else 0, shown.out, shown.err
+
+    return run
+
+
+def test_help_does_not_wait_for_torch() -> None:
+    code = (
+        "import sys\n"
+        "from restune_diffusion.cli import main\n"
+        "try:\n    main(['train', '--help'])\n"
+        "except SystemExit:\n    sys.exit('torch' in sys.modules or 'diffusers' in sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+@pytest.mark.parametrize("command", ["train", "generate", "inspect", "demo"])
+def test_every_help_has_an_example(restune: Restune, command: str) -> None:
+    code, output, _ = restune(command, "--help")
+    assert code == 0
+    assert f"Example: restune {command}" in output
+
+
+def test_train_writes_the_tuner_and_says_where(restune: Restune, workplace: Path, tmp_path: Path) -> None:
+    code, output, errors = restune(
+        "train", "--base", workplace / "base", "--data", workplace / "images", "--output", tmp_path, "--steps=2",
+        "--tuner=bypass", "--bypass.ratio=0.25", "--cpu", "--validation.prompts", "a disc", "a ring",
+        "--validation.steps=2",
+    )  # fmt: skip
+    assert code == 0, errors
+    assert str(tmp_path / "tuner.safetensors") in output
+    (part,) = read_info(tmp_path / "tuner.safetensors").configs
+    assert part.part == "bypass"
+    assert part.ratio == 0.25
+    assert len(list((tmp_path / "samples" / "step-000002").glob("0*.png"))) == 2
+
+
+def generate(restune: Restune, workplace: Path, output: Path, *arguments: str | Path) -> np.ndarray:
+    code, printed, errors = restune(
+        "generate", "--base", workplace / "base", "--prompt", "a red disc", "--steps=3", "--seed=4",
+        "--output", output, "--device=cpu", *arguments,
+    )  # fmt: skip
+    assert code == 0, errors
+    assert printed.split() == [str(output / "00-seed4.png")]
+    return np.asarray(Image.open(output / "00-seed4.png")).astype(int)
+
+
+def test_generate_draws_what_the_pipeline_draws(restune: Restune, workplace: Path, tmp_path: Path) -> None:
+    tuner = workplace / "trained" / "disc.safetensors"
+    full = generate(restune, workplace, tmp_path / "full", "--tuner", tuner)
+    none = generate(restune, workplace, tmp_path / "none", "--tuner", f"{tuner}:0")
+    plain = generate(restune, workplace, tmp_path / "plain")
+    mixed = generate(restune, workplace, tmp_path / "mixed", "--tuner", f"{tuner}:0.25", f"{tuner}:0.75")
+    pipeline = RestuneStableDiffusionPipeline.from_pretrained(workplace / "base")
+    pipeline.load_tuner_weights(tuner)
+    generator = torch.Generator("cpu").manual_seed(4)
+    expected = pipeline("a red disc", num_inference_steps=3, generator=generator).images[0]
+    np.testing.assert_array_equal(full, np.asarray(expected))
+    np.testing.assert_array_equal(none, plain)
+    assert abs(full - plain).max() > 2
+    # a quarter and three quarters of one tuner are the whole, up to rounding
+    assert abs(full - mixed).max() <= 1
+
+
+def test_generate_draws_every_prompt_and_seed(restune: Restune, workplace: Path, tmp_path: Path) -> None:
+    code, output, _ = restune(
+        "generate", "--base", workplace / "base", "--prompt", "one", "two", "--images=2", "--steps=1", "--output",
+        tmp_path, "--width=32", "--height=16", "--device=cpu",
+    )  # fmt: skip
+    assert code == 0
+    files = [Path(line) for line in output.split()]
+    assert [file.name for file in files] == ["00-seed0.png", "00-seed1.png", "01-seed0.png", "01-seed1.png"]
+    assert Image.open(files[0]).size == (32, 16)
+    assert len({file.read_bytes() for file in files}) == 4
+
+
+def test_inspect_tells_the_facts(restune: Restune, workplace: Path) -> None:
+    tuner = workplace / "trained" / "disc.safetensors"
+    code, text, _ = restune("inspect", tuner)
+    assert code == 0
+    for fact in ("19,072 (F32)", "UNet2DConditionModel", "ratio 1.0", "3 steps on 6 images of 16 px, epsilon"):
+        assert fact in text
+    code, output, _ = restune("inspect", tuner, "--json")
+    facts = json.loads(output)
+    assert code == 0
+    assert facts["parameters"] == 19072
+    assert facts["parts"] == [{"part": "skip", "ratio": 1.0, "sites": ["skip.*"]}]
+    assert facts["training"]["config"]["learning_rate"] == 0.1
+
+
+def damaged_files(workplace: Path, folder: Path) -> dict[str, Path]:
+    whole = (workplace / "trained" / "disc.safetensors").read_bytes()
+    contents = {
+        "truncated": whole[: len(whole) // 2],
+        "header": whole[:20],
+        "empty": b"",
+        "pickle": pickle.dumps({"weights": [1.0]}),
+    }
+    files = {name: folder / f"{name}.safetensors" for name in contents}
+    for name, content in contents.items():
+        files[name].write_bytes(content)
+    torch.save({"weights": torch.zeros(2)}, folder / "zip.safetensors")
+    return {**files, "zip": folder / "zip.safetensors", "gone": folder / "gone.safetensors"}
+
+
+@pytest.mark.parametrize("fault", ["truncated", "header", "empty", "pickle", "zip", "gone"])
+@pytest.mark.parametrize("command", ["inspect", "generate"])
+def test_a_bad_tuner_file_is_refused_in_one_sentence(
+    restune: Restune, workplace: Path, tmp_path: Path, fault: str, command: str
+) -> None:
+    file = damaged_files(workplace, tmp_path)[fault]
+    arguments = ["--base", workplace / "base", "--prompt", "x", "--output", tmp_path / "images", "--tuner", file]
+    code, output, errors = restune(command, *([file] if command == "inspect" else arguments))
+    assert (code, output) == (1, "")
+    assert errors.count("\n") == 1
+    assert errors.startswith("restune: ")
+    assert str(file) in errors
+    assert ("pickle" in errors) == (fault in ("pickle", "zip"))
+    assert not (tmp_path / "images").exists()
+
+
+def test_bad_bases_and_folders_are_refused_in_one_sentence(restune: Restune, workplace: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
+    train = ("train", "--output", tmp_path / "out", "--cpu")
+    cases = [
+        ((*train, "--base", tmp_path / "gone", "--data", workplace / "images"), "There is no base at"),
+        ((*train, "--base", tmp_path / "empty", "--data", workplace / "images"), "cannot be loaded"),
+        ((*train, "--base", tmp_path / "other", "--data", workplace / "images"), "is a FluxPipeline"),
+        ((*train, "--base", workplace / "base", "--data", tmp_path / "empty"), "has no images"),
+        ((*train, "--base", workplace / "base", "--data", tmp_path / "gone"), "does not exist"),
+        (("generate", "--base", tmp_path / "gone", "--prompt", "x"), "There is no base at"),
+    ]
+    for arguments, message in cases:
+        code, _, errors = restune(*arguments)
+        assert code == 1, arguments
+        assert message in errors
+        assert errors.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ("--steps=0", "greater than 0"),
+        ("--steps=many", "invalid literal"),
+        ("--skip.ratio=-1", "greater than 0"),
+        ("--tuner=lora", "invalid choice"),
+        ("--stepps=3", "Unrecognized"),
+        ("--bypass.ratio=0.1", "settings of the bypass tuner are given"),
+    ],
+)
+def test_bad_settings_are_named(restune: Restune, flag: str, message: str) -> None:
+    code, _, errors = restune("train", "--base=b", "--data=d", "--output=o", flag)
+    assert code == 2
+    assert message in " ".join(errors.replace("│", " ").split())
+    assert "Traceback" not in errors
+    assert "errors.pydantic.dev" not in errors
+
+
+def test_weights_are_split_from_files() -> None:
+    assert split_weight("a.safetensors:0.8") == ("a.safetensors", 0.8)
+    assert split_weight("a.safetensors:-1") == ("a.safetensors", -1.0)
+    assert split_weight("a.safetensors") == ("a.safetensors", 1.0)
+    assert split_weight("C:\\a.safetensors") == ("C:\\a.safetensors", 1.0)
+    assert split_weight("C:\\a.safetensors:2") == ("C:\\a.safetensors", 2.0)
+
+
+def test_tuners_of_one_name_are_told_apart() -> None:
+    assert unique_names(["x/a.safetensors", "y/a.safetensors", "a-2.safetensors", "b"]) == ["a", "a-2", "a-2-2", "b"]
