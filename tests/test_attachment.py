@@ -245,6 +245,20 @@ def test_nothing_of_a_forward_pass_stays(unet, inputs, config):
         assert not TunerManager.of(unet)._features.by_site
 
 
+def test_nothing_of_a_failed_forward_pass_stays(unet, inputs):
+    def fail(module, args):
+        raise RuntimeError("stop here")
+
+    unet.conv_out.register_forward_pre_hook(fail)
+    with attach(unet, trained(unet, BypassConfig())):
+        with pytest.raises(RuntimeError, match="stop here"):
+            run(unet, inputs)
+        features = TunerManager.of(unet)._features
+        assert not features.by_site
+        assert features.time is None
+        assert features.text is None
+
+
 def test_a_deleted_tuner_is_freed(unet, inputs):
     tuner = trained(unet, BypassConfig())
     alive = weakref.ref(tuner)
