@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from ..training import TrainConfig, train
+from typing import TYPE_CHECKING
+
 from .quiet import quiet_libraries
+
+if TYPE_CHECKING:
+    from ..training import TrainConfig
 
 
 def run_train(config: TrainConfig) -> None:
     """Train a tuner and say where it is."""
-    quiet_libraries()
+    quiet_libraries()  # before the imports below, which warn
+    from ..training import train
+
     result = train(config)
     print(f"Trained {result.steps} steps in {result.seconds:.0f} s: {result.path}")
     if result.samples:

@@ -35,7 +35,8 @@ class TrainConfig(BaseModel):
     base: str
     """Stable Diffusion checkpoint in diffusers' layout: a directory, or the id of a hub repository."""
     data: Path
-    """Folder of images. Captions: `metadata.jsonl` (file_name, text), or a `.txt` beside each image, or --prompt."""
+    """Folder of images. Captions: `metadata.jsonl` (file_name, text), or a `.txt` beside each image, or --prompt.
+    An image that cannot be read is left out, with a warning that names it."""
     output: Path
     """Folder for the tuner, the checkpoints, the samples and `metrics.jsonl`."""
     name: str = Field(default="tuner", pattern=r"^[\w][\w.\- ]*$")
@@ -67,7 +68,8 @@ class TrainConfig(BaseModel):
     max_grad_norm: float = Field(default=1.0, gt=0)
     """Gradients are clipped to this norm."""
     mixed_precision: Literal["no", "fp16", "bf16"] = "no"
-    """Precision of the base; the tuner's own weights and the image encoder stay in fp32."""
+    """Precision of the base; the tuner's own weights and the image encoder stay in fp32. fp16 is usual
+    on a GPU."""
     caption_dropout: float = Field(default=0.0, ge=0, le=1)
     """Share of the samples that train with an empty caption."""
     snr_gamma: float | None = Field(default=None, gt=0)

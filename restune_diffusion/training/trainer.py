@@ -112,6 +112,11 @@ class FinalFile(Hook):
 
 
 def _check_output(config: TrainConfig) -> None:
+    if config.output.resolve().is_relative_to(config.data.resolve()):
+        raise TrainingError(
+            f"{config.output} lies inside the image folder, where the samples would become training images; "
+            f"choose another output folder."
+        )
     found = latest_checkpoint(config.output)
     if found is not None and not config.resume:
         raise TrainingError(

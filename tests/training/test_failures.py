@@ -30,7 +30,7 @@ main(sys.argv[2:])
 
 def test_a_loss_that_is_not_finite_stops_training_and_keeps_the_last_good_checkpoint(config: MakeConfig) -> None:
     settings = config(learning_rate=1e30, steps=20, checkpoint_every=1)
-    with pytest.raises(TrainingError, match=r"Stopped at step \d+: the (loss|gradient) is not a finite") as caught:
+    with pytest.raises(TrainingError, match=r"Stopped at step \d+: the loss is not a finite") as caught:
         train(settings, verbose=False)
     kept = list_checkpoints(settings.output)
     assert kept
