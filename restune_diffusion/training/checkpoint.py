@@ -30,8 +30,12 @@ class Checkpoints(Hook):
     def on_start(self, run: TrainingRun) -> None:
         """Clear away what a killed process was in the middle of writing."""
         if run.accelerator.is_main_process:
-            for remains in run.config.output.glob(".checkpoint-*.tmp"):
-                shutil.rmtree(remains)
+            for pattern in (".checkpoint-*.tmp", ".sample-*.tmp"):
+                for remains in run.config.output.glob(pattern):
+                    shutil.rmtree(remains)
+            for name in (run.config.file.name, "metrics.jsonl"):
+                for remains in run.config.output.glob(f".{name}.*.tmp"):
+                    remains.unlink()
 
     def on_step(self, run: TrainingRun, report: StepReport) -> None:
         """Save if it is time."""

@@ -22,13 +22,15 @@ def library_versions() -> dict[str, str]:
 def run_identity(run: TrainingRun) -> dict[str, Any]:
     """Return all that decides the result of a run, flat, under the names of the settings."""
     settings = {key: value for key, value in run.config.recorded().items() if key not in _IMMATERIAL}
-    if run.config.lr_scheduler in _ENDLESS:
-        del settings["steps"]
+    # Named last, because it only matters for some courses of the learning rate, which are told first if they differ.
+    steps = settings.pop("steps")
     # A caption that comes from the prompt is part of the data's hash.
     del settings["prompt"]
     settings["resolution"] = run.resolution
     settings["images and captions"] = run.cache.data_hash
     settings["number of processes"] = run.accelerator.num_processes
+    if run.config.lr_scheduler not in _ENDLESS:
+        settings["steps"] = steps
     return dict(_flat(settings))
 
 

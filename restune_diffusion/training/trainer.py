@@ -87,7 +87,8 @@ def train(
             samples = ValidationSamples()
             hooks: list[Hook] = [Progress(lambda report: losses.append(report.loss)), MetricsLog()]
             hooks += [ProgressBar()] if verbose else []
-            hooks += [Checkpoints(), FinalFile(), samples]
+            # Checkpoints come last: whatever a step's hooks write is there, whole, once the step is saved.
+            hooks += [FinalFile(), samples, Checkpoints()]
             hooks += [Progress(on_progress)] if on_progress else []
             if verbose:
                 accelerator.print(describe_plan(run))

@@ -47,7 +47,7 @@ class ValidationSamples(Hook):
 
     def _sample_from_state(self, run: TrainingRun) -> None:
         if run.config.validation.prompts and run.accelerator.is_main_process:
-            with TemporaryDirectory(dir=run.config.output, prefix=".sample-") as folder:
+            with TemporaryDirectory(dir=run.config.output, prefix=".sample-", suffix=".tmp") as folder:
                 file = Path(folder) / "tuner.safetensors"
                 save_tuner(run.tuner, file)
                 self._sample(run, file)
