@@ -36,7 +36,7 @@ class BypassConfig(_PartConfig):
     """
 
     part: Literal["bypass"] = "bypass"
-    ratio: float = Field(default=0.5, gt=0, le=8)
+    ratio: float = Field(default=0.125, gt=0, le=8)
     """Width of the bypass state over the width of the tapped feature."""
     expansion: float = Field(default=2.0, gt=0, le=8)
     """Width inside a vertical tuner over the width of the bypass state."""

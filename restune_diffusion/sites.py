@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -47,7 +48,7 @@ class BaseInfo(BaseModel):
     time_channels: int = Field(gt=0, le=1 << 16)
     """Width of the time embedding."""
     name: str = ""
-    """Where the base was loaded from; informative, never compared."""
+    """The base's hub id or folder name; informative, never compared."""
 
     def check_fits(self, other: BaseInfo) -> None:
         """Raise `BaseMismatchError` naming the first difference to another base's structure, if there is one."""
@@ -83,14 +84,12 @@ def describe_base(base: nn.Module) -> BaseInfo:
     if config is None or not all(hasattr(base, name) for name in ("conv_in", "down_blocks", "up_blocks", "conv_out")):
         raise RestuneError(f"Tuners attach to a UNet2DConditionModel, but this is a {type(base).__name__}.")
     structure = {key: _plain(config[key]) for key in _STRUCTURE_KEYS if key in config}
-    # An in-memory model knows no path; diffusers then stores an empty string or nothing.
-    name = config.get("_name_or_path") or ""
     return BaseInfo(
         denoiser=type(base).__name__,
         structure=structure,
         sites=dict(_unet_sites(base)),
         time_channels=_time_channels(base),
-        name=str(name),
+        name=_public_name(str(config.get("_name_or_path") or "")),
     )
 
 
@@ -131,6 +130,15 @@ def _unet_sites(base: Any) -> Iterator[tuple[str, Site]]:
 
 def _time_channels(base: Any) -> int:
     return int(base.time_embedding.linear_2.out_features)
+
+
+def _public_name(source: str) -> str:
+    """Name a checkpoint by its hub id, or by its folder alone: a shared file must not tell a person's paths."""
+    path = Path(source)
+    if not source or not path.exists():
+        return source
+    path = path.resolve()
+    return path.parent.name if path.name == "unet" else path.name
 
 
 def _plain(value: object) -> object:

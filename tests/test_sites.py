@@ -70,3 +70,13 @@ def test_the_first_difference_is_named():
     ours.check_fits(describe_base(make_unet(seed=5, in_channels=9)))
     with pytest.raises(BaseMismatchError, match=r"cross_attention_dim = 32, but the base here has .* = 48"):
         ours.check_fits(theirs)
+
+
+def test_a_base_is_named_by_folder_or_hub_id_never_by_path(tmp_path):
+    unet = make_unet()
+    assert describe_base(unet).name == ""
+    unet.save_pretrained(tmp_path / "my-base" / "unet")
+    loaded = UNet2DConditionModel.from_pretrained(tmp_path / "my-base" / "unet")
+    assert describe_base(loaded).name == "my-base"
+    loaded.register_to_config(_name_or_path="someone/checkpoint")
+    assert describe_base(loaded).name == "someone/checkpoint"

@@ -59,7 +59,8 @@ def as_text(info: TunerInfo) -> str:
         ("parameters", f"{info.num_parameters:,} ({info.dtype})"),
         ("base", f"{config.get('base') or info.base.name or 'unnamed'} ({info.base.denoiser}, widths {widths})"),
     ]
-    if training:
+    # A tuner made in Python may carry other training facts, or none; `--json` shows them all.
+    if {"steps", "images", "data_hash"} <= training.keys():
         facts += [
             ("trained", f"{training.get('steps')} steps on {training.get('images')} images of "
                         f"{training.get('resolution')} px, {training.get('prediction_type')}"),
