@@ -41,6 +41,8 @@ class _Attached:
         if not math.isfinite(value):
             raise RestuneError(f"A tuner's weight must be a finite number, but is {value}.")
         self._weight = float(value)
+        # A compiled graph depends on this and not on the weight itself, which would compile it anew for each value.
+        self.acts = value != 0
         self.scale.fill_(value)
 
     def add_residuals(self, site: str, x: torch.Tensor, features: Features, total: torch.Tensor) -> torch.Tensor:
@@ -169,7 +171,7 @@ class TunerManager:
 
     def _active(self) -> list[_Attached]:
         """The tuners that take part in this forward; one of weight zero costs nothing."""
-        return [attached for attached in self._tuners.values() if attached.weight] if self.enabled else []
+        return [attached for attached in self._tuners.values() if attached.acts] if self.enabled else []
 
     def _tuned(self, site: str, x: torch.Tensor) -> torch.Tensor:
         """Add the active residuals to a feature, all of them made from it as the base made it."""

@@ -112,10 +112,11 @@ LEFT_OUT = re.compile(
     r"^(flag-|letter-|keycap|digit-|regional-indicator|squared-|circled-|input-|\d+$|.$)"
     r"|-(skin-tone|button|button-blood-type|hair)$|^(beard|bald|curly-hair|red-hair|white-hair)$"
 )
-GENDERED = re.compile(r"^(man|woman|men|women|boy|girl)\b.+|^(kiss|couple|family|people)\b|holding hands")
+GENDERED = re.compile(r"^(man|woman|men|women|person) .+|^(kiss|couple|family|people)\b|holding hands")
 CLOCK = re.compile(r"(o['’]?clock|[- ]thirty)$")
 ZODIAC = re.compile(r"^(aries|taurus|gemini|cancer|leo|virgo|libra|scorpio|sagittarius|capricorn|aquarius|pisces)$")
-GROUP_WEIGHTS = {0: 1.2, 1: 0.5, 2: 0.2, 3: 1.6, 4: 1.6, 5: 1.3, 6: 1.3, 7: 1.3, 8: 0.35}
+HANDS = re.compile(r"\b(hands?|fist|thumbs|fingers?|palms?|ear|eyes?|nose|foot|leg|brain|tooth|bone|mouth|tongue)\b")
+GROUP_WEIGHTS = {0: 1.2, 1: 0.2, 2: 0.1, 3: 1.6, 4: 1.6, 5: 1.3, 6: 1.3, 7: 1.3, 8: 0.25}
 # What people call common things whose Unicode label is longer or another word.
 EVERYDAY_WORDS = {
     "automobile": "car", "red heart": "heart", "deciduous tree": "tree", "red apple": "apple", "sailboat": "boat",
@@ -211,14 +212,12 @@ def plain(text: str) -> str:
 
 def weight_of(label: str, group: int | None) -> float:
     """How often to show a concept: common things often; near-copies and abstract signs seldom."""
-    if CLOCK.search(label):
-        return 0.12
-    if ZODIAC.search(label) or "arrow" in label:
-        return 0.2
-    if GENDERED.search(label):
-        return 0.15
-    if group == 8 and re.search(r"circle|square|diamond|recycling|check|cross|music|note", label):
-        return 0.6
+    if CLOCK.search(label) or GENDERED.search(label) or "arrow" in label:
+        return 0.05
+    if ZODIAC.search(label):
+        return 0.1
+    if group == 1 and HANDS.search(label):
+        return 0.7
     return GROUP_WEIGHTS.get(group if group is not None else -1, 0.6)
 
 
