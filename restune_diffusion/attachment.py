@@ -90,7 +90,7 @@ class TunerManager:
 
     def tuner(self, name: str) -> Tuner:
         """Return an attached tuner; raises `TunerNameError` for an unknown name."""
-        self._check_known([name])
+        self.check_known([name])
         return self._tuners[name].tuner
 
     def add(self, name: str, tuner: Tuner, weight: float = 1.0) -> None:
@@ -107,24 +107,25 @@ class TunerManager:
 
     def remove(self, name: str) -> None:
         """Take a tuner off; with the last one go all hooks."""
-        self._check_known([name])
+        self.check_known([name])
         del self._tuners[name]
         if not self._tuners:
             for handle in self._handles:
                 handle.remove()
             self._handles.clear()
 
-    def set_weights(self, weights: Mapping[str, float]) -> None:
-        """Give the named tuners these weights and all others zero; no parameter is touched or copied."""
-        self._check_known(weights)
-        for name, attached in self._tuners.items():
-            attached.weight = weights.get(name, 0.0)
-
-    def _check_known(self, names: Iterable[str]) -> None:
+    def check_known(self, names: Iterable[str]) -> None:
+        """Raise `TunerNameError` if one of the names is not attached."""
         unknown = [name for name in names if name not in self._tuners]
         if unknown:
             present = ", ".join(self._tuners) or "none"
             raise TunerNameError(f"No tuner named {', '.join(map(repr, unknown))} is loaded; loaded: {present}.")
+
+    def set_weights(self, weights: Mapping[str, float]) -> None:
+        """Give the named tuners these weights and all others zero; no parameter is touched or copied."""
+        self.check_known(weights)
+        for name, attached in self._tuners.items():
+            attached.weight = weights.get(name, 0.0)
 
     def _install(self, base: nn.Module) -> None:
         hooks = self._handles

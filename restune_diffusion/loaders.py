@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -96,11 +96,8 @@ class RestuneLoaderMixin:
             tuner_name: which of the loaded tuners.
             weight_name: name of the file; defaults to `<tuner_name>.safetensors`.
         """
-        manager = TunerManager.of(self._tuner_base)
-        if manager is None:
-            raise TunerNameError(f"No tuner named {tuner_name!r} is loaded; loaded: none.")
         path = Path(save_directory) / (weight_name or f"{tuner_name}.safetensors")
-        save_tuner(manager.tuner(tuner_name), path)
+        save_tuner(self._manager_of([tuner_name]).tuner(tuner_name), path)
         return path
 
     def set_tuners(
@@ -114,22 +111,9 @@ class RestuneLoaderMixin:
             tuner_names: one name, several names, or a mapping from names to weights.
             weights: one weight for all names, or one each; defaults to 1.
         """
-        if isinstance(tuner_names, Mapping):
-            if weights is not None:
-                raise RestuneError("Give the weights in the mapping or as `weights`, not both.")
-            chosen = dict(tuner_names)
-        else:
-            names = [tuner_names] if isinstance(tuner_names, str) else list(tuner_names)
-            values = [1.0 if weights is None else weights] * len(names) if _is_scalar(weights) else list(weights)  # type: ignore[arg-type]
-            if len(values) != len(names):
-                raise RestuneError(f"There are {len(names)} tuner names but {len(values)} weights.")
-            chosen = dict(zip(names, values, strict=True))  # type: ignore[arg-type]
-        manager = TunerManager.of(self._tuner_base)
-        if manager is None:
-            if chosen:
-                raise TunerNameError(f"No tuner named {', '.join(map(repr, chosen))} is loaded; loaded: none.")
-            return
-        manager.set_weights(chosen)
+        chosen = _named_weights(tuner_names, weights)
+        if chosen or self.get_list_tuners():
+            self._manager_of(chosen).set_weights(chosen)
 
     def get_active_tuners(self) -> list[str]:
         """Names of the tuners that act: loaded, enabled, and of a weight other than zero."""
@@ -153,26 +137,21 @@ class RestuneLoaderMixin:
 
     def delete_tuners(self, tuner_names: str | Sequence[str]) -> None:
         """Unload the named tuners; with the last one go all hooks."""
-        names = [tuner_names] if isinstance(tuner_names, str) else list(tuner_names)
-        manager = TunerManager.of(self._tuner_base)
-        unknown = [name for name in names if manager is None or name not in manager.names]
-        if unknown or manager is None:
-            present = ", ".join(manager.names) if manager is not None else "none"
-            raise TunerNameError(f"No tuner named {', '.join(map(repr, unknown))} is loaded; loaded: {present}.")
-        for name in dict.fromkeys(names):
-            manager.remove(name)
+        names = _listed(tuner_names)
+        if names:
+            manager = self._manager_of(names)
+            for name in dict.fromkeys(names):
+                manager.remove(name)
 
     def unload_tuner_weights(self) -> None:
         """Unload all tuners; the base is as it was before the first was loaded."""
-        self.delete_tuners(list(self.get_list_tuners())) if self.get_list_tuners() else None
+        self.delete_tuners(list(self.get_list_tuners()))
 
     def set_tuner_device(self, tuner_names: str | Sequence[str], device: torch.device | str) -> None:
         """Move loaded tuners; one that acts is moved back to its feature's device when it is next needed."""
-        manager = TunerManager.of(self._tuner_base)
-        for name in [tuner_names] if isinstance(tuner_names, str) else tuner_names:
-            if manager is None:
-                raise TunerNameError(f"No tuner named {name!r} is loaded; loaded: none.")
-            manager.tuner(name).to(device)
+        names = _listed(tuner_names)
+        for name in names:
+            self._manager_of(names).tuner(name).to(device)
 
     @property
     def _tuner_base(self) -> Any:
@@ -181,14 +160,37 @@ class RestuneLoaderMixin:
             raise RestuneError(f"Tuners need a pipeline with a U-Net, but {type(self).__name__} has none loaded.")
         return base
 
+    def _manager_of(self, names: Iterable[str]) -> TunerManager:
+        """Return the manager that has all these tuners, or say which it has not."""
+        manager = TunerManager.of(self._tuner_base)
+        if manager is None:
+            raise TunerNameError(f"No tuner named {', '.join(map(repr, names))} is loaded; loaded: none.")
+        manager.check_known(names)
+        return manager
+
     def _switch(self, on: bool) -> None:
         manager = TunerManager.of(self._tuner_base)
         if manager is not None:
             manager.enabled = on
 
 
-def _is_scalar(weights: object) -> bool:
-    return weights is None or isinstance(weights, int | float)
+def _listed(names: str | Sequence[str]) -> list[str]:
+    return [names] if isinstance(names, str) else list(names)
+
+
+def _named_weights(
+    names: str | Sequence[str] | Mapping[str, float], weights: float | Sequence[float] | None
+) -> dict[str, float]:
+    if isinstance(names, Mapping):
+        if weights is not None:
+            raise RestuneError("Give the weights in the mapping or as `weights`, not both.")
+        return dict(names)
+    names = _listed(names)
+    weights = 1.0 if weights is None else weights
+    values = [weights] * len(names) if isinstance(weights, int | float) else list(weights)
+    if len(values) != len(names):
+        raise RestuneError(f"There are {len(names)} tuner names but {len(values)} weights.")
+    return dict(zip(names, values, strict=True))
 
 
 def _find_local(source: str | os.PathLike[str], weight_name: str | None, subfolder: str | None) -> Path | None:
