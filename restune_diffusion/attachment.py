@@ -8,10 +8,10 @@ The hooks add the sum of the active residuals at each site, so the order of atta
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import nn
@@ -20,30 +20,31 @@ from torch.utils.hooks import RemovableHandle
 from .errors import RestuneError, TunerNameError
 from .sites import describe_base, merge_module, skip_counts
 from .tuner import Tuner
-from .tuners import Features
+from .tuners import Features, Part
+
+Weight: TypeAlias = float | Sequence[float]
+"""Factor on a tuner's residuals: one number, or one for each image of a batch."""
 
 
 class _Attached:
     """A tuner in a manager, with its weight."""
 
-    def __init__(self, tuner: Tuner, weight: float) -> None:
+    def __init__(self, tuner: Tuner, weight: Weight) -> None:
         self.tuner = tuner
         # Changed in place, so that a compiled graph sees the new value without compiling again.
         self.scale = torch.zeros(())
+        self.set_weight(_checked(weight))
+
+    def set_weight(self, weight: float | tuple[float, ...]) -> None:
+        """Set a weight that is known to be valid."""
         self.weight = weight
-
-    @property
-    def weight(self) -> float:
-        return self._weight
-
-    @weight.setter
-    def weight(self, value: float) -> None:
-        if not math.isfinite(value):
-            raise RestuneError(f"A tuner's weight must be a finite number, but is {value}.")
-        self._weight = float(value)
+        values = torch.tensor(weight)
         # A compiled graph depends on this and not on the weight itself, which would compile it anew for each value.
-        self.acts = value != 0
-        self.scale.fill_(value)
+        self.acts = bool(values.any())
+        if values.shape == self.scale.shape:
+            self.scale.copy_(values)
+        else:
+            self.scale = values
 
     def add_residuals(self, site: str, x: torch.Tensor, features: Features, total: torch.Tensor) -> torch.Tensor:
         """Add the weighted residuals that the tuner's parts make of the feature `x` to `total`."""
@@ -51,8 +52,30 @@ class _Attached:
             if site in part.writes:
                 if self.tuner.device != x.device:
                     self.tuner.to(x.device)
-                total = total + (part(site, x, features) * self.scale).to(x.dtype)
+                if self.scale.dim() == 0:
+                    total = total + (part(site, x, features) * self.scale).to(x.dtype)
+                else:
+                    total = self._add_by_image(part, site, x, features, total)
         return total
+
+    def _add_by_image(
+        self, part: Part, site: str, x: torch.Tensor, features: Features, total: torch.Tensor
+    ) -> torch.Tensor:
+        """Run the part on the rows of the batch whose image has a weight other than zero.
+
+        Guidance stacks copies of the images, `[uncond..., cond...]`, in a number that differs between pipelines, so
+        it is read off the batch.
+        """
+        copies, rest = divmod(x.shape[0], self.scale.numel())
+        if rest:
+            raise RestuneError(
+                f"The tuners' weights are for {self.scale.numel()} images, but the batch has {x.shape[0]} rows; "
+                "give one weight for each image."
+            )
+        scale = self.scale.repeat(copies)
+        rows = scale.nonzero().flatten().to(x.device)
+        residual = part(site, x[rows], features.rows(rows)) * scale.to(x.device)[rows, None, None, None]
+        return total.index_add(0, rows, residual.to(x.dtype))
 
 
 class TunerManager:
@@ -84,16 +107,21 @@ class TunerManager:
         return list(self._tuners)
 
     @property
-    def weights(self) -> dict[str, float]:
+    def weights(self) -> dict[str, float | tuple[float, ...]]:
         """Weight of each attached tuner."""
         return {name: attached.weight for name, attached in self._tuners.items()}
+
+    @property
+    def active_names(self) -> list[str]:
+        """Names of the tuners that act: enabled, and of a weight other than zero for at least one image."""
+        return [name for name, attached in self._tuners.items() if attached.acts and self.enabled]
 
     def tuner(self, name: str) -> Tuner:
         """Return an attached tuner; raises `TunerNameError` for an unknown name."""
         self.check_known([name])
         return self._tuners[name].tuner
 
-    def add(self, name: str, tuner: Tuner, weight: float = 1.0) -> None:
+    def add(self, name: str, tuner: Tuner, weight: Weight = 1.0) -> None:
         """Attach a tuner under a name.
 
         Raises:
@@ -121,11 +149,17 @@ class TunerManager:
             present = ", ".join(self._tuners) or "none"
             raise TunerNameError(f"No tuner named {', '.join(map(repr, unknown))} is loaded; loaded: {present}.")
 
-    def set_weights(self, weights: Mapping[str, float]) -> None:
-        """Give the named tuners these weights and all others zero; no parameter is touched or copied."""
+    def set_weights(self, weights: Mapping[str, Weight]) -> None:
+        """Give the named tuners these weights and all others zero; no parameter is touched or copied.
+
+        Raises:
+            TunerNameError: if a name is unknown.
+            RestuneError: if a weight is not finite; no weight has changed then.
+        """
         self.check_known(weights)
+        checked = {name: _checked(weight) for name, weight in weights.items()}
         for name, attached in self._tuners.items():
-            attached.weight = weights.get(name, 0.0)
+            attached.set_weight(checked.get(name, 0.0))
 
     def _install(self, base: nn.Module) -> None:
         hooks = self._handles
@@ -172,7 +206,7 @@ class TunerManager:
 
     def _active(self) -> list[_Attached]:
         """The tuners that take part in this forward; one of weight zero costs nothing."""
-        return [attached for attached in self._tuners.values() if attached.acts] if self.enabled else []
+        return [attached for attached in self._tuners.values() if attached.acts and self.enabled]
 
     def _tuned(self, site: str, x: torch.Tensor) -> torch.Tensor:
         """Add the active residuals to a feature, all of them made from it as the base made it."""
@@ -203,14 +237,14 @@ class Attachment:
         self.detach()
 
 
-def attach(base: nn.Module, tuner: Tuner, name: str = "default", weight: float = 1.0) -> Attachment:
+def attach(base: nn.Module, tuner: Tuner, name: str = "default", weight: Weight = 1.0) -> Attachment:
     """Attach a tuner to a base, changing no parameter of it.
 
     Args:
         base: a `UNet2DConditionModel`, not compiled yet.
         tuner: a tuner that was made for a base of this structure.
         name: name of the tuner on this base.
-        weight: factor on the tuner's residuals.
+        weight: factor on the tuner's residuals, or one for each image of a batch.
 
     Returns:
         A handle that detaches the tuner, also as a context manager.
@@ -238,6 +272,13 @@ def detach(base: nn.Module, name: str = "default") -> None:
     if manager is None:
         raise TunerNameError(f"No tuner named {name!r} is loaded; loaded: none.")
     manager.remove(name)
+
+
+def _checked(weight: Weight) -> float | tuple[float, ...]:
+    values = tuple(map(float, weight)) if isinstance(weight, Sequence) else (float(weight),)
+    if not values or not all(map(math.isfinite, values)):
+        raise RestuneError(f"A tuner's weight must be a finite number, or one for each image, but is {weight}.")
+    return values if isinstance(weight, Sequence) else values[0]
 
 
 def _refuse_compiled(base: nn.Module) -> None:

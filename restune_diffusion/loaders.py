@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import nn
 
-from .attachment import TunerManager, attach
+from .attachment import TunerManager, Weight, attach
 from .errors import RestuneError, TunerFileError, TunerNameError
 from .fileformat import load_tuner, save_tuner
 from .tuner import Tuner
+
+MixPerImage: TypeAlias = Sequence[str | Mapping[str, float] | None]
 
 TUNER_WEIGHT_NAME = "pytorch_tuner_weights.safetensors"
 _NAME = re.compile(r"[^./\\\x00-\x1f][^/\\\x00-\x1f]*")
@@ -29,6 +32,22 @@ class RestuneLoaderMixin:
     """
 
     unet: Any
+
+    def __call__(self, *args: Any, tuners: MixPerImage | None = None, **kwargs: Any) -> Any:
+        """Generate as the pipeline does.
+
+        Args:
+            args: the pipeline's own arguments.
+            tuners: which tuner acts on each prompt, for this call only: a list with one entry for each prompt, an
+                entry being a name, a mapping from names to weights, or None for the base alone. Without it, the mix
+                of `set_tuners` acts on all images.
+            kwargs: the pipeline's own arguments.
+
+        Returns:
+            What the pipeline returns.
+        """
+        with contextlib.nullcontext() if tuners is None else self._mixed(tuners, kwargs.get("num_images_per_prompt")):
+            return super().__call__(*args, **kwargs)  # type: ignore[misc]
 
     def load_tuner_weights(
         self,
@@ -102,13 +121,14 @@ class RestuneLoaderMixin:
 
     def set_tuners(
         self,
-        tuner_names: str | Sequence[str] | Mapping[str, float],
+        tuner_names: str | Sequence[str] | Mapping[str, Weight],
         weights: float | Sequence[float] | None = None,
     ) -> None:
         """Choose which loaded tuners act, and how strongly; all others get weight zero.
 
         Args:
-            tuner_names: one name, several names, or a mapping from names to weights.
+            tuner_names: one name, several names, or a mapping from names to weights; a weight in a mapping may be a
+                list with one number for each image of a batch.
             weights: one weight for all names, or one each; defaults to 1.
         """
         chosen = _named_weights(tuner_names, weights)
@@ -118,11 +138,9 @@ class RestuneLoaderMixin:
     def get_active_tuners(self) -> list[str]:
         """Names of the tuners that act: loaded, enabled, and of a weight other than zero."""
         manager = TunerManager.of(self._tuner_base)
-        if manager is None or not manager.enabled:
-            return []
-        return [name for name, weight in manager.weights.items() if weight]
+        return manager.active_names if manager is not None else []
 
-    def get_list_tuners(self) -> dict[str, float]:
+    def get_list_tuners(self) -> dict[str, float | tuple[float, ...]]:
         """Names of all loaded tuners, with their weights."""
         manager = TunerManager.of(self._tuner_base)
         return manager.weights if manager is not None else {}
@@ -160,6 +178,15 @@ class RestuneLoaderMixin:
             raise RestuneError(f"Tuners need a pipeline with a U-Net, but {type(self).__name__} has none loaded.")
         return base
 
+    @contextlib.contextmanager
+    def _mixed(self, tuners: MixPerImage, images_per_prompt: int | None) -> Iterator[None]:
+        before = self.get_list_tuners()
+        self.set_tuners(_weights_by_name(tuners, images_per_prompt or 1))
+        try:
+            yield
+        finally:
+            self.set_tuners(before)
+
     def _manager_of(self, names: Iterable[str]) -> TunerManager:
         """Return the manager that has all these tuners, or say which it has not."""
         manager = TunerManager.of(self._tuner_base)
@@ -174,13 +201,23 @@ class RestuneLoaderMixin:
             manager.enabled = on
 
 
+def _weights_by_name(tuners: MixPerImage, images_per_prompt: int) -> dict[str, list[float]]:
+    """Turn one mix for each prompt into one list of weights, by image, for each tuner."""
+    mixes: list[Mapping[str, float]] = [
+        {} if mix is None else {mix: 1.0} if isinstance(mix, str) else mix for mix in tuners
+    ]
+    names = dict.fromkeys(name for mix in mixes for name in mix)
+    # diffusers puts the images of one prompt side by side
+    return {name: [mix.get(name, 0.0) for mix in mixes for _ in range(images_per_prompt)] for name in names}
+
+
 def _listed(names: str | Sequence[str]) -> list[str]:
     return [names] if isinstance(names, str) else list(names)
 
 
 def _named_weights(
-    names: str | Sequence[str] | Mapping[str, float], weights: float | Sequence[float] | None
-) -> dict[str, float]:
+    names: str | Sequence[str] | Mapping[str, Weight], weights: float | Sequence[float] | None
+) -> dict[str, Weight]:
     if isinstance(names, Mapping):
         if weights is not None:
             raise RestuneError("Give the weights in the mapping or as `weights`, not both.")

@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from torch import nn
+
+from restune_diffusion import BypassConfig, RestuneStableDiffusionPipeline, SkipConfig, Tuner, save_tuner
 
 # Small models gain nothing from a second thread and lose much to any other process on the machine.
 torch.set_num_threads(1)
@@ -89,3 +91,29 @@ def unet() -> UNet2DConditionModel:
 @pytest.fixture
 def inputs() -> Inputs:
     return make_inputs()
+
+
+@pytest.fixture(scope="session")
+def components():
+    return StableDiffusionPipeline.from_pretrained(str(TINY_BASE)).components
+
+
+@pytest.fixture
+def pipe(components):
+    pipe = RestuneStableDiffusionPipeline(**components, requires_safety_checker=False)
+    pipe.set_progress_bar_config(disable=True)
+    yield pipe
+    pipe.unload_tuner_weights()
+    pipe.unload_lora_weights()
+
+
+@pytest.fixture(scope="session")
+def files(components, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tuners")
+    for seed, (name, config) in enumerate(
+        {"water": SkipConfig(ratio=0.5), "watercolor": BypassConfig(), "ink": SkipConfig(ratio=0.25)}.items()
+    ):
+        tuner = Tuner.for_base(components["unet"], config)
+        randomize(tuner, seed, std=0.05)
+        save_tuner(tuner, folder / f"{name}.safetensors")
+    return folder

@@ -7,12 +7,11 @@ import warnings
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, DiffusionPipeline, StableDiffusionPipeline
+from diffusers import DDIMScheduler, DiffusionPipeline
 from peft import LoraConfig
 
 from restune_diffusion import (
     BaseMismatchError,
-    BypassConfig,
     RestuneError,
     RestuneStableDiffusionPipeline,
     SkipConfig,
@@ -22,22 +21,8 @@ from restune_diffusion import (
     save_tuner,
 )
 
-from .conftest import ROOT, TINY_BASE, make_unet, randomize
+from .conftest import ROOT, TINY_BASE, make_unet
 from .test_attachment import assert_same, everything
-
-
-@pytest.fixture(scope="module")
-def components():
-    return StableDiffusionPipeline.from_pretrained(str(TINY_BASE)).components
-
-
-@pytest.fixture
-def pipe(components):
-    pipe = RestuneStableDiffusionPipeline(**components, requires_safety_checker=False)
-    pipe.set_progress_bar_config(disable=True)
-    yield pipe
-    pipe.unload_tuner_weights()
-    pipe.unload_lora_weights()
 
 
 def generate(pipe, prompt="red heart, twemoji style", **kwargs):
@@ -47,18 +32,6 @@ def generate(pipe, prompt="red heart, twemoji style", **kwargs):
 
 def same(one, two):
     return (one == two).all()
-
-
-@pytest.fixture(scope="module")
-def files(components, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tuners")
-    for seed, (name, config) in enumerate(
-        {"water": SkipConfig(ratio=0.5), "watercolor": BypassConfig(), "ink": SkipConfig(ratio=0.25)}.items()
-    ):
-        tuner = Tuner.for_base(components["unet"], config)
-        randomize(tuner, seed, std=0.05)
-        save_tuner(tuner, folder / f"{name}.safetensors")
-    return folder
 
 
 def test_load_mix_and_unload(pipe, files):

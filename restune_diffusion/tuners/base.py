@@ -21,6 +21,14 @@ class Features:
     text: torch.Tensor | None = None
     """Text states `(batch, tokens, cross_attention_dim)`."""
 
+    def rows(self, rows: torch.Tensor) -> Features:
+        """Select rows of the batch."""
+        return Features(
+            {site: feature[rows] for site, feature in self.by_site.items()},
+            None if self.time is None else self.time[rows],
+            None if self.text is None else self.text[rows],
+        )
+
 
 class Part(nn.Module):
     """One family of modules inside a tuner: reads features at some sites and makes residuals for some sites.
