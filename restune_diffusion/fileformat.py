@@ -65,7 +65,7 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
             os.fsync(file.fileno())
         temporary.chmod(0o666 & ~_umask())
         temporary.replace(path)
-        _sync_directory(path.parent)
+        sync_directory(path.parent)
     except OSError as error:
         raise TunerFileError(
             f"Cannot write {path}: {error.strerror or error}; free space or choose another folder, "
@@ -256,7 +256,8 @@ def _umask() -> int:
     return current
 
 
-def _sync_directory(directory: Path) -> None:
+def sync_directory(directory: Path) -> None:
+    """Make sure that the names in a directory, a new or renamed file among them, survive a power cut."""
     # Windows has no directory handles to sync.
     if os.name == "posix":
         handle = os.open(directory, os.O_RDONLY)

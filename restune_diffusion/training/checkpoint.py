@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 
 from ..errors import TrainingError
-from ..fileformat import atomic_write, load_tuner, save_tuner
+from ..fileformat import atomic_write, load_tuner, save_tuner, sync_directory
 from .facts import library_versions, run_identity
 from .run import Hook, StepReport, TrainingRun
 
@@ -83,7 +83,7 @@ def save_checkpoint(run: TrainingRun) -> Path:
         with atomic_write(temporary / "state.json") as file:
             file.write(json.dumps(state, indent=2).encode())
         temporary.rename(final)
-        _sync(run.config.output)
+        sync_directory(run.config.output)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return final
@@ -150,12 +150,3 @@ def _prune(output: Path, keep: int) -> None:
         doomed = old.with_name(f".{old.name}.{os.getpid()}.tmp")
         old.rename(doomed)
         shutil.rmtree(doomed)
-
-
-def _sync(directory: Path) -> None:
-    if os.name == "posix":  # Windows has no directory handles to sync
-        handle = os.open(directory, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from accelerate.utils import is_tensorboard_available
 from diffusers.optimization import get_scheduler
 
 from ..attachment import attach
@@ -127,6 +128,11 @@ def _check_output(config: TrainConfig) -> None:
 
 
 def _make_accelerator(config: TrainConfig) -> Accelerator:
+    if config.log_with == "tensorboard" and not is_tensorboard_available():
+        # accelerate would only leave the log out
+        raise TrainingError(
+            "TensorBoard is not installed; run pip install 'restune-diffusion[tensorboard]', or leave --log-with out."
+        )
     # Two runs of one process may differ in precision, which accelerate keeps in a state of the whole process.
     AcceleratorState._reset_state()
     try:

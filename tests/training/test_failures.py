@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -88,3 +89,12 @@ def test_a_full_disk_is_told_in_one_sentence_and_breaks_nothing(
     assert {path.name: path.read_bytes() for path in (settings.output / "checkpoint-000002").iterdir()} == before
     assert [path.name for path in list_checkpoints(settings.output)] == ["checkpoint-000002"]
     assert not list(settings.output.glob(".*")), "nothing half-written is left behind"
+
+
+def test_tensorboard_that_is_not_installed_is_named_with_its_extra(
+    config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in ("tensorboard", "tensorboardX"):
+        monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(TrainingError, match=r"pip install 'restune-diffusion\[tensorboard\]'"):
+        train(config(log_with="tensorboard"), verbose=False)
