@@ -115,8 +115,8 @@ LEFT_OUT = re.compile(
 GENDERED = re.compile(r"^(man|woman|men|women|person) .+|^(kiss|couple|family|people)\b|holding hands")
 CLOCK = re.compile(r"(o['’]?clock|[- ]thirty)$")
 ZODIAC = re.compile(r"^(aries|taurus|gemini|cancer|leo|virgo|libra|scorpio|sagittarius|capricorn|aquarius|pisces)$")
-HANDS = re.compile(r"\b(hands?|fist|thumbs|fingers?|palms?|ear|eyes?|nose|foot|leg|brain|tooth|bone|mouth|tongue)\b")
-GROUP_WEIGHTS = {0: 1.2, 1: 0.2, 2: 0.1, 3: 1.6, 4: 1.6, 5: 1.3, 6: 1.3, 7: 1.3, 8: 0.25}
+# A concept that at least this many pretraining sets draw is shown for its own sake; what fewer draw teaches little.
+WIDELY_DRAWN = 4
 # What people ask for first: shown several times as often as the rest, so that little training draws it well.
 COMMON_NAMES = """
     airplane, alarm clock, alien, ambulance, american football, anchor, angry face, ant, artist palette,
@@ -251,17 +251,13 @@ def plain(text: str) -> str:
     return re.sub(r"\s+", " ", re.sub(r"[-_:,“”\"]", " ", text.lower().replace("’", "'"))).strip()
 
 
-def weight_of(label: str, group: int | None) -> float:
-    """How often to show a concept: common things often; near-copies and abstract signs seldom."""
-    if label in COMMON:
-        return 6.0
-    if CLOCK.search(label) or GENDERED.search(label) or "arrow" in label:
-        return 0.05
-    if ZODIAC.search(label):
+def weight_of(label: str, sets: int) -> float:
+    """How often to show a concept that so many sets draw: common things often, rare ones and near-copies seldom."""
+    if sets < WIDELY_DRAWN:
         return 0.1
-    if group == 1 and HANDS.search(label):
-        return 0.7
-    return GROUP_WEIGHTS.get(group if group is not None else -1, 0.6)
+    if CLOCK.search(label) or GENDERED.search(label) or ZODIAC.search(label) or "arrow" in label:
+        return 0.4
+    return 1.3 if label in COMMON else 1.0
 
 
 def emoji_names(entries: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -283,13 +279,13 @@ def describe(name: str, entry: dict[str, Any] | None) -> Icon:
     """Captions for an icon: its Unicode label and the name that the set gives it."""
     slug = plain(name)
     if entry is None:
-        return Icon(name, slug, [slug], [], weight_of(slug, None))
+        return Icon(name, slug, [slug])
     label = plain(entry["label"])
     captions = list(dict.fromkeys([label, slug, EVERYDAY_WORDS.get(label, label)]))
     if CLOCK.search(label):
         captions.append(f"clock at {label}")
     tags = [tag for tag in entry["tags"] if tag not in captions]
-    return Icon(name, label, captions, tags, weight_of(label, entry.get("group")))
+    return Icon(name, label, captions, tags)
 
 
 def read_set(name: str, folder: Path) -> tuple[dict[str, Any], dict[str, str]]:
@@ -393,8 +389,11 @@ def main(argv: list[str] | None = None) -> None:
     if arguments.out:
         entries = read_package(folder / NAMES.tarball, NAMES, ("en/data.json",))[0]
         names = slugs_to_names(folder, emoji_names(entries))
-        for name in PRETRAINING_SETS:
-            pictures, icons = render_set(name, folder, names, arguments.size)
+        drawn = {name: render_set(name, folder, names, arguments.size) for name in PRETRAINING_SETS}
+        counts = Counter(label for _, icons in drawn.values() for label in {icon.label for icon in icons})
+        for name, (pictures, icons) in drawn.items():
+            for icon in icons:
+                icon.weight = weight_of(icon.label, counts[icon.label])
             write_set(arguments.out, name, pictures, icons)
             matched = sum(len(icon.captions) + len(icon.tags) > 1 for icon in icons)
             print(f"{name}: {len(icons)} icons, {matched} with more than one name", flush=True)

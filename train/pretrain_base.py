@@ -511,12 +511,18 @@ def normalise(vae: AutoencoderKL, mean: Tensor, std: Tensor) -> None:
     vae.register_to_config(scaling_factor=SCALING_FACTOR)
 
 
+def source_vae(arguments: argparse.Namespace) -> AutoencoderKL:
+    """The autoencoder that encodes: the one just trained, or that of the pipeline to go on from."""
+    folder = arguments.start / "vae" if arguments.start else arguments.work / "vae"
+    return AutoencoderKL.from_pretrained(folder).eval()
+
+
 @torch.no_grad()
 def encode_part(arguments: argparse.Namespace, start: int) -> tuple[npt.NDArray[np.float32], list[list[int]]]:
     """Latents and background colours of the variants of `PART` icons (arrays travel between processes by value)."""
     torch.set_num_threads(1)
     icons = load_icons(arguments.icons)
-    vae = AutoencoderKL.from_pretrained(arguments.work / "vae").eval()
+    vae = source_vae(arguments)
     latents, colours = [], []
     for index in range(start, min(start + PART, len(icons.records))):
         pictures, shades = variants(icons.pixels[index], torch.Generator().manual_seed(arguments.seed + index))
@@ -533,7 +539,12 @@ def encode_latents(arguments: argparse.Namespace) -> None:
         parts = list(pool.map(encode_part, [arguments] * len(starts), starts))
     colours = [shades for _, part in parts for shades in part]
     stored = torch.from_numpy(np.concatenate([latents for latents, _ in parts]))
-    vae = AutoencoderKL.from_pretrained(arguments.work / "vae").eval()
+    vae = source_vae(arguments)
+    if arguments.start:  # already normalised, and the U-Net to go on from knows these latents
+        vae.save_pretrained(arguments.work / "vae-normalised")
+        scaled = (stored * vae.config.scaling_factor).to(torch.bfloat16)
+        save_file({"latents": scaled, "colours": torch.tensor(colours)}, arguments.work / "latents.safetensors")
+        return
     share = icons.weights[:, None] * torch.tensor(VARIANT_WEIGHTS)
     share = (share / share.sum() / 64)[:, :, None, None, None]
     mean = (stored * share).sum((0, 1, 3, 4))
@@ -645,7 +656,7 @@ class Captions:
         name = self.name(record, rng)
         if colour != "white" or rng.random() < 0.08:
             name += f" on a {colour} background"
-        if rng.random() < 0.2:
+        if rng.random() < 0.1:
             return name
         return f"{name} in {record['style']}" if rng.random() < 0.1 else f"{name}, {record['style']}"
 
@@ -772,6 +783,14 @@ class Examples:
         return self.latents[picks, shapes].float(), self.captions.ids(prompts), picks.tolist()
 
 
+def load_pipeline(module: TextAndUNet, folder: Path, used: list[int]) -> None:
+    """Begin with the weights of an exported pipeline."""
+    module.unet.load_state_dict(UNet2DConditionModel.from_pretrained(folder / "unet").state_dict())
+    weights = CLIPTextModel.from_pretrained(folder / "text_encoder", dtype=torch.float32).state_dict()
+    name = next(key for key in weights if key.endswith("token_embedding.weight"))
+    module.text_encoder.load_state_dict(weights | {name: weights[name][used]})
+
+
 @dataclass
 class UNetJob:
     """Train text encoder and U-Net on stored latents."""
@@ -784,7 +803,9 @@ class UNetJob:
         torch.manual_seed(self.settings.seed)
         module = TextAndUNet(len(captions.used))
         taught = self.settings.work / "text.safetensors"
-        if taught.exists():
+        if self.settings.start:
+            load_pipeline(module, self.settings.start, captions.used)
+        elif taught.exists():
             module.text_encoder.load_state_dict(load_file(taught))
         return module
 
@@ -949,6 +970,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     export.set_defaults(run=export_checkpoint, seed=0)
     for stage in (unet, export):
         stage.add_argument("--export", type=Path, required=True, help="where to write the pipeline")
+    for stage in (latents, unet, export):
+        stage.add_argument("--start", type=Path, help="go on from this exported pipeline")
     for stage in (text, unet, export):
         stage.add_argument("--tokenizer", type=Path, required=True, help="folder of the CLIP tokenizer")
     for stage in (latents, text, unet, export):
