@@ -91,8 +91,17 @@ SOURCES = {
         "MIT",
         "glossy style",
     ),
+    "openmoji": Source(
+        "@iconify-json/openmoji",
+        "1.2.29",
+        "vXdhkqcXVSO6suy+m9LbcUM3OdVyuNOtpV8/als/WqfkQIRxevL5Geb/g+6GH/Qwnq1OqksEmaDGTCmZ5nFKJQ==",
+        "CC-BY-SA-4.0",
+        "outlined style",
+    ),
 }
 PRETRAINING_SETS = ("noto", "twemoji", "fluent-emoji-flat", "emojione", "noto-v1")
+# The base never sees these: the icon-style benchmark tunes towards them.
+DEVELOPMENT_SETS = ("fluent-emoji", "openmoji")
 NAMES = Source(
     "emojibase-data",
     "17.0.0",
@@ -297,10 +306,12 @@ def read_set(name: str, folder: Path) -> tuple[dict[str, Any], dict[str, str]]:
     return root, code_points
 
 
-def slugs_to_names(folder: Path, names: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+def slugs_to_names(
+    folder: Path, names: dict[str, dict[str, Any]], sets: tuple[str, ...] = PRETRAINING_SETS
+) -> dict[str, dict[str, Any]]:
     """Unicode's entries by icon name, for all sets at once: two sets list no code points but share the names."""
     by_slug = {plain(entry["label"]).replace(" ", "-"): entry for entry in names.values()}
-    for name in PRETRAINING_SETS:
+    for name in sets:
         for slug, code in read_set(name, folder)[1].items():
             if code in names:
                 by_slug[slug] = names[code]
@@ -363,6 +374,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, nargs="?", help="folder for the pretraining data")
     parser.add_argument("--demo", type=Path, metavar="DIR", help="write the demo set (24 pictures) to this folder")
+    parser.add_argument(
+        "--benchmark", action="store_true", help="add the sets that the icon-style benchmark tunes towards"
+    )
     where = parser.add_mutually_exclusive_group(required=True)
     where.add_argument("--tarballs", type=Path, metavar="DIR", help="read the npm tarballs from this folder")
     where.add_argument("--download", action="store_true", help="fetch the tarballs with `npm pack` (uses the network)")
@@ -379,6 +393,7 @@ def main(argv: list[str] | None = None) -> None:
     arguments = parse_arguments(argv)
     wanted = [SOURCES[name] for name in PRETRAINING_SETS] + [NAMES] if arguments.out else []
     wanted += [SOURCES[DEMO_SET]] if arguments.demo else []
+    wanted += [SOURCES[name] for name in DEVELOPMENT_SETS] if arguments.benchmark else []
     folder = arguments.cache if arguments.download else arguments.tarballs
     if arguments.download:
         for source in wanted:
@@ -388,7 +403,8 @@ def main(argv: list[str] | None = None) -> None:
         print(f"{arguments.demo}: {len(DEMO_CONCEPTS)} pictures")
     if arguments.out:
         entries = read_package(folder / NAMES.tarball, NAMES, ("en/data.json",))[0]
-        names = slugs_to_names(folder, emoji_names(entries))
+        by_code_points = emoji_names(entries)
+        names = slugs_to_names(folder, by_code_points)
         drawn = {name: render_set(name, folder, names, arguments.size) for name in PRETRAINING_SETS}
         counts = Counter(label for _, icons in drawn.values() for label in {icon.label for icon in icons})
         for name, (pictures, icons) in drawn.items():
@@ -397,6 +413,12 @@ def main(argv: list[str] | None = None) -> None:
             write_set(arguments.out, name, pictures, icons)
             matched = sum(len(icon.captions) + len(icon.tags) > 1 for icon in icons)
             print(f"{name}: {len(icons)} icons, {matched} with more than one name", flush=True)
+        if arguments.benchmark:
+            names = slugs_to_names(folder, by_code_points, PRETRAINING_SETS + DEVELOPMENT_SETS)
+            for name in DEVELOPMENT_SETS:
+                pictures, icons = render_set(name, folder, names, arguments.size)
+                write_set(arguments.out, name, pictures, icons)
+                print(f"{name}: {len(icons)} icons", flush=True)
 
 
 if __name__ == "__main__":

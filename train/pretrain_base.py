@@ -139,7 +139,7 @@ def take(shared: Shared) -> int:
 
 def shared_copy(tensor: Tensor) -> Tensor:
     """The tensor in memory that all processes see."""
-    shared: Tensor = tensor.share_memory_()  # type: ignore[no-untyped-call]
+    shared: Tensor = tensor.share_memory_()
     return shared
 
 
@@ -441,7 +441,7 @@ class DecoderJob:
                 latents = latents + (level * torch.randn(latents.shape)).to(latents.dtype)
             found = module.decode(latents).sample.float()
             loss = reconstruction_loss(found, pixels)
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             return {"loss": float(loss.detach()), "l1": float(F.l1_loss(found.detach(), pixels))}
 
         return run
@@ -737,7 +737,7 @@ class TextJob:
             named = ids[:, 1] != ids[:, -1]
             chosen = F.cross_entropy(similarity.float(), share / share.sum(1, keepdim=True), reduction="none")
             match = (chosen * named).sum() / named.sum().clamp(min=1)
-            (error + 0.3 * match).backward()  # type: ignore[no-untyped-call]
+            (error + 0.3 * match).backward()
             return {"error": float(error.detach()), "match": float(match.detach())}
 
         return run

@@ -1,0 +1,211 @@
+"""The icon-style benchmark: tune towards a style that the base has never seen, and ask for what it knows.
+
+    python train/prepare_icons.py data/icons --download --benchmark
+    python -m benchmarks.icon_style base --icons data/icons --work work
+    python -m benchmarks.icon_style style openmoji --icons data/icons --work work
+    python -m benchmarks.icon_style subject --icons data/icons --work work
+    python -m benchmarks.icon_style report --icons data/icons --work work
+
+Whatever was computed stays in the work folder and is not computed again.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import tyro
+from PIL import Image
+
+from restune_diffusion.cli.quiet import quiet_libraries
+from restune_diffusion.demo import BASE
+from restune_diffusion.evaluation import InceptionFeatures, Lpips
+from restune_diffusion.fileformat import atomic_write
+from restune_diffusion.training.base import load_base
+from restune_diffusion.training.contact_sheet import labelled_grid
+from train.prepare_icons import DEVELOPMENT_SETS
+
+from .base import judge_base
+from .character import held_out, render
+from .data import IconData, to_images
+from .judges import Judges, load_judges
+from .report import environment, style_grid, write_report
+from .runner import Settings, StyleRun, describe, read_strip, slug
+from .scores import Yardsticks
+from .subject import ABOUT, SubjectRun
+
+
+@dataclass(frozen=True)
+class Common:
+    """What every command takes."""
+
+    icons: Path
+    """Folder that `train/prepare_icons.py --benchmark` wrote."""
+    work: Path
+    """Folder for intermediate results."""
+    base: Path = BASE
+    """Stable Diffusion directory that knows the icons."""
+    quick: bool = False
+    """A rough form for trying things out; keep its work folder apart from that of the full form."""
+
+    @property
+    def settings(self) -> Settings:
+        """Sizes of the run."""
+        return Settings.quick() if self.quick else Settings()
+
+    def data(self) -> IconData:
+        """The icon sets."""
+        return IconData(self.icons)
+
+    def pipeline(self) -> Any:
+        """The base, frozen."""
+        pipeline = load_base(str(self.base), torch.float32)
+        for module in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
+            module.requires_grad_(False)
+        return pipeline
+
+    def judges(self, pipeline: Any) -> Judges:
+        """The classifiers, trained where there are none yet."""
+        return load_judges(self.data(), pipeline.vae, self.work, epochs=10 if self.quick else 30)
+
+
+@dataclass(frozen=True)
+class BaseCommand(Common):
+    """Ask the classifiers what the base draws: every concept that it was trained on, in one of its styles each."""
+
+    def run(self) -> None:
+        """Judge the base and print and keep the result."""
+        pipeline = self.pipeline()
+        judge_base(
+            pipeline, self.data(), self.judges(pipeline), self.settings, self.work, every=8 if self.quick else 1
+        )
+
+
+@dataclass(frozen=True)
+class StyleCommand(Common):
+    """Tune every method towards a style and score its drawings."""
+
+    style: Annotated[str, tyro.conf.Positional] = DEVELOPMENT_SETS[0]
+    """One of the development styles."""
+    seed: int = 0
+    """Seed of tuning pictures, tuners, batches and drawings; learning rates are chosen with seed 0."""
+
+    def run(self) -> None:
+        """Compute the rows that are missing."""
+        started, pipeline = time.time(), self.pipeline()
+        yardsticks = Yardsticks(InceptionFeatures(), Lpips(), self.judges(pipeline))
+        run = StyleRun(pipeline, self.data(), yardsticks, self.style, self.seed, self.settings, self.work)
+        for row in run.run(lambda text: print(f"{time.strftime('%H:%M:%S')} {text}", flush=True)):
+            print(describe(row))
+        print(f"{(time.time() - started) / 60:.1f} min")
+
+
+@dataclass(frozen=True)
+class SubjectCommand(Common):
+    """Tune every method on five pictures of a new character."""
+
+    seed: int = 0
+    """Seed of tuners, batches and drawings."""
+    rates_from: str = DEVELOPMENT_SETS[0]
+    """Style whose sweep chose the learning rates, where it was run."""
+
+    def run(self) -> None:
+        """Compute the rows that are missing and keep all of them in one file."""
+        rates = {}
+        for path in sorted((self.work / f"{self.rates_from}-seed0" / "rows").glob("*-steps.json")):
+            row = json.loads(path.read_text())
+            rates[row["method"]] = row["learning_rate"]
+        task = SubjectRun(self.pipeline(), InceptionFeatures(), Lpips(), self.settings, self.seed, rates, self.work)
+        rows = task.run()
+        with atomic_write(task.folder / "rows.json") as file:
+            file.write(json.dumps(rows, indent=1).encode())
+        for row in rows:
+            print(row)
+
+
+@dataclass(frozen=True)
+class ReportCommand(Common):
+    """Write the Markdown report, the JSON file and the grids from all rows in the work folder."""
+
+    out: Path = Path("benchmarks/results/icon_style")
+    """Folder of the report."""
+
+    def run(self) -> None:
+        """Write the report."""
+        data = self.data()
+        rows = [json.loads(path.read_text()) for path in sorted(self.work.glob("*-seed*/rows/*.json"))]
+        rows = [row for row in rows if "table" in row]
+        rows.sort(key=lambda row: (DEVELOPMENT_SETS.index(row["style"]), row["seed"], _order(row)))
+        settings = self.settings
+        stride = max(1, len(data.test) // settings.concepts)
+        concepts = data.test[::stride][: settings.concepts]
+        for style in dict.fromkeys(row["style"] for row in rows):
+            folder = self.work / f"{style}-seed0"
+            methods = [r["method"] for r in rows if (r["style"], r["seed"], r["table"]) == (style, 0, "steps")]
+            _save(style_grid(data, folder, style, concepts, methods), self.out / f"grid-{style}.png")
+        subject: list[dict[str, Any]] = []
+        for path in sorted(self.work.glob("subject-seed*/rows.json")):
+            subject += json.loads(path.read_text())
+        if subject:
+            _save(self._subject_grid(subject), self.out / "grid-subject.png")
+        about = (
+            f"24 pictures of a style that the base has never seen; {settings.steps} steps of {settings.batch}; then "
+            f"{len(concepts)} concepts that are not among them, {settings.inference_steps} DDIM steps, guidance "
+            f"{settings.guidance:g}. Learning rates were chosen for each method by its denoising loss on 48 other "
+            f"pictures of the style. At the same time: every method trains for as long as LoRA r=16 on attention took."
+        )
+        command = f"python -m benchmarks.icon_style report{' --quick' if self.quick else ''} --icons ... --work ..."
+        facts = {"about": about, "subject": ABOUT, **environment(command)}
+        write_report(self.out, rows, subject, facts)
+        print(self.out / "report.md")
+
+    def _subject_grid(self, rows: list[dict[str, Any]]) -> Image.Image:
+        methods = [row["method"] for row in rows if "learning_rate" in row]
+        folder = self.work / "subject-seed0" / "drawings"
+        columns = {"true picture": [render(picture.svg) for picture in held_out()]}
+        columns["base"] = to_images(read_strip(folder / "base.png"))
+        for method in dict.fromkeys(methods):
+            title = method.replace("attention", "attn").replace("feed-forward", "ff")
+            columns[title] = to_images(read_strip(folder / f"{slug(method)}.png"))
+        grid = [list(row) for row in zip(*columns.values(), strict=True)]
+        return labelled_grid(grid, [picture.prompt for picture in held_out()], list(columns), cell=160)
+
+
+def _order(row: dict[str, Any]) -> tuple[int, float]:
+    """Ceiling, floor, then the methods in the order in which they were run."""
+    first = ("true pictures", "base, not tuned", "skip", "bypass", "LoRA", "full", "biases")
+    place = next(number for number, name in enumerate(first) if row["method"].startswith(name))
+    wide = 0.5 if "feed-forward" in row["method"] else 0.0
+    return place, wide + row.get("parameters", 0) / 1e9
+
+
+def _save(image: Image.Image, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_write(path) as file:
+        image.save(file, format="PNG", optimize=True)
+
+
+Command = (
+    Annotated[BaseCommand, tyro.conf.subcommand("base")]
+    | Annotated[StyleCommand, tyro.conf.subcommand("style")]
+    | Annotated[SubjectCommand, tyro.conf.subcommand("subject")]
+    | Annotated[ReportCommand, tyro.conf.subcommand("report")]
+)
+
+
+def main() -> None:
+    """Run a command."""
+    quiet_libraries()
+    # One thread: two runs beside each other then use two cores, and tiny models gain nothing from more.
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    command: Any = tyro.cli(Command, prog="python -m benchmarks.icon_style", description=__doc__)
+    command.run()
+
+
+if __name__ == "__main__":
+    main()

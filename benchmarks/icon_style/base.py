@@ -1,0 +1,103 @@
+"""Ask the classifiers what the base draws."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from restune_diffusion.fileformat import atomic_write
+from train.prepare_icons import PRETRAINING_SETS
+
+from .data import IconData, to_images
+from .draw import Artist
+from .judges import Judges
+from .runner import Settings, read_strip
+from .scores import mean
+
+SAMPLES = 60
+CHUNK = 100
+
+
+def base_prompts(data: IconData, seed: int = 0) -> list[tuple[str, str]]:
+    """Every concept that the base was trained on with one of the styles that draw it, in random order."""
+    rng = random.Random(seed)
+    pairs = [
+        (concept, rng.choice([name for name in PRETRAINING_SETS if concept in data.styles[name].concepts]))
+        for concept in data.known
+    ]
+    rng.shuffle(pairs)
+    return pairs
+
+
+def judge_base(
+    pipeline: Any, data: IconData, judges: Judges, settings: Settings, work: Path, *, every: int = 1
+) -> dict[str, Any]:
+    """Draw every `every`-th concept and report how many the classifiers recognise; the true pictures beside them.
+
+    Writes `base.json` and `base-samples.png`, the first 60 drawings of the random order, uncurated.
+    """
+    pairs = base_prompts(data)[::every]
+    artist = Artist(pipeline, settings.inference_steps, settings.guidance)
+    drawn = []
+    for start in tqdm(range(0, len(pairs), CHUNK), desc="drawings of the base", leave=False):
+        part = pairs[start : start + CHUNK]
+        path = work / "base-drawings" / f"{every}-{start:05d}.png"
+        if not path.exists():
+            prompts = [data.styles[style].prompt(concept) for concept, style in part]
+            pictures = artist.draw(prompts, seed=1 + start // CHUNK)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with atomic_write(path) as file:
+                to_images(torch.cat(list(pictures), dim=1)[None])[0].save(file, format="PNG")
+        drawn.append(read_strip(path))
+    pictures = torch.cat(drawn)
+    true_pictures = torch.cat([data.styles[style].pixels([concept]) for concept, style in pairs])
+    result = {
+        "concepts": len(pairs),
+        "steps": settings.inference_steps,
+        "guidance": settings.guidance,
+        "base": recognised(judges, pictures, pairs),
+        "true pictures": recognised(judges, true_pictures, pairs),
+        "style accuracy by style": by_style(judges, pictures, pairs),
+    }
+    with atomic_write(work / "base.json") as file:
+        file.write(json.dumps(result, indent=1).encode())
+    with atomic_write(work / "base-samples.png") as file:
+        sample_page(to_images(pictures[:SAMPLES])).save(file, format="PNG", optimize=True)
+    (work / "base-samples.json").write_text(json.dumps(pairs[:SAMPLES]))
+    print(json.dumps(result, indent=1))
+    return result
+
+
+def recognised(judges: Judges, pictures: Tensor, pairs: list[tuple[str, str]]) -> dict[str, float]:
+    """Top-1 and top-5 of the concepts and the accuracy of the styles, among the pretraining styles."""
+    ranks = judges.concept_ranks(pictures, [concept for concept, _ in pairs])
+    found = judges.style_of(pictures)
+    hits = [name == style for name, (_, style) in zip(found, pairs, strict=True)]
+    return {"top1": mean(ranks < 1), "top5": mean(ranks < 5), "style_accuracy": mean([float(hit) for hit in hits])}
+
+
+def by_style(judges: Judges, pictures: Tensor, pairs: list[tuple[str, str]]) -> dict[str, float]:
+    """Style accuracy of each pretraining style's prompts."""
+    found = judges.style_of(pictures)
+    hits: dict[str, list[float]] = {name: [] for name in PRETRAINING_SETS}
+    for name, (_, style) in zip(found, pairs, strict=True):
+        hits[style].append(float(name == style))
+    return {name: mean(values) for name, values in hits.items() if values}
+
+
+def sample_page(images: list[Image.Image], columns: int = 10, zoom: int = 2) -> Image.Image:
+    """Lay pictures side by side, enlarged by whole pixels."""
+    side = images[0].width * zoom + 4
+    rows = -(-len(images) // columns)
+    page = Image.new("RGB", (columns * side + 4, rows * side + 4), "white")
+    for index, image in enumerate(images):
+        large = image.resize((image.width * zoom, image.height * zoom), Image.Resampling.NEAREST)
+        page.paste(large, (4 + side * (index % columns), 4 + side * (index // columns)))
+    return page

@@ -1,0 +1,185 @@
+"""The contestants: ways to make a copy of the base's U-Net learn, all trained by one loop on the same batches."""
+
+from __future__ import annotations
+
+import copy
+import statistics
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers.optimization import get_scheduler
+from peft import LoraConfig
+from torch import nn
+
+from restune_diffusion import BypassConfig, SkipConfig, Tuner, attach
+from restune_diffusion.config import PartConfig
+from restune_diffusion.training.batches import Batch, Batches
+from restune_diffusion.training.cache import Cache
+from restune_diffusion.training.objective import Objective
+
+ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
+FEED_FORWARD = ("ff.net.0.proj", "ff.net.2")
+CUSTOMARY_RANK = 16
+
+
+@dataclass
+class Trainable:
+    """A copy of the base's U-Net and the parameters of it, or beside it, that learn."""
+
+    unet: Any
+    parameters: list[nn.Parameter]
+
+    @property
+    def count(self) -> int:
+        """Number of parameters that learn."""
+        return sum(parameter.numel() for parameter in self.parameters)
+
+
+Prepare = Callable[[Any, int], Trainable]
+
+
+@dataclass(frozen=True)
+class Method:
+    """A contestant: how to prepare a U-Net (copied here) with a seed, and the learning rates to try."""
+
+    name: str
+    prepare: Prepare
+    learning_rates: tuple[float, ...]
+
+    def start(self, unet: Any, seed: int) -> Trainable:
+        """Prepare a frozen copy of the U-Net."""
+        own = copy.deepcopy(unet).requires_grad_(False).eval()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return self.prepare(own, seed)
+
+
+def tuner(*configs: PartConfig) -> Prepare:
+    """Attach a tuner of ours."""
+
+    def prepare(unet: Any, seed: int) -> Trainable:
+        fresh = Tuner.for_base(unet, *configs, generator=torch.Generator().manual_seed(seed))
+        attach(unet, fresh).__enter__()  # for good: the copy is this tuner's own
+        return Trainable(unet, list(fresh.parameters()))
+
+    return prepare
+
+
+def lora(rank: int, targets: tuple[str, ...]) -> Prepare:
+    """Add PEFT's LoRA as diffusers' training scripts do."""
+
+    def prepare(unet: Any, seed: int) -> Trainable:
+        unet.add_adapter(
+            LoraConfig(r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=list(targets))
+        )
+        return Trainable(unet, [parameter for parameter in unet.parameters() if parameter.requires_grad])
+
+    return prepare
+
+
+def full(unet: Any, seed: int) -> Trainable:
+    """Let every weight learn, as DreamBooth does without LoRA."""
+    return Trainable(unet, list(unet.requires_grad_(True).parameters()))
+
+
+def biases(unet: Any, seed: int) -> Trainable:
+    """Let the biases learn (BitFit, arXiv 2106.10199)."""
+    chosen = [parameter for name, parameter in unet.named_parameters() if name.endswith(".bias")]
+    return Trainable(unet, [parameter.requires_grad_(True) for parameter in chosen])
+
+
+def nearest(budget: int, options: Iterable[Any], make: Callable[[Any], Prepare], unet: Any) -> Any:
+    """The option whose number of parameters is nearest to a budget."""
+
+    def miss(option: Any) -> int:
+        return abs(Method("", make(option), ()).start(unet, 0).count - budget)
+
+    return min(options, key=miss)
+
+
+def contestants(unet: Any) -> list[Method]:
+    """All methods, ours and the peers, with the skip tuner's number of parameters as the common budget."""
+    skip = tuner(SkipConfig())
+    budget = Method("", skip, ()).start(unet, 0).count
+    ratio = nearest(budget, [step / 16 for step in range(2, 33)], lambda r: tuner(BypassConfig(ratio=r)), unet)
+    both = ATTENTION + FEED_FORWARD
+    attention = nearest(budget, range(4, 65), lambda rank: lora(rank, ATTENTION), unet)
+    wide = nearest(budget, range(2, 65), lambda rank: lora(rank, both), unet)
+    rank = CUSTOMARY_RANK
+    return [
+        Method("skip tuner", skip, (1e-3, 2e-3, 4e-3)),
+        Method(f"bypass tuner, ratio {ratio:g}", tuner(BypassConfig(ratio=ratio)), (5e-4, 1e-3, 2e-3)),
+        Method(f"LoRA r={attention}, attention", lora(attention, ATTENTION), (5e-4, 1e-3, 2e-3)),
+        Method(f"LoRA r={wide}, attention + feed-forward", lora(wide, both), (5e-4, 1e-3, 2e-3)),
+        Method(f"LoRA r={rank}, attention", lora(rank, ATTENTION), (5e-4, 1e-3, 2e-3)),
+        Method(f"LoRA r={rank}, attention + feed-forward", lora(rank, both), (5e-4, 1e-3, 2e-3)),
+        Method("full fine-tuning", full, (1e-4, 3e-4, 1e-3)),
+        Method("biases only", biases, (2e-3, 5e-3, 1e-2)),
+    ]
+
+
+@dataclass(frozen=True)
+class Course:
+    """How long a training took."""
+
+    steps: int
+    seconds: float
+    seconds_per_step: float
+
+
+def tune(
+    trainable: Trainable, batches: Batches, objective: Objective, *, steps: int, learning_rate: float, warmup: float
+) -> Course:
+    """Train with AdamW, a short warm-up and a cosine to zero.
+
+    Args:
+        trainable: what learns.
+        batches: the same for every method.
+        objective: what the base was trained for.
+        steps: optimizer steps.
+        learning_rate: the peak.
+        warmup: share of the steps before the peak.
+    """
+    optimizer = torch.optim.AdamW(trainable.parameters, lr=learning_rate, weight_decay=1e-2)
+    schedule = get_scheduler("cosine", optimizer, num_warmup_steps=round(warmup * steps), num_training_steps=steps)
+    durations = []
+    for step in range(steps):
+        batch = batches[step]
+        started = time.perf_counter()
+        loss = batch_loss(trainable.unet, batch, objective)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trainable.parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+        durations.append(time.perf_counter() - started)
+    # The median: a step that another program disturbed is no property of the method.
+    typical = statistics.median(durations)
+    return Course(steps, typical * steps, typical)
+
+
+def batch_loss(unet: Any, batch: Batch, objective: Objective) -> torch.Tensor:
+    """The denoising loss of one batch."""
+    noisy = objective.add_noise(batch.latents, batch.noise, batch.timesteps)
+    target = objective.target(batch.latents, batch.noise, batch.timesteps)
+    prediction = unet(noisy, batch.timesteps, return_dict=False, **batch.inputs)[0]
+    return objective.loss(prediction, target, batch.timesteps)
+
+
+@torch.no_grad()
+def held_out_loss(unet: Any, cache: Cache, objective: Objective, *, levels: int = 8) -> float:
+    """Mean denoising loss over all pictures at evenly spread noise levels, with noise that training never draws."""
+    latents = torch.stack([latent.mean for latent in cache.latents])
+    states = torch.stack([cache.conditioning(index).states for index in range(len(cache))])
+    total = 0.0
+    for level in range(levels):
+        generator = torch.Generator().manual_seed(10_000 + level)
+        noise = torch.randn(latents.shape, generator=generator)
+        timesteps = torch.full((len(cache),), int((level + 0.5) * objective.timesteps / levels))
+        prediction = unet(objective.add_noise(latents, noise, timesteps), timesteps, states, return_dict=False)[0]
+        target = objective.target(latents, noise, timesteps)
+        total += float(objective.loss(prediction, target, timesteps)) / levels
+    return total

@@ -1,0 +1,241 @@
+"""Tune every contestant towards one style and score what it draws; every finished row is kept, so a run can go on."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from restune_diffusion.fileformat import atomic_write
+from restune_diffusion.training.batches import Batches
+from restune_diffusion.training.cache import Cache, build_cache
+from restune_diffusion.training.captions import find_examples
+from restune_diffusion.training.data import load_samples
+from restune_diffusion.training.objective import Objective
+from train.prepare_icons import PRETRAINING_SETS
+
+from .data import IconData, Split, to_images, to_pixels, write_tuning_images
+from .draw import Artist
+from .methods import Course, Method, Trainable, contestants, held_out_loss, tune
+from .scores import Scorer, Yardsticks, mean
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What one run of the benchmark is made of; the defaults are the full form."""
+
+    steps: int = 250
+    batch: int = 8
+    warmup: float = 0.05
+    inference_steps: int = 20
+    guidance: float = 4.0
+    concepts: int = 100
+    drift_concepts: int = 8
+    sweep: bool = True
+    equal_time: bool = True
+
+    @classmethod
+    def quick(cls) -> Settings:
+        """A rough form: fewer steps and drawings, the middle learning rate of each method, no second table."""
+        return cls(steps=60, inference_steps=10, concepts=40, drift_concepts=2, sweep=False, equal_time=False)
+
+
+class StyleRun:
+    """One style and one seed.
+
+    Args:
+        pipeline: the base.
+        data: the icon sets.
+        yardsticks: what measures.
+        style: name of a development style.
+        seed: seed of the tuning pictures, the tuners, the batches and the drawings.
+        settings: sizes.
+        work: folder for intermediate results; rows found there are not computed again.
+    """
+
+    def __init__(
+        self,
+        pipeline: Any,
+        data: IconData,
+        yardsticks: Yardsticks,
+        style: str,
+        seed: int,
+        settings: Settings,
+        work: Path,
+    ) -> None:
+        self.pipeline, self.data, self.yardsticks = pipeline, data, yardsticks
+        self.style, self.seed, self.settings = style, seed, settings
+        self.folder = work / f"{style}-seed{seed}"
+        self.split: Split = data.split(style, seed)
+        stride = max(1, len(data.test) // settings.concepts)
+        self.concepts = data.test[::stride][: settings.concepts]
+        self.artist = Artist(pipeline, settings.inference_steps, settings.guidance)
+        self.objective = Objective(pipeline.scheduler)
+
+    @cached_property
+    def scorer(self) -> Scorer:
+        """What the drawings are compared with."""
+        return Scorer.of(self.data, self.split, self.style, self.yardsticks, self.concepts)
+
+    @cached_property
+    def batches(self) -> Batches:
+        """The training batches, the same for every method."""
+        return Batches(
+            self._cache("tuning", self.split.tuning),
+            seed=self.seed,
+            size=self.settings.batch,
+            timesteps=self.objective.timesteps,
+            caption_dropout=0.0,
+            device=torch.device("cpu"),
+            dtype=torch.float32,
+        )
+
+    @cached_property
+    def selection(self) -> Cache:
+        """Pictures of the style on which learning rates are chosen."""
+        return self._cache("selection", self.split.selection)
+
+    def _cache(self, name: str, concepts: list[str]) -> Cache:
+        folder = write_tuning_images(self.data.styles[self.style], concepts, self.folder / name)
+        return build_cache(self.pipeline, load_samples(find_examples(folder), 64))
+
+    # --- what is drawn
+
+    @property
+    def prompts(self) -> list[str]:
+        """The test concepts in the style that is learned."""
+        return [self.data.styles[self.style].prompt(concept) for concept in self.concepts]
+
+    @property
+    def old_prompts(self) -> list[str]:
+        """Test concepts in the styles that the base knows, where a tuner should change little."""
+        chosen = self.concepts[:: max(1, len(self.concepts) // self.settings.drift_concepts)]
+        chosen = chosen[: self.settings.drift_concepts]
+        return [self.data.styles[name].prompt(concept) for name in PRETRAINING_SETS for concept in chosen]
+
+    @cached_property
+    def base_old_drawings(self) -> Tensor:
+        """What the base draws for the old styles."""
+        return self._kept_drawings("base-old", self.old_prompts, None)
+
+    def _kept_drawings(self, name: str, prompts: Sequence[str], unet: Any) -> Tensor:
+        """Draw, or take what an earlier run drew; kept as one PNG strip."""
+        path = self.folder / "drawings" / f"{name}.png"
+        if not path.exists():
+            pictures = self.artist.draw(prompts, seed=self.seed, unet=unet)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with atomic_write(path) as file:
+                to_images(torch.cat(list(pictures), dim=1)[None])[0].save(file, format="PNG")
+        return read_strip(path)
+
+    # --- rows
+
+    def run(self, say: Callable[[str], None] = print) -> list[Row]:
+        """Compute all rows: floor, ceiling, and every method at the same steps and at the same time."""
+        rows = [self._row("true pictures", "both", self._score_true), self._row("base, not tuned", "both", self._base)]
+        methods = contestants(self.pipeline.unet)
+        for method in methods:
+            rows.append(self._row(method.name, "steps", lambda method=method: self._tuned(method, None)))  # type: ignore[misc]
+            say(describe(rows[-1]))
+        if self.settings.equal_time:
+            budget = next(row["seconds"] for row in rows if row["method"] == "LoRA r=16, attention")
+            for method, row in zip(methods, rows[2:], strict=True):
+                rows.append(
+                    self._row(method.name, "time", lambda method=method, row=row: self._in_time(method, row, budget))  # type: ignore[misc]
+                )
+                say(describe(rows[-1]))
+        return rows
+
+    def _row(self, method: str, table: str, compute: Callable[[], Row]) -> Row:
+        path = self.folder / "rows" / f"{slug(method)}-{table}.json"
+        if path.exists():
+            kept: Row = json.loads(path.read_text())
+            return kept
+        row = {"style": self.style, "seed": self.seed, "method": method, "table": table, **compute()}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_write(path) as file:
+            file.write(json.dumps(row, indent=1).encode())
+        return row
+
+    def _score_true(self) -> Row:
+        return self.scorer.score(self.scorer.true_pictures)
+
+    def _base(self) -> Row:
+        return self.scorer.score(self._kept_drawings("base", self.prompts, None)) | {"drift": 0.0}
+
+    def _tuned(self, method: Method, learning_rate: float | None) -> Row:
+        """Choose the learning rate, then score the tuned model."""
+        chosen = self._known_rate(method)
+        rates = (chosen,) if chosen else method.learning_rates if self.settings.sweep else method.learning_rates[1:2]
+        best: tuple[float, float, Trainable, Course] | None = None
+        losses = {}
+        for rate in rates:
+            trainable = method.start(self.pipeline.unet, self.seed)
+            course = self._tune(trainable, self.settings.steps, rate)
+            losses[f"{rate:g}"] = loss = held_out_loss(trainable.unet, self.selection, self.objective)
+            if best is None or loss < best[0]:
+                best = loss, rate, trainable, course
+        assert best is not None
+        _, rate, trainable, course = best
+        return (
+            self._scored(method, "steps", trainable)
+            | {"learning_rate": rate, "selection_loss": losses}
+            | asdict(course)
+        )
+
+    def _known_rate(self, method: Method) -> float | None:
+        """The learning rate that the first seed's sweep chose."""
+        first = self.folder.with_name(f"{self.style}-seed0") / "rows" / f"{slug(method.name)}-steps.json"
+        return json.loads(first.read_text())["learning_rate"] if self.seed and first.exists() else None
+
+    def _in_time(self, method: Method, row: Row, budget: float) -> Row:
+        """Train for as long as the customary LoRA took."""
+        steps = max(1, round(budget / row["seconds_per_step"]))
+        if steps == row["steps"]:
+            return {key: value for key, value in row.items() if key not in ("style", "seed", "method", "table")}
+        trainable = method.start(self.pipeline.unet, self.seed)
+        course = self._tune(trainable, steps, row["learning_rate"])
+        return self._scored(method, "time", trainable) | {"learning_rate": row["learning_rate"]} | asdict(course)
+
+    def _tune(self, trainable: Trainable, steps: int, rate: float) -> Course:
+        return tune(
+            trainable, self.batches, self.objective, steps=steps, learning_rate=rate, warmup=self.settings.warmup
+        )
+
+    def _scored(self, method: Method, table: str, trainable: Trainable) -> Row:
+        name = f"{slug(method.name)}-{table}"
+        drawn = self._kept_drawings(name, self.prompts, trainable.unet)
+        old = self._kept_drawings(f"{name}-old", self.old_prompts, trainable.unet)
+        drift = mean(self.yardsticks.lpips(old, self.base_old_drawings))
+        return self.scorer.score(drawn) | {"drift": drift, "parameters": trainable.count}
+
+
+def read_strip(path: Path) -> Tensor:
+    """Read pictures that were laid side by side: N x 3 x side x side in [0, 1]."""
+    from PIL import Image
+
+    with Image.open(path) as strip:
+        pixels = to_pixels([strip])[0]
+    side = min(pixels.shape[1:])
+    return torch.stack(pixels.split(side, dim=1 if pixels.shape[1] > side else 2))
+
+
+def slug(name: str) -> str:
+    """A name that is a file name too."""
+    return re.sub(r"[^a-z0-9.]+", "-", name.lower()).strip("-")
+
+
+def describe(row: Row) -> str:
+    """One line about a row."""
+    numbers = ("kid", "style_accuracy", "top1", "top5", "lpips", "similarity", "nearest_tuning", "drift")
+    text = ", ".join(f"{key} {row[key]:.3f}" for key in numbers if key in row)
+    return f"{row['style']} seed {row['seed']} {row['method']} ({row['table']}): {text}"

@@ -1,0 +1,88 @@
+"""Score drawings of the test concepts against the artist's own pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from restune_diffusion.evaluation.metrics import kernel_distance, nearest_distance, similarity
+
+from .data import IconData, Split
+from .judges import Judges
+
+REFERENCE_PICTURES = 300
+
+
+@dataclass(frozen=True)
+class Yardsticks:
+    """The networks that pictures are measured with."""
+
+    inception: Any
+    lpips: Any
+    judges: Judges
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """Everything that the drawings of one style and seed are compared with."""
+
+    yardsticks: Yardsticks
+    style: str
+    concepts: list[str]
+    true_pictures: Tensor
+    true_features: Tensor
+    reference_features: Tensor
+    tuning_features: Tensor
+
+    @classmethod
+    def of(cls, data: IconData, split: Split, style: str, yardsticks: Yardsticks, concepts: list[str]) -> Scorer:
+        """Prepare the comparison pictures of a style.
+
+        The KID reference is the style's pictures of other concepts, so that the artist's own test pictures can be
+        scored by the same rule and give the ceiling.
+        """
+        own = data.styles[style]
+        true_pictures = own.pixels(concepts)
+        chosen = split.reference[:: max(1, len(split.reference) // REFERENCE_PICTURES)]
+        features = yardsticks.inception
+        return cls(
+            yardsticks,
+            style,
+            concepts,
+            true_pictures,
+            features(true_pictures),
+            features(own.pixels(chosen)),
+            features(own.pixels(split.tuning)),
+        )
+
+    def score(self, pictures: Tensor) -> dict[str, float]:
+        """Score one picture per test concept (N x 3 x 64 x 64 in [0, 1]).
+
+        Returns:
+            `kid` (x 1000) and `style_accuracy`: how well the style is met; `top1`, `top5`, `lpips`,
+            `similarity` (Inception cosine): how well each picture shows its concept; `nearest_tuning`: mean Inception
+            cosine distance to the nearest tuning picture.
+        """
+        judges, features = self.yardsticks.judges, self.yardsticks.inception(pictures)
+        ranks = judges.concept_ranks(pictures, self.concepts)
+        size = min(len(features), len(self.reference_features))
+        kid, _ = kernel_distance(features, self.reference_features, subset_size=size // 2, subsets=100, seed=0)
+        styles = judges.style_of(pictures)
+        return {
+            "kid": 1000 * kid,
+            "style_accuracy": sum(name == self.style for name in styles) / len(styles),
+            "top1": mean(ranks < 1),
+            "top5": mean(ranks < 5),
+            "lpips": mean(self.yardsticks.lpips(pictures, self.true_pictures)),
+            "similarity": mean(similarity(features, self.true_features)),
+            "nearest_tuning": mean(nearest_distance(features, self.tuning_features)),
+        }
+
+
+def mean(values: Tensor | Sequence[float]) -> float:
+    """The mean as a plain number."""
+    return float(torch.as_tensor(values).float().mean())
