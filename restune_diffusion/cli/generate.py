@@ -7,8 +7,6 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from ..errors import RestuneError
-
 
 class GenerateOptions(BaseModel):
     """Draw images with a base and any mix of tuners.
@@ -59,18 +57,9 @@ class GenerateOptions(BaseModel):
             print(path)
 
     def _load(self, tuners: list[tuple[str, float]]) -> Any:
-        import torch
+        from .placement import load_placed
 
-        from ..training.base import load_base
-
-        device = self.device
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        if device == "cuda" and not torch.cuda.is_available():
-            raise RestuneError("There is no CUDA device here; use --device cpu.")
-        automatic = torch.float32 if device == "cpu" else torch.float16
-        dtypes = {"auto": automatic, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-        pipeline = load_base(self.base, dtypes[self.dtype]).to(device)
+        pipeline = load_placed(self.base, self.device, self.dtype)
         names = unique_names([path for path, _ in tuners])
         for name, (path, weight) in zip(names, tuners, strict=True):
             pipeline.load_tuner_weights(path, tuner_name=name, weight=weight)

@@ -1,0 +1,75 @@
+"""`restune evaluate`: measure what a tuner learned."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class EvaluateOptions(BaseModel):
+    """Measure a tuner against its base on pictures of the style that it was not trained on.
+
+    Example: restune evaluate --base ./stable-diffusion-v1-5 --tuner out/watercolor.safetensors
+    --data ./held-out --training-images ./watercolors --output ./evaluation
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
+
+    base: str
+    """Stable Diffusion checkpoint in diffusers' layout: a directory, or the id of a hub repository."""
+    tuner: str
+    """Tuner file, with its weight after a colon where it is not 1."""
+    data: Path
+    """Pictures of the style with captions, as for training, but not the training's own."""
+    output: Path
+    """Folder for report.md, report.json and grid.png."""
+    training_images: Path | None = None
+    """The training's pictures; shows whether the tuner repeats them."""
+    drift_prompts: tuple[str, ...] = ()
+    """Prompts that do not ask for the style; shows what the tuner changes there."""
+    steps: int = Field(default=20, gt=0)
+    """Denoising steps."""
+    guidance: float = Field(default=4.0, ge=0)
+    """Classifier-free guidance."""
+    seed: int = 0
+    """Seed of the first image; the others count on from there."""
+    limit: int | None = Field(default=None, ge=2)
+    """Use only the first so many pictures."""
+    batch_size: int = Field(default=16, gt=0)
+    """Images that are drawn at once."""
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """Where to compute; `auto` takes a GPU if there is one."""
+    dtype: Literal["auto", "fp32", "fp16", "bf16"] = "auto"
+    """Precision of the base; `auto` is fp16 on a GPU and fp32 on the CPU."""
+
+    def run(self) -> None:
+        """Measure, write the report and print its table."""
+        from .quiet import quiet_libraries
+
+        quiet_libraries()
+        from ..evaluation import evaluate_tuner
+        from .generate import split_weight
+        from .placement import load_placed
+
+        pipeline = load_placed(self.base, self.device, self.dtype)
+        pipeline.set_progress_bar_config(disable=True)
+        tuner, weight = split_weight(self.tuner)
+        evaluation = evaluate_tuner(
+            pipeline,
+            tuner,
+            self.data,
+            self.output,
+            weight=weight,
+            training_images=self.training_images,
+            drift_prompts=self.drift_prompts,
+            steps=self.steps,
+            guidance=self.guidance,
+            seed=self.seed,
+            limit=self.limit,
+            batch_size=self.batch_size,
+        )
+        print(evaluation.table())
+        for name in ("report.md", "report.json", "grid.png"):
+            print(self.output / name)

@@ -1,0 +1,49 @@
+"""Find the packages of the extra `evaluate`, and the weights that they carry."""
+
+from __future__ import annotations
+
+import hashlib
+from importlib.util import find_spec
+from pathlib import Path
+
+from ..errors import RestuneError
+
+_INSTALL = "install it with: pip install 'restune-diffusion[evaluate]'"
+
+
+def require_package(package: str) -> None:
+    """Make sure that a package is installed.
+
+    Raises:
+        RestuneError: if it is not.
+    """
+    if find_spec(package) is None:
+        raise RestuneError(f"Evaluation needs the package {package.replace('_', '-')}; {_INSTALL}.")
+
+
+def packaged_file(package: str, name: str, sha256: str) -> Path:
+    """Return the path of a file inside an installed package, without importing the package.
+
+    Args:
+        package: import name of the package.
+        name: path of the file inside it.
+        sha256: what the file must hash to, in hex.
+
+    Raises:
+        RestuneError: if the package is missing, or carries another file.
+    """
+    require_package(package)
+    # Importing these packages would pull in OpenCV or JAX, for nothing.
+    spec = find_spec(package)
+    folders = (spec.submodule_search_locations if spec is not None else None) or []
+    path = next((Path(folder) / name for folder in folders if (Path(folder) / name).is_file()), None)
+    if path is None:
+        raise RestuneError(f"The package {package} has no {name}; {_INSTALL}.")
+    with path.open("rb") as file:
+        # `hashlib.file_digest` came with Python 3.11.
+        digest = hashlib.sha256()
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    if digest.hexdigest() != sha256:
+        raise RestuneError(f"{path} is damaged or of another version than the one that is known here; {_INSTALL}.")
+    return path

