@@ -1,0 +1,48 @@
+import colorsys
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks.icon_style.data import IconData
+from restune_diffusion.demo import BASE
+from restune_diffusion.training.base import load_base
+from train.prepare_icons import COMMON, DEVELOPMENT_SETS, PRETRAINING_SETS
+
+CONCEPTS = sorted(COMMON)[:104]
+
+
+def shape(number, style):
+    """A 64 px RGBA picture: concepts differ in hue, size and place, styles in shape and outline."""
+    side = np.arange(64)
+    x, y = np.meshgrid(side, side)
+    place = 24 + 16 * (number % 2), 24 + 16 * (number // 2 % 2)
+    reach = 10 + number % 7
+    dx, dy = np.abs(x - place[0]), np.abs(y - place[1])
+    distance = [dx + dy, np.maximum(dx, dy), np.hypot(dx, dy)][style % 3]
+    colour = np.array(colorsys.hsv_to_rgb(number / len(CONCEPTS), 0.9, 0.5 + 0.07 * style)) * 255
+    picture = np.zeros((64, 64, 4), dtype=np.uint8)
+    picture[distance < reach] = [*colour, 255]
+    if style % 2:
+        picture[(distance >= reach) & (distance < reach + 2)] = [0, 0, 0, 255]
+    return picture
+
+
+@pytest.fixture(scope="session")
+def icons(tmp_path_factory):
+    """Seven made-up icon sets in the form that `prepare_icons.py` writes."""
+    folder = tmp_path_factory.mktemp("icons")
+    for style, name in enumerate((*PRETRAINING_SETS, *DEVELOPMENT_SETS)):
+        np.save(folder / f"{name}.npy", np.stack([shape(number, style) for number in range(len(CONCEPTS))]))
+        about = {"icons": [{"name": concept, "label": concept} for concept in CONCEPTS]}
+        (folder / f"{name}.json").write_text(json.dumps(about))
+    return IconData(folder, test=CONCEPTS[::8])
+
+
+@pytest.fixture(scope="session")
+def tiny_base():
+    pipeline = load_base(str(BASE), torch.float32)
+    for module in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
+        module.requires_grad_(False)
+    return pipeline
