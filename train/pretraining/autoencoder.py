@@ -1,0 +1,194 @@
+"""The autoencoder and the two stages that train it: all of it, and its decoder alone."""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL
+from torch import Tensor, nn
+
+from train.pretraining.folders import replace_folder
+from train.pretraining.icons import Icons, load_icons, on_background, shifted
+from train.pretraining.layers import double_by_copies
+from train.pretraining.trainer import Trainer
+
+# Stable Diffusion's own factor: latents are normalised to its inverse, so forgetting to scale them shows.
+SCALING_FACTOR = 0.18215
+
+
+def new_vae() -> AutoencoderKL:
+    """A small autoencoder: 64 px to 8x8 latents of 16 channels."""
+    vae = AutoencoderKL(
+        block_out_channels=(32, 64, 96, 128),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        latent_channels=16,
+        layers_per_block=1,
+        norm_num_groups=16,
+        sample_size=64,
+        scaling_factor=1.0,
+    )
+    # Start as a nearly linear, nearly noiseless autoencoder: from the usual start the latents carry nothing for long.
+    for name, parameter in vae.named_parameters():
+        if name.endswith(("conv2.weight", "to_out.0.weight")):
+            nn.init.zeros_(parameter)
+        elif parameter.ndim == 4:
+            nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5)
+        elif parameter.ndim == 1 and name.endswith(".bias") and "norm" not in name and "attentions" not in name:
+            nn.init.zeros_(parameter)
+    nn.init.normal_(vae.decoder.conv_out.weight, std=0.02)
+    nn.init.constant_(vae.quant_conv.bias[16:], -6.0)
+    return vae
+
+
+def vae_batch(icons: Icons, size: int) -> Tensor:
+    """Icons by the square root of their weight, slightly shifted, a third of them on random plain colours."""
+    picks = torch.multinomial(icons.weights.sqrt(), size, replacement=True)
+    dy, dx = (int(value) for value in torch.randint(-3, 4, (2,)))
+    colour = torch.where(torch.rand(size, 1) < 0.67, torch.ones(size, 3), torch.rand(size, 3))
+    return on_background(shifted(icons.pixels[picks], dy, dx), colour)
+
+
+def edges(picture: Tensor) -> tuple[Tensor, Tensor]:
+    """Differences of neighbouring pixels, across and down."""
+    return picture[..., 1:] - picture[..., :-1], picture[..., 1:, :] - picture[..., :-1, :]
+
+
+def reconstruction_loss(found: Tensor, wanted: Tensor) -> Tensor:
+    """Colour and outline errors at three scales: a cheap stand-in for a perceptual loss."""
+    loss = F.l1_loss(found, wanted) + F.mse_loss(found, wanted)
+    for _ in range(3):
+        loss = loss + 0.5 * sum(F.l1_loss(a, b) for a, b in zip(edges(found), edges(wanted), strict=True))
+        found, wanted = F.avg_pool2d(found, 2), F.avg_pool2d(wanted, 2)
+        loss = loss + 0.5 * F.l1_loss(found, wanted)
+    return loss
+
+
+class VaeStep(nn.Module):
+    """The part of an autoencoder step that is compiled: pixels to reconstruction and posterior."""
+
+    def __init__(self, vae: AutoencoderKL) -> None:
+        super().__init__()
+        self.vae = vae
+
+    def forward(self, pixels: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Encode, sample and decode."""
+        mean, logvar = self.vae.quant_conv(self.vae.encoder(pixels)).chunk(2, dim=1)
+        logvar = logvar.clamp(-10, 4)
+        latents = mean + noise * torch.exp(0.5 * logvar)
+        return self.vae.decoder(self.vae.post_quant_conv(latents)), mean, logvar
+
+
+@dataclass
+class VaeJob:
+    """Train the autoencoder on shifted icons over plain colours."""
+
+    settings: argparse.Namespace
+
+    def build(self) -> nn.Module:
+        """A fresh autoencoder."""
+        torch.manual_seed(self.settings.seed)
+        vae: nn.Module = new_vae()
+        return vae
+
+    def prepare(self, module: nn.Module) -> Callable[[int, int], dict[str, float]]:
+        """Load the icons; the function returned runs one micro-batch."""
+        settings, icons = self.settings, load_icons(self.settings.icons)
+        double_by_copies(module)
+        forward: Callable[..., Any] = VaeStep(module)
+        forward = torch.compile(forward) if settings.compile else forward
+
+        def run(step: int, index: int) -> dict[str, float]:
+            torch.manual_seed((settings.seed + 1) * 1_000_003 + step * 64 + index)
+            pixels = vae_batch(icons, settings.batch)
+            noise = torch.randn(settings.batch, 16, 8, 8)
+            inputs = (tensor.to(torch.bfloat16, memory_format=torch.channels_last) for tensor in (pixels, noise))
+            found, mean, logvar = (tensor.float() for tensor in forward(*inputs))
+            loss = reconstruction_loss(found, pixels)
+            kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
+            (loss + settings.kl * min(1.0, step / 500) * kl).backward()
+            numbers = {"loss": loss, "l1": F.l1_loss(found, pixels), "kl": kl, "std": mean.std()}
+            return {key: float(value.detach()) for key, value in numbers.items()}
+
+        return run
+
+
+def train_vae(arguments: argparse.Namespace) -> None:
+    """Train the autoencoder and write it to `<work>/vae`."""
+
+    def export(weights: dict[str, Tensor]) -> None:
+        vae = new_vae()
+        vae.load_state_dict(weights)
+        temporary = arguments.work / "vae.tmp"
+        shutil.rmtree(temporary, ignore_errors=True)
+        vae.save_pretrained(temporary)
+        replace_folder(temporary, arguments.work / "vae")
+
+    Trainer(VaeJob(arguments), arguments, ("loss", "l1", "kl", "std")).run(export, export_every=250)
+
+
+@dataclass
+class DecoderJob:
+    """Go on with the decoder alone: the encoder, and with it all stored latents, stays as it is."""
+
+    settings: argparse.Namespace
+
+    def build(self) -> nn.Module:
+        """The autoencoder with a frozen encoder."""
+        vae: nn.Module = AutoencoderKL.from_pretrained(self.settings.work / "vae-normalised")
+        for name, parameter in vae.named_parameters():
+            parameter.requires_grad_(name.startswith(("decoder", "post_quant_conv")))
+        return vae
+
+    def prepare(self, module: Any) -> Callable[[int, int], dict[str, float]]:
+        """Load the icons; the function returned runs one micro-batch."""
+        settings, icons = self.settings, load_icons(self.settings.icons)
+        double_by_copies(module)
+
+        def run(step: int, index: int) -> dict[str, float]:
+            torch.manual_seed((settings.seed + 2) * 1_000_003 + step * 64 + index)
+            pixels = vae_batch(icons, settings.batch)
+            with torch.no_grad():
+                latents = module.encode(pixels.to(torch.bfloat16)).latent_dist.sample()
+                # What the U-Net draws is never quite a picture's latents: learn to see past small errors.
+                level = 0.12 / SCALING_FACTOR * torch.rand(settings.batch, 1, 1, 1)
+                latents = latents + (level * torch.randn(latents.shape)).to(latents.dtype)
+            found = module.decode(latents).sample.float()
+            loss = reconstruction_loss(found, pixels)
+            loss.backward()
+            return {"loss": float(loss.detach()), "l1": float(F.l1_loss(found.detach(), pixels))}
+
+        return run
+
+
+def train_decoder(arguments: argparse.Namespace) -> None:
+    """Improve the decoder in `<work>/vae-normalised`."""
+
+    def export(weights: dict[str, Tensor]) -> None:
+        vae = AutoencoderKL.from_pretrained(arguments.work / "vae-normalised")
+        decoder = {key: value for key, value in weights.items() if not key.startswith(("encoder", "quant_conv"))}
+        vae.load_state_dict(decoder, strict=False)
+        vae.save_pretrained(arguments.work / "vae-final.tmp")
+        replace_folder(arguments.work / "vae-final.tmp", arguments.work / "vae-final")
+
+    Trainer(DecoderJob(arguments), arguments, ("loss", "l1")).run(export, export_every=100)
+
+
+@torch.no_grad()
+def normalise(vae: AutoencoderKL, mean: Tensor, std: Tensor) -> None:
+    """Give the latents zero mean and one spread a channel by folding the change into the 1x1 convolutions."""
+    channels, target = mean.shape[0], 1 / SCALING_FACTOR
+    gain = target / std
+    quant, post = vae.quant_conv, vae.post_quant_conv
+    quant.weight[:channels] *= gain[:, None, None, None]
+    quant.bias[:channels] = (quant.bias[:channels] - mean) * gain
+    quant.bias[channels:] += 2 * gain.log()
+    post.bias += post.weight[:, :, 0, 0] @ mean
+    post.weight /= gain[None, :, None, None]
+    vae.register_to_config(scaling_factor=SCALING_FACTOR)

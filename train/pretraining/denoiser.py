@@ -1,0 +1,84 @@
+"""The stage that trains U-Net and text encoder, and the one that exports its latest checkpoint."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from train.pretraining.examples import Examples, caption_source
+from train.pretraining.flat import Flat
+from train.pretraining.layers import SharedTextAttention, double_by_copies
+from train.pretraining.networks import TextAndUNet, new_scheduler
+from train.pretraining.pipeline import export_pipeline, load_pipeline
+from train.pretraining.trainer import Trainer
+
+
+@dataclass
+class UNetJob:
+    """Train text encoder and U-Net on stored latents."""
+
+    settings: argparse.Namespace
+
+    def build(self) -> nn.Module:
+        """Fresh U-Net, and the text encoder that has learned words where there is one."""
+        captions = caption_source(self.settings)
+        torch.manual_seed(self.settings.seed)
+        module = TextAndUNet(len(captions.used))
+        taught = self.settings.work / "text.safetensors"
+        if self.settings.start:
+            load_pipeline(module, self.settings.start, captions.used)
+        elif taught.exists():
+            module.text_encoder.load_state_dict(load_file(taught))
+        return module
+
+    def prepare(self, module: Any) -> Callable[[int, int], dict[str, float]]:
+        """Load the latents; the function returned runs one micro-batch."""
+        settings, draw = self.settings, Examples(self.settings)
+        module.unet.set_attn_processor(SharedTextAttention())
+        double_by_copies(module)
+        signal = new_scheduler().alphas_cumprod
+        forward = torch.compile(module) if settings.compile else module
+        repeats = settings.repeats
+
+        def run(step: int, index: int) -> dict[str, float]:
+            size = settings.batch
+            latents, ids, _ = draw.batch((settings.seed + 1) * 1_000_003 + step * 64 + index, size // repeats)
+            clean = latents.repeat_interleave(repeats, 0)
+            # Evenly spread over the noise levels, in random order: less noise in the gradient than free draws.
+            timesteps = ((torch.randperm(size) + torch.rand(size)) * (1000 / size)).long().clamp(max=999)
+            alpha = signal[timesteps][:, None, None, None]
+            noise = torch.randn_like(clean)
+            noisy = alpha.sqrt() * clean + (1 - alpha).sqrt() * noise
+            wanted = alpha.sqrt() * noise - (1 - alpha).sqrt() * clean
+            found = forward(noisy.to(torch.bfloat16), timesteps, ids).float()
+            errors = (found - wanted).square().mean((1, 2, 3))
+            # Velocity's own weighting, held down where hardly any noise is left (as min-SNR does): what a caption
+            # says is decided where noise is strong, and weights that vanish there leave captions unheard.
+            total = 1 / (1 - alpha.flatten())
+            loss = (errors * total.clamp(max=5) / total).mean()
+            loss.backward()
+            return {"loss": float(loss.detach()), "error": float(errors.detach().mean())}
+
+        return run
+
+
+def train_unet(arguments: argparse.Namespace) -> None:
+    """Train text encoder and U-Net, exporting a pipeline now and then."""
+    job = UNetJob(arguments)
+    used = caption_source(arguments).used
+    trainer = Trainer(job, arguments, ("loss", "error"))
+    trainer.run(lambda weights: export_pipeline(weights, used, arguments), arguments.export_every)
+
+
+def export_checkpoint(arguments: argparse.Namespace) -> None:
+    """Write the pipeline of the latest checkpoint, with the improved decoder where there is one."""
+    flat = Flat(UNetJob(arguments).build())
+    averaged = load_file(arguments.work / "unet-checkpoint" / "state.safetensors")["ema"]
+    weights = {name: view.clone() for name, view in flat.views(averaged).items()}
+    export_pipeline(weights, caption_source(arguments).used, arguments)

@@ -1,0 +1,42 @@
+"""Stored latents with prompts, as the text and U-Net stages draw them."""
+
+from __future__ import annotations
+
+import argparse
+import random
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import CLIPTokenizer
+
+from train.palette import COLOURS
+from train.pretraining.captions import Captions
+from train.pretraining.icons import VARIANT_WEIGHTS, load_icons
+
+
+def caption_source(settings: argparse.Namespace) -> Captions:
+    """The prompts of the icons."""
+    return Captions(load_icons(settings.icons).records, CLIPTokenizer.from_pretrained(settings.tokenizer))
+
+
+class Examples:
+    """Draws latents with prompts."""
+
+    def __init__(self, settings: argparse.Namespace) -> None:
+        self.captions = caption_source(settings)
+        data = load_file(settings.work / "latents.safetensors")
+        self.latents, self.colours = data["latents"], data["colours"]
+        self.chances = load_icons(settings.icons).weights
+        self.variant_chances, self.palette = torch.tensor(VARIANT_WEIGHTS), list(COLOURS)
+
+    def batch(self, seed: int, size: int) -> tuple[Tensor, Tensor, list[int]]:
+        """Latents, compact ids and icon indices; also seeds torch's generator."""
+        torch.manual_seed(seed)
+        rng = random.Random(seed)
+        picks = torch.multinomial(self.chances, size, replacement=True)
+        shapes = torch.multinomial(self.variant_chances, size, replacement=True)
+        shades = self.colours[picks, shapes].tolist()
+        chosen = list(zip(picks.tolist(), shades, strict=True))
+        prompts = [self.captions.draw(self.captions.records[i], self.palette[shade], rng) for i, shade in chosen]
+        return self.latents[picks, shapes].float(), self.captions.ids(prompts), picks.tolist()

@@ -1,0 +1,62 @@
+"""The stage that encodes all icons once, so that later stages need no autoencoder."""
+
+from __future__ import annotations
+
+import argparse
+from concurrent.futures import ProcessPoolExecutor
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.multiprocessing as mp
+from diffusers import AutoencoderKL
+from safetensors.torch import save_file
+
+from train.pretraining.autoencoder import normalise
+from train.pretraining.icons import VARIANT_WEIGHTS, load_icons, variants
+
+PART = 400
+
+
+def source_vae(arguments: argparse.Namespace) -> AutoencoderKL:
+    """The autoencoder that encodes: the one just trained, or that of the pipeline to go on from."""
+    folder = arguments.start / "vae" if arguments.start else arguments.work / "vae"
+    return AutoencoderKL.from_pretrained(folder).eval()
+
+
+@torch.no_grad()
+def encode_part(arguments: argparse.Namespace, start: int) -> tuple[npt.NDArray[np.float32], list[list[int]]]:
+    """Latents and background colours of the variants of `PART` icons (arrays travel between processes by value)."""
+    torch.set_num_threads(1)
+    icons = load_icons(arguments.icons)
+    vae = source_vae(arguments)
+    latents, colours = [], []
+    for index in range(start, min(start + PART, len(icons.records))):
+        pictures, shades = variants(icons.pixels[index], torch.Generator().manual_seed(arguments.seed + index))
+        latents.append(vae.encode(pictures).latent_dist.mean.numpy())
+        colours.append(shades)
+    return np.stack(latents), colours
+
+
+def encode_latents(arguments: argparse.Namespace) -> None:
+    """Encode the variants of all icons, and write the autoencoder that gives normalised latents."""
+    icons = load_icons(arguments.icons)
+    starts = range(0, len(icons.records), PART)
+    with ProcessPoolExecutor(arguments.workers, mp_context=mp.get_context("spawn")) as pool:
+        parts = list(pool.map(encode_part, [arguments] * len(starts), starts))
+    colours = [shades for _, part in parts for shades in part]
+    stored = torch.from_numpy(np.concatenate([latents for latents, _ in parts])).contiguous()
+    vae = source_vae(arguments)
+    if arguments.start:  # already normalised, and the U-Net to go on from knows these latents
+        vae.save_pretrained(arguments.work / "vae-normalised")
+        scaled = (stored * vae.config.scaling_factor).to(torch.bfloat16)
+        save_file({"latents": scaled, "colours": torch.tensor(colours)}, arguments.work / "latents.safetensors")
+        return
+    share = icons.weights[:, None] * torch.tensor(VARIANT_WEIGHTS)
+    share = (share / share.sum() / 64)[:, :, None, None, None]
+    mean = (stored * share).sum((0, 1, 3, 4))
+    std = ((stored - mean[:, None, None]).square() * share).sum((0, 1, 3, 4)).sqrt()
+    normalise(vae, mean, std)
+    vae.save_pretrained(arguments.work / "vae-normalised")
+    whitened = ((stored - mean[:, None, None]) / std[:, None, None]).to(torch.bfloat16)
+    save_file({"latents": whitened, "colours": torch.tensor(colours)}, arguments.work / "latents.safetensors")

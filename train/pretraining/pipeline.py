@@ -1,0 +1,63 @@
+"""Writing what was learned as a Stable Diffusion pipeline, and going on from one."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+from torch import Tensor
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from train.pretraining.folders import replace_folder
+from train.pretraining.networks import TEXT_WIDTH, TextAndUNet, new_scheduler, new_text_encoder, new_unet
+
+
+def load_pipeline(module: TextAndUNet, folder: Path, used: list[int]) -> None:
+    """Begin with the weights of an exported pipeline."""
+    module.unet.load_state_dict(UNet2DConditionModel.from_pretrained(folder / "unet").state_dict())
+    weights = CLIPTextModel.from_pretrained(folder / "text_encoder", dtype=torch.float32).state_dict()
+    name = next(key for key in weights if key.endswith("token_embedding.weight"))
+    module.text_encoder.load_state_dict(weights | {name: weights[name][used]})
+
+
+def fill_vocabulary(weights: dict[str, Tensor], used: list[int], seed: int) -> dict[str, Tensor]:
+    """The text encoder's weights with a row for every CLIP token; those never seen stay at a random start."""
+    name = next(key for key in weights if key.endswith("token_embedding.weight"))
+    generator = torch.Generator().manual_seed(seed)
+    table = torch.randn(49408, TEXT_WIDTH, generator=generator) * 0.02
+    table[used] = weights[name]
+    return weights | {name: table}
+
+
+def export_pipeline(weights: dict[str, Tensor], used: list[int], arguments: argparse.Namespace) -> None:
+    """Write the averaged weights as a complete float16 Stable Diffusion directory."""
+    parts: dict[str, dict[str, Tensor]] = {"text_encoder": {}, "unet": {}}
+    for key, value in weights.items():
+        part, name = key.split(".", 1)
+        parts[part][name] = value
+    text_encoder, unet = new_text_encoder(49408), new_unet()
+    text_encoder.load_state_dict(fill_vocabulary(parts["text_encoder"], used, arguments.seed), strict=False)
+    unet.load_state_dict(parts["unet"])
+    vae_folder = "vae-final" if (arguments.work / "vae-final").exists() else "vae-normalised"
+    pipeline = StableDiffusionPipeline(
+        vae=AutoencoderKL.from_pretrained(arguments.work / vae_folder).half(),
+        text_encoder=text_encoder.half(),
+        tokenizer=CLIPTokenizer.from_pretrained(arguments.tokenizer),
+        unet=unet.half(),
+        scheduler=new_scheduler(),
+        safety_checker=None,
+        feature_extractor=None,
+        image_encoder=None,
+        requires_safety_checker=False,
+    )
+    temporary = arguments.export.with_name(arguments.export.name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    pipeline.save_pretrained(temporary)
+    # transformers loads in the type that the config names, diffusers in float32: let both compute in float32.
+    config = temporary / "text_encoder" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"dtype": "float32"}, indent=2) + "\n")
+    replace_folder(temporary, arguments.export)

@@ -1,0 +1,83 @@
+"""The stage that teaches the text encoder words."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from train.pretraining.examples import Examples, caption_source
+from train.pretraining.networks import TEXT_WIDTH, new_text_encoder
+from train.pretraining.trainer import Trainer
+
+TEXT_LENGTH = 40  # tokens while the text encoder learns words; all later positions then start as padding
+
+
+class TextMatcher(nn.Module):
+    """A text encoder that is asked what the picture of a caption looks like, and which of a batch it is."""
+
+    def __init__(self, vocabulary: int) -> None:
+        super().__init__()
+        self.text_encoder = new_text_encoder(vocabulary)
+        self.look = nn.Linear(TEXT_WIDTH, 1024)
+        self.text_side, self.picture_side = nn.Linear(TEXT_WIDTH, 96), nn.Linear(1024, 96)
+
+    def forward(self, ids: Tensor, pictures: Tensor) -> tuple[Tensor, Tensor]:
+        """The expected latents, and scaled similarities (captions by pictures)."""
+        # The mean over all positions: the U-Net starts by attending to all alike, and padding is most of them.
+        summary = self.text_encoder(ids).last_hidden_state.mean(1)
+        ours = F.normalize(self.text_side(summary), dim=-1)
+        theirs = F.normalize(self.picture_side(pictures), dim=-1)
+        return self.look(summary), 12 * ours @ theirs.T
+
+
+@dataclass
+class TextJob:
+    """Teach the text encoder words before the U-Net listens to it; from a random start it listens very late."""
+
+    settings: argparse.Namespace
+
+    def build(self) -> nn.Module:
+        """A fresh text encoder with its heads."""
+        captions = caption_source(self.settings)
+        torch.manual_seed(self.settings.seed)
+        return TextMatcher(len(captions.used))
+
+    def prepare(self, module: nn.Module) -> Callable[[int, int], dict[str, float]]:
+        """Load the latents; the function returned runs one micro-batch."""
+        settings, draw = self.settings, Examples(self.settings)
+
+        def run(step: int, index: int) -> dict[str, float]:
+            latents, ids, records = draw.batch((settings.seed + 3) * 1_000_003 + step * 64 + index, settings.batch)
+            flat = latents.flatten(1)
+            look, similarity = module(ids[:, :TEXT_LENGTH], flat.to(torch.bfloat16))
+            error = F.mse_loss(look.float(), flat)
+            # Pictures of one icon are one target.
+            same = torch.tensor(records)
+            share = (same[:, None] == same[None]).float()
+            named = ids[:, 1] != ids[:, -1]
+            chosen = F.cross_entropy(similarity.float(), share / share.sum(1, keepdim=True), reduction="none")
+            match = (chosen * named).sum() / named.sum().clamp(min=1)
+            (error + 0.3 * match).backward()
+            return {"error": float(error.detach()), "match": float(match.detach())}
+
+        return run
+
+
+def train_text(arguments: argparse.Namespace) -> None:
+    """Train the text encoder alone and write `<work>/text.safetensors`, where the U-Net's stage begins."""
+
+    def export(weights: dict[str, Tensor]) -> None:
+        own = {key.split(".", 1)[1]: value for key, value in weights.items() if key.startswith("text_encoder.")}
+        positions = next(value for key, value in own.items() if key.endswith("position_embedding.weight"))
+        positions[TEXT_LENGTH:] = positions[TEXT_LENGTH - 1]  # all padding alike
+        save_file(own, arguments.work / "text.tmp")
+        os.replace(arguments.work / "text.tmp", arguments.work / "text.safetensors")
+
+    Trainer(TextJob(arguments), arguments, ("error", "match")).run(export, export_every=100)

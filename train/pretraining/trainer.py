@@ -1,0 +1,202 @@
+"""The training loop that the stages share: worker processes, optimizer, checkpoints."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+import torch.multiprocessing as mp
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from train.pretraining.flat import Flat
+from train.pretraining.folders import replace_folder
+from train.pretraining.log import append
+
+
+class Job(Protocol):
+    """What a training stage supplies; instances travel to the worker processes."""
+
+    def build(self) -> nn.Module:
+        """The module to train, freshly initialised."""
+
+    def prepare(self, module: nn.Module) -> Callable[[int, int], dict[str, float]]:
+        """Load data; returns the function that adds the gradient of micro-batch (step, index) and reports numbers."""
+
+
+@dataclass
+class Shared:
+    """What the processes share. Each worker takes the next micro-batch when it is free, so that a core busy with
+    other work slows training by its own share only; threads within one process would all wait for it."""
+
+    values: Tensor
+    gradients: Tensor
+    reports: Tensor
+    counts: Tensor
+    step: Any
+    taken: Any
+    micro: int
+    gate: Any
+
+
+def work(rank: int, job: Job, shared: Shared) -> None:
+    """A worker: compute gradients of micro-batches until the trainer goes away."""
+    torch.set_num_threads(1)
+    module = job.build().to(torch.bfloat16)
+    flat = Flat(module)
+    gradients = torch.zeros(flat.size, dtype=torch.bfloat16)
+    flat.bind(module, shared.values, gradients)
+    run = job.prepare(module)
+    for turn in range(shared.reports.shape[0]):
+        if turn == rank:  # one after another: the first compiles, the others find it in the compiler's cache
+            run(0, 0)
+        shared.gate.wait(1200)
+    while True:
+        shared.gate.wait(1200)
+        shared.counts[rank] = 0
+        while (index := take(shared)) < shared.micro:
+            gradients.zero_()
+            numbers = torch.tensor(list(run(shared.step.value, index).values()), dtype=torch.float64)
+            if shared.counts[rank] == 0:
+                shared.gradients[rank].copy_(gradients)
+                shared.reports[rank] = numbers
+            else:
+                shared.gradients[rank].add_(gradients)
+                shared.reports[rank] += numbers
+            shared.counts[rank] += 1
+        shared.gate.wait(1200)
+
+
+def take(shared: Shared) -> int:
+    """The next micro-batch nobody works on."""
+    with shared.taken.get_lock():
+        index: int = shared.taken.value
+        shared.taken.value = index + 1
+    return index
+
+
+def shared_copy(tensor: Tensor) -> Tensor:
+    """The tensor in memory that all processes see."""
+    shared: Tensor = tensor.share_memory_()
+    return shared
+
+
+class Trainer:
+    """Float32 weights, Adam, moving average and checkpoints over bfloat16 workers, one a core."""
+
+    def __init__(self, job: Job, settings: argparse.Namespace, keys: Sequence[str]) -> None:
+        module = job.build()
+        self.flat, self.keys, self.settings, self.steps = Flat(module), keys, settings, 0
+        self.master = nn.Parameter(self.flat.gather(module))
+        self.ema = self.master.detach().clone()
+        self.first_moment, self.second_moment = torch.zeros_like(self.ema), torch.zeros_like(self.ema)
+        self.checkpoint = settings.work / f"{settings.stage}-checkpoint"
+        self.log = settings.work / f"{settings.stage}-log.jsonl"
+        if self.checkpoint.exists():
+            self.load()
+        self.optimizer = torch.optim.Adam([self.master], betas=(0.9, 0.99), fused=True)
+        moments = {"exp_avg": self.first_moment, "exp_avg_sq": self.second_moment}
+        self.optimizer.state[self.master] = {"step": torch.tensor(float(self.steps)), **moments}
+        context = mp.get_context("spawn")
+        workers = settings.workers
+        self.shared = Shared(
+            values=shared_copy(self.master.detach().to(torch.bfloat16)),
+            gradients=shared_copy(torch.zeros(workers, self.flat.size)),
+            reports=shared_copy(torch.zeros(workers, len(keys), dtype=torch.float64)),
+            counts=shared_copy(torch.zeros(workers, dtype=torch.int64)),
+            step=context.Value("l", 0),
+            taken=context.Value("l", 0),
+            micro=settings.micro,
+            gate=context.Barrier(workers + 1),
+        )
+        arguments = [(rank, job, self.shared) for rank in range(workers)]
+        self.workers = [context.Process(target=work, args=own, daemon=True) for own in arguments]
+        for worker in self.workers:
+            worker.start()
+        for _ in range(workers):
+            self.shared.gate.wait(1200)
+
+    @torch.no_grad()
+    def step(self) -> dict[str, float]:
+        """One optimizer step; returns the workers' numbers and the gradient's norm."""
+        self.shared.step.value, self.shared.taken.value = self.steps, 0
+        self.shared.gate.wait(1200)
+        self.shared.gate.wait(1200)
+        busy = [rank for rank, count in enumerate(self.shared.counts.tolist()) if count]
+        gradient = self.shared.gradients[busy[0]].clone()
+        for rank in busy[1:]:
+            gradient += self.shared.gradients[rank]
+        settings, norm = self.settings, float(gradient.norm()) / self.shared.micro
+        gradient *= min(1.0, settings.clip / (norm + 1e-6)) / self.shared.micro
+        self.steps += 1
+        lr = learning_rate(self.steps, settings.steps, settings.lr, settings.warmup)
+        self.optimizer.param_groups[0]["lr"] = lr
+        self.master.grad = gradient
+        self.optimizer.step()
+        self.ema.lerp_(self.master, 1 - min(settings.ema, (1 + self.steps) / (10 + self.steps)))
+        self.shared.values.copy_(self.master)
+        reports = self.shared.reports[busy].sum(0) / self.shared.micro
+        numbers = dict(zip(self.keys, reports.tolist(), strict=True))
+        return numbers | {"norm": norm, "lr": lr}
+
+    def averaged(self) -> dict[str, Tensor]:
+        """The moving average by parameter name."""
+        return {name: view.clone() for name, view in self.flat.views(self.ema).items()}
+
+    def save(self) -> None:
+        """Write a checkpoint that is complete or absent. A micro-batch's randomness follows from its step and index,
+        so the step is all there is to know about it."""
+        temporary = self.checkpoint.with_name(self.checkpoint.name + ".tmp")
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        tensors = {"master": self.master.detach(), "ema": self.ema}
+        moments = {"first_moment": self.first_moment, "second_moment": self.second_moment}
+        save_file(tensors | moments, temporary / "state.safetensors")
+        (temporary / "state.json").write_text(json.dumps({"step": self.steps}))
+        replace_folder(temporary, self.checkpoint)
+
+    @torch.no_grad()
+    def load(self) -> None:
+        """Go on where a checkpoint stands."""
+        for name, tensor in load_file(self.checkpoint / "state.safetensors").items():
+            getattr(self, name).copy_(tensor)
+        self.steps = json.loads((self.checkpoint / "state.json").read_text())["step"]
+
+    def run(self, export: Callable[[dict[str, Tensor]], None], export_every: int) -> None:
+        """Train to the last step, printing, saving and exporting on the way."""
+        started, first, settings = time.time(), self.steps, self.settings
+        while self.steps < settings.steps:
+            numbers = self.step()
+            if self.steps % settings.print_every == 0:
+                seconds = time.time() - started
+                speed = (self.steps - first) * settings.micro * settings.batch / seconds
+                text = " ".join(f"{key} {value:.4g}" for key, value in numbers.items())
+                print(f"{time.strftime('%H:%M:%S')} step {self.steps} {text} {speed:.0f} images/s", flush=True)
+                # The pictures of a step are a setting, and a resumed run may have another one.
+                pace = {"images_per_step": settings.micro * settings.batch, "images_per_second": speed}
+                append(self.log, {"step": self.steps, **numbers, **pace, "seconds": seconds})
+            if self.steps % export_every == 0 or self.steps >= settings.steps:
+                self.save()
+                export(self.averaged())
+        self.close()
+
+    def close(self) -> None:
+        """End the workers, which would wait for another step."""
+        for worker in self.workers:
+            worker.terminate()
+            worker.join()
+
+
+def learning_rate(step: int, steps: int, peak: float, warmup: int) -> float:
+    """Linear warmup, then a cosine down to a fiftieth of the peak."""
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    progress = min(1.0, (step - warmup) / max(1, steps - warmup))
+    return peak * (0.02 + 0.98 * (1 + math.cos(math.pi * progress)) / 2)
