@@ -34,11 +34,11 @@ def test_images_seen_follow_a_change_of_batch():
     assert images_seen(entries).tolist() == [80, 160, 660]
 
 
-def test_running_mean_is_centred_and_keeps_the_ends():
-    assert running_mean(np.array([4.0, 1.0, 7.0, 1.0, 5.0, 0.0]), 2).tolist() == pytest.approx([4, 4, 3.6, 2.8, 2, 0])
+def test_running_mean_follows_the_start_and_levels_the_end():
+    assert running_mean(np.array([4.0, 1, 7, 1, 5, 0]), 2).tolist() == pytest.approx([4, 4, 3.6, 2.8, 3.25, 2])
     assert running_mean(np.array([3.0, 1.0]), 0).tolist() == [3, 1]
     straight = np.arange(9.0)
-    np.testing.assert_allclose(running_mean(straight, 3), straight)
+    np.testing.assert_allclose(running_mean(straight, 3)[:6], straight[:6])
 
 
 @pytest.mark.parametrize("stage", ["unet", "text", "vae"])

@@ -1,10 +1,17 @@
+import argparse
+import contextlib
+import json
+import multiprocessing
+import threading
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
 
 from train.pretraining.flat import Flat
 from train.pretraining.folders import replace_folder
-from train.pretraining.trainer import learning_rate
+from train.pretraining.trainer import Trainer, learning_rate
 
 
 @pytest.fixture
@@ -64,3 +71,73 @@ def test_folder_may_be_new(tmp_path):
     (tmp_path / "model.tmp").mkdir()
     replace_folder(tmp_path / "model.tmp", tmp_path / "model")
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+class OwnThread(threading.Thread):
+    """A worker that starts at once, in place of a process, and ends when the barrier is broken."""
+
+    def __init__(self, target, args, daemon):
+        super().__init__(target=target, args=args, daemon=daemon)
+        self.gate = args[2].gate
+
+    def run(self):
+        with contextlib.suppress(threading.BrokenBarrierError):
+            super().run()
+
+    def terminate(self):
+        self.gate.abort()
+
+
+class Slopes:
+    """A job whose micro-batch (step, index) has the gradient 10 * step + index + 1 in all places."""
+
+    def build(self):
+        module = nn.Linear(4, 4, bias=False)
+        nn.init.ones_(module.weight)
+        return module
+
+    def prepare(self, module):
+        def run(step, index):
+            ((10 * step + index + 1) * module.weight.sum()).backward()
+            return {"index": index, "before": step}
+
+        return run
+
+
+@pytest.fixture
+def trainer(tmp_path, monkeypatch):
+    context = multiprocessing.get_context("spawn")
+    stand_in = SimpleNamespace(Process=OwnThread, Value=context.Value, Barrier=context.Barrier)
+    monkeypatch.setattr("torch.multiprocessing.get_context", lambda _: stand_in)
+    settings = {"work": tmp_path, "stage": "unet", "workers": 2, "micro": 3, "batch": 4, "steps": 5, "print_every": 2}
+    settings |= {"lr": 0.01, "warmup": 2, "ema": 0.9, "clip": 1.0}
+    trainer = Trainer(Slopes(), argparse.Namespace(**settings), ("index", "before"))
+    yield trainer
+    trainer.close()
+
+
+def test_step_averages_over_micro_batches_and_clips(trainer):
+    numbers = trainer.step()
+    assert numbers["index"] == pytest.approx(1)
+    assert numbers["norm"] == pytest.approx(2 * 4)  # the mean of 1, 2 and 3 in each of sixteen places
+    assert numbers["lr"] == pytest.approx(0.01)
+    views = trainer.flat.views(trainer.first_moment)
+    assert float(views["weight"].norm()) == pytest.approx(0.1)  # clipped to 1; Adam takes a tenth of it
+    master, ema = (trainer.flat.views(flat)["weight"].detach() for flat in (trainer.master, trainer.ema))
+    torch.testing.assert_close(master, torch.full((4, 4), 0.99))
+    torch.testing.assert_close(ema, torch.full((4, 4), 1 - 0.01 * 9 / 11))
+    torch.testing.assert_close(trainer.shared.values.float(), trainer.master.detach(), rtol=4e-3, atol=0)
+    assert trainer.step()["norm"] == pytest.approx(12 * 4)
+
+
+def test_run_logs_saves_and_exports_on_the_way(trainer, tmp_path, capsys):
+    exported = []
+    trainer.run(lambda weights: exported.append((trainer.steps, weights["weight"].clone())), export_every=3)
+    assert [step for step, _ in exported] == [3, 5]
+    assert torch.equal(exported[-1][1], trainer.averaged()["weight"])
+    entries = [json.loads(line) for line in (tmp_path / "unet-log.jsonl").read_text().splitlines()]
+    assert [(entry["step"], entry["index"], entry["images_per_step"]) for entry in entries] == [(2, 1, 12), (4, 1, 12)]
+    assert all(entry["images_per_second"] == pytest.approx(entry["step"] * 12 / entry["seconds"]) for entry in entries)
+    assert [line.split()[1:3] for line in capsys.readouterr().out.splitlines()] == [["step", "2"], ["step", "4"]]
+    assert json.loads((tmp_path / "unet-checkpoint" / "state.json").read_text()) == {"step": 5}
+    assert not any(worker.is_alive() for worker in trainer.workers)

@@ -48,11 +48,16 @@ def images_seen(entries: list[dict[str, float]]) -> npt.NDArray[np.float64]:
 
 
 def running_mean(values: npt.NDArray[np.float64], reach: int) -> npt.NDArray[np.float64]:
-    """The mean of each value and `reach` neighbours on either side; fewer, but as many on both sides, at the ends."""
+    """The mean of each value and up to `reach` neighbours on either side.
+
+    The first values fall steeply, so there are never more neighbours after than before; the last ones are level, so
+    there the neighbours before stay, and no single value is the end of the curve.
+    """
     sums = np.concatenate([[0.0], np.cumsum(values)])
     places = np.arange(len(values))
-    reaches = np.minimum(reach, np.minimum(places, places[::-1]))
-    means: npt.NDArray[np.float64] = (sums[places + reaches + 1] - sums[places - reaches]) / (2 * reaches + 1)
+    before = np.minimum(reach, places)
+    after = np.minimum(before, places[::-1])
+    means: npt.NDArray[np.float64] = (sums[places + after + 1] - sums[places - before]) / (before + after + 1)
     return means
 
 
@@ -77,7 +82,8 @@ def draw_curve(arguments: argparse.Namespace) -> None:
     for axes, (key, label) in zip(panels, plot.panels.items(), strict=True):
         values = np.array([entry[key] for entry in entries])
         axes.plot(seen, values, color="#9db8d9", linewidth=0.8, label="as measured")
-        axes.plot(seen, running_mean(values, len(values) // 40), color="#1f4e8c", linewidth=1.8, label="running mean")
+        axes.plot(seen, running_mean(values, len(values) // 25), color="#1f4e8c", linewidth=1.8, label="running mean")
+        axes.set_ylim(bottom=0)
         axes.set_ylabel(label)
         axes.grid(color="#e4e4e4")
         axes.spines[["top", "right"]].set_visible(False)
