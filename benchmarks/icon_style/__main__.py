@@ -35,7 +35,7 @@ from .character import held_out, render
 from .data import IconData, to_images
 from .judges import Judges, load_judges
 from .report import environment, style_grid, write_report
-from .runner import Settings, StyleRun, describe, read_strip, slug
+from .runner import Settings, StyleRun, read_strip, slug
 from .scores import Yardsticks
 from .subject import ABOUT, SubjectRun
 
@@ -94,14 +94,21 @@ class StyleCommand(Common):
     """One of the development styles."""
     seed: int = 0
     """Seed of tuning pictures, tuners, batches and drawings; learning rates are chosen with seed 0."""
+    shard: int = 0
+    """Compute only the methods of this shard; run it again when all are done, for the rows at the same time."""
+    shards: int = 1
+    """Number of processes that share the methods."""
 
     def run(self) -> None:
         """Compute the rows that are missing."""
         started, pipeline = time.time(), self.pipeline()
         yardsticks = Yardsticks(InceptionFeatures(), Lpips(), self.judges(pipeline))
         run = StyleRun(pipeline, self.data(), yardsticks, self.style, self.seed, self.settings, self.work)
-        for row in run.run(lambda text: print(f"{time.strftime('%H:%M:%S')} {text}", flush=True)):
-            print(describe(row))
+        run.run(
+            lambda text: print(f"{time.strftime('%H:%M:%S')} {text}", flush=True),
+            shard=self.shard,
+            shards=self.shards,
+        )
         print(f"{(time.time() - started) / 60:.1f} min")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,38 @@ class IconClassifier(nn.Module):
         return logits
 
 
+class StyleClassifier(nn.Module):
+    """Looks at how a picture is drawn, not at what it shows: averages and peaks of fine features, in no place.
+
+    N x 3 x 64 x 64 in [0, 1] to N x classes.
+    """
+
+    def __init__(self, classes: int) -> None:
+        super().__init__()
+        widths = (3, 32, 48, 64, 96)
+        self.levels = nn.ModuleList(
+            nn.Sequential(
+                nn.Conv2d(channels, out_channels, 3, 1 if level == 0 else 2, 1, bias=False),
+                nn.BatchNorm2d(out_channels),
+                nn.ReLU(),
+            )
+            for level, (channels, out_channels) in enumerate(pairwise(widths))
+        )
+        pooled = 2 * sum(widths[1:])
+        self.head = nn.Sequential(
+            nn.BatchNorm1d(pooled), nn.Dropout(0.3), nn.Linear(pooled, 128), nn.ReLU(), nn.Linear(128, classes)
+        )
+
+    def forward(self, pictures: Tensor) -> Tensor:
+        """Return the logits."""
+        features, pooled = pictures * 4 - 2, []
+        for level in self.levels:
+            features = level(features)
+            pooled += [features.mean((2, 3)), features.amax((2, 3))]
+        logits: Tensor = self.head(torch.cat(pooled, dim=1))
+        return logits
+
+
 def warp(pictures: Tensor, generator: torch.Generator, *, degrees: float, zoom: float, shift: float) -> Tensor:
     """Turn, scale and move every picture at random; what comes in from outside is the border's colour."""
     count = len(pictures)
@@ -87,8 +120,11 @@ def disturb_shapes(pictures: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def disturb_little(pictures: Tensor, generator: torch.Generator) -> Tensor:
-    """What changes neither style nor concept: place, size, a little noise."""
-    return roughen(warp(pictures, generator, degrees=4, zoom=0.1, shift=0.08), generator, 0.03)
+    """What changes neither style nor concept: whole pixels' shifts and a little noise; resampling would blur."""
+    dy, dx = (int(value) for value in torch.randint(-5, 6, (2,), generator=generator))
+    moved = torch.roll(F.pad(pictures, (6, 6, 6, 6), mode="replicate"), (dy, dx), (2, 3))[:, :, 6:-6, 6:-6]
+    strength = 0.02 * torch.rand(len(pictures), 1, 1, 1, generator=generator)
+    return (moved + strength * torch.randn(pictures.shape, generator=generator)).clamp(0, 1)
 
 
 def roughen(pictures: Tensor, generator: torch.Generator, noise: float) -> Tensor:
@@ -105,11 +141,20 @@ Disturb = Callable[[Tensor, torch.Generator], Tensor]
 
 
 def fit_classifier(
-    pictures: Tensor, labels: Tensor, classes: int, disturb: Disturb, *, epochs: int, seed: int, batch: int = 64
-) -> IconClassifier:
+    kind: Callable[[int], nn.Module],
+    pictures: Tensor,
+    labels: Tensor,
+    classes: int,
+    disturb: Disturb,
+    *,
+    epochs: int,
+    seed: int,
+    batch: int = 64,
+) -> nn.Module:
     """Train a classifier.
 
     Args:
+        kind: makes the network for a number of classes.
         pictures: V x N x 3 x 64 x 64 in [0, 1], V renderings of every picture, of which one is drawn each time.
         labels: N class numbers.
         classes: number of classes.
@@ -121,7 +166,7 @@ def fit_classifier(
     generator = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = IconClassifier(classes).to(memory_format=torch.channels_last).train()  # type: ignore[call-overload]
+        model = kind(classes).to(memory_format=torch.channels_last).train()  # type: ignore[call-overload]
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.02)
         steps = epochs * (len(labels) // batch)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps, pct_start=0.2)
@@ -154,8 +199,8 @@ class Judges:
     pictures is the most that a tuner can reach. The style classifier has seen all seven, without the test concepts.
     """
 
-    concept: IconClassifier
-    style: IconClassifier
+    concept: nn.Module
+    style: nn.Module
     concepts: list[str]
     styles: list[str]
 
@@ -171,20 +216,32 @@ class Judges:
 
 
 @torch.no_grad()
-def through_autoencoder(vae: Any, pictures: Tensor, seed: int, batch: int = 32) -> Tensor:
-    """Encode and decode pictures with slightly disturbed latents, as generated ones come out of the decoder."""
+def through_autoencoder(vae: Any, pictures: Tensor, level: float, seed: int, batch: int = 32) -> Tensor:
+    """Encode and decode pictures whose latents are disturbed, as a denoiser's are never quite a picture's.
+
+    Args:
+        vae: the base's autoencoder.
+        pictures: N x 3 x 64 x 64 in [0, 1].
+        level: largest standard deviation of the disturbance, in standard deviations of the latents.
+        seed: seed of the disturbance.
+        batch: pictures at a time.
+    """
     generator = torch.Generator().manual_seed(seed)
     results = []
     for part in tqdm(pictures.split(batch), desc="pictures through the autoencoder", leave=False):
         with torch.autocast("cpu", torch.bfloat16):
             latents = vae.encode(part * 2 - 1).latent_dist.mean
             noise = torch.randn(latents.shape, generator=generator) * latents.float().std()
-            decoded = vae.decode(latents + 0.08 * noise).sample
+            share = level * torch.rand(len(part), 1, 1, 1, generator=generator)
+            decoded = vae.decode(latents + share * noise).sample
         results.append((decoded.float() / 2 + 0.5).clamp(0, 1))
     return torch.cat(results)
 
 
-def load_judges(data: IconData, vae: Any, folder: Path, *, epochs: int = 36, seed: int = 0) -> Judges:
+LEVELS = {"concept": 0.15, "style": 0.3}
+
+
+def load_judges(data: IconData, vae: Any, folder: Path, *, epochs: int = 30, seed: int = 0) -> Judges:
     """Load the classifiers from a folder, or train them and put them there.
 
     Args:
@@ -192,36 +249,51 @@ def load_judges(data: IconData, vae: Any, folder: Path, *, epochs: int = 36, see
         vae: the base's autoencoder: half of the training pictures go through it, so that the judges look at
             style and concept and not at whether a picture was decoded.
         folder: where the weights are kept between runs.
-        epochs: passes of the concept classifier; the style classifier does a quarter.
+        epochs: passes of the concept classifier; the style classifier does half as many.
         seed: seed of both.
     """
     concepts, styles = data.known, list(data.styles)
-    about = {"concepts": concepts, "styles": styles, "epochs": epochs, "seed": seed, "test": data.test}
-    path, facts = folder / "judges.safetensors", folder / "judges.json"
-    concept, style = IconClassifier(len(concepts)), IconClassifier(len(styles))
-    if path.exists() and facts.exists() and json.loads(facts.read_text()) == about:
-        state = load_file(path)
-        for name, model in (("concept", concept), ("style", style)):
-            model.load_state_dict({k.removeprefix(name + "."): v for k, v in state.items() if k.startswith(name)})
-            model.eval().requires_grad_(False)
-        return Judges(concept, style, concepts, styles)
     known, test = set(concepts), set(data.test)
-    parts = [(name, sorted(data.styles[name].concepts & known)) for name in styles]
-    pictures = torch.cat([data.styles[name].pixels(members) for name, members in parts])
-    both = torch.stack([pictures, through_autoencoder(vae, pictures, seed)])
-    number = {concept: index for index, concept in enumerate(concepts)}
-    rows = [(number[concept], styles.index(name), concept) for name, members in parts for concept in members]
-    of_concept, of_style = torch.tensor([row[0] for row in rows]), torch.tensor([row[1] for row in rows])
-    pretrained = torch.tensor([styles[row[1]] in PRETRAINING_SETS for row in rows])
-    untested = torch.tensor([row[2] not in test for row in rows])
-    concept = fit_classifier(
-        both[:, pretrained], of_concept[pretrained], len(concepts), disturb_shapes, epochs=epochs, seed=seed
+    rows = [(concept, name) for name in styles for concept in sorted(data.styles[name].concepts & known)]
+
+    def concept_judge() -> nn.Module:
+        chosen = [(concept, name) for concept, name in rows if name in PRETRAINING_SETS]
+        labels = torch.tensor([concepts.index(concept) for concept, _ in chosen])
+        pictures = versions(data, vae, chosen, LEVELS["concept"], seed)
+        return fit_classifier(
+            IconClassifier, pictures, labels, len(concepts), disturb_shapes, epochs=epochs, seed=seed
+        )
+
+    def style_judge() -> nn.Module:
+        chosen = [(concept, name) for concept, name in rows if concept not in test]
+        labels = torch.tensor([styles.index(name) for _, name in chosen])
+        pictures = versions(data, vae, chosen, LEVELS["style"], seed)
+        return fit_classifier(
+            StyleClassifier, pictures, labels, len(styles), disturb_little, epochs=max(1, epochs // 2), seed=seed
+        )
+
+    facts = {"epochs": epochs, "seed": seed, "test": data.test}
+    concept = kept(
+        folder / "concept-judge", facts | {"classes": concepts}, IconClassifier(len(concepts)), concept_judge
     )
-    style = fit_classifier(
-        both[:, untested], of_style[untested], len(styles), disturb_little, epochs=max(1, epochs // 4), seed=seed
-    )
-    folder.mkdir(parents=True, exist_ok=True)
-    named = (("concept", concept), ("style", style))
-    save_file({f"{name}.{k}": v.contiguous() for name, m in named for k, v in m.state_dict().items()}, path)
-    facts.write_text(json.dumps(about))
+    style = kept(folder / "style-judge", facts | {"classes": styles}, StyleClassifier(len(styles)), style_judge)
     return Judges(concept, style, concepts, styles)
+
+
+def versions(data: IconData, vae: Any, rows: Sequence[tuple[str, str]], level: float, seed: int) -> Tensor:
+    """Pictures of (concept, style) as drawn and as the autoencoder returns them: 2 x N x 3 x 64 x 64."""
+    pictures = torch.cat([data.styles[name].pixels([concept]) for concept, name in rows])
+    return torch.stack([pictures, through_autoencoder(vae, pictures, level, seed)])
+
+
+def kept(path: Path, facts: dict[str, Any], empty: nn.Module, train: Callable[[], nn.Module]) -> nn.Module:
+    """Fill an empty network from a file with the same facts, or train one and write it there."""
+    weights, about = path.with_suffix(".safetensors"), path.with_suffix(".json")
+    if weights.exists() and about.exists() and json.loads(about.read_text()) == facts:
+        empty.load_state_dict(load_file(weights))
+        return empty.eval().requires_grad_(False)
+    model = train()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file({name: value.contiguous() for name, value in model.state_dict().items()}, weights)
+    about.write_text(json.dumps(facts))
+    return model

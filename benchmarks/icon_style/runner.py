@@ -6,7 +6,7 @@ import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +23,12 @@ from train.prepare_icons import PRETRAINING_SETS
 
 from .data import IconData, Split, to_images, to_pixels, write_tuning_images
 from .draw import Artist
-from .methods import Course, Method, Trainable, contestants, held_out_loss, tune
+from .methods import CUSTOMARY_RANK, Course, Method, Trainable, contestants, held_out_loss, tune
 from .scores import Scorer, Yardsticks, mean
 
 Row = dict[str, Any]
+CLOCK = f"LoRA r={CUSTOMARY_RANK}, attention"
+"""The method whose training time all others get in the second table."""
 
 
 @dataclass(frozen=True)
@@ -139,24 +141,34 @@ class StyleRun:
 
     # --- rows
 
-    def run(self, say: Callable[[str], None] = print) -> list[Row]:
-        """Compute all rows: floor, ceiling, and every method at the same steps and at the same time."""
+    def run(self, say: Callable[[str], None] = print, *, shard: int = 0, shards: int = 1) -> list[Row]:
+        """Compute the rows: floor, ceiling, and every method at the same steps and at the same time.
+
+        Args:
+            say: told about every row.
+            shard, shards: compute only every `shards`-th method, so that several processes share the work; the rows
+                at the same time wait for the LoRA that sets the time, and are left out until it is there.
+        """
         rows = [self._row("true pictures", "both", self._score_true), self._row("base, not tuned", "both", self._base)]
-        methods = contestants(self.pipeline.unet)
+        for row in rows:
+            say(describe(row))
+        methods = contestants(self.pipeline.unet)[shard::shards]
         for method in methods:
-            rows.append(self._row(method.name, "steps", lambda method=method: self._tuned(method, None)))  # type: ignore[misc]
+            rows.append(self._row(method.name, "steps", partial(self._tuned, method)))
             say(describe(rows[-1]))
-        if self.settings.equal_time:
-            budget = next(row["seconds"] for row in rows if row["method"] == "LoRA r=16, attention")
+        clock = self._row_path(CLOCK, "steps")
+        if self.settings.equal_time and clock.exists():
+            budget: float = json.loads(clock.read_text())["seconds"]
             for method, row in zip(methods, rows[2:], strict=True):
-                rows.append(
-                    self._row(method.name, "time", lambda method=method, row=row: self._in_time(method, row, budget))  # type: ignore[misc]
-                )
+                rows.append(self._row(method.name, "time", partial(self._in_time, method, row, budget)))
                 say(describe(rows[-1]))
         return rows
 
+    def _row_path(self, method: str, table: str) -> Path:
+        return self.folder / "rows" / f"{slug(method)}-{table}.json"
+
     def _row(self, method: str, table: str, compute: Callable[[], Row]) -> Row:
-        path = self.folder / "rows" / f"{slug(method)}-{table}.json"
+        path = self._row_path(method, table)
         if path.exists():
             kept: Row = json.loads(path.read_text())
             return kept
@@ -172,7 +184,7 @@ class StyleRun:
     def _base(self) -> Row:
         return self.scorer.score(self._kept_drawings("base", self.prompts, None)) | {"drift": 0.0}
 
-    def _tuned(self, method: Method, learning_rate: float | None) -> Row:
+    def _tuned(self, method: Method) -> Row:
         """Choose the learning rate, then score the tuned model."""
         chosen = self._known_rate(method)
         rates = (chosen,) if chosen else method.learning_rates if self.settings.sweep else method.learning_rates[1:2]
@@ -194,7 +206,8 @@ class StyleRun:
 
     def _known_rate(self, method: Method) -> float | None:
         """The learning rate that the first seed's sweep chose."""
-        first = self.folder.with_name(f"{self.style}-seed0") / "rows" / f"{slug(method.name)}-steps.json"
+        path = self._row_path(method.name, "steps")
+        first = self.folder.with_name(f"{self.style}-seed0") / "rows" / path.name
         return json.loads(first.read_text())["learning_rate"] if self.seed and first.exists() else None
 
     def _in_time(self, method: Method, row: Row, budget: float) -> Row:

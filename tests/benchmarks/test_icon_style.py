@@ -7,7 +7,15 @@ from benchmarks.icon_style.base import base_prompts, recognised
 from benchmarks.icon_style.data import CONCEPTS as TEST_CONCEPTS
 from benchmarks.icon_style.data import to_images, to_pixels
 from benchmarks.icon_style.draw import Artist
-from benchmarks.icon_style.judges import Judges, disturb_little, disturb_shapes, fit_classifier, load_judges
+from benchmarks.icon_style.judges import (
+    IconClassifier,
+    Judges,
+    StyleClassifier,
+    disturb_little,
+    disturb_shapes,
+    fit_classifier,
+    load_judges,
+)
 from benchmarks.icon_style.methods import batch_loss, contestants, held_out_loss, tune
 from benchmarks.icon_style.report import COLUMNS, mean_and_spread, table, write_report
 from benchmarks.icon_style.runner import Settings, StyleRun, read_strip, slug
@@ -27,10 +35,10 @@ def judges(icons):
     numbers = torch.arange(len(icons.known))
     sets = [icons.styles[name].pixels(icons.known) for name in styles]
     concept = fit_classifier(
-        torch.cat(sets[:5])[None], numbers.repeat(5), len(icons.known), disturb_little, epochs=12, seed=0
+        IconClassifier, torch.cat(sets[:5])[None], numbers.repeat(5), len(numbers), disturb_little, epochs=12, seed=0
     )
     of_style = torch.arange(7).repeat_interleave(len(icons.known))
-    style = fit_classifier(torch.cat(sets)[None], of_style, 7, disturb_little, epochs=6, seed=0)
+    style = fit_classifier(StyleClassifier, torch.cat(sets)[None], of_style, 7, disturb_little, epochs=6, seed=0)
     return Judges(concept, style, icons.known, styles)
 
 
@@ -108,12 +116,12 @@ def test_disturbed_pictures_keep_their_range_and_follow_from_the_generator(icons
 def test_judges_are_trained_once_and_kept(icons, tiny_base, tmp_path):
     pictures = icons.styles["noto"].pixels(icons.known[:5])
     first = load_judges(icons, tiny_base.vae, tmp_path, epochs=1)
-    written = (tmp_path / "judges.safetensors").stat().st_mtime_ns
+    written = (tmp_path / "style-judge.safetensors").stat().st_mtime_ns
     again = load_judges(icons, tiny_base.vae, tmp_path, epochs=1)
-    assert (tmp_path / "judges.safetensors").stat().st_mtime_ns == written
+    assert (tmp_path / "style-judge.safetensors").stat().st_mtime_ns == written
     assert torch.equal(first.concept(pictures), again.concept(pictures))
     load_judges(icons, tiny_base.vae, tmp_path, epochs=2)
-    assert (tmp_path / "judges.safetensors").stat().st_mtime_ns > written
+    assert (tmp_path / "style-judge.safetensors").stat().st_mtime_ns > written
 
 
 # --- scores
