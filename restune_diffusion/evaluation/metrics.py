@@ -67,18 +67,6 @@ def nearest_distance(found: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
     return 1 - _similarities(found, others).amax(dim=1)
 
 
-def top_k_accuracy(logits: torch.Tensor, labels: torch.Tensor, k: int) -> float:
-    """Return the share of rows whose label is among the k largest logits.
-
-    Args:
-        logits: N x classes.
-        labels: N integers.
-        k: how many classes count; at most all of them do.
-    """
-    best = logits.topk(min(k, logits.shape[1]), dim=1).indices
-    return _share((best == labels[:, None]).any(dim=1))
-
-
 def retrieval_accuracy(found: torch.Tensor, wanted: torch.Tensor, k: int) -> float:
     """Return the share of rows of `found` whose own row of `wanted` is among the k most similar ones.
 

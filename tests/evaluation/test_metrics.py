@@ -11,7 +11,6 @@ from restune_diffusion.evaluation.metrics import (
     retrieval_accuracy,
     similarity,
     style_share,
-    top_k_accuracy,
 )
 
 
@@ -72,12 +71,6 @@ def test_nearest_distance_is_zero_for_a_copy_alone() -> None:
     others = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
     found = torch.tensor([[0.0, 4.0], [3.0, 4.0]])
     torch.testing.assert_close(nearest_distance(found, others), torch.tensor([0.0, 0.2]).double())
-
-
-def test_top_k_accuracy_counts_labels_among_the_largest_logits() -> None:
-    logits = torch.tensor([[3.0, 2.0, 1.0], [3.0, 2.0, 1.0], [3.0, 2.0, 1.0], [1.0, 2.0, 3.0]])
-    labels = torch.tensor([0, 1, 2, 2])
-    assert [top_k_accuracy(logits, labels, k) for k in (1, 2, 3, 9)] == [0.5, 0.75, 1.0, 1.0]
 
 
 def test_retrieval_loses_on_shuffled_rows() -> None:
