@@ -35,13 +35,13 @@ CLOCK = f"LoRA r={CUSTOMARY_RANK}, attention"
 class Settings:
     """What one run of the benchmark is made of; the defaults are the full form."""
 
-    steps: int = 250
+    steps: int = 200
     batch: int = 8
     warmup: float = 0.05
     inference_steps: int = 20
     guidance: float = 4.0
     concepts: int = 100
-    drift_concepts: int = 8
+    drift_concepts: int = 5
     sweep: bool = True
     equal_time: bool = True
 
