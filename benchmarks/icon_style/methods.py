@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import statistics
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch import nn
 
 from restune_diffusion import BypassConfig, SkipConfig, Tuner, attach
 from restune_diffusion.config import PartConfig
+from restune_diffusion.sites import describe_base
 from restune_diffusion.training.batches import Batch, Batches
 from restune_diffusion.training.cache import Cache
 from restune_diffusion.training.objective import Objective
@@ -91,26 +92,29 @@ def biases(unet: Any, seed: int) -> Trainable:
     return Trainable(unet, [parameter.requires_grad_(True) for parameter in chosen])
 
 
-def nearest(budget: int, options: Iterable[Any], make: Callable[[Any], Prepare], unet: Any) -> Any:
-    """The option whose number of parameters is nearest to a budget."""
+def bypass_ratio(unet: Any, budget: int) -> float:
+    """The bypass ratio, in sixteenths, whose number of parameters is nearest to a budget."""
+    base = describe_base(unet)
 
-    def miss(option: Any) -> int:
-        return abs(Method("", make(option), ()).start(unet, 0).count - budget)
+    def miss(ratio: float) -> int:
+        return abs(Tuner.empty((BypassConfig(ratio=ratio),), base).num_parameters() - budget)
 
-    return min(options, key=miss)
+    return min((step / 16 for step in range(2, 33)), key=miss)
+
+
+def lora_rank(unet: Any, targets: tuple[str, ...], budget: int) -> int:
+    """The LoRA rank whose number of parameters, which grows with it in proportion, is nearest to a budget."""
+    return max(1, round(budget / Method("", lora(1, targets), ()).start(unet, 0).count))
 
 
 def contestants(unet: Any) -> list[Method]:
     """All methods, ours and the peers, with the skip tuner's number of parameters as the common budget."""
-    skip = tuner(SkipConfig())
-    budget = Method("", skip, ()).start(unet, 0).count
-    ratio = nearest(budget, [step / 16 for step in range(2, 33)], lambda r: tuner(BypassConfig(ratio=r)), unet)
-    both = ATTENTION + FEED_FORWARD
-    attention = nearest(budget, range(4, 65), lambda rank: lora(rank, ATTENTION), unet)
-    wide = nearest(budget, range(2, 65), lambda rank: lora(rank, both), unet)
+    budget = Tuner.empty((SkipConfig(),), describe_base(unet)).num_parameters()
+    ratio, both = bypass_ratio(unet, budget), ATTENTION + FEED_FORWARD
+    attention, wide = lora_rank(unet, ATTENTION, budget), lora_rank(unet, both, budget)
     rank = CUSTOMARY_RANK
     return [
-        Method("skip tuner", skip, (1e-3, 2e-3, 4e-3)),
+        Method("skip tuner", tuner(SkipConfig()), (1e-3, 2e-3, 4e-3)),
         Method(f"bypass tuner, ratio {ratio:g}", tuner(BypassConfig(ratio=ratio)), (5e-4, 1e-3, 2e-3)),
         Method(f"LoRA r={attention}, attention", lora(attention, ATTENTION), (5e-4, 1e-3, 2e-3)),
         Method(f"LoRA r={wide}, attention + feed-forward", lora(wide, both), (5e-4, 1e-3, 2e-3)),
