@@ -71,7 +71,9 @@ class Common:
 
     def judges(self, pipeline: Any) -> Judges:
         """The classifiers, trained where there are none yet."""
-        return load_judges(self.data(), pipeline.vae, self.work, epochs=10 if self.quick else 30)
+        settings = self.settings
+        epochs, decoded = settings.judge_epochs, settings.judge_decoded
+        return load_judges(self.data(), pipeline.vae, self.work, epochs=epochs, decoded=decoded)
 
 
 @dataclass(frozen=True)

@@ -246,7 +246,9 @@ def through_autoencoder(vae: Any, pictures: Tensor, level: float, seed: int, bat
 LEVELS = {"concept": 0.15, "style": 0.4}
 
 
-def load_judges(data: IconData, vae: Any, folder: Path, *, epochs: int = 30, seed: int = 0) -> Judges:
+def load_judges(
+    data: IconData, vae: Any, folder: Path, *, epochs: int = 30, decoded: bool = True, seed: int = 0
+) -> Judges:
     """Load the classifiers from a folder, or train them and put them there.
 
     Args:
@@ -255,6 +257,7 @@ def load_judges(data: IconData, vae: Any, folder: Path, *, epochs: int = 30, see
             style and concept and not at whether a picture was decoded.
         folder: where the weights are kept between runs.
         epochs: passes of both.
+        decoded: whether to train on decoded pictures too; without, the judges are quicker made and less fair.
         seed: seed of both.
     """
     concepts, styles = data.known, list(data.styles)
@@ -264,7 +267,7 @@ def load_judges(data: IconData, vae: Any, folder: Path, *, epochs: int = 30, see
     def concept_judge() -> nn.Module:
         chosen = [(concept, name) for concept, name in rows if name in PRETRAINING_SETS]
         labels = torch.tensor([concepts.index(concept) for concept, _ in chosen])
-        pictures = versions(data, vae, chosen, LEVELS["concept"], seed)
+        pictures = versions(data, vae if decoded else None, chosen, LEVELS["concept"], seed)
         return fit_classifier(
             IconClassifier, pictures, labels, len(concepts), disturb_shapes, epochs=epochs, seed=seed
         )
@@ -272,10 +275,10 @@ def load_judges(data: IconData, vae: Any, folder: Path, *, epochs: int = 30, see
     def style_judge() -> nn.Module:
         chosen = [(concept, name) for concept, name in rows if concept not in test]
         labels = torch.tensor([styles.index(name) for _, name in chosen])
-        pictures = versions(data, vae, chosen, LEVELS["style"], seed)
+        pictures = versions(data, vae if decoded else None, chosen, LEVELS["style"], seed)
         return fit_classifier(StyleClassifier, pictures, labels, len(styles), crop, epochs=epochs, seed=seed)
 
-    facts = {"epochs": epochs, "seed": seed, "test": data.test}
+    facts = {"epochs": epochs, "seed": seed, "test": data.test} | ({} if decoded else {"decoded": False})
     concept = kept(
         folder / "concept-judge", facts | {"classes": concepts}, IconClassifier(len(concepts)), concept_judge
     )
@@ -284,8 +287,10 @@ def load_judges(data: IconData, vae: Any, folder: Path, *, epochs: int = 30, see
 
 
 def versions(data: IconData, vae: Any, rows: Sequence[tuple[str, str]], level: float, seed: int) -> Tensor:
-    """Pictures of (concept, style) as drawn and as the autoencoder returns them: 2 x N x 3 x 64 x 64."""
+    """Pictures of (concept, style) as drawn and as the autoencoder returns them: V x N x 3 x 64 x 64."""
     pictures = torch.cat([data.styles[name].pixels([concept]) for concept, name in rows])
+    if vae is None:
+        return pictures[None]
     return torch.stack([pictures, through_autoencoder(vae, pictures, level, seed)])
 
 

@@ -42,13 +42,26 @@ class Settings:
     guidance: float = 4.0
     concepts: int = 100
     drift_concepts: int = 5
+    reference: int = 300
     sweep: bool = True
     equal_time: bool = True
+    judge_epochs: int = 30
+    judge_decoded: bool = True
 
     @classmethod
     def quick(cls) -> Settings:
-        """A rough form: fewer steps and drawings, the middle learning rate of each method, no second table."""
-        return cls(steps=60, inference_steps=10, concepts=40, drift_concepts=2, sweep=False, equal_time=False)
+        """A rough form: little training of all, few drawings, one learning rate a method, no second table."""
+        return cls(
+            steps=40,
+            inference_steps=10,
+            concepts=25,
+            drift_concepts=1,
+            reference=100,
+            sweep=False,
+            equal_time=False,
+            judge_epochs=4,
+            judge_decoded=False,
+        )
 
 
 class StyleRun:
@@ -86,7 +99,8 @@ class StyleRun:
     @cached_property
     def scorer(self) -> Scorer:
         """What the drawings are compared with."""
-        return Scorer.of(self.data, self.split, self.style, self.yardsticks, self.concepts)
+        chosen = self.split.reference[:: max(1, len(self.split.reference) // self.settings.reference)]
+        return Scorer.of(self.data, self.style, self.concepts, self.split.tuning, chosen, self.yardsticks)
 
     @cached_property
     def batches(self) -> Batches:

@@ -11,10 +11,8 @@ from torch import Tensor
 
 from restune_diffusion.evaluation.metrics import kernel_distance, nearest_distance, similarity
 
-from .data import IconData, Split
+from .data import IconData
 from .judges import Judges
-
-REFERENCE_PICTURES = 300
 
 
 @dataclass(frozen=True)
@@ -39,24 +37,30 @@ class Scorer:
     tuning_features: Tensor
 
     @classmethod
-    def of(cls, data: IconData, split: Split, style: str, yardsticks: Yardsticks, concepts: list[str]) -> Scorer:
+    def of(
+        cls,
+        data: IconData,
+        style: str,
+        concepts: list[str],
+        tuning: list[str],
+        reference: list[str],
+        yardsticks: Yardsticks,
+    ) -> Scorer:
         """Prepare the comparison pictures of a style.
 
         The KID reference is the style's pictures of other concepts, so that the artist's own test pictures can be
         scored by the same rule and give the ceiling.
         """
-        own = data.styles[style]
+        own, features = data.styles[style], yardsticks.inception
         true_pictures = own.pixels(concepts)
-        chosen = split.reference[:: max(1, len(split.reference) // REFERENCE_PICTURES)]
-        features = yardsticks.inception
         return cls(
             yardsticks,
             style,
             concepts,
             true_pictures,
             features(true_pictures),
-            features(own.pixels(chosen)),
-            features(own.pixels(split.tuning)),
+            features(own.pixels(reference)),
+            features(own.pixels(tuning)),
         )
 
     def score(self, pictures: Tensor) -> dict[str, float]:

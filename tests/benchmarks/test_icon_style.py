@@ -50,7 +50,8 @@ def yardsticks(judges):
 
 @pytest.fixture(scope="module")
 def scorer(icons, yardsticks):
-    return Scorer.of(icons, icons.split("openmoji", 0), "openmoji", yardsticks, icons.test)
+    split = icons.split("openmoji", 0)
+    return Scorer.of(icons, "openmoji", icons.test, split.tuning, split.reference, yardsticks)
 
 
 # --- data
