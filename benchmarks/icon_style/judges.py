@@ -119,17 +119,12 @@ def disturb_shapes(pictures: Tensor, generator: torch.Generator) -> Tensor:
     return roughen(pictures, generator, 0.06)
 
 
-CROP = 48
-
-
-def crop(pictures: Tensor, generator: torch.Generator) -> Tensor:
-    """What hardly changes the style: a part of the picture, mirrored or not, a little noise; nothing is resampled."""
-    top, left = (int(value) for value in torch.randint(pictures.shape[-1] - CROP + 1, (2,), generator=generator))
-    parts = pictures[:, :, top : top + CROP, left : left + CROP]
-    mirrored = torch.rand(len(parts), 1, 1, 1, generator=generator) < 0.5
-    parts = torch.where(mirrored, parts.flip(3), parts)
-    strength = 0.02 * torch.rand(len(parts), 1, 1, 1, generator=generator)
-    return (parts + strength * torch.randn(parts.shape, generator=generator)).clamp(0, 1)
+def disturb_little(pictures: Tensor, generator: torch.Generator) -> Tensor:
+    """What changes neither style nor concept: whole pixels' shifts and a little noise; resampling would blur."""
+    dy, dx = (int(value) for value in torch.randint(-5, 6, (2,), generator=generator))
+    moved = torch.roll(F.pad(pictures, (6, 6, 6, 6), mode="replicate"), (dy, dx), (2, 3))[:, :, 6:-6, 6:-6]
+    strength = 0.02 * torch.rand(len(pictures), 1, 1, 1, generator=generator)
+    return (moved + strength * torch.randn(pictures.shape, generator=generator)).clamp(0, 1)
 
 
 def roughen(pictures: Tensor, generator: torch.Generator, noise: float) -> Tensor:
@@ -243,7 +238,7 @@ def through_autoencoder(vae: Any, pictures: Tensor, level: float, seed: int, bat
     return torch.cat(results)
 
 
-LEVELS = {"concept": 0.15, "style": 0.4}
+LEVELS = {"concept": 0.15, "style": 0.3}
 
 
 def load_judges(
@@ -256,7 +251,7 @@ def load_judges(
         vae: the base's autoencoder: half of the training pictures go through it, so that the judges look at
             style and concept and not at whether a picture was decoded.
         folder: where the weights are kept between runs.
-        epochs: passes of both.
+        epochs: passes of the concept classifier; the style classifier does half as many.
         decoded: whether to train on decoded pictures too; without, the judges are quicker made and less fair.
         seed: seed of both.
     """
@@ -276,7 +271,9 @@ def load_judges(
         chosen = [(concept, name) for concept, name in rows if concept not in test]
         labels = torch.tensor([styles.index(name) for _, name in chosen])
         pictures = versions(data, vae if decoded else None, chosen, LEVELS["style"], seed)
-        return fit_classifier(StyleClassifier, pictures, labels, len(styles), crop, epochs=epochs, seed=seed)
+        return fit_classifier(
+            StyleClassifier, pictures, labels, len(styles), disturb_little, epochs=max(1, epochs // 2), seed=seed
+        )
 
     facts = {"epochs": epochs, "seed": seed, "test": data.test} | ({} if decoded else {"decoded": False})
     concept = kept(
