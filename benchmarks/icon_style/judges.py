@@ -182,6 +182,8 @@ def fit_classifier(
                 loss.backward()
                 optimizer.step()
                 schedule.step()
+    # Computed as it will be after loading, to the last bit.
+    model = model.to(memory_format=torch.contiguous_format)
     return model.eval().requires_grad_(False)
 
 
