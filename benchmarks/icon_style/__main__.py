@@ -35,7 +35,7 @@ from .character import held_out, render
 from .data import IconData, to_images
 from .judges import Judges, load_judges
 from .report import environment, style_grid, write_report
-from .runner import Settings, StyleRun, read_strip, slug
+from .runner import CLOCK, Settings, StyleRun, read_strip, slug
 from .scores import Yardsticks
 from .subject import ABOUT, SubjectRun
 
@@ -143,6 +143,8 @@ class ReportCommand(Common):
 
     out: Path = Path("benchmarks/results/icon_style")
     """Folder of the report."""
+    remark: str = ""
+    """What a reader should know about this run."""
 
     def run(self) -> None:
         """Write the report."""
@@ -162,12 +164,15 @@ class ReportCommand(Common):
             subject += json.loads(path.read_text())
         if subject:
             _save(self._subject_grid(subject), self.out / "grid-subject.png")
-        about = (
+        about = f"{self.remark}\n\n" if self.remark else ""
+        about += (
             f"24 pictures of a style that the base has never seen; {settings.steps} steps of {settings.batch}; then "
             f"{len(concepts)} concepts that are not among them, {settings.inference_steps} DDIM steps, guidance "
             f"{settings.guidance:g}. Learning rates were chosen for each method by its denoising loss on 48 other "
-            f"pictures of the style. At the same time: every method trains for as long as LoRA r=16 on attention took."
+            f"pictures of the style."
         )
+        if any(row["table"] == "time" for row in rows):
+            about += f" At the same time: every method trains for as long as {CLOCK} took."
         command = f"python -m benchmarks.icon_style report{' --quick' if self.quick else ''} --icons ... --work ..."
         facts = {"about": about, "subject": ABOUT, **environment(command)}
         write_report(self.out, rows, subject, facts)
