@@ -41,10 +41,10 @@ class Tuner(nn.Module):
         if not kinds or len(set(kinds)) != len(kinds):
             raise RestuneError(f"A tuner needs one or more parts, each kind once, but got {kinds}.")
         self.configs = configs
-        self.base = base
         self.metadata = dict(metadata or {})
         for config in configs:
             self.add_module(config.part, _build_part(config, base))
+        self.base = base.narrowed(site for part in self.parts() for site in part.needs)
 
     @classmethod
     def for_base(cls, base: nn.Module, *configs: PartConfig, generator: torch.Generator | None = None) -> Tuner:
