@@ -104,8 +104,8 @@ def _starts_like_pickle(file: Path) -> bool:
 
 def _pickle_refusal(file: Path) -> TunerFileError:
     return TunerFileError(
-        f"{file} is a pickle; pickles can run code when they are opened and are never loaded here. Where you trust its "
-        'source, convert it first: python -c "import torch, safetensors.torch as s; '
+        f"{file} is a pickle; pickles can run code when they are opened and are never loaded here. Where you trust "
+        'its source, convert it first: python -c "import torch, safetensors.torch as s; '
         f"s.save_file(torch.load('{file.name}', weights_only=True), '{file.stem}.safetensors')\""
     )
 
