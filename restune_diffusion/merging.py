@@ -71,7 +71,7 @@ def merge_lora(base: nn.Module, tuner: Tuner, weight: float = 1.0) -> MergedLora
         What undoes it.
 
     Raises:
-        RestuneError: if the tuner cannot be merged, or a layer's weight is not of floating point in memory.
+        RestuneError: if the tuner cannot be merged, or a layer's weight is quantised or offloaded; nothing is changed then.
         BaseMismatchError: if the tuner was made for a base of another structure.
     """
     tuner.base.check_fits(describe_base(base))
@@ -103,7 +103,8 @@ def _mergeable_weight(base: nn.Module, site: str) -> nn.Parameter:
     layer = getattr(layer, "base_layer", layer)
     weight = layer.weight
     assert isinstance(weight, nn.Parameter)
-    if not weight.is_floating_point() or weight.is_meta:
+    # Floats of one byte are a storage format of quantised models, without arithmetic of their own.
+    if not weight.is_floating_point() or weight.element_size() == 1 or weight.is_meta:
         kind = "offloaded" if weight.is_meta else f"quantised ({weight.dtype})"
         raise RestuneError(f"The weight at {site} is {kind} and cannot be changed; attach the tuner instead.")
     return weight
@@ -113,7 +114,7 @@ def _mergeable_weight(base: nn.Module, site: str) -> nn.Parameter:
 def _add(site: str, parameter: nn.Parameter, lora: ResLora, weight: float) -> _Touched:
     original = parameter.detach().to("cpu", copy=True)
     delta = weight * lora.delta().to(parameter.device)
-    parameter.copy_(parameter.to(delta.dtype) + delta)
+    parameter.copy_(parameter.to(torch.promote_types(parameter.dtype, delta.dtype)) + delta)
     return _Touched(site, parameter, original, _checksum(parameter))
 
 

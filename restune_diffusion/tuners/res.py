@@ -122,7 +122,9 @@ def _beside_attention(kind: ResKind, site: Site, config: ResConfig) -> ResTuner:
     if kind == "prefix":
         values = site.linears["to_v"][1]
         if not site.heads or keys % site.heads or values % site.heads:
-            raise RestuneError(f"Keys of width {keys} and values of width {values} do not split in {site.heads} heads.")
+            raise RestuneError(
+                f"Keys of width {keys} and values of width {values} do not split in {site.heads} heads."
+            )
         return AttentionPrefix(
             channels, site.heads, keys // site.heads, values // site.heads, length, config.gate, scale
         )
