@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from .pipelines import RestuneStableDiffusionPipeline, RestuneStableDiffusionXLPipeline
     from .sites import BaseInfo, Site, describe_base
     from .tuner import Tuner
+    from .weights import Schedule, TunerWeight, schedule
 
 __version__ = "0.1.0"
 
@@ -27,6 +28,7 @@ _MODULES = {
     "pipelines": ("RestuneStableDiffusionPipeline", "RestuneStableDiffusionXLPipeline"),
     "sites": ("BaseInfo", "Site", "describe_base"),
     "tuner": ("Tuner",),
+    "weights": ("Schedule", "TunerWeight", "schedule"),
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
 
@@ -40,6 +42,7 @@ __all__ = [
     "RestuneLoaderMixin",
     "RestuneStableDiffusionPipeline",
     "RestuneStableDiffusionXLPipeline",
+    "Schedule",
     "Site",
     "SkipConfig",
     "TrainingError",
@@ -48,12 +51,14 @@ __all__ = [
     "TunerInfo",
     "TunerManager",
     "TunerNameError",
+    "TunerWeight",
     "attach",
     "describe_base",
     "detach",
     "load_tuner",
     "read_info",
     "save_tuner",
+    "schedule",
 ]
 
 
