@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .attachment import Attachment, TunerManager, attach, detach
-    from .config import BypassConfig, SkipConfig
+    from .config import BypassConfig, ResConfig, SkipConfig
     from .errors import BaseMismatchError, DataError, RestuneError, TrainingError, TunerFileError, TunerNameError
     from .fileformat import TunerInfo, load_tuner, read_info, save_tuner
     from .loaders import RestuneLoaderMixin
@@ -21,7 +21,7 @@ __version__ = "0.1.0"
 
 _MODULES = {
     "attachment": ("Attachment", "TunerManager", "attach", "detach"),
-    "config": ("BypassConfig", "SkipConfig"),
+    "config": ("BypassConfig", "ResConfig", "SkipConfig"),
     "errors": ("BaseMismatchError", "DataError", "RestuneError", "TrainingError", "TunerFileError", "TunerNameError"),
     "fileformat": ("TunerInfo", "load_tuner", "read_info", "save_tuner"),
     "loaders": ("RestuneLoaderMixin",),
@@ -38,6 +38,7 @@ __all__ = [
     "BaseMismatchError",
     "BypassConfig",
     "DataError",
+    "ResConfig",
     "RestuneError",
     "RestuneLoaderMixin",
     "RestuneStableDiffusionPipeline",

@@ -2,6 +2,8 @@
 
 from .base import Features, FrozenAttention, Operation, Part, init_linear, pointwise
 from .bypass import BypassPart
+from .lora import ResLora
+from .res import ResPart
 from .skip import SkipPart, SkipTuner
 
 __all__ = [
@@ -10,6 +12,8 @@ __all__ = [
     "FrozenAttention",
     "Operation",
     "Part",
+    "ResLora",
+    "ResPart",
     "SkipPart",
     "SkipTuner",
     "init_linear",
