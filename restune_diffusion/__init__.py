@@ -8,8 +8,16 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .attachment import Attachment, TunerManager, attach, detach
-    from .config import BypassConfig, SkipConfig
-    from .errors import BaseMismatchError, DataError, RestuneError, TrainingError, TunerFileError, TunerNameError
+    from .config import BypassConfig, ControlConfig, SkipConfig
+    from .errors import (
+        BaseMismatchError,
+        ConditionError,
+        DataError,
+        RestuneError,
+        TrainingError,
+        TunerFileError,
+        TunerNameError,
+    )
     from .fileformat import TunerInfo, load_tuner, read_info, save_tuner
     from .loaders import RestuneLoaderMixin
     from .pipelines import RestuneStableDiffusionPipeline, RestuneStableDiffusionXLPipeline
@@ -20,8 +28,16 @@ __version__ = "0.1.0"
 
 _MODULES = {
     "attachment": ("Attachment", "TunerManager", "attach", "detach"),
-    "config": ("BypassConfig", "SkipConfig"),
-    "errors": ("BaseMismatchError", "DataError", "RestuneError", "TrainingError", "TunerFileError", "TunerNameError"),
+    "config": ("BypassConfig", "ControlConfig", "SkipConfig"),
+    "errors": (
+        "BaseMismatchError",
+        "ConditionError",
+        "DataError",
+        "RestuneError",
+        "TrainingError",
+        "TunerFileError",
+        "TunerNameError",
+    ),
     "fileformat": ("TunerInfo", "load_tuner", "read_info", "save_tuner"),
     "loaders": ("RestuneLoaderMixin",),
     "pipelines": ("RestuneStableDiffusionPipeline", "RestuneStableDiffusionXLPipeline"),
@@ -35,6 +51,8 @@ __all__ = [
     "BaseInfo",
     "BaseMismatchError",
     "BypassConfig",
+    "ConditionError",
+    "ControlConfig",
     "DataError",
     "RestuneError",
     "RestuneLoaderMixin",

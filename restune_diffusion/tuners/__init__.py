@@ -2,6 +2,7 @@
 
 from .base import Features, Part, init_linear, pointwise
 from .bypass import BypassPart
+from .control import ControlPart
 from .skip import SkipPart, SkipTuner
 
-__all__ = ["BypassPart", "Features", "Part", "SkipPart", "SkipTuner", "init_linear", "pointwise"]
+__all__ = ["BypassPart", "ControlPart", "Features", "Part", "SkipPart", "SkipTuner", "init_linear", "pointwise"]
