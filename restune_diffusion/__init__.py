@@ -8,8 +8,16 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .attachment import Attachment, TunerManager, attach, detach
-    from .config import BypassConfig, ResConfig, SkipConfig
-    from .errors import BaseMismatchError, DataError, RestuneError, TrainingError, TunerFileError, TunerNameError
+    from .config import BypassConfig, ControlConfig, ResConfig, SkipConfig
+    from .errors import (
+        BaseMismatchError,
+        ConditionError,
+        DataError,
+        RestuneError,
+        TrainingError,
+        TunerFileError,
+        TunerNameError,
+    )
     from .fileformat import TunerInfo, load_tuner, read_info, save_tuner
     from .loaders import RestuneLoaderMixin
     from .pipelines import RestuneStableDiffusionPipeline, RestuneStableDiffusionXLPipeline
@@ -21,8 +29,16 @@ __version__ = "0.1.0"
 
 _MODULES = {
     "attachment": ("Attachment", "TunerManager", "attach", "detach"),
-    "config": ("BypassConfig", "ResConfig", "SkipConfig"),
-    "errors": ("BaseMismatchError", "DataError", "RestuneError", "TrainingError", "TunerFileError", "TunerNameError"),
+    "config": ("BypassConfig", "ControlConfig", "ResConfig", "SkipConfig"),
+    "errors": (
+        "BaseMismatchError",
+        "ConditionError",
+        "DataError",
+        "RestuneError",
+        "TrainingError",
+        "TunerFileError",
+        "TunerNameError",
+    ),
     "fileformat": ("TunerInfo", "load_tuner", "read_info", "save_tuner"),
     "loaders": ("RestuneLoaderMixin",),
     "pipelines": ("RestuneStableDiffusionPipeline", "RestuneStableDiffusionXLPipeline"),
@@ -37,6 +53,8 @@ __all__ = [
     "BaseInfo",
     "BaseMismatchError",
     "BypassConfig",
+    "ConditionError",
+    "ControlConfig",
     "DataError",
     "ResConfig",
     "RestuneError",

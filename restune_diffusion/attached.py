@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from .errors import RestuneError
+from .errors import ConditionError, RestuneError
 from .mixing import Dial, Pass, mask_at, row_factors
 from .tuner import Tuner
 from .tuners import Features, Part
@@ -19,7 +19,7 @@ from .weights import TunerWeight
 class Conditions:
     """Condition images of a tuner, and what its control part made of them."""
 
-    images: list[torch.Tensor]
+    images: list[torch.Tensor | None]
     weights: tuple[float, ...]
     encoded: tuple[dict[str, torch.Tensor], ...] | None = None
 
@@ -72,15 +72,15 @@ class Attached:
             self._rows = torch.tensor(rows, device=this.device)
             self._scale = torch.tensor([factors[row] for row in rows], device=this.device)
 
-    def set_conditions(self, images: Sequence[torch.Tensor], weights: Sequence[float] | None) -> None:
+    def set_conditions(self, images: Sequence[torch.Tensor | None], weights: Sequence[float] | None) -> None:
         """Take condition images; see `TunerManager.set_conditions`."""
         part = self._control
         if part is None:
-            raise RestuneError("This tuner takes no condition images; it has no `control` part.")
+            raise ConditionError("This tuner takes no condition images; it has no `control` part.")
         names = part.conditions
         weights = [1.0] * len(names) if weights is None else weights
         if len(images) != len(names) or len(weights) != len(names):
-            raise RestuneError(
+            raise ConditionError(
                 f"This tuner takes {len(names)} conditions ({', '.join(names)}), but {len(images)} images and "
                 f"{len(weights)} weights are given."
             )
@@ -154,13 +154,18 @@ class Attached:
         if not hasattr(part, "encode"):
             return features
         if self.conditions is None:
-            raise RestuneError("A control tuner is active but has no condition images; give them, or disable it.")
+            # The part says what it misses.
+            return features
         encoded = self.conditions.encoded
         if encoded is None or torch.is_grad_enabled():
-            encoded = part.encode([image.to(this.device) for image in self.conditions.images], this.size)
+            images = [None if image is None else image.to(this.device) for image in self.conditions.images]
+            encoded = part.encode(images, this.size)
             if not torch.is_grad_enabled():
                 self.conditions.encoded = encoded
-        tiled = tuple({site: levels[site].repeat(this.rows // len(levels[site]), 1, 1, 1)} for levels in encoded)
+        tiled = tuple(
+            {site: levels[site].repeat(this.rows // len(levels[site]), 1, 1, 1)} if levels else {}
+            for levels in encoded
+        )
         return features.given(tiled, self.conditions.weights)
 
 

@@ -150,12 +150,13 @@ class TunerManager:
 
         Args:
             name: name of the tuner.
-            images: one tensor `(images or 1, channels, height, width)` for each of its conditions, in their order.
+            images: for each of its conditions, in their order, `(images or 1, channels, height, width)` with values
+                from 0 to 1, or None to leave it out.
             weights: factor of each condition; 1 where not given.
 
         Raises:
             TunerNameError: if the name is unknown.
-            RestuneError: if the tuner takes no conditions, or another number of them.
+            ConditionError: if the tuner takes no conditions, or another number of them.
         """
         self.check_known([name])
         self._tuners[name].set_conditions(images, weights)

@@ -137,7 +137,8 @@ def init_linear(layer: nn.Linear | nn.Conv2d, generator: torch.Generator | None)
         nn.init.uniform_(layer.bias, -bound, bound, generator=generator)
 
 
-def init_zero(layer: nn.Linear) -> None:
+def init_zero(layer: nn.Linear | nn.Conv2d) -> None:
     """Set weight and bias to zero."""
     nn.init.zeros_(layer.weight)
-    nn.init.zeros_(layer.bias)
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)
