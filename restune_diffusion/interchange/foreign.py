@@ -122,3 +122,10 @@ def _read_settings(file: Path) -> dict[str, Any]:
     if not isinstance(settings, dict):
         raise TunerFileError(f"{file} is no JSON object.")
     return settings
+
+
+def foreign_metadata(file: ForeignFile) -> dict[str, str]:
+    """Return the header entries that stay true of the tuner that a file becomes: all but the layout's own."""
+    own = ("format", "lora_adapter_metadata", "modelspec.architecture", "modelspec.implementation",
+           "modelspec.hash_sha256", "sshs_model_hash", "sshs_legacy_hash")  # fmt: skip
+    return {key: value for key, value in file.metadata.items() if key not in own and not key.startswith("restune.")}
