@@ -10,6 +10,7 @@ from typing import Annotated, TypeAlias
 import tyro
 
 from ..training.config import TrainConfig
+from .convert import ConvertOptions
 from .demo import DemoOptions
 from .evaluate import EvaluateOptions
 from .generate import GenerateOptions
@@ -30,6 +31,7 @@ Command: TypeAlias = (
     | Annotated[GenerateOptions, tyro.conf.subcommand("generate")]
     | Annotated[EvaluateOptions, tyro.conf.subcommand("evaluate")]
     | Annotated[InspectOptions, tyro.conf.subcommand("inspect")]
+    | Annotated[ConvertOptions, tyro.conf.subcommand("convert")]
     | Annotated[DemoOptions, tyro.conf.subcommand("demo")]
 )
 
