@@ -8,25 +8,43 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .attachment import Attachment, TunerManager, attach, detach
-    from .config import BypassConfig, ResConfig, SkipConfig
-    from .errors import BaseMismatchError, DataError, RestuneError, TrainingError, TunerFileError, TunerNameError
+    from .config import BypassConfig, ControlConfig, ResConfig, SkipConfig
+    from .errors import (
+        BaseMismatchError,
+        ConditionError,
+        DataError,
+        RestuneError,
+        TrainingError,
+        TunerFileError,
+        TunerNameError,
+    )
     from .fileformat import TunerInfo, load_tuner, read_info, save_tuner
     from .loaders import RestuneLoaderMixin
     from .pipelines import RestuneStableDiffusionPipeline, RestuneStableDiffusionXLPipeline
     from .sites import BaseInfo, Site, describe_base
     from .tuner import Tuner
+    from .weights import Schedule, TunerWeight, schedule
 
 __version__ = "0.1.0"
 
 _MODULES = {
     "attachment": ("Attachment", "TunerManager", "attach", "detach"),
-    "config": ("BypassConfig", "ResConfig", "SkipConfig"),
-    "errors": ("BaseMismatchError", "DataError", "RestuneError", "TrainingError", "TunerFileError", "TunerNameError"),
+    "config": ("BypassConfig", "ControlConfig", "ResConfig", "SkipConfig"),
+    "errors": (
+        "BaseMismatchError",
+        "ConditionError",
+        "DataError",
+        "RestuneError",
+        "TrainingError",
+        "TunerFileError",
+        "TunerNameError",
+    ),
     "fileformat": ("TunerInfo", "load_tuner", "read_info", "save_tuner"),
     "loaders": ("RestuneLoaderMixin",),
     "pipelines": ("RestuneStableDiffusionPipeline", "RestuneStableDiffusionXLPipeline"),
     "sites": ("BaseInfo", "Site", "describe_base"),
     "tuner": ("Tuner",),
+    "weights": ("Schedule", "TunerWeight", "schedule"),
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
 
@@ -35,12 +53,15 @@ __all__ = [
     "BaseInfo",
     "BaseMismatchError",
     "BypassConfig",
+    "ConditionError",
+    "ControlConfig",
     "DataError",
     "ResConfig",
     "RestuneError",
     "RestuneLoaderMixin",
     "RestuneStableDiffusionPipeline",
     "RestuneStableDiffusionXLPipeline",
+    "Schedule",
     "Site",
     "SkipConfig",
     "TrainingError",
@@ -49,12 +70,14 @@ __all__ = [
     "TunerInfo",
     "TunerManager",
     "TunerNameError",
+    "TunerWeight",
     "attach",
     "describe_base",
     "detach",
     "load_tuner",
     "read_info",
     "save_tuner",
+    "schedule",
 ]
 
 

@@ -6,7 +6,7 @@ import fnmatch
 from collections.abc import Iterable
 from typing import Annotated, Literal, TypeAlias
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, TypeAdapter, ValidationError, model_validator
 
 from .errors import RestuneError
 
@@ -98,6 +98,9 @@ class ResConfig(_PartConfig):
         return {operation: kind for operation, kind in chosen.items() if kind is not None}
 
 
+ConditionName: TypeAlias = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$")]
+
+
 class ControlConfig(_PartConfig):
     """CSC-Tuner on the skip connections of a U-Net: images steer what is drawn (SCEdit, arXiv 2312.11392).
 
@@ -105,7 +108,7 @@ class ControlConfig(_PartConfig):
     """
 
     part: Literal["control"] = "control"
-    conditions: tuple[str, ...] = Field(default=("condition",), min_length=1)
+    conditions: tuple[ConditionName, ...] = Field(default=("condition",), min_length=1, max_length=16)
     """Names of the conditions, in the order in which their images are given."""
     channels: int = Field(default=3, gt=0, le=64)
     """Channels of a condition image."""
@@ -113,9 +116,18 @@ class ControlConfig(_PartConfig):
     """Width of the bottleneck over the width of the skip feature."""
     level_kernel: Literal[1, 3] = 1
     """Kernel of the convolutions that carry the condition from one skip to the next."""
+    shortcut: bool = True
+    """Carry the condition past these convolutions too, which are zero at the start. The published encoder does not,
+    and learns slowly."""
+
+    @model_validator(mode="after")
+    def _names_differ(self) -> ControlConfig:
+        if len(set(self.conditions)) != len(self.conditions):
+            raise ValueError("two conditions have the same name")
+        return self
 
 
-PartConfig: TypeAlias = Annotated[SkipConfig | BypassConfig | ResConfig, Field(discriminator="part")]
+PartConfig: TypeAlias = Annotated[SkipConfig | BypassConfig | ResConfig | ControlConfig, Field(discriminator="part")]
 _PARTS: TypeAdapter[tuple[PartConfig, ...]] = TypeAdapter(tuple[PartConfig, ...])
 
 

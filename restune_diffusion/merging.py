@@ -71,8 +71,7 @@ def merge_lora(base: nn.Module, tuner: Tuner, weight: float = 1.0) -> MergedLora
         What undoes it.
 
     Raises:
-        RestuneError: if the tuner cannot be merged, or a layer's weight is quantised or offloaded; nothing is changed
-            then.
+        RestuneError: if the tuner cannot be merged, or a weight is quantised or offloaded; nothing is changed then.
         BaseMismatchError: if the tuner was made for a base of another structure.
     """
     tuner.base.check_fits(describe_base(base))

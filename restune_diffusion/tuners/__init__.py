@@ -2,12 +2,14 @@
 
 from .base import Features, FrozenAttention, Operation, Part, init_linear, pointwise
 from .bypass import BypassPart
+from .control import ControlPart
 from .lora import ResLora
 from .res import ResPart
 from .skip import SkipPart, SkipTuner
 
 __all__ = [
     "BypassPart",
+    "ControlPart",
     "Features",
     "FrozenAttention",
     "Operation",

@@ -64,6 +64,14 @@ class Features:
     condition_weights: tuple[float, ...] = ()
     """Factor on what each condition adds."""
 
+    def beside(self, operation: Operation | None) -> Features:
+        """The same at the site of an operation."""
+        return Features(self.by_site, self.time, self.text, operation, self.conditions, self.condition_weights)
+
+    def given(self, conditions: tuple[dict[str, torch.Tensor], ...], weights: tuple[float, ...]) -> Features:
+        """The same with condition images."""
+        return Features(self.by_site, self.time, self.text, self.operation, conditions, weights)
+
     def rows(self, rows: torch.Tensor) -> Features:
         """Select rows of the batch."""
         return Features(
@@ -129,7 +137,8 @@ def init_linear(layer: nn.Linear | nn.Conv2d, generator: torch.Generator | None)
         nn.init.uniform_(layer.bias, -bound, bound, generator=generator)
 
 
-def init_zero(layer: nn.Linear) -> None:
+def init_zero(layer: nn.Linear | nn.Conv2d) -> None:
     """Set weight and bias to zero."""
     nn.init.zeros_(layer.weight)
-    nn.init.zeros_(layer.bias)
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)
