@@ -10,7 +10,8 @@ if TYPE_CHECKING:
     from .attachment import Attachment, TunerManager, attach, detach
     from .config import BypassConfig, SkipConfig
     from .errors import BaseMismatchError, DataError, RestuneError, TrainingError, TunerFileError, TunerNameError
-    from .fileformat import TunerInfo, load_tuner, read_info, save_tuner
+    from .fileformat import load_tuner, save_tuner
+    from .header import TunerInfo, read_info
     from .loaders import RestuneLoaderMixin
     from .pipelines import RestuneStableDiffusionPipeline, RestuneStableDiffusionXLPipeline
     from .sites import BaseInfo, Site, describe_base
@@ -22,7 +23,8 @@ _MODULES = {
     "attachment": ("Attachment", "TunerManager", "attach", "detach"),
     "config": ("BypassConfig", "SkipConfig"),
     "errors": ("BaseMismatchError", "DataError", "RestuneError", "TrainingError", "TunerFileError", "TunerNameError"),
-    "fileformat": ("TunerInfo", "load_tuner", "read_info", "save_tuner"),
+    "fileformat": ("load_tuner", "save_tuner"),
+    "header": ("TunerInfo", "read_info"),
     "loaders": ("RestuneLoaderMixin",),
     "pipelines": ("RestuneStableDiffusionPipeline", "RestuneStableDiffusionXLPipeline"),
     "sites": ("BaseInfo", "Site", "describe_base"),
