@@ -36,6 +36,7 @@ MAX_HEADER_BYTES = 8 << 20
 _MAX_SITES = 1024
 _MAX_ENTRY = {CONFIG_KEY: 1 << 16, BASE_KEY: 1 << 18, TRAINING_KEY: 1 << 20}
 _MAX_DEPTH = 32
+_ATTEMPTS = 20
 # Each step of a name is a module inside the last.
 _SITE_NAME = re.compile(r"\w{1,64}(\.\w{1,64}){0,11}", re.ASCII)
 _DTYPES = ("F64", "F32", "F16", "BF16")
@@ -76,14 +77,8 @@ def open_tensors(path: Path) -> safe_open:
         # A pipe or a device could block for ever.
         if not path.is_file():
             raise TunerFileError(f"There is no tuner file at {path}.")
-        with path.open("rb") as start:
-            declared = int.from_bytes(start.read(8), "little")
-        if MAX_HEADER_BYTES < declared <= path.stat().st_size:
-            raise TunerFileError(
-                f"{path} declares a header of {declared} bytes, where {MAX_HEADER_BYTES} is the most that a tuner "
-                "file has; get the file again."
-            )
-        return safe_open(path, framework="pt")
+        _check_declared_size(path)
+        return _open_whole(path)
     except (SafetensorError, OSError, ValueError, TypeError, RuntimeError) as error:
         raise TunerFileError(f"{path} {_why_unreadable(path, error)}") from error
 
@@ -162,6 +157,41 @@ def check_dtypes(dtypes: Mapping[str, str]) -> None:
         first = of_part.setdefault(key.split(".")[0], dtype)
         if dtype != first:
             raise ValueError(f"`{key}` has the dtype {dtype} in a part of dtype {first}")
+
+
+def _check_declared_size(path: Path) -> None:
+    with path.open("rb") as file:
+        declared = int.from_bytes(file.read(8), "little")
+        size = file.seek(0, os.SEEK_END)
+    if MAX_HEADER_BYTES < declared <= size:
+        raise TunerFileError(
+            f"{path} declares a header of {declared} bytes, where {MAX_HEADER_BYTES} is the most that a tuner file "
+            "has; get the file again."
+        )
+
+
+def _open_whole(path: Path) -> safe_open:
+    """Open a file that may be replaced at any time.
+
+    safetensors opens it by name twice, for the header and for the tensors; a file that is renamed into place between
+    the two would give the tensors of one tuner under the header of another.
+    """
+    for _ in range(_ATTEMPTS):
+        before = _identity(path)
+        try:
+            file = safe_open(path, framework="pt")
+        except (SafetensorError, OSError, RuntimeError):
+            if _identity(path) == before:
+                raise
+        else:
+            if _identity(path) == before:
+                return file
+    raise TunerFileError(f"{path} is replaced again and again while it is read; load it when its writer is done.")
+
+
+def _identity(path: Path) -> tuple[int, ...]:
+    status = path.stat()
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
 def _why_unreadable(path: Path, error: Exception) -> str:
