@@ -88,16 +88,11 @@ def save_tuner(
         metadata: further header entries; they win over those the tuner already carries.
 
     Raises:
-        TunerFileError: if the file cannot be written, or the tuner holds NaN or infinity.
+        TunerFileError: if the file cannot be written, or `load_tuner` would refuse it: the tuner holds NaN or
+            infinity, the tensors of a part differ in dtype, or the metadata is beyond what a header may hold.
     """
     path = Path(path)
     tensors = {key: value.detach().cpu().contiguous() for key, value in tuner.state_dict().items()}
-    for key, value in tensors.items():
-        if not _is_finite(value):
-            raise TunerFileError(
-                f"The tuner is not saved to {path}: `{key}` holds NaN or infinity; "
-                "train again at a lower learning rate."
-            )
     header = {
         # Fields that other programs show, from the ModelSpec standard (github.com/Stability-AI/ModelSpec).
         "modelspec.sai_model_spec": "1.0.0",
@@ -114,8 +109,9 @@ def save_tuner(
     }
     if training is not None:
         header[TRAINING_KEY] = json.dumps(training)
+    data = _serialized(tensors, header, path)
     with atomic_write(path) as file:
-        file.write(_serialized(tensors, header, path))
+        file.write(data)
 
 
 def _serialized(tensors: Mapping[str, torch.Tensor], header: dict[str, str], path: Path) -> bytes:
@@ -125,6 +121,12 @@ def _serialized(tensors: Mapping[str, torch.Tensor], header: dict[str, str], pat
         check_dtypes({key: _DTYPE_NAMES.get(value.dtype, str(value.dtype)) for key, value in tensors.items()})
     except ValueError as error:
         raise TunerFileError(f"The tuner is not saved to {path}: {error}.") from error
+    for key, value in tensors.items():
+        if not _is_finite(value):
+            raise TunerFileError(
+                f"The tuner is not saved to {path}: `{key}` holds NaN or infinity; "
+                "train again at a lower learning rate."
+            )
     data: bytes = save(tensors, header)
     size = int.from_bytes(data[:8], "little")
     if size > MAX_HEADER_BYTES:
@@ -148,7 +150,8 @@ def load_tuner(path: str | os.PathLike[str], *, dtype: torch.dtype | None = None
         that is overwritten in place pulls the tuner's values away.
 
     Raises:
-        TunerFileError: if the file is missing, truncated, not a tuner file, or of a newer version.
+        TunerFileError: if the file is missing, truncated, not a tuner file, or of a newer version, or if a value is
+            not finite in the file or in `dtype`.
     """
     path = Path(path)
     with open_tensors(path) as file:

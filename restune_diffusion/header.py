@@ -10,7 +10,7 @@ import math
 import os
 import re
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -98,25 +98,24 @@ def check_header(path: Path, file: safe_open) -> tuple[TunerInfo, Tuner]:
         configs, base, training = parse_metadata(metadata)
     except ValueError as error:
         raise TunerFileError(f"{path} has a damaged header ({error}); get the file again.") from error
-    slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118 -- not a mapping
-    shapes = {key: tuple(piece.get_shape()) for key, piece in slices.items()}
-    dtypes = {key: str(piece.get_dtype()) for key, piece in slices.items()}
+    tuner = _empty_tuner(path, configs, base, metadata)
+    expected = {key: tuple(value.shape) for key, value in tuner.state_dict().items()}
+    shapes, dtypes = _read_tensor_entries(path, file, expected)
+    try:
+        _check_shapes(shapes, expected)
+        check_dtypes(dtypes)
+    except ValueError as error:
+        raise TunerFileError(f"{path} is damaged: {error}; get the file again.") from error
     info = TunerInfo(
         path=path,
         bytes=path.stat().st_size,
-        num_parameters=sum(map(math.prod, shapes.values())),
+        num_parameters=tuner.num_parameters(),
         dtype="/".join(sorted(set(dtypes.values()))),
         configs=configs,
         base=base,
         training=training,
         metadata=metadata,
     )
-    tuner = _empty_tuner(info)
-    _check_shapes(path, shapes, {key: tuple(value.shape) for key, value in tuner.state_dict().items()})
-    try:
-        check_dtypes(dtypes)
-    except ValueError as error:
-        raise TunerFileError(f"{path} is damaged: {error}; get the file again.") from error
     return info, tuner
 
 
@@ -272,27 +271,37 @@ def _check_base(base: BaseInfo) -> None:
         raise ValueError(f"{BASE_KEY} holds control characters")
 
 
-def _empty_tuner(info: TunerInfo) -> Tuner:
+def _empty_tuner(path: Path, configs: tuple[PartConfig, ...], base: BaseInfo, metadata: Mapping[str, str]) -> Tuner:
     try:
-        return Tuner.empty(info.configs, info.base, info.metadata)
+        return Tuner.empty(configs, base, metadata)
     # All that Python and torch raise when a stranger's names and numbers make no module.
     except (
         RestuneError, ValueError, RuntimeError, AssertionError, LookupError, AttributeError, TypeError, ArithmeticError
     ) as error:  # fmt: skip
         reason = printable(str(error).rstrip(".") or "it selects nothing", 200)
         raise TunerFileError(
-            f"{info.path} has a config that does not fit its base: {reason}; get the file again."
+            f"{path} has a config that does not fit its base: {reason}; get the file again."
         ) from error
 
 
-def _check_shapes(path: Path, found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]) -> None:
+def _read_tensor_entries(
+    path: Path, file: safe_open, expected: Container[str]
+) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
+    """Read shape and dtype of every tensor, once it is known that there are no more than expected."""
+    keys: list[str] = file.keys()
+    for key in keys:
+        if key not in expected:
+            raise TunerFileError(f"{path} is damaged: its config asks for no tensor `{printable(key, 80)}`.")
+    slices = {key: file.get_slice(key) for key in keys}
+    shapes = {key: tuple(piece.get_shape()) for key, piece in slices.items()}
+    return shapes, {key: str(piece.get_dtype()) for key, piece in slices.items()}
+
+
+def _check_shapes(found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]) -> None:
     """Compare the file's tensors with those that its config asks for, and name the first that differs."""
     if not expected:
-        raise TunerFileError(f"{path} is damaged: its config asks for no tensor; get the file again.")
-    for key in [*expected, *found]:
-        if expected.get(key) != found.get(key):
-            wanted = f"shape {expected[key]}" if key in expected else "no such tensor"
+        raise ValueError("its config asks for no tensor at all")
+    for key, shape in expected.items():
+        if found.get(key) != shape:
             holds = printable(f"shape {found[key]}", 60) if key in found else "no such tensor"
-            raise TunerFileError(
-                f"{path} is damaged: for `{printable(key, 80)}` its config asks for {wanted}, it holds {holds}."
-            )
+            raise ValueError(f"for `{printable(key, 80)}` its config asks for shape {shape}, it holds {holds}")

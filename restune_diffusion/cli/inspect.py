@@ -34,8 +34,7 @@ class InspectOptions(BaseModel):
         from ..fileformat import read_info
 
         info = read_info(self.file)
-        # JSON escapes all control characters but one
-        text = json.dumps(as_json(info), indent=2).replace("\x7f", "\\u007f") if self.json_output else as_text(info)
+        text = json.dumps(as_json(info), indent=2) if self.json_output else as_text(info)
         encoding = sys.stdout.encoding or "utf-8"
         print(text.encode(encoding, "backslashreplace").decode(encoding))
 
