@@ -18,7 +18,8 @@ if TYPE_CHECKING:
         TunerFileError,
         TunerNameError,
     )
-    from .fileformat import TunerInfo, load_tuner, read_info, save_tuner
+    from .fileformat import load_tuner, save_tuner
+    from .header import TunerInfo, read_info
     from .loaders import RestuneLoaderMixin
     from .pipelines import RestuneStableDiffusionPipeline, RestuneStableDiffusionXLPipeline
     from .sites import BaseInfo, Site, describe_base
@@ -39,7 +40,8 @@ _MODULES = {
         "TunerFileError",
         "TunerNameError",
     ),
-    "fileformat": ("TunerInfo", "load_tuner", "read_info", "save_tuner"),
+    "fileformat": ("load_tuner", "save_tuner"),
+    "header": ("TunerInfo", "read_info"),
     "loaders": ("RestuneLoaderMixin",),
     "pipelines": ("RestuneStableDiffusionPipeline", "RestuneStableDiffusionXLPipeline"),
     "sites": ("BaseInfo", "Site", "describe_base"),
