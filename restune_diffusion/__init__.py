@@ -9,10 +9,20 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .attachment import Attachment, TunerManager, attach, detach
     from .config import BypassConfig, SkipConfig
+    from .enable import enable_restune
     from .errors import BaseMismatchError, DataError, RestuneError, TrainingError, TunerFileError, TunerNameError
     from .fileformat import TunerInfo, load_tuner, read_info, save_tuner
     from .loaders import RestuneLoaderMixin
-    from .pipelines import RestuneStableDiffusionPipeline, RestuneStableDiffusionXLPipeline
+    from .pipelines import (
+        RestuneStableDiffusionControlNetPipeline,
+        RestuneStableDiffusionImg2ImgPipeline,
+        RestuneStableDiffusionInpaintPipeline,
+        RestuneStableDiffusionPipeline,
+        RestuneStableDiffusionXLControlNetPipeline,
+        RestuneStableDiffusionXLImg2ImgPipeline,
+        RestuneStableDiffusionXLInpaintPipeline,
+        RestuneStableDiffusionXLPipeline,
+    )
     from .sites import BaseInfo, Site, describe_base
     from .tuner import Tuner
 
@@ -21,10 +31,20 @@ __version__ = "0.1.0"
 _MODULES = {
     "attachment": ("Attachment", "TunerManager", "attach", "detach"),
     "config": ("BypassConfig", "SkipConfig"),
+    "enable": ("enable_restune",),
     "errors": ("BaseMismatchError", "DataError", "RestuneError", "TrainingError", "TunerFileError", "TunerNameError"),
     "fileformat": ("TunerInfo", "load_tuner", "read_info", "save_tuner"),
     "loaders": ("RestuneLoaderMixin",),
-    "pipelines": ("RestuneStableDiffusionPipeline", "RestuneStableDiffusionXLPipeline"),
+    "pipelines": (
+        "RestuneStableDiffusionControlNetPipeline",
+        "RestuneStableDiffusionImg2ImgPipeline",
+        "RestuneStableDiffusionInpaintPipeline",
+        "RestuneStableDiffusionPipeline",
+        "RestuneStableDiffusionXLControlNetPipeline",
+        "RestuneStableDiffusionXLImg2ImgPipeline",
+        "RestuneStableDiffusionXLInpaintPipeline",
+        "RestuneStableDiffusionXLPipeline",
+    ),
     "sites": ("BaseInfo", "Site", "describe_base"),
     "tuner": ("Tuner",),
 }
@@ -38,7 +58,13 @@ __all__ = [
     "DataError",
     "RestuneError",
     "RestuneLoaderMixin",
+    "RestuneStableDiffusionControlNetPipeline",
+    "RestuneStableDiffusionImg2ImgPipeline",
+    "RestuneStableDiffusionInpaintPipeline",
     "RestuneStableDiffusionPipeline",
+    "RestuneStableDiffusionXLControlNetPipeline",
+    "RestuneStableDiffusionXLImg2ImgPipeline",
+    "RestuneStableDiffusionXLInpaintPipeline",
     "RestuneStableDiffusionXLPipeline",
     "Site",
     "SkipConfig",
@@ -51,6 +77,7 @@ __all__ = [
     "attach",
     "describe_base",
     "detach",
+    "enable_restune",
     "load_tuner",
     "read_info",
     "save_tuner",

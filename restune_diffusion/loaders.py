@@ -15,6 +15,7 @@ from torch import nn
 from .attachment import TunerManager, Weight, attach
 from .errors import RestuneError, TunerFileError, TunerNameError
 from .fileformat import load_tuner, save_tuner
+from .saving import PlainConfigMixin
 from .tuner import Tuner
 
 MixPerImage: TypeAlias = Sequence[str | Mapping[str, float] | None]
@@ -24,7 +25,7 @@ _NAME = re.compile(r"[^./\\\x00-\x1f][^/\\\x00-\x1f]*")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
-class RestuneLoaderMixin:
+class RestuneLoaderMixin(PlainConfigMixin):
     """Methods that a diffusers pipeline gains: those of its LoRA loader, under names that do not collide with it.
 
     Mix it in before the pipeline's class: `class MyPipeline(RestuneLoaderMixin, StableDiffusionPipeline)`.
