@@ -80,9 +80,10 @@ def describe_base(base: nn.Module) -> BaseInfo:
     Raises:
         RestuneError: if the model is no U-Net with skip connections that this can read.
     """
-    config = getattr(base, "config", None)
-    if config is None or not all(hasattr(base, name) for name in ("conv_in", "down_blocks", "up_blocks", "conv_out")):
+    base = getattr(base, "_orig_mod", base)  # of a compiled model
+    if "UNet2DConditionModel" not in {cls.__name__ for cls in type(base).__mro__}:
         raise RestuneError(f"Tuners attach to a UNet2DConditionModel, but this is a {type(base).__name__}.")
+    config: Any = base.config
     structure = {key: _plain(config[key]) for key in _STRUCTURE_KEYS if key in config}
     return BaseInfo(
         denoiser=type(base).__name__,

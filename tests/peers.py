@@ -17,6 +17,21 @@ from peft.utils import get_peft_model_state_dict
 from .tiny_pipelines import Kind, pictures
 
 
+def nothing(pipe: Any, kind: Kind) -> contextlib.AbstractContextManager[dict[str, Any]]:
+    """The pipeline as it is."""
+    return contextlib.nullcontext({})
+
+
+@contextlib.contextmanager
+def freeu(pipe: Any, kind: Kind) -> Iterator[dict[str, Any]]:
+    """FreeU with factors of the usual size."""
+    pipe.enable_freeu(s1=0.9, s2=0.2, b1=1.2, b2=1.4)
+    try:
+        yield {}
+    finally:
+        pipe.disable_freeu()
+
+
 @contextlib.contextmanager
 def ip_adapter(pipe: Any, kind: Kind) -> Iterator[dict[str, Any]]:
     """An IP-Adapter with random weights, and its picture."""

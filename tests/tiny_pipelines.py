@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -43,23 +44,31 @@ def make_tuner(unet: nn.Module, kind: str = "skip", seed: int = 0) -> Tuner:
     return tuner
 
 
+def sd_unet(**changes: Any) -> UNet2DConditionModel:
+    """Build the U-Net of the Stable Diffusion 1.5 pipelines, or a variant of it."""
+    size = {"block_out_channels": (32, 32, 64, 64), "cross_attention_dim": TEXT_WIDTH, "sample_size": SIZE // 8}
+    return make_unet(**{**size, **changes})
+
+
 def sd_components() -> dict[str, Any]:
-    """Build the components of a Stable Diffusion 1.5 pipeline."""
+    """Build the components of Stable Diffusion 1.5 pipelines."""
     torch.manual_seed(0)
-    return {
-        "vae": _vae(),
-        "text_encoder": _frozen(CLIPTextModel(_text_config())),
-        "tokenizer": _tokenizer(),
-        "unet": make_unet(block_out_channels=(32, 32, 64, 64), cross_attention_dim=TEXT_WIDTH, sample_size=SIZE // 8),
-        "scheduler": _scheduler(),
-        "safety_checker": None,
-        "feature_extractor": _image_processor(),
-        "image_encoder": _image_encoder(),
-    }
+    return _with_controlnet(
+        {
+            "vae": _vae(),
+            "text_encoder": _frozen(CLIPTextModel(_text_config())),
+            "tokenizer": _tokenizer(),
+            "unet": sd_unet(),
+            "scheduler": _scheduler(),
+            "safety_checker": None,
+            "feature_extractor": _image_processor(),
+            "image_encoder": _image_encoder(),
+        }
+    )
 
 
 def sdxl_components() -> dict[str, Any]:
-    """Build the components of a Stable Diffusion XL pipeline."""
+    """Build the components of Stable Diffusion XL pipelines."""
     torch.manual_seed(0)
     changes: dict[str, Any] = {
         "block_out_channels": (32, 32, 64),
@@ -71,28 +80,19 @@ def sdxl_components() -> dict[str, Any]:
         "norm_num_groups": 8,
         "sample_size": SIZE // 8,
     }
-    return {
-        "vae": _vae(),
-        "text_encoder": _frozen(CLIPTextModel(_text_config())),
-        "text_encoder_2": _frozen(CLIPTextModelWithProjection(_text_config())),
-        "tokenizer": _tokenizer(),
-        "tokenizer_2": _tokenizer(),
-        "unet": _frozen(UNet2DConditionModel(**{**SDXL, **changes})),
-        "scheduler": _scheduler(),
-        "feature_extractor": _image_processor(),
-        "image_encoder": _image_encoder(),
-    }
-
-
-def make_controlnet(unet: UNet2DConditionModel) -> ControlNetModel:
-    """Build a ControlNet that acts: `from_unet` starts it with zero convolutions."""
-    with torch.random.fork_rng():
-        torch.manual_seed(7)
-        controlnet = ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=(8, 8, 8, 8))
-        for convolution in [*controlnet.controlnet_down_blocks, controlnet.controlnet_mid_block]:
-            nn.init.normal_(convolution.weight, std=0.1)
-        nn.init.normal_(controlnet.controlnet_cond_embedding.conv_out.weight, std=0.1)
-    return _frozen(controlnet)
+    return _with_controlnet(
+        {
+            "vae": _vae(),
+            "text_encoder": _frozen(CLIPTextModel(_text_config())),
+            "text_encoder_2": _frozen(CLIPTextModelWithProjection(_text_config())),
+            "tokenizer": _tokenizer(),
+            "tokenizer_2": _tokenizer(),
+            "unet": _frozen(UNet2DConditionModel(**{**SDXL, **changes})),
+            "scheduler": _scheduler(),
+            "feature_extractor": _image_processor(),
+            "image_encoder": _image_encoder(),
+        }
+    )
 
 
 def pictures(count: int, seed: int = 0) -> list[Image.Image]:
@@ -115,7 +115,6 @@ class Kind:
     name: str
     inputs: Callable[[int], dict[str, Any]]
     """Arguments beside the prompts, for a number of pictures."""
-    uses_controlnet: bool = False
 
     @property
     def is_xl(self) -> bool:
@@ -130,16 +129,11 @@ class Kind:
         return getattr(diffusers, self.name)
 
     def make(self, pipeline_class: Any, components: dict[str, Any], **changes: Any) -> DiffusionPipeline:
-        """Build a pipeline of one of the two classes."""
-        components = {**components, **changes}
-        if self.uses_controlnet:
-            components["controlnet"] = components.get("controlnet") or make_controlnet(components["unet"])
-        else:
-            components.pop("controlnet", None)
-        options = {} if self.is_xl else {"requires_safety_checker": False}
-        if self.name.startswith("StableDiffusionXL"):
-            options["add_watermarker"] = False
-        pipe = pipeline_class(**components, **options)
+        """Build a pipeline of one of the two classes from those of the components and changes that it takes."""
+        options = {"add_watermarker": False, "requires_safety_checker": False}
+        taken = inspect.signature(pipeline_class).parameters
+        chosen = {name: part for name, part in {**components, **options, **changes}.items() if name in taken}
+        pipe = pipeline_class(**chosen)
         pipe.set_progress_bar_config(disable=True)
         return pipe
 
@@ -161,10 +155,13 @@ def _control(count: int) -> dict[str, Any]:
 
 
 KINDS = [
-    Kind(f"StableDiffusion{size}{task}Pipeline", inputs, uses_controlnet=task == "ControlNet")
+    Kind(f"StableDiffusion{size}{task}Pipeline", inputs)
     for size in ("", "XL")
     for task, inputs in {"": _nothing, "Img2Img": _image, "Inpaint": _masked, "ControlNet": _control}.items()
 ]
+"""Every public pipeline class."""
+PAG_KINDS = [Kind(f"StableDiffusion{size}PAGPipeline", _nothing) for size in ("", "XL")]
+KINDS_BY_NAME = {kind.name: kind for kind in [*KINDS, *PAG_KINDS]}
 
 
 def draw(pipe: Any, kind: Kind, count: int = 1, one_generator: bool = False, **changes: Any) -> Any:
@@ -208,6 +205,15 @@ def difference(one: Any, two: Any) -> float:
 
 def _numbers(images: Any) -> np.ndarray[Any, Any]:
     return np.stack([np.asarray(image) for image in images])
+
+
+def _with_controlnet(components: dict[str, Any]) -> dict[str, Any]:
+    """Add a ControlNet that acts: `from_unet` starts it with zero convolutions."""
+    controlnet = ControlNetModel.from_unet(components["unet"], conditioning_embedding_out_channels=(8, 8, 8, 8))
+    for convolution in [*controlnet.controlnet_down_blocks, controlnet.controlnet_mid_block]:
+        nn.init.normal_(convolution.weight, std=0.1)
+    nn.init.normal_(controlnet.controlnet_cond_embedding.conv_out.weight, std=0.1)
+    return {**components, "controlnet": _frozen(controlnet)}
 
 
 _START, _END = "<|startoftext|>", "<|endoftext|>"
