@@ -56,7 +56,7 @@ def _enabled_class(pipeline_class: type) -> type:
 
 
 def _shared(pipeline_class: type, state: dict[str, Any]) -> Any:
-    enabled_class = _enabled_class(pipeline_class)
+    enabled_class: Any = _enabled_class(pipeline_class)
     enabled = enabled_class.__new__(enabled_class)
     vars(enabled).update(state)
     return enabled
