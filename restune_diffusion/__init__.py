@@ -8,9 +8,17 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .attachment import Attachment, TunerManager, attach, detach
-    from .config import BypassConfig, SkipConfig
+    from .config import BypassConfig, ControlConfig, ResConfig, SkipConfig
     from .enable import enable_restune
-    from .errors import BaseMismatchError, DataError, RestuneError, TrainingError, TunerFileError, TunerNameError
+    from .errors import (
+        BaseMismatchError,
+        ConditionError,
+        DataError,
+        RestuneError,
+        TrainingError,
+        TunerFileError,
+        TunerNameError,
+    )
     from .fileformat import TunerInfo, load_tuner, read_info, save_tuner
     from .loaders import RestuneLoaderMixin
     from .pipelines import (
@@ -25,14 +33,23 @@ if TYPE_CHECKING:
     )
     from .sites import BaseInfo, Site, describe_base
     from .tuner import Tuner
+    from .weights import Schedule, TunerWeight, schedule
 
 __version__ = "0.1.0"
 
 _MODULES = {
     "attachment": ("Attachment", "TunerManager", "attach", "detach"),
-    "config": ("BypassConfig", "SkipConfig"),
+    "config": ("BypassConfig", "ControlConfig", "ResConfig", "SkipConfig"),
     "enable": ("enable_restune",),
-    "errors": ("BaseMismatchError", "DataError", "RestuneError", "TrainingError", "TunerFileError", "TunerNameError"),
+    "errors": (
+        "BaseMismatchError",
+        "ConditionError",
+        "DataError",
+        "RestuneError",
+        "TrainingError",
+        "TunerFileError",
+        "TunerNameError",
+    ),
     "fileformat": ("TunerInfo", "load_tuner", "read_info", "save_tuner"),
     "loaders": ("RestuneLoaderMixin",),
     "pipelines": (
@@ -47,6 +64,7 @@ _MODULES = {
     ),
     "sites": ("BaseInfo", "Site", "describe_base"),
     "tuner": ("Tuner",),
+    "weights": ("Schedule", "TunerWeight", "schedule"),
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
 
@@ -55,7 +73,10 @@ __all__ = [
     "BaseInfo",
     "BaseMismatchError",
     "BypassConfig",
+    "ConditionError",
+    "ControlConfig",
     "DataError",
+    "ResConfig",
     "RestuneError",
     "RestuneLoaderMixin",
     "RestuneStableDiffusionControlNetPipeline",
@@ -66,6 +87,7 @@ __all__ = [
     "RestuneStableDiffusionXLImg2ImgPipeline",
     "RestuneStableDiffusionXLInpaintPipeline",
     "RestuneStableDiffusionXLPipeline",
+    "Schedule",
     "Site",
     "SkipConfig",
     "TrainingError",
@@ -74,6 +96,7 @@ __all__ = [
     "TunerInfo",
     "TunerManager",
     "TunerNameError",
+    "TunerWeight",
     "attach",
     "describe_base",
     "detach",
@@ -81,6 +104,7 @@ __all__ = [
     "load_tuner",
     "read_info",
     "save_tuner",
+    "schedule",
 ]
 
 

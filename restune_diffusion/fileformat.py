@@ -109,7 +109,7 @@ def save_tuner(
         "format": "pt",
         _VERSION_KEY: str(FORMAT_VERSION),
         _CONFIG_KEY: parts_to_json(tuner.configs),
-        _BASE_KEY: tuner.base.model_dump_json(),
+        _BASE_KEY: tuner.base.model_dump_json(exclude_defaults=True),
     }
     if training is not None:
         header[_TRAINING_KEY] = json.dumps(training)
@@ -197,7 +197,9 @@ def _why_unreadable(path: Path, error: Exception) -> str:
             size = file.seek(0, os.SEEK_END)
     except OSError as failure:
         return f"cannot be read: {failure.strerror}."
-    if head[:2] == b"PK" or head[:1] == b"\x80":
+    # The length of a header may begin with a pickle's first byte too, but its upper half is zero.
+    opens_pickle = head[:1] == b"\x80" and (head[4:].strip(b"\0") or head[2:3] == b"\x95")
+    if head[:2] == b"PK" or opens_pickle:
         return (
             "is a pickle, not a safetensors file; pickles can run code when they are opened and are never loaded: "
             "get the tuner as .safetensors."

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field
 from torch import nn
@@ -22,6 +23,10 @@ _STRUCTURE_KEYS = (
     "cross_attention_dim",
 )
 
+_OPERATION_SITE = re.compile(r"(down|mid|up)(?:\.(\d+))?\.attn\.(\d+)\.block\.(\d+)\.(self|cross|ff|block)(?:\.(.+))?")
+Kind: TypeAlias = Literal["self", "cross", "ff", "block"]
+_PATH_OF_OPERATION: dict[Kind, str] = {"self": "attn1", "cross": "attn2", "ff": "ff", "block": ""}
+
 
 class Site(BaseModel):
     """A named place on the base."""
@@ -32,6 +37,12 @@ class Site(BaseModel):
     """Width of the feature there."""
     stride: int = Field(gt=0, le=1 << 10)
     """Spatial downscale against the latent."""
+    operation: Kind | None = None
+    """What runs there, for a site of a transformer block; its features are `(batch, tokens, channels)`."""
+    heads: int = Field(default=0, ge=0, le=1 << 10)
+    """Attention heads of the operation, or of the block's first attention where it has none of its own."""
+    linears: dict[str, tuple[int, int]] = Field(default={}, max_length=64)
+    """Linear layers of the operation by their path in it: input and output width."""
 
 
 class BaseInfo(BaseModel):
@@ -44,11 +55,23 @@ class BaseInfo(BaseModel):
     structure: dict[str, Any]
     """The part of the model's config that decides which tuner fits."""
     sites: dict[str, Site]
-    """`skip.0` (shallow) to `skip.N`, `mid`, `up.0` to `up.N`, `out`: in the order of the forward pass."""
+    """In the order of the forward pass: `skip.0` (shallow) to `skip.N`, `mid`, `up.0` to `up.N`, `out`, and for each
+    transformer block, say `down.1.attn.0.block.0`, its `.self`, `.cross`, `.ff` and `.block`."""
     time_channels: int = Field(gt=0, le=1 << 16)
     """Width of the time embedding."""
     name: str = ""
     """The base's hub id or folder name; informative, never compared."""
+
+    @property
+    def maps(self) -> list[str]:
+        """Names of the sites whose features are maps, `(batch, channels, height, width)`."""
+        return [name for name, site in self.sites.items() if site.operation is None]
+
+    def narrowed(self, operations: Iterable[str]) -> BaseInfo:
+        """Leave out the sites of transformer blocks but those named: a tuner asks of a base no more than it uses."""
+        kept = set(operations)
+        sites = {name: site for name, site in self.sites.items() if site.operation is None or name in kept}
+        return self.model_copy(update={"sites": sites})
 
     def check_fits(self, other: BaseInfo) -> None:
         """Raise `BaseMismatchError` naming the first difference to another base's structure, if there is one."""
@@ -64,9 +87,10 @@ class BaseInfo(BaseModel):
         for key in sorted(self.structure.keys() | other.structure.keys()):
             if self.structure.get(key) != other.structure.get(key):
                 yield key, self.structure.get(key), other.structure.get(key)
-        for site in [*self.sites, *(other.sites.keys() - self.sites.keys())]:
-            if self.sites.get(site) != other.sites.get(site):
-                yield f"site {site}", self.sites.get(site), other.sites.get(site)
+        # Sites that only the other one has are of no interest: a file may record no more than its tuner needs.
+        for site in self.sites:
+            if self.sites[site] != other.sites.get(site):
+                yield f"site {site}", self.sites[site], other.sites.get(site)
         if self.time_channels != other.time_channels:
             yield "time embedding width", self.time_channels, other.time_channels
 
@@ -94,6 +118,22 @@ def describe_base(base: nn.Module) -> BaseInfo:
     )
 
 
+def site_module(base: nn.Module, site: str) -> nn.Module:
+    """Return the module that runs at a site of a transformer block, or one of its linear layers.
+
+    Args:
+        base: a `UNet2DConditionModel`.
+        site: for instance `down.1.attn.0.block.0.ff` or `mid.attn.0.block.0.self.to_q`.
+    """
+    match = _OPERATION_SITE.fullmatch(site)
+    assert match is not None, site
+    stage, number, attention, block, operation, linear = match.groups()
+    parent = base.get_submodule("mid_block" if stage == "mid" else f"{stage}_blocks.{number}")
+    module = parent.get_submodule(f"attentions.{attention}.transformer_blocks.{block}")
+    path = [_PATH_OF_OPERATION[operation], linear]  # type: ignore[index]
+    return module.get_submodule(".".join(step for step in path if step))
+
+
 def skip_counts(base: nn.Module) -> list[int]:
     """Number of skip features that each up block takes, in the order of `up_blocks`."""
     return [len(block.resnets) for block in base.up_blocks]  # type: ignore[union-attr]
@@ -108,7 +148,8 @@ def merge_module(base: nn.Module) -> nn.Module:
 def _unet_sites(base: Any) -> Iterator[tuple[str, Site]]:
     stride, index = 1, 0
     yield "skip.0", Site(channels=base.conv_in.out_channels, stride=stride)
-    for block in base.down_blocks:
+    for number, block in enumerate(base.down_blocks):
+        yield from _operation_sites(f"down.{number}", block, stride)
         for resnet in block.resnets:
             index += 1
             yield f"skip.{index}", Site(channels=resnet.out_channels, stride=stride)
@@ -121,12 +162,52 @@ def _unet_sites(base: Any) -> Iterator[tuple[str, Site]]:
             f"{index + 1} and the decoder takes {sum(skip_counts(base))}."
         )
     if getattr(base, "mid_block", None) is not None:
+        yield from _operation_sites("mid", base.mid_block, stride)
         yield "mid", Site(channels=base.mid_block.resnets[-1].out_channels, stride=stride)
     for number, block in enumerate(base.up_blocks):
+        yield from _operation_sites(f"up.{number}", block, stride)
         if getattr(block, "upsamplers", None):
             stride //= 2
         yield f"up.{number}", Site(channels=block.resnets[-1].out_channels, stride=stride)
     yield "out", Site(channels=base.conv_out.in_channels, stride=stride)
+
+
+def _operation_sites(stage: str, block: Any, stride: int) -> Iterator[tuple[str, Site]]:
+    """Yield the sites of a U-Net block's transformer blocks."""
+    for number, attention in enumerate(getattr(block, "attentions", None) or ()):
+        # Blocks without text have plain attention instead of a transformer; nothing attaches there.
+        for index, transformer in enumerate(getattr(attention, "transformer_blocks", ())):
+            yield from _block_sites(f"{stage}.attn.{number}.block.{index}", transformer, stride)
+
+
+def _block_sites(name: str, block: Any, stride: int) -> Iterator[tuple[str, Site]]:
+    channels, heads = block.attn1.to_q.in_features, block.attn1.heads
+    for operation, path in _PATH_OF_OPERATION.items():
+        module = block.get_submodule(path) if getattr(block, path or "attn1", None) is not None else None
+        if module is None:
+            continue
+        linears = {} if operation == "block" else dict(_linears(module))
+        yield (
+            f"{name}.{operation}",
+            Site(
+                channels=channels,
+                stride=stride,
+                operation=operation,
+                heads=getattr(module, "heads", heads),
+                linears=linears,
+            ),
+        )
+
+
+def _linears(module: nn.Module, path: str = "") -> Iterator[tuple[str, tuple[int, int]]]:
+    """Yield path and widths of the linear layers below a module."""
+    # PEFT wraps a layer while a LoRA is loaded; the base is the same with and without.
+    layer = getattr(module, "base_layer", module)
+    if isinstance(layer, nn.Linear):
+        yield path, (layer.in_features, layer.out_features)
+        return
+    for name, child in module.named_children():
+        yield from _linears(child, f"{path}.{name}" if path else name)
 
 
 def _time_channels(base: Any) -> int:

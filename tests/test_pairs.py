@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 
-from restune_diffusion import enable_restune
+from restune_diffusion import TunerManager, detach, enable_restune
 
 from .peers import freeu, ip_adapter, lora, nothing
 from .tiny_pipelines import (
@@ -31,8 +31,17 @@ PEERS = {
 
 
 @pytest.fixture(scope="module")
-def components():
+def made():
     return {"": sd_components(), "XL": sdxl_components()}
+
+
+@pytest.fixture
+def components(made):
+    yield made
+    for parts in made.values():
+        manager = TunerManager.of(parts["unet"])
+        for name in manager.names if manager is not None else ():
+            detach(parts["unet"], name)
 
 
 @pytest.mark.parametrize("size", ["", "XL"], ids=["SD", "SDXL"])

@@ -24,7 +24,8 @@ from transformers import (
 )
 
 import restune_diffusion
-from restune_diffusion import BypassConfig, SkipConfig, Tuner
+from restune_diffusion import BypassConfig, ResConfig, SkipConfig, Tuner
+from restune_diffusion.config import PartConfig
 
 from .conftest import SDXL, make_unet, randomize
 
@@ -33,7 +34,15 @@ SIZE = 32
 PROMPTS = ["a red apple", "a boat at sea", "a small house"]
 TEXT_WIDTH = 32
 
-TUNERS = {"skip": SkipConfig(ratio=0.5), "bypass": BypassConfig(ratio=0.25)}
+TUNERS: dict[str, PartConfig] = {
+    "skip": SkipConfig(ratio=0.5),
+    "bypass": BypassConfig(ratio=0.25),
+    "res": ResConfig(self_attention="adapter", cross_attention="attention", feed_forward="adapter", width=4),
+    "res inside attention": ResConfig(
+        self_attention="prefix", cross_attention="prompt", feed_forward="lora", gate="exact", width=4
+    ),
+    "res on linear layers": ResConfig(self_attention="lora", cross_attention="lora", feed_forward=None, width=4),
+}
 """The kinds of tuners that the tables run; a new part needs a line here."""
 
 

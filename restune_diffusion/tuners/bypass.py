@@ -108,7 +108,7 @@ class BypassPart(Part):
 
     def __init__(self, config: BypassConfig, base: BaseInfo) -> None:
         super().__init__()
-        self.taps = tuple(match_sites(config.taps, [name for name in base.sites if name != "out"]))
+        self.taps = tuple(match_sites(config.taps, [name for name in base.maps if name != "out"]))
         self.writes = ("out",)
         self.time = nn.Linear(base.time_channels, _TIME_WIDTH)
         previous = None
