@@ -118,6 +118,21 @@ def describe_base(base: nn.Module) -> BaseInfo:
     )
 
 
+def module_path(site: str) -> str:
+    """Return the path in a `UNet2DConditionModel` of what runs at a site of a transformer block.
+
+    Args:
+        site: for instance `down.1.attn.0.block.0.ff`, or one of its linear layers, `mid.attn.0.block.0.self.to_q`.
+    """
+    match = _OPERATION_SITE.fullmatch(site)
+    assert match is not None, site
+    stage, number, attention, block, operation, linear = match.groups()
+    parent = "mid_block" if stage == "mid" else f"{stage}_blocks.{number}"
+    transformer = f"attentions.{attention}.transformer_blocks.{block}"
+    path = [parent, transformer, _PATH_OF_OPERATION[operation], linear]  # type: ignore[index]
+    return ".".join(step for step in path if step)
+
+
 def site_module(base: nn.Module, site: str) -> nn.Module:
     """Return the module that runs at a site of a transformer block, or one of its linear layers.
 
@@ -125,13 +140,7 @@ def site_module(base: nn.Module, site: str) -> nn.Module:
         base: a `UNet2DConditionModel`.
         site: for instance `down.1.attn.0.block.0.ff` or `mid.attn.0.block.0.self.to_q`.
     """
-    match = _OPERATION_SITE.fullmatch(site)
-    assert match is not None, site
-    stage, number, attention, block, operation, linear = match.groups()
-    parent = base.get_submodule("mid_block" if stage == "mid" else f"{stage}_blocks.{number}")
-    module = parent.get_submodule(f"attentions.{attention}.transformer_blocks.{block}")
-    path = [_PATH_OF_OPERATION[operation], linear]  # type: ignore[index]
-    return _without_lora(module.get_submodule(".".join(step for step in path if step)))
+    return _without_lora(base.get_submodule(module_path(site)))
 
 
 def skip_counts(base: nn.Module) -> list[int]:
