@@ -16,6 +16,7 @@ from .evaluate import EvaluateOptions
 from .generate import GenerateOptions
 from .guard import run_guarded
 from .inspect import InspectOptions
+from .merge import MergeOptions
 
 # tyro shows pydantic's message when a value is refused; the link to pydantic's manual helps nobody here.
 os.environ.setdefault("PYDANTIC_ERRORS_INCLUDE_URL", "0")
@@ -32,6 +33,7 @@ Command: TypeAlias = (
     | Annotated[EvaluateOptions, tyro.conf.subcommand("evaluate")]
     | Annotated[InspectOptions, tyro.conf.subcommand("inspect")]
     | Annotated[ConvertOptions, tyro.conf.subcommand("convert")]
+    | Annotated[MergeOptions, tyro.conf.subcommand("merge")]
     | Annotated[DemoOptions, tyro.conf.subcommand("demo")]
 )
 
