@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     )
     from .fileformat import load_tuner, save_tuner
     from .header import TunerInfo, read_info
+    from .hub import push_to_hub
     from .loaders import RestuneLoaderMixin
     from .pipelines import (
         RestuneStableDiffusionControlNetPipeline,
@@ -53,6 +54,7 @@ _MODULES = {
     ),
     "fileformat": ("load_tuner", "save_tuner"),
     "header": ("TunerInfo", "read_info"),
+    "hub": ("push_to_hub",),
     "loaders": ("RestuneLoaderMixin",),
     "pipelines": (
         "RestuneStableDiffusionControlNetPipeline",
@@ -104,6 +106,7 @@ __all__ = [
     "detach",
     "enable_restune",
     "load_tuner",
+    "push_to_hub",
     "read_info",
     "save_tuner",
     "schedule",
