@@ -47,7 +47,7 @@ class VerticalTuner(nn.Module):
         timed: whether the base knows a time step.
     """
 
-    def __init__(self, in_channels: int, channels: int, hidden: int, mixes: bool, timed: bool) -> None:
+    def __init__(self, in_channels: int, channels: int, hidden: int, mixes: bool = True, timed: bool = True) -> None:
         super().__init__()
         self.transition = nn.Linear(in_channels, channels) if in_channels != channels else None
         self.mix = nn.Conv2d(channels, channels, 3, padding=1, groups=channels) if mixes else None
@@ -86,7 +86,7 @@ class BypassStage(nn.Module):
     """
 
     def __init__(
-        self, tap_channels: int, channels: int, in_channels: int | None, expansion: float, mixes: bool, timed: bool
+        self, tap_channels: int, channels: int, in_channels: int | None, expansion: float, mixes: bool = True, timed: bool = True
     ) -> None:
         super().__init__()
         self.horizontal = nn.Linear(tap_channels, channels)
