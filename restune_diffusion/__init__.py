@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     )
     from .fileformat import TunerInfo, load_tuner, read_info, save_tuner
     from .loaders import RestuneLoaderMixin
+    from .merging import MergedLora, merge_lora
     from .pipelines import RestuneStableDiffusionPipeline, RestuneStableDiffusionXLPipeline
     from .sites import BaseInfo, Site, describe_base
     from .tuner import Tuner
@@ -41,6 +42,7 @@ _MODULES = {
     ),
     "fileformat": ("TunerInfo", "load_tuner", "read_info", "save_tuner"),
     "loaders": ("RestuneLoaderMixin",),
+    "merging": ("MergedLora", "merge_lora"),
     "pipelines": ("RestuneStableDiffusionPipeline", "RestuneStableDiffusionXLPipeline"),
     "sites": ("BaseInfo", "Site", "describe_base"),
     "tuner": ("Tuner",),
@@ -56,6 +58,7 @@ __all__ = [
     "ConditionError",
     "ControlConfig",
     "DataError",
+    "MergedLora",
     "ResConfig",
     "RestuneError",
     "RestuneLoaderMixin",
@@ -75,6 +78,7 @@ __all__ = [
     "describe_base",
     "detach",
     "load_tuner",
+    "merge_lora",
     "read_info",
     "save_tuner",
     "schedule",

@@ -6,8 +6,7 @@ import pytest
 import torch
 from peft import LoraConfig
 
-from restune_diffusion import BaseMismatchError, ResConfig, RestuneError, SkipConfig, Tuner, attach
-from restune_diffusion.merging import merge_lora
+from restune_diffusion import BaseMismatchError, ResConfig, RestuneError, SkipConfig, Tuner, attach, merge_lora
 from restune_diffusion.sites import site_module
 from restune_diffusion.tuners.lora import ResLora
 
