@@ -86,7 +86,13 @@ class BypassStage(nn.Module):
     """
 
     def __init__(
-        self, tap_channels: int, channels: int, in_channels: int | None, expansion: float, mixes: bool = True, timed: bool = True
+        self,
+        tap_channels: int,
+        channels: int,
+        in_channels: int | None,
+        expansion: float,
+        mixes: bool = True,
+        timed: bool = True,
     ) -> None:
         super().__init__()
         self.horizontal = nn.Linear(tap_channels, channels)
