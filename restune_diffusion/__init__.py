@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     )
     from .fileformat import TunerInfo, load_tuner, read_info, save_tuner
     from .loaders import RestuneLoaderMixin
+    from .masks import load_mask, mask_from_image
     from .pipelines import RestuneStableDiffusionPipeline, RestuneStableDiffusionXLPipeline
     from .sites import BaseInfo, Site, describe_base
     from .tuner import Tuner
@@ -41,6 +42,7 @@ _MODULES = {
     ),
     "fileformat": ("TunerInfo", "load_tuner", "read_info", "save_tuner"),
     "loaders": ("RestuneLoaderMixin",),
+    "masks": ("load_mask", "mask_from_image"),
     "pipelines": ("RestuneStableDiffusionPipeline", "RestuneStableDiffusionXLPipeline"),
     "sites": ("BaseInfo", "Site", "describe_base"),
     "tuner": ("Tuner",),
@@ -74,7 +76,9 @@ __all__ = [
     "attach",
     "describe_base",
     "detach",
+    "load_mask",
     "load_tuner",
+    "mask_from_image",
     "read_info",
     "save_tuner",
     "schedule",

@@ -109,9 +109,10 @@ def forked(pipeline: Any, base: nn.Module, fork: Fork, arguments: Mapping[str, A
         return callback(pipe, step, timestep, tensors) if callback is not None else {}
 
     own: dict[str, Any] = {"callback_on_step_end": end_of_step}
-    if hasattr(callback, "tensor_inputs"):
-        # The pipeline would have asked diffusers' own callbacks for them.
-        own["callback_on_step_end_tensor_inputs"] = callback.tensor_inputs
+    # The pipeline would have asked diffusers' own callbacks for them.
+    inputs = getattr(callback, "tensor_inputs", None)
+    if inputs is not None:
+        own["callback_on_step_end_tensor_inputs"] = inputs
     try:
         if manager is not None:
             manager.set_weights(fork.trunk if fork.share_steps else fork.mixes)
