@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from .fileformat import load_tuner, save_tuner
     from .header import TunerInfo, read_info
     from .loaders import RestuneLoaderMixin
+    from .masks import load_mask, mask_from_image
     from .merging import MergedLora, merge_lora
     from .pipelines import (
         RestuneStableDiffusionControlNetPipeline,
@@ -55,6 +56,7 @@ _MODULES = {
     "fileformat": ("load_tuner", "save_tuner"),
     "header": ("TunerInfo", "read_info"),
     "loaders": ("RestuneLoaderMixin",),
+    "masks": ("load_mask", "mask_from_image"),
     "merging": ("MergedLora", "merge_lora"),
     "pipelines": (
         "RestuneStableDiffusionControlNetPipeline",
@@ -106,7 +108,9 @@ __all__ = [
     "describe_base",
     "detach",
     "enable_restune",
+    "load_mask",
     "load_tuner",
+    "mask_from_image",
     "merge_lora",
     "read_info",
     "save_tuner",

@@ -62,6 +62,60 @@ class RestuneLoaderMixin(PlainConfigMixin):
         with self._mixed(manager, tuners, layout):
             return call(*args, **kwargs)
 
+    def branches(
+        self,
+        prompt: str | list[str] | None = None,
+        tuners: MixPerImage = (),
+        share_steps: int = 0,
+        *,
+        trunk: str | Mapping[str, float] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Draw each prompt once for each mix of tuners, all from one composition.
+
+        The first steps are computed for one row of each image and count for all of its branches; after them each
+        branch is a row of one batch.
+
+        Args:
+            prompt: the prompt or prompts; None where the call has `prompt_embeds`.
+            tuners: one entry for each branch: a name, a mapping from names to weights, or None for the base alone.
+            share_steps: how many denoising steps the branches have in common, of those that the call makes.
+            trunk: what acts during those steps, in the form of one entry of `tuners`; the base alone by default.
+            kwargs: the pipeline's own arguments. One generator, or one latent, is for one image and all its branches.
+
+        Returns:
+            What the pipeline returns, with `len(tuners)` pictures for each image: the branches of an image are
+            adjacent, in the order of `tuners`.
+
+        Raises:
+            TunerNameError: if a name is unknown.
+            RestuneError: if an argument does not fit, or the scheduler gives the branches different noise.
+        """
+        from .branches import Fork, arguments_of_branches, forked
+
+        call = super().__call__  # type: ignore[misc]
+        kwargs = {"prompt": prompt, **kwargs}
+        layout = self._layout(call, (), kwargs)
+        if layout is None:
+            # Says what is wrong with the arguments.
+            return call(**kwargs)
+        if not tuners:
+            raise RestuneError("There are no branches to draw; give `tuners` an entry for each.")
+        names = _weights_by_name([*tuners, trunk], 1)
+        if names:
+            self._manager_of(names)
+        before = self.get_list_tuners()
+        fork = Fork(
+            images=layout.images,
+            branches=len(tuners),
+            share_steps=share_steps,
+            trunk=_mix_of_call([trunk], None, before),
+            mixes=_mix_of_call([*tuners] * layout.images, None, before),
+        )
+        arguments = arguments_of_branches(call, kwargs, fork)
+        with forked(self, self._tuner_base, fork, arguments) as forked_arguments:
+            return self(**forked_arguments)
+
     def load_tuner_weights(
         self,
         pretrained_model_name_or_path: str | os.PathLike[str] | Tuner,
