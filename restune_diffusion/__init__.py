@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from .pipelines import RestuneStableDiffusionPipeline, RestuneStableDiffusionXLPipeline
     from .sites import BaseInfo, Site, describe_base
     from .tuner import Tuner
+    from .tuner_cache import TunerCache
     from .weights import Schedule, TunerWeight, schedule
 
 __version__ = "0.1.0"
@@ -44,6 +45,7 @@ _MODULES = {
     "pipelines": ("RestuneStableDiffusionPipeline", "RestuneStableDiffusionXLPipeline"),
     "sites": ("BaseInfo", "Site", "describe_base"),
     "tuner": ("Tuner",),
+    "tuner_cache": ("TunerCache",),
     "weights": ("Schedule", "TunerWeight", "schedule"),
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
@@ -66,6 +68,7 @@ __all__ = [
     "SkipConfig",
     "TrainingError",
     "Tuner",
+    "TunerCache",
     "TunerFileError",
     "TunerInfo",
     "TunerManager",

@@ -113,6 +113,11 @@ class TunerWeight:
         return self.value if isinstance(self.value, tuple) else (self.value,)
 
     @property
+    def count(self) -> int:
+        """Number of values; a compiled graph that asks for this does not depend on the values themselves."""
+        return len(self.value) if isinstance(self.value, tuple) else 1
+
+    @property
     def acts(self) -> bool:
         """Whether it is other than zero for at least one image."""
         return any(self.values)
