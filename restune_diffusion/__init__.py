@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     )
     from .sites import BaseInfo, Site, describe_base
     from .tuner import Tuner
+    from .tuner_cache import TunerCache
     from .weights import Schedule, TunerWeight, schedule
 
 __version__ = "0.1.0"
@@ -70,6 +71,7 @@ _MODULES = {
     ),
     "sites": ("BaseInfo", "Site", "describe_base"),
     "tuner": ("Tuner",),
+    "tuner_cache": ("TunerCache",),
     "weights": ("Schedule", "TunerWeight", "schedule"),
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
@@ -99,6 +101,7 @@ __all__ = [
     "SkipConfig",
     "TrainingError",
     "Tuner",
+    "TunerCache",
     "TunerFileError",
     "TunerInfo",
     "TunerManager",
