@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .attachment import Attachment, TunerManager, attach, detach
-    from .config import BypassConfig, ControlConfig, SkipConfig
+    from .config import BypassConfig, ControlConfig, ResConfig, SkipConfig
     from .errors import (
         BaseMismatchError,
         ConditionError,
@@ -23,12 +23,13 @@ if TYPE_CHECKING:
     from .pipelines import RestuneStableDiffusionPipeline, RestuneStableDiffusionXLPipeline
     from .sites import BaseInfo, Site, describe_base
     from .tuner import Tuner
+    from .weights import Schedule, TunerWeight, schedule
 
 __version__ = "0.1.0"
 
 _MODULES = {
     "attachment": ("Attachment", "TunerManager", "attach", "detach"),
-    "config": ("BypassConfig", "ControlConfig", "SkipConfig"),
+    "config": ("BypassConfig", "ControlConfig", "ResConfig", "SkipConfig"),
     "errors": (
         "BaseMismatchError",
         "ConditionError",
@@ -43,6 +44,7 @@ _MODULES = {
     "pipelines": ("RestuneStableDiffusionPipeline", "RestuneStableDiffusionXLPipeline"),
     "sites": ("BaseInfo", "Site", "describe_base"),
     "tuner": ("Tuner",),
+    "weights": ("Schedule", "TunerWeight", "schedule"),
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
 
@@ -54,10 +56,12 @@ __all__ = [
     "ConditionError",
     "ControlConfig",
     "DataError",
+    "ResConfig",
     "RestuneError",
     "RestuneLoaderMixin",
     "RestuneStableDiffusionPipeline",
     "RestuneStableDiffusionXLPipeline",
+    "Schedule",
     "Site",
     "SkipConfig",
     "TrainingError",
@@ -66,12 +70,14 @@ __all__ = [
     "TunerInfo",
     "TunerManager",
     "TunerNameError",
+    "TunerWeight",
     "attach",
     "describe_base",
     "detach",
     "load_tuner",
     "read_info",
     "save_tuner",
+    "schedule",
 ]
 
 

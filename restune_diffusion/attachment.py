@@ -7,75 +7,24 @@ The hooks add the sum of the active residuals at each site, so the order of atta
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Mapping, Sequence
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from types import TracebackType
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from .attached import Attached
 from .errors import RestuneError, TunerNameError
-from .sites import describe_base, merge_module, skip_counts
+from .mixing import Layout, Pass
+from .operations import operation_input, show_operation, text_states
+from .sites import describe_base, merge_module, site_module, skip_counts
 from .tuner import Tuner
-from .tuners import Features, Part
-
-Weight: TypeAlias = float | Sequence[float]
-"""Factor on a tuner's residuals: one number, or one for each image of a batch."""
-
-
-class _Attached:
-    """A tuner in a manager, with its weight."""
-
-    def __init__(self, tuner: Tuner, weight: Weight) -> None:
-        self.tuner = tuner
-        # Changed in place, so that a compiled graph sees the new value without compiling again.
-        self.scale = torch.zeros(())
-        self.set_weight(_checked(weight))
-
-    def set_weight(self, weight: float | tuple[float, ...]) -> None:
-        """Set a weight that is known to be valid."""
-        self.weight = weight
-        values = torch.tensor(weight)
-        # A compiled graph depends on this and not on the weight itself, which would compile it anew for each value.
-        self.acts = bool(values.any())
-        if values.shape == self.scale.shape:
-            self.scale.copy_(values)
-        else:
-            self.scale = values
-
-    def add_residuals(self, site: str, x: torch.Tensor, features: Features, total: torch.Tensor) -> torch.Tensor:
-        """Add the weighted residuals that the tuner's parts make of the feature `x` to `total`."""
-        for part in self.tuner.parts():
-            if site in part.writes:
-                if self.tuner.device != x.device:
-                    self.tuner.to(x.device)
-                if self.scale.dim() == 0:
-                    total = total + (part(site, x, features) * self.scale).to(x.dtype)
-                else:
-                    total = self._add_by_image(part, site, x, features, total)
-        return total
-
-    def _add_by_image(
-        self, part: Part, site: str, x: torch.Tensor, features: Features, total: torch.Tensor
-    ) -> torch.Tensor:
-        """Run the part on the rows of the batch whose image has a weight other than zero.
-
-        Guidance stacks copies of the images, `[uncond..., cond...]`, in a number that differs between pipelines, so
-        it is read off the batch.
-        """
-        copies, rest = divmod(x.shape[0], self.scale.numel())
-        if rest:
-            raise RestuneError(
-                f"The tuners' weights are for {self.scale.numel()} images, but the batch has {x.shape[0]} rows; "
-                "give one weight for each image."
-            )
-        scale = self.scale.repeat(copies)
-        rows = scale.nonzero().flatten().to(x.device)
-        residual = part(site, x[rows], features.rows(rows)) * scale.to(x.device)[rows, None, None, None]
-        return total.index_add(0, rows, residual.to(x.dtype))
+from .tuners import Features, Operation
+from .weights import TunerWeight, Weight, as_weight
 
 
 class TunerManager:
@@ -87,9 +36,20 @@ class TunerManager:
     def __init__(self, base: nn.Module) -> None:
         self.base_info = describe_base(base)
         self.enabled = True
-        self._tuners: dict[str, _Attached] = {}
+        self.layout: Layout | None = None
+        """What the rows of a batch are; a pipeline with `RestuneLoaderMixin` sets it for each call."""
+        self.num_train_timesteps = 1000
+        """Number of time steps of the base's training, by which schedules know how far denoising is."""
+        self.static = False
+        """In a compiled graph, compute every tuner whatever its weight, so that no change of the mix compiles anew."""
+        self._base = base
+        self._tuners: dict[str, Attached] = {}
+        self._writers: dict[str, list[Attached]] = {}
         self._features = Features()
+        self._pass: Pass | None = None
+        self._quiet = False
         self._handles: list[RemovableHandle] = []
+        self._operation_handles: dict[str, RemovableHandle] = {}
         self._install(base)
 
     @classmethod
@@ -107,14 +67,14 @@ class TunerManager:
         return list(self._tuners)
 
     @property
-    def weights(self) -> dict[str, float | tuple[float, ...]]:
-        """Weight of each attached tuner."""
-        return {name: attached.weight for name, attached in self._tuners.items()}
+    def weights(self) -> dict[str, float | tuple[float, ...] | TunerWeight]:
+        """Weight of each attached tuner: its value alone where nothing else is set."""
+        return {name: attached.weight.plain() for name, attached in self._tuners.items()}
 
     @property
     def active_names(self) -> list[str]:
         """Names of the tuners that act: enabled, and of a weight other than zero for at least one image."""
-        return [name for name, attached in self._tuners.items() if attached.acts and self.enabled]
+        return [name for name, attached in self._tuners.items() if attached.weight.acts and self.enabled]
 
     def tuner(self, name: str) -> Tuner:
         """Return an attached tuner; raises `TunerNameError` for an unknown name."""
@@ -131,16 +91,34 @@ class TunerManager:
         if name in self._tuners:
             raise TunerNameError(f"The tuner name `{name}` is taken; choose another or delete the loaded one first.")
         tuner.base.check_fits(self.base_info)
-        self._tuners[name] = _Attached(tuner, weight)
+        attached = Attached(tuner, as_weight(weight))
+        if not {*self.base_info.maps, *self._operation_handles}.issuperset(attached.sites):
+            _refuse_compiled(self._base)
+        self._tuners[name] = attached
+        self._refresh()
 
     def remove(self, name: str) -> None:
         """Take a tuner off; with the last one go all hooks."""
         self.check_known([name])
         del self._tuners[name]
+        self._refresh()
         if not self._tuners:
             for handle in self._handles:
                 handle.remove()
             self._handles.clear()
+
+    def swap(self, name: str, tuner: Tuner) -> None:
+        """Put another tuner of the same config in the place of an attached one, overwriting its parameters.
+
+        Nothing is allocated and a compiled graph stays valid; weights and conditions stay as they are.
+
+        Raises:
+            TunerNameError: if no tuner of this name is attached.
+            RestuneError: if the tuner has another config.
+            BaseMismatchError: if the tuner was made for a base of another structure.
+        """
+        self.check_known([name])
+        self._tuners[name].swap(tuner)
 
     def check_known(self, names: Iterable[str]) -> None:
         """Raise `TunerNameError` if one of the names is not attached."""
@@ -154,16 +132,59 @@ class TunerManager:
 
         Raises:
             TunerNameError: if a name is unknown.
-            RestuneError: if a weight is not finite; no weight has changed then.
+            RestuneError: if a weight is not valid; no weight has changed then.
         """
         self.check_known(weights)
-        checked = {name: _checked(weight) for name, weight in weights.items()}
+        checked = {name: as_weight(weight) for name, weight in weights.items()}
+        factors = {name: self._tuners[name].site_factors(weight) for name, weight in checked.items()}
         for name, attached in self._tuners.items():
-            attached.set_weight(checked.get(name, 0.0))
+            if name in checked:
+                attached.set_weight(checked[name], factors[name])
+            else:
+                attached.set_weight(TunerWeight(0.0), dict.fromkeys(attached.sites, 1.0))
+
+    def set_conditions(
+        self, name: str, images: Sequence[torch.Tensor], weights: Sequence[float] | None = None
+    ) -> None:
+        """Give a tuner with a `control` part its condition images.
+
+        Args:
+            name: name of the tuner.
+            images: for each of its conditions, in their order, `(images or 1, channels, height, width)` with values
+                from 0 to 1, or None to leave it out.
+            weights: factor of each condition; 1 where not given.
+
+        Raises:
+            TunerNameError: if the name is unknown.
+            ConditionError: if the tuner takes no conditions, or another number of them.
+        """
+        self.check_known([name])
+        self._tuners[name].set_conditions(images, weights)
+
+    def clear_conditions(self) -> None:
+        """Forget all condition images."""
+        for attached in self._tuners.values():
+            attached.conditions = None
+
+    def _refresh(self) -> None:
+        """Bring the hooks on transformer blocks and the table of writers in line with the attached tuners."""
+        self._writers = {}
+        for attached in self._tuners.values():
+            for site in attached.sites:
+                self._writers.setdefault(site, []).append(attached)
+        wanted = {site for site in self._writers if site not in self.base_info.maps}
+        for site in self._operation_handles.keys() - wanted:
+            self._operation_handles.pop(site).remove()
+        for site in sorted(wanted - self._operation_handles.keys()):
+            # Beside the base's own sites a tuner may write to a linear layer inside one.
+            hook = self._after_operation if site in self.base_info.sites else self._after_linear
+            self._operation_handles[site] = site_module(self._base, site).register_forward_hook(
+                partial(hook, site), with_kwargs=True
+            )
 
     def _install(self, base: nn.Module) -> None:
         hooks = self._handles
-        hooks.append(base.register_forward_pre_hook(self._begin))
+        hooks.append(base.register_forward_pre_hook(self._begin, with_kwargs=True))
         hooks.append(base.register_forward_hook(self._end, always_call=True))
         counts = skip_counts(base)
         stop = sum(counts)
@@ -176,8 +197,19 @@ class TunerManager:
             hooks.append(base.mid_block.register_forward_hook(partial(self._record, "mid")))  # type: ignore[union-attr]
         hooks.append(merge_module(base).register_forward_pre_hook(self._enter_head))
 
-    def _begin(self, module: nn.Module, args: Any) -> None:
+    def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._features = Features()
+        sample = args[0] if args else kwargs["sample"]
+        self._pass = Pass(
+            rows=sample.shape[0],
+            size=(sample.shape[-2], sample.shape[-1]),
+            device=sample.device,
+            timestep=args[1] if len(args) > 1 else kwargs["timestep"],
+            num_train_timesteps=self.num_train_timesteps,
+            layout=self.layout,
+        )
+        for attached in self._tuners.values():
+            attached.begin(self._pass)
 
     def _end(self, module: nn.Module, args: Any, output: Any) -> None:
         self._features = Features()
@@ -187,7 +219,7 @@ class TunerManager:
 
     def _tap(self, site: str, x: torch.Tensor) -> None:
         """Keep a feature until the end of this forward, if an active tuner asks for it."""
-        if any(site in part.taps for attached in self._active() for part in attached.tuner.parts()):
+        if any(site in attached.taps for attached in self._active()):
             self._features.by_site[site] = x
 
     def _enter_up_block(
@@ -196,7 +228,8 @@ class TunerManager:
         if not self._active():
             return None
         self._features.time = kwargs["temb"]
-        self._features.text = kwargs.get("encoder_hidden_states", self._features.text)
+        if "encoder_hidden_states" in kwargs:
+            self._features.text = text_states(kwargs["encoder_hidden_states"])
         skips = kwargs["res_hidden_states_tuple"]
         tuned = tuple(self._tuned(f"skip.{first_skip + offset}", skip) for offset, skip in enumerate(skips))
         return args, {**kwargs, "res_hidden_states_tuple": tuned}
@@ -204,16 +237,53 @@ class TunerManager:
     def _enter_head(self, module: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...] | None:
         return (self._tuned("out", args[0]), *args[1:]) if self._active() else None
 
-    def _active(self) -> list[_Attached]:
+    def _after_operation(
+        self, site: str, module: nn.Module, args: Any, kwargs: dict[str, Any], output: torch.Tensor
+    ) -> torch.Tensor | None:
+        if not self._active():
+            return None
+        operation = show_operation(module, kwargs, self._silence)
+        return self._summed(site, operation_input(args, kwargs), output, operation)
+
+    def _after_linear(
+        self, site: str, module: nn.Module, args: Any, kwargs: dict[str, Any], output: torch.Tensor
+    ) -> torch.Tensor | None:
+        if self._quiet or not self._active():
+            return None
+        return self._summed(site, args[0], output)
+
+    @contextlib.contextmanager
+    def _silence(self) -> Iterator[None]:
+        """Let the base's layers run without tuners: a tuner that calls them must see them frozen."""
+        before, self._quiet = self._quiet, True
+        try:
+            yield
+        finally:
+            self._quiet = before
+
+    def _active(self) -> list[Attached]:
         """The tuners that take part in this forward; one of weight zero costs nothing."""
-        return [attached for attached in self._tuners.values() if attached.acts and self.enabled]
+        if not self.enabled:
+            return []
+        if self.static and torch.compiler.is_compiling():
+            return list(self._tuners.values())
+        return [attached for attached in self._tuners.values() if attached.takes_part]
 
     def _tuned(self, site: str, x: torch.Tensor) -> torch.Tensor:
-        """Add the active residuals to a feature, all of them made from it as the base made it."""
+        """Add the active residuals to a feature map, all of them made from it as the base made it."""
         self._tap(site, x)
-        total = x
-        for attached in self._active():
-            total = attached.add_residuals(site, x, self._features, total)
+        return self._summed(site, x, x)
+
+    def _summed(
+        self, site: str, x: torch.Tensor, total: torch.Tensor, operation: Operation | None = None
+    ) -> torch.Tensor:
+        """Add the residuals that active tuners make of `x` to `total`."""
+        writers = [attached for attached in self._active() if attached in self._writers.get(site, ())]
+        if not writers or self._pass is None:
+            return total
+        features = self._features.beside(operation)
+        for attached in writers:
+            total = attached.add_residuals(site, x, features, total, self._pass)
         return total
 
 
@@ -244,7 +314,7 @@ def attach(base: nn.Module, tuner: Tuner, name: str = "default", weight: Weight 
         base: a `UNet2DConditionModel`, not compiled yet.
         tuner: a tuner that was made for a base of this structure.
         name: name of the tuner on this base.
-        weight: factor on the tuner's residuals, or one for each image of a batch.
+        weight: how strongly it acts: a factor, one for each image of a batch, or any other form of `Weight`.
 
     Returns:
         A handle that detaches the tuner, also as a context manager.
@@ -272,13 +342,6 @@ def detach(base: nn.Module, name: str = "default") -> None:
     if manager is None:
         raise TunerNameError(f"No tuner named {name!r} is loaded; loaded: none.")
     manager.remove(name)
-
-
-def _checked(weight: Weight) -> float | tuple[float, ...]:
-    values = tuple(map(float, weight)) if isinstance(weight, Sequence) else (float(weight),)
-    if not values or not all(map(math.isfinite, values)):
-        raise RestuneError(f"A tuner's weight must be a finite number, or one for each image, but is {weight}.")
-    return values if isinstance(weight, Sequence) else values[0]
 
 
 def _refuse_compiled(base: nn.Module) -> None:

@@ -127,7 +127,7 @@ class ControlConfig(_PartConfig):
         return self
 
 
-PartConfig: TypeAlias = Annotated[SkipConfig | BypassConfig | ControlConfig, Field(discriminator="part")]
+PartConfig: TypeAlias = Annotated[SkipConfig | BypassConfig | ResConfig | ControlConfig, Field(discriminator="part")]
 _PARTS: TypeAdapter[tuple[PartConfig, ...]] = TypeAdapter(tuple[PartConfig, ...])
 
 
@@ -150,15 +150,15 @@ def parts_from_json(text: str) -> tuple[PartConfig, ...]:
         raise RestuneError(f"The tuner config is not valid at {place}: {first['msg']}.") from error
 
 
-def match_sites(patterns: Iterable[str], names: Iterable[str]) -> list[str]:
+def match_sites(patterns: Iterable[str], names: Iterable[str], what: str = "site") -> list[str]:
     """Select the names that match any of the patterns, in the order of `names`.
 
     Raises:
-        RestuneError: if a pattern matches nothing; names the valid sites.
+        RestuneError: if a pattern matches nothing; names the valid ones, calling each a `what`.
     """
     names = list(names)
     patterns = tuple(patterns)
     for pattern in patterns:
         if not fnmatch.filter(names, pattern):
-            raise RestuneError(f"No site matches `{pattern}`; this base has {', '.join(names)}.")
+            raise RestuneError(f"No {what} matches `{pattern}`; this base has {', '.join(names)}.")
     return [name for name in names if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)]

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
 from torch import nn
 
-from .attachment import TunerManager, Weight, attach
+from .attachment import TunerManager, attach
 from .errors import RestuneError, TunerFileError, TunerNameError
 from .fileformat import load_tuner, save_tuner
+from .mixing import Layout
 from .tuner import Tuner
+from .weights import TunerWeight, Weight, as_weight
 
 MixPerImage: TypeAlias = Sequence[str | Mapping[str, float] | None]
 
@@ -32,6 +36,7 @@ class RestuneLoaderMixin:
     """
 
     unet: Any
+    scheduler: Any
 
     def __call__(self, *args: Any, tuners: MixPerImage | None = None, **kwargs: Any) -> Any:
         """Generate as the pipeline does.
@@ -46,8 +51,15 @@ class RestuneLoaderMixin:
         Returns:
             What the pipeline returns.
         """
-        with contextlib.nullcontext() if tuners is None else self._mixed(tuners, kwargs.get("num_images_per_prompt")):
-            return super().__call__(*args, **kwargs)  # type: ignore[misc]
+        call = super().__call__  # type: ignore[misc]
+        manager = TunerManager.of(self._tuner_base)
+        if manager is None:
+            # Says which names are not loaded, if the call asks for any.
+            self.set_tuners(_weights_by_name(tuners or [], 1))
+            return call(*args, **kwargs)
+        layout = self._layout(call, args, kwargs)
+        with self._mixed(manager, tuners, layout):
+            return call(*args, **kwargs)
 
     def load_tuner_weights(
         self,
@@ -127,9 +139,10 @@ class RestuneLoaderMixin:
         """Choose which loaded tuners act, and how strongly; all others get weight zero.
 
         Args:
-            tuner_names: one name, several names, or a mapping from names to weights; a weight in a mapping may be a
-                list with one number for each image of a batch.
-            weights: one weight for all names, or one each; defaults to 1.
+            tuner_names: one name, several names, or a mapping from names to weights.
+            weights: one weight for all names, or one each; defaults to 1. A weight is a number, or a list with one
+                for each image of a batch, factors by site (`{"skip.0-3": 0.2}`), a `schedule(...)` over the denoising
+                steps, or a `TunerWeight` of all these with a mask.
         """
         chosen = _named_weights(tuner_names, weights)
         if chosen or self.get_list_tuners():
@@ -140,7 +153,7 @@ class RestuneLoaderMixin:
         manager = TunerManager.of(self._tuner_base)
         return manager.active_names if manager is not None else []
 
-    def get_list_tuners(self) -> dict[str, float | tuple[float, ...]]:
+    def get_list_tuners(self) -> dict[str, float | tuple[float, ...] | TunerWeight]:
         """Names of all loaded tuners, with their weights."""
         manager = TunerManager.of(self._tuner_base)
         return manager.weights if manager is not None else {}
@@ -178,14 +191,32 @@ class RestuneLoaderMixin:
             raise RestuneError(f"Tuners need a pipeline with a U-Net, but {type(self).__name__} has none loaded.")
         return base
 
-    @contextlib.contextmanager
-    def _mixed(self, tuners: MixPerImage, images_per_prompt: int | None) -> Iterator[None]:
-        before = self.get_list_tuners()
-        self.set_tuners(_weights_by_name(tuners, images_per_prompt or 1))
+    def _layout(self, call: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Layout | None:
+        """Read off a call's arguments how many images it draws, and whether with guidance."""
         try:
+            bound = inspect.signature(call).bind(*args, **kwargs)
+        except TypeError:
+            # The call itself says what is wrong with its arguments.
+            return None
+        bound.apply_defaults()
+        asked = bound.arguments
+        prompt, embeds = asked.get("prompt"), asked.get("prompt_embeds")
+        prompts = len(prompt) if isinstance(prompt, list) else 1 if embeds is None else len(embeds)
+        guided = asked.get("guidance_scale", 1) > 1 and self._tuner_base.config.get("time_cond_proj_dim") is None
+        return Layout(prompts * (asked.get("num_images_per_prompt") or 1), guided, prompts)
+
+    @contextlib.contextmanager
+    def _mixed(self, manager: TunerManager, tuners: MixPerImage | None, layout: Layout | None) -> Iterator[None]:
+        before = manager.weights
+        manager.layout = layout
+        manager.num_train_timesteps = self.scheduler.config.num_train_timesteps
+        try:
+            if tuners is not None:
+                manager.set_weights(_mix_of_call(tuners, layout, before))
             yield
         finally:
-            self.set_tuners(before)
+            manager.layout = None
+            manager.set_weights(before)
 
     def _manager_of(self, names: Iterable[str]) -> TunerManager:
         """Return the manager that has all these tuners, or say which it has not."""
@@ -199,6 +230,17 @@ class RestuneLoaderMixin:
         manager = TunerManager.of(self._tuner_base)
         if manager is not None:
             manager.enabled = on
+
+
+def _mix_of_call(tuners: MixPerImage, layout: Layout | None, before: Mapping[str, Weight]) -> dict[str, Weight]:
+    """Give each tuner its weights by image, and leave the rest of what `set_tuners` said of it as it is."""
+    if layout is not None and layout.prompts != len(tuners):
+        raise RestuneError(
+            f"There are {len(tuners)} entries in `tuners` for {layout.prompts} prompts; give one for each."
+        )
+    by_name = _weights_by_name(tuners, layout.images // layout.prompts if layout is not None else 1)
+    settings = {name: as_weight(weight) for name, weight in before.items()}
+    return {name: replace(settings.get(name, TunerWeight()), value=tuple(values)) for name, values in by_name.items()}
 
 
 def _weights_by_name(tuners: MixPerImage, images_per_prompt: int) -> dict[str, list[float]]:

@@ -7,10 +7,10 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import nn
 
-from .config import BypassConfig, ControlConfig, PartConfig, SkipConfig
+from .config import BypassConfig, ControlConfig, PartConfig, ResConfig, SkipConfig
 from .errors import RestuneError
 from .sites import BaseInfo, describe_base
-from .tuners import BypassPart, ControlPart, Part, SkipPart
+from .tuners import BypassPart, ControlPart, Part, ResPart, SkipPart
 
 
 def _build_part(config: PartConfig, base: BaseInfo) -> Part:
@@ -19,6 +19,8 @@ def _build_part(config: PartConfig, base: BaseInfo) -> Part:
             return SkipPart(config, base)
         case BypassConfig():
             return BypassPart(config, base)
+        case ResConfig():
+            return ResPart(config, base)
         case ControlConfig():
             return ControlPart(config, base)
 

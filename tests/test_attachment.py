@@ -192,13 +192,14 @@ def test_changing_weights_touches_no_parameter(unet):
     pointers = [parameter.data_ptr() for tuner in tuners.values() for parameter in tuner.parameters()]
     versions = [parameter._version for tuner in tuners.values() for parameter in tuner.parameters()]
     hooks = [tuple(module._forward_pre_hooks) for module in unet.modules()]
-    scales = {name: manager._tuners[name].scale for name in tuners}
+    dials = {name: dict(vars(manager._tuners[name].dial)) for name in tuners}
     manager.set_weights({"b": 0.3})
     assert manager.weights == {"a": 0.0, "b": 0.3}
     assert pointers == [parameter.data_ptr() for tuner in tuners.values() for parameter in tuner.parameters()]
     assert versions == [parameter._version for tuner in tuners.values() for parameter in tuner.parameters()]
     assert hooks == [tuple(module._forward_pre_hooks) for module in unet.modules()]
-    assert all(manager._tuners[name].scale is scale for name, scale in scales.items())
+    for name, dial in dials.items():
+        assert all(vars(manager._tuners[name].dial)[key] is tensor for key, tensor in dial.items())
 
 
 def test_names_are_exact_and_errors_name_what_is_there(unet):

@@ -103,6 +103,6 @@ def test_an_error_leaves_the_mix_as_it_was(pipe, files):
     pipe.load_tuner_weights(files / "water.safetensors", weight=0.5)
     with pytest.raises(TunerNameError, match="'oil'"):
         pipe(["sun"], tuners=["oil"])
-    with pytest.raises(RestuneError, match="for 3 images"):
+    with pytest.raises(RestuneError, match="3 entries in `tuners` for 1 prompts"):
         pipe(["sun"], tuners=["water"] * 3, num_inference_steps=2)
     assert pipe.get_list_tuners() == {"water": 0.5}

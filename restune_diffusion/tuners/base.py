@@ -64,6 +64,14 @@ class Features:
     condition_weights: tuple[float, ...] = ()
     """Factor on what each condition adds."""
 
+    def beside(self, operation: Operation | None) -> Features:
+        """The same at the site of an operation."""
+        return Features(self.by_site, self.time, self.text, operation, self.conditions, self.condition_weights)
+
+    def given(self, conditions: tuple[dict[str, torch.Tensor], ...], weights: tuple[float, ...]) -> Features:
+        """The same with condition images."""
+        return Features(self.by_site, self.time, self.text, self.operation, conditions, weights)
+
     def rows(self, rows: torch.Tensor) -> Features:
         """Select rows of the batch."""
         return Features(

@@ -1,0 +1,174 @@
+"""One tuner on a base: its weight, its condition images, and the residuals that it adds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from .errors import ConditionError, RestuneError
+from .mixing import Dial, Pass, mask_at, row_factors
+from .tuner import Tuner
+from .tuners import Features, Part
+from .weights import TunerWeight
+
+
+@dataclass
+class Conditions:
+    """Condition images of a tuner, and what its control part made of them."""
+
+    images: list[torch.Tensor | None]
+    weights: tuple[float, ...]
+    encoded: tuple[dict[str, torch.Tensor], ...] | None = None
+
+
+class Attached:
+    """A tuner in a manager.
+
+    Args:
+        tuner: the tuner.
+        weight: how strongly it acts.
+    """
+
+    def __init__(self, tuner: Tuner, weight: TunerWeight) -> None:
+        self.tuner = tuner
+        self.sites = tuple(dict.fromkeys(site for part in tuner.parts() for site in part.writes))
+        self.taps = frozenset(site for part in tuner.parts() for site in part.taps)
+        self.conditions: Conditions | None = None
+        self.dial = Dial(self.sites)
+        self.set_weight(weight, self.site_factors(weight))
+
+    def site_factors(self, weight: TunerWeight) -> dict[str, float]:
+        """Return the factor of each site that the tuner writes to; raises `RestuneError` for an unknown pattern."""
+        return weight.site_factors(self.sites)
+
+    def set_weight(self, weight: TunerWeight, factors: dict[str, float]) -> None:
+        """Set a weight, with its factors by site, that is known to be valid."""
+        self.weight = weight
+        self.factors = factors
+        self.dial.set(weight, factors)
+        self._rows: torch.Tensor | None = None
+        self._scale: float | torch.Tensor = weight.values[0]
+        # A compiled graph depends on this and not on the weight itself, which would compile it anew for each value.
+        self.acts = weight.acts
+        self._acts_now = weight.acts
+
+    @property
+    def takes_part(self) -> bool:
+        """Whether the tuner acts in this pass; a schedule may silence it in some."""
+        return self.acts if torch.compiler.is_compiling() else self._acts_now
+
+    def begin(self, this: Pass) -> None:
+        """Look up, once for a whole pass, on which rows the tuner acts and how strongly."""
+        if torch.compiler.is_compiling():
+            return
+        factors = row_factors(self.weight, this) if self.weight.acts else (0.0,)
+        self._acts_now = any(factors)
+        self._rows, self._scale = None, factors[0]
+        if len(factors) > 1:
+            rows = [row for row, factor in enumerate(factors) if factor]
+            self._rows = torch.tensor(rows, device=this.device)
+            self._scale = torch.tensor([factors[row] for row in rows], device=this.device)
+
+    def set_conditions(self, images: Sequence[torch.Tensor | None], weights: Sequence[float] | None) -> None:
+        """Take condition images; see `TunerManager.set_conditions`."""
+        part = self._control
+        if part is None:
+            raise ConditionError("This tuner takes no condition images; it has no `control` part.")
+        names = part.conditions
+        weights = [1.0] * len(names) if weights is None else weights
+        if len(images) != len(names) or len(weights) != len(names):
+            raise ConditionError(
+                f"This tuner takes {len(names)} conditions ({', '.join(names)}), but {len(images)} images and "
+                f"{len(weights)} weights are given."
+            )
+        self.conditions = Conditions(list(images), tuple(map(float, weights)))
+
+    def swap(self, tuner: Tuner) -> None:
+        """Overwrite the parameters with those of a tuner of the same config."""
+        if tuner.configs != self.tuner.configs:
+            raise RestuneError(
+                "A tuner can only take the place of one with the same config; delete the loaded one and load this."
+            )
+        tuner.base.check_fits(self.tuner.base)
+        with torch.no_grad():
+            for mine, other in zip(self.tuner.parameters(), tuner.parameters(), strict=True):
+                mine.copy_(other)
+        self.tuner.metadata = dict(tuner.metadata)
+        if self.conditions is not None:
+            self.conditions.encoded = None
+
+    def add_residuals(
+        self, site: str, x: torch.Tensor, features: Features, total: torch.Tensor, this: Pass
+    ) -> torch.Tensor:
+        """Add the weighted residuals that the tuner's parts make of the feature `x` to `total`."""
+        compiling = torch.compiler.is_compiling()
+        if not compiling and self.factors[site] == 0:
+            return total
+        if self.tuner.device != x.device:
+            self.tuner.to(x.device)
+            self.dial.to(x.device)
+        for part in self.tuner.parts():
+            if site in part.writes:
+                seen = self._with_conditions(part, site, features, this)
+                if compiling:
+                    residual = part(site, x, seen)
+                    factors = self.dial.factors(site, self.weight, this).view(-1, *[1] * (residual.dim() - 1))
+                    total = total + self._masked(site, residual * factors, this).to(total.dtype)
+                else:
+                    total = self._add(part, site, x, seen, total, this)
+        return total
+
+    def _add(
+        self, part: Part, site: str, x: torch.Tensor, features: Features, total: torch.Tensor, this: Pass
+    ) -> torch.Tensor:
+        """Run a part on the rows on which the tuner acts."""
+        factor = self.factors[site]
+        rows = self._rows
+        if rows is None:
+            residual = self._masked(site, part(site, x, features), this)
+            assert isinstance(self._scale, float)
+            scale = self._scale * factor
+            return total + (residual if scale == 1 else residual * scale).to(total.dtype)
+        assert isinstance(self._scale, torch.Tensor)
+        residual = part(site, x[rows], features.rows(rows))
+        scales = (self._scale * factor).view(-1, *[1] * (residual.dim() - 1))
+        return total.index_add(0, rows, (self._masked(site, residual, this, rows) * scales).to(total.dtype))
+
+    def _masked(self, site: str, residual: torch.Tensor, this: Pass, rows: torch.Tensor | None = None) -> torch.Tensor:
+        if self.weight.mask is None:
+            return residual
+        described = self.tuner.base.sites.get(site) or self.tuner.base.sites[_operation_of(site, self.tuner)]
+        mask = mask_at(self.weight, described, residual, this)
+        assert mask is not None
+        return residual * (mask[rows] if rows is not None and len(mask) > 1 else mask)
+
+    @property
+    def _control(self) -> Any:
+        return next((part for part in self.tuner.parts() if hasattr(part, "encode")), None)
+
+    def _with_conditions(self, part: Any, site: str, features: Features, this: Pass) -> Features:
+        """Show a control part the features of its condition images, a row of them for each row of the batch."""
+        if not hasattr(part, "encode"):
+            return features
+        if self.conditions is None:
+            # The part says what it misses.
+            return features
+        encoded = self.conditions.encoded
+        if encoded is None or torch.is_grad_enabled():
+            images = [None if image is None else image.to(this.device) for image in self.conditions.images]
+            encoded = part.encode(images, this.size)
+            if not torch.is_grad_enabled():
+                self.conditions.encoded = encoded
+        tiled = tuple(
+            {site: levels[site].repeat(this.rows // len(levels[site]), 1, 1, 1)} if levels else {}
+            for levels in encoded
+        )
+        return features.given(tiled, self.conditions.weights)
+
+
+def _operation_of(site: str, tuner: Tuner) -> str:
+    """Name the operation that a linear layer's site belongs to."""
+    return next(name for name in tuner.base.sites if site.startswith(f"{name}."))
