@@ -38,6 +38,13 @@ class ConditionSource:
         self.names = config.conditions
         self.channels = config.channels
         self._folders = {} if folder is None else self._find_folders(folder)
+        self._made: set[str] = set()
+
+    def describe(self) -> str:
+        """Say where each condition comes from."""
+        return ", ".join(
+            f"{name} ({'made from' if name in self._made else 'files beside'} the images)" for name in self.names
+        )
 
     def paired(self, examples: Sequence[Example], root: Path) -> list[Example]:
         """Return the examples with their condition files; a condition that has none is made from the image.
@@ -54,6 +61,7 @@ class ConditionSource:
             if folder.resolve().is_relative_to(root.resolve()):
                 raise DataError(f"{folder} lies inside the image folder; move the condition images out of it.")
         files = {name: self._find_files(number, name, examples, root) for number, name in enumerate(self.names)}
+        self._made = {name for name, found in files.items() if not found}
         return [
             replace(example, conditions={name: found[place] for name, found in files.items() if found})
             for place, example in enumerate(examples)
@@ -74,19 +82,30 @@ class ConditionSource:
             condition_to_tensor(self._image(name, example, layer, resolution), self.channels) for name in self.names
         )
 
+    def samples(self, paths: Sequence[Path], resolution: int) -> list[dict[str, Image.Image]]:
+        """Return the condition images of validation prompts, by name, from one file for each prompt and condition.
+
+        Raises:
+            DataError: if a file cannot be read.
+        """
+        squares = [centre_square(_read(path), resolution)[0] for path in paths]
+        named = [
+            make_condition(name, square) if name in self._made else square
+            for name, square in zip(self.names * (len(paths) // len(self.names)), squares, strict=True)
+        ]
+        count = len(self.names)
+        return [
+            dict(zip(self.names, named[start : start + count], strict=True)) for start in range(0, len(named), count)
+        ]
+
     def _image(self, name: str, example: Example, layer: Image.Image, resolution: int) -> Image.Image:
         path = example.conditions.get(name)
         if path is None:
             return make_condition(name, centre_square(layer, resolution)[0])
-        try:
-            condition, _ = read_layer(path)
-        except MemoryError:
-            raise
-        except Exception as error:  # Pillow's decoders raise almost anything on a broken file
-            raise DataError(f"its condition {path} cannot be read as an image ({error}).") from error
+        condition = _read(path)
         if abs(condition.width * layer.height / (condition.height * layer.width) - 1) > _TOLERANCE:
             raise DataError(
-                f"its condition {path} has {condition.width} x {condition.height} pixels, the image itself "
+                f"The condition {path} has {condition.width} x {condition.height} pixels, its image "
                 f"{layer.width} x {layer.height}; give both the same shape."
             )
         return centre_square(condition, resolution)[0]
@@ -122,3 +141,12 @@ class ConditionSource:
     def _in_folder(self, folder: Path, examples: Sequence[Example], root: Path) -> list[Path | None]:
         by_stem = {path.relative_to(folder).with_suffix(""): path for path in list_images(folder)}
         return [by_stem.get(example.path.relative_to(root).with_suffix("")) for example in examples]
+
+
+def _read(path: Path) -> Image.Image:
+    try:
+        return read_layer(path)[0]
+    except MemoryError:
+        raise
+    except Exception as error:  # Pillow's decoders raise almost anything on a broken file
+        raise DataError(f"The condition {path} cannot be read as an image ({error}).") from error

@@ -80,6 +80,7 @@ def train(
         pipeline = load_base(config.base, PRECISIONS[config.mixed_precision])
     check_trainable(pipeline)
     resolution = training_resolution(pipeline, config.resolution)
+    steering = conditions.samples(config.validation.control_images, resolution) if conditions is not None else []
     pipeline.to(accelerator.device)
     with frozen(pipeline):
         cache = build_cache(pipeline, load_samples(examples, resolution, conditions))
@@ -87,7 +88,7 @@ def train(
         try:
             run = _make_run(config, accelerator, pipeline, cache, resolution, conditions)
             losses: list[float] = []
-            samples = ValidationSamples()
+            samples = ValidationSamples(steering)
             hooks: list[Hook] = [Progress(lambda report: losses.append(report.loss)), MetricsLog()]
             hooks += [ProgressBar()] if verbose else []
             # Checkpoints come last: whatever a step's hooks write is there, whole, once the step is saved.
