@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -89,6 +90,8 @@ class Attached:
                 f"This tuner takes {len(names)} conditions ({', '.join(names)}), but {len(images)} images and "
                 f"{len(weights)} weights are given."
             )
+        if not all(map(math.isfinite, weights)):
+            raise ConditionError(f"A condition's weight must be a finite number, but the weights are {list(weights)}.")
         self.conditions = Conditions(list(images), tuple(map(float, weights)))
 
     def swap(self, tuner: Tuner) -> None:

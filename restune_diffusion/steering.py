@@ -130,7 +130,7 @@ def _batch(name: str, image: Any, channels: int) -> torch.Tensor:
     if isinstance(image, Image.Image):
         return condition_to_tensor(image, channels)[None] / 255
     if isinstance(image, np.ndarray):
-        pixels = torch.from_numpy(image)
+        pixels = torch.tensor(image)
         pixels = pixels.movedim(-1, -3) if pixels.dim() >= 3 else pixels
     elif isinstance(image, torch.Tensor):
         pixels = image
