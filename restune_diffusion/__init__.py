@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .attachment import Attachment, TunerManager, attach, detach
     from .config import BypassConfig, ControlConfig, ResConfig, SkipConfig
+    from .enable import enable_restune
     from .errors import (
         BaseMismatchError,
         ConditionError,
@@ -18,9 +19,19 @@ if TYPE_CHECKING:
         TunerFileError,
         TunerNameError,
     )
-    from .fileformat import TunerInfo, load_tuner, read_info, save_tuner
+    from .fileformat import load_tuner, save_tuner
+    from .header import TunerInfo, read_info
     from .loaders import RestuneLoaderMixin
-    from .pipelines import RestuneStableDiffusionPipeline, RestuneStableDiffusionXLPipeline
+    from .pipelines import (
+        RestuneStableDiffusionControlNetPipeline,
+        RestuneStableDiffusionImg2ImgPipeline,
+        RestuneStableDiffusionInpaintPipeline,
+        RestuneStableDiffusionPipeline,
+        RestuneStableDiffusionXLControlNetPipeline,
+        RestuneStableDiffusionXLImg2ImgPipeline,
+        RestuneStableDiffusionXLInpaintPipeline,
+        RestuneStableDiffusionXLPipeline,
+    )
     from .sites import BaseInfo, Site, describe_base
     from .tuner import Tuner
     from .weights import Schedule, TunerWeight, schedule
@@ -30,6 +41,7 @@ __version__ = "0.1.0"
 _MODULES = {
     "attachment": ("Attachment", "TunerManager", "attach", "detach"),
     "config": ("BypassConfig", "ControlConfig", "ResConfig", "SkipConfig"),
+    "enable": ("enable_restune",),
     "errors": (
         "BaseMismatchError",
         "ConditionError",
@@ -39,9 +51,19 @@ _MODULES = {
         "TunerFileError",
         "TunerNameError",
     ),
-    "fileformat": ("TunerInfo", "load_tuner", "read_info", "save_tuner"),
+    "fileformat": ("load_tuner", "save_tuner"),
+    "header": ("TunerInfo", "read_info"),
     "loaders": ("RestuneLoaderMixin",),
-    "pipelines": ("RestuneStableDiffusionPipeline", "RestuneStableDiffusionXLPipeline"),
+    "pipelines": (
+        "RestuneStableDiffusionControlNetPipeline",
+        "RestuneStableDiffusionImg2ImgPipeline",
+        "RestuneStableDiffusionInpaintPipeline",
+        "RestuneStableDiffusionPipeline",
+        "RestuneStableDiffusionXLControlNetPipeline",
+        "RestuneStableDiffusionXLImg2ImgPipeline",
+        "RestuneStableDiffusionXLInpaintPipeline",
+        "RestuneStableDiffusionXLPipeline",
+    ),
     "sites": ("BaseInfo", "Site", "describe_base"),
     "tuner": ("Tuner",),
     "weights": ("Schedule", "TunerWeight", "schedule"),
@@ -59,7 +81,13 @@ __all__ = [
     "ResConfig",
     "RestuneError",
     "RestuneLoaderMixin",
+    "RestuneStableDiffusionControlNetPipeline",
+    "RestuneStableDiffusionImg2ImgPipeline",
+    "RestuneStableDiffusionInpaintPipeline",
     "RestuneStableDiffusionPipeline",
+    "RestuneStableDiffusionXLControlNetPipeline",
+    "RestuneStableDiffusionXLImg2ImgPipeline",
+    "RestuneStableDiffusionXLInpaintPipeline",
     "RestuneStableDiffusionXLPipeline",
     "Schedule",
     "Site",
@@ -74,6 +102,7 @@ __all__ = [
     "attach",
     "describe_base",
     "detach",
+    "enable_restune",
     "load_tuner",
     "read_info",
     "save_tuner",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import re
 from collections.abc import Iterable
 from typing import Annotated, Literal, TypeAlias
 
@@ -157,8 +158,12 @@ def match_sites(patterns: Iterable[str], names: Iterable[str], what: str = "site
         RestuneError: if a pattern matches nothing; names the valid ones, calling each a `what`.
     """
     names = list(names)
-    patterns = tuple(patterns)
-    for pattern in patterns:
-        if not fnmatch.filter(names, pattern):
+    chosen: set[str] = set()
+    # A list from a file may be long, so each pattern is compiled once.
+    for pattern in dict.fromkeys(patterns):
+        matches = re.compile(fnmatch.translate(pattern)).match
+        found = [name for name in names if matches(name)]
+        if not found:
             raise RestuneError(f"No {what} matches `{pattern}`; this base has {', '.join(names)}.")
-    return [name for name in names if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)]
+        chosen.update(found)
+    return [name for name in names if name in chosen]

@@ -18,6 +18,7 @@ from .attachment import TunerManager, attach
 from .errors import ConditionError, RestuneError, TunerFileError, TunerNameError
 from .fileformat import load_tuner, save_tuner
 from .mixing import Layout
+from .saving import PlainConfigMixin
 from .steering import TunerImage, TunerScale, steered
 from .tuner import Tuner
 from .weights import TunerWeight, Weight, as_weight
@@ -29,7 +30,7 @@ _NAME = re.compile(r"[^./\\\x00-\x1f][^/\\\x00-\x1f]*")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
-class RestuneLoaderMixin:
+class RestuneLoaderMixin(PlainConfigMixin):
     """Methods that a diffusers pipeline gains: those of its LoRA loader, under names that do not collide with it.
 
     Mix it in before the pipeline's class: `class MyPipeline(RestuneLoaderMixin, StableDiffusionPipeline)`.

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from .errors import RestuneError
 from .sites import Site
-from .weights import TunerWeight
+from .weights import ROUNDING, TunerWeight
 
 # Room in the tensors that a compiled graph reads; outgrowing it compiles once more.
 _IMAGES = 64
@@ -184,6 +184,7 @@ class Dial:
         """`Schedule.at` for a tensor of progresses."""
         start, end, first, last = self.curve.unbind(1)
         progress = progress[..., None]
-        inside = (progress >= start) & ((progress < end) | ((progress == end) & (end == 1)))
+        last_step = (progress >= 1 - ROUNDING) & (end == 1)
+        inside = ((progress >= start - ROUNDING) & (progress < end - ROUNDING)) | last_step
         ramp = first + (last - first) * (progress - start) / (end - start).clamp(min=1e-9)
         return torch.where(inside, ramp, 0).sum(-1)

@@ -104,9 +104,10 @@ def describe_base(base: nn.Module) -> BaseInfo:
     Raises:
         RestuneError: if the model is no U-Net with skip connections that this can read.
     """
-    config = getattr(base, "config", None)
-    if config is None or not all(hasattr(base, name) for name in ("conv_in", "down_blocks", "up_blocks", "conv_out")):
+    base = getattr(base, "_orig_mod", base)  # of a compiled model
+    if "UNet2DConditionModel" not in {cls.__name__ for cls in type(base).__mro__}:
         raise RestuneError(f"Tuners attach to a UNet2DConditionModel, but this is a {type(base).__name__}.")
+    config: Any = base.config
     structure = {key: _plain(config[key]) for key in _STRUCTURE_KEYS if key in config}
     return BaseInfo(
         denoiser=type(base).__name__,
@@ -117,6 +118,21 @@ def describe_base(base: nn.Module) -> BaseInfo:
     )
 
 
+def module_path(site: str) -> str:
+    """Return the path in a `UNet2DConditionModel` of what runs at a site of a transformer block.
+
+    Args:
+        site: for instance `down.1.attn.0.block.0.ff`, or one of its linear layers, `mid.attn.0.block.0.self.to_q`.
+    """
+    match = _OPERATION_SITE.fullmatch(site)
+    assert match is not None, site
+    stage, number, attention, block, operation, linear = match.groups()
+    parent = "mid_block" if stage == "mid" else f"{stage}_blocks.{number}"
+    transformer = f"attentions.{attention}.transformer_blocks.{block}"
+    path = [parent, transformer, _PATH_OF_OPERATION[operation], linear]  # type: ignore[index]
+    return ".".join(step for step in path if step)
+
+
 def site_module(base: nn.Module, site: str) -> nn.Module:
     """Return the module that runs at a site of a transformer block, or one of its linear layers.
 
@@ -124,13 +140,7 @@ def site_module(base: nn.Module, site: str) -> nn.Module:
         base: a `UNet2DConditionModel`.
         site: for instance `down.1.attn.0.block.0.ff` or `mid.attn.0.block.0.self.to_q`.
     """
-    match = _OPERATION_SITE.fullmatch(site)
-    assert match is not None, site
-    stage, number, attention, block, operation, linear = match.groups()
-    parent = base.get_submodule("mid_block" if stage == "mid" else f"{stage}_blocks.{number}")
-    module = parent.get_submodule(f"attentions.{attention}.transformer_blocks.{block}")
-    path = [_PATH_OF_OPERATION[operation], linear]  # type: ignore[index]
-    return module.get_submodule(".".join(step for step in path if step))
+    return _without_lora(base.get_submodule(module_path(site)))
 
 
 def skip_counts(base: nn.Module) -> list[int]:
@@ -199,14 +209,20 @@ def _block_sites(name: str, block: Any, stride: int) -> Iterator[tuple[str, Site
 
 
 def _linears(module: nn.Module, path: str = "") -> Iterator[tuple[str, tuple[int, int]]]:
-    """Yield path and widths of the linear layers below a module."""
-    # PEFT wraps a layer while a LoRA is loaded; the base is the same with and without.
-    layer = getattr(module, "base_layer", module)
+    """Yield path and widths of the base's linear layers below a module."""
+    layer = _without_lora(module)
     if isinstance(layer, nn.Linear):
         yield path, (layer.in_features, layer.out_features)
         return
     for name, child in module.named_children():
-        yield from _linears(child, f"{path}.{name}" if path else name)
+        # An attention's processor is no part of the base; that of an IP-Adapter has layers.
+        if name != "processor":
+            yield from _linears(child, f"{path}.{name}" if path else name)
+
+
+def _without_lora(module: nn.Module) -> nn.Module:
+    """Return the layer that PEFT wraps while a LoRA is loaded: it is there with and without."""
+    return getattr(module, "base_layer", module)
 
 
 def _time_channels(base: Any) -> int:

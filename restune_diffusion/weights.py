@@ -14,6 +14,8 @@ import torch
 from .errors import RestuneError
 
 _PIECE = re.compile(r"(?P<start>[\d.]+)\s*-\s*(?P<end>[\d.]+)\s*:\s*(?P<first>-?[\d.]+)(?:\s*>\s*(?P<last>-?[\d.]+))?")
+ROUNDING = 1e-6
+"""A time step of exactly a piece's start belongs to it, although its progress is a rounded number."""
 _RANGE = re.compile(r"(\d+)-(\d+)")
 
 
@@ -43,7 +45,7 @@ class Schedule:
     def at(self, progress: float) -> float:
         """Return the factor at a progress in [0, 1]."""
         for start, end, first, last in self.pieces:
-            if start <= progress < end or progress == end == 1:
+            if start - ROUNDING <= progress < end - ROUNDING or (progress >= 1 - ROUNDING and end == 1):
                 return first + (last - first) * (progress - start) / (end - start)
         return 0.0
 

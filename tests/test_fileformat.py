@@ -7,6 +7,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -299,3 +300,98 @@ def test_saved_files_have_the_usual_permissions(path):
     umask = os.umask(0)
     os.umask(umask)
     assert path.stat().st_mode & 0o777 == 0o666 & ~umask
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="reads Linux's list of maps")
+def test_loaded_tensors_are_mapped_privately(tuner, path):
+    before = path.read_bytes()
+    loaded = load_tuner(path)
+    ranges = [line.split()[0] for line in Path("/proc/self/maps").read_text().splitlines() if line.endswith(str(path))]
+    spans = [[int(end, 16) for end in each.split("-")] for each in ranges]
+    assert all(any(start <= value.data_ptr() < stop for start, stop in spans) for value in loaded.parameters())
+    with torch.no_grad():
+        for parameter in loaded.parameters():
+            parameter.zero_()
+    assert path.read_bytes() == before
+    assert_equal(load_tuner(path), tuner)
+
+
+def test_a_loaded_tuner_outlives_its_file(tuner, path):
+    loaded = load_tuner(path)
+    other = load_tuner(path)
+    randomize(other, seed=1)
+    save_tuner(other, path)
+    assert_equal(loaded, tuner)
+    assert_equal(load_tuner(path), other)
+    path.unlink()
+    assert_equal(loaded, tuner)
+
+
+REPLACE_FOREVER = textwrap.dedent(
+    """
+    import os, sys
+
+    folder = sys.argv[1]
+    while True:
+        for name in ("small", "large"):
+            os.link(f"{folder}/{name}", f"{folder}/next")
+            os.replace(f"{folder}/next", f"{folder}/tuner.safetensors")
+            if name == "small":
+                print(flush=True)
+    """
+)
+
+
+def test_a_file_that_is_replaced_while_it_is_read(unet, tmp_path):
+    for name, ratio in {"small": 0.25, "large": 0.5}.items():
+        tuner = Tuner.for_base(unet, SkipConfig(ratio=ratio))
+        for parameter in tuner.parameters():
+            torch.nn.init.constant_(parameter, ratio)
+        save_tuner(tuner, tmp_path / name, metadata={"filling": "x" * int(1000 * ratio)})
+    command = [sys.executable, "-c", REPLACE_FOREVER, tmp_path]
+    loaded = 0
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        try:
+            for _ in range(250):
+                # So fast a writer may get in the way each time, which is told.
+                refusal, tuner = None, None
+                try:
+                    tuner = load_tuner(tmp_path / "tuner.safetensors")
+                except TunerFileError as error:
+                    refusal = str(error)
+                if tuner is None:
+                    assert "replaced again and again" in refusal
+                    continue
+                loaded += 1
+                (config,) = tuner.configs
+                assert all((parameter == config.ratio).all() for parameter in tuner.parameters())
+        finally:
+            process.kill()
+    assert loaded
+
+
+def test_what_could_not_be_loaded_is_not_saved(tuner, path):
+    before = path.read_bytes()
+    deep = json.loads("[" * 40 + "]" * 40)
+    for changes in ({"training": {"a": deep}}, {"metadata": {"thumbnail": "x" * (9 << 20)}}):
+        with pytest.raises(TunerFileError, match="The tuner is not saved to"):
+            save_tuner(tuner, path, **changes)
+    tuner.skip.half()
+    save_tuner(tuner, path)
+    assert_equal(load_tuner(path), tuner)
+    assert read_info(path).dtype == "F16/F32"
+    before = path.read_bytes()
+    tuner.skip.get_submodule("skip.3.down").float()
+    with pytest.raises(TunerFileError, match=r"`skip.skip.3.down.weight` has the dtype F32 in a part of dtype F16"):
+        save_tuner(tuner, path)
+    tuner.skip.to(torch.float8_e5m2)
+    with pytest.raises(TunerFileError, match=r"`skip.skip.0.down.weight` has the dtype torch.float8_e5m2"):
+        save_tuner(tuner, path)
+    assert path.read_bytes() == before
+
+
+def test_numbers_that_json_has_not_become_text(tuner, path):
+    save_tuner(tuner, path, training={"loss": float("nan"), "clip": [float("inf")], "prompt": "\udcff"})
+    assert read_info(path).training == {"loss": "NaN", "clip": ["Infinity"], "prompt": "\udcff"}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 
+from ..display import printable
 from ..errors import RestuneError
 
 
@@ -17,7 +18,7 @@ def run_guarded(action: Callable[[], object]) -> int:
         return 130
     except (RestuneError, OSError) as error:
         # Messages of other libraries run over many lines.
-        print("restune:", " ".join(str(error).split()), file=sys.stderr)
+        print("restune:", printable(" ".join(str(error).split())), file=sys.stderr)
         return 1
     except RuntimeError as error:
         if type(error).__name__ != "OutOfMemoryError":

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 from pydantic import BaseModel, ConfigDict
+
+from ..display import printable
 
 if TYPE_CHECKING:
     from ..fileformat import TunerInfo
@@ -31,11 +34,13 @@ class InspectOptions(BaseModel):
         from ..fileformat import read_info
 
         info = read_info(self.file)
-        print(json.dumps(as_json(info), indent=2) if self.json_output else as_text(info))
+        text = json.dumps(as_json(info), indent=2) if self.json_output else as_text(info)
+        encoding = sys.stdout.encoding or "utf-8"
+        print(text.encode(encoding, "backslashreplace").decode(encoding))
 
 
 def as_json(info: TunerInfo) -> dict[str, Any]:
-    """Return all that a file says about itself as plain JSON values."""
+    """Return all that a file says about itself as plain JSON values; numbers beyond a float's range are text."""
     return {
         "file": str(info.path),
         "bytes": info.bytes,
@@ -49,9 +54,9 @@ def as_json(info: TunerInfo) -> dict[str, Any]:
 
 
 def as_text(info: TunerInfo) -> str:
-    """Return the facts that a person asks for first, one a line."""
+    """Return the facts that a person asks for first, one a line; long ones are cut, control characters escaped."""
     training = info.training
-    config = training.get("config") or {}
+    config = _mapping(training.get("config"))
     widths = list(dict.fromkeys(site.channels for site in info.base.sites.values()))
     facts: list[tuple[str, Any]] = [("file", f"{info.path} ({info.bytes / 2**20:.2f} MiB)")]
     facts += [(part.part, _settings(part.model_dump(mode="json", exclude={"part"}))) for part in info.configs]
@@ -66,19 +71,25 @@ def as_text(info: TunerInfo) -> str:
                         f"{training.get('resolution')} px, {training.get('prediction_type')}"),
             ("recipe", _settings({key: config[key] for key in _RECIPE if config.get(key) is not None})),
             ("images", f"sha256 {str(training.get('data_hash'))[:16]}…"),
-            ("versions", _settings(training.get("versions") or {})),
+            ("versions", _settings(_mapping(training.get("versions")))),
         ]  # fmt: skip
     for key in ("modelspec.title", "modelspec.date", "modelspec.license"):
         if info.metadata.get(key):
             facts.append((key.removeprefix("modelspec."), info.metadata[key]))
-    return "\n".join(f"{name:<12}{value}" for name, value in facts)
+    return "\n".join(f"{name:<12}{printable(str(value), _LINE)}" for name, value in facts)
 
 
 _RECIPE = ("prompt", "learning_rate", "lr_scheduler", "batch_size", "gradient_accumulation_steps", "seed",
            "mixed_precision", "caption_dropout", "snr_gamma")  # fmt: skip
+_LINE = 2000
+
+
+def _mapping(value: object) -> dict[str, Any]:
+    """Read a training fact that should be an object; a file may hold anything there."""
+    return value if isinstance(value, dict) else {}
 
 
 def _settings(settings: dict[str, Any]) -> str:
     return ", ".join(
-        f"{key} {' '.join(value) if isinstance(value, list) else value}" for key, value in settings.items()
+        f"{key} {' '.join(map(str, value)) if isinstance(value, list) else value}" for key, value in settings.items()
     )

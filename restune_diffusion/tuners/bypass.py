@@ -129,7 +129,8 @@ class BypassPart(Part):
         for name in self.taps:
             state = self._at_site[name](features.by_site[name].detach().to(dtype), state, time)
         assert state is not None
-        return pointwise(_normalize(state), self.gate)
+        # The last tap may lie deeper than `out`.
+        return pointwise(_normalize(_resample(state, x.shape[-2:])), self.gate)
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """Draw the parameters of every stage and close the gate."""

@@ -8,7 +8,7 @@ import pytest
 import torch
 from peft import LoraConfig
 
-from restune_diffusion import BaseMismatchError, ResConfig, RestuneError, SkipConfig, Tuner
+from restune_diffusion import BaseMismatchError, ResConfig, RestuneError, SkipConfig, Tuner, attach
 from restune_diffusion.merging import merge_lora
 from restune_diffusion.sites import site_module
 from restune_diffusion.tuners import Features
@@ -162,6 +162,8 @@ def test_what_cannot_be_merged_is_refused_and_nothing_has_changed(unet):
         merge_lora(make_unet(cross_attention_dim=48), tuner)
     with pytest.raises(RestuneError, match="must be a finite number"):
         merge_lora(unet, tuner, float("nan"))
+    with attach(unet, tuner), pytest.raises(RestuneError, match="attached to the base and would act twice; detach it"):
+        merge_lora(unet, tuner)
     layer = site_module(unet, "up.3.attn.2.block.0.ff.net.2")
     before = {key: value.clone() for key, value in unet.state_dict().items()}
     whole = layer.weight

@@ -1,0 +1,309 @@
+"""The header of a tuner file: what it says about the file, and every check that needs no value of a tensor.
+
+A file may come from a stranger. Whatever its header declares is bounded here before anything is built from it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import struct
+from collections.abc import Container, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+from safetensors import SafetensorError, safe_open
+
+from .config import PartConfig, parts_from_json
+from .display import printable
+from .errors import RestuneError, TunerFileError
+from .sites import BaseInfo
+from .tuner import Tuner
+
+FORMAT_VERSION = 1
+VERSION_KEY = "restune.format_version"
+CONFIG_KEY = "restune.config"
+BASE_KEY = "restune.base"
+TRAINING_KEY = "restune.training"
+
+# Room for thousands of tensors and a thumbnail; safetensors itself would take 100 MB, and many times that in memory.
+MAX_HEADER_BYTES = 8 << 20
+# A part builds modules for each site of the base, at half a millisecond; SDXL with all its attention has about 300.
+_MAX_SITES = 1024
+_MAX_ENTRY = {CONFIG_KEY: 1 << 16, BASE_KEY: 1 << 18, TRAINING_KEY: 1 << 20}
+_MAX_DEPTH = 32
+_ATTEMPTS = 20
+# Each step of a name is a module inside the last.
+_SITE_NAME = re.compile(r"\w{1,64}(\.\w{1,64}){0,11}", re.ASCII)
+_DTYPES = ("F64", "F32", "F16", "BF16")
+
+
+@dataclass(frozen=True)
+class TunerInfo:
+    """What a tuner file says about itself, read from its header alone."""
+
+    path: Path
+    bytes: int
+    num_parameters: int
+    dtype: str
+    configs: tuple[PartConfig, ...]
+    base: BaseInfo
+    training: dict[str, Any]
+    metadata: dict[str, str]
+
+
+def read_info(path: str | os.PathLike[str]) -> TunerInfo:
+    """Read and check what a tuner file says about itself, without reading its tensors.
+
+    Raises:
+        TunerFileError: if the file is missing, truncated, not a tuner file, or of a newer version.
+    """
+    path = Path(path)
+    with open_tensors(path) as file:
+        return check_header(path, file)[0]
+
+
+def open_tensors(path: Path) -> safe_open:
+    """Open a safetensors file, mapped into memory; to be used in a `with` statement.
+
+    Raises:
+        TunerFileError: if it is missing or no whole safetensors file.
+    """
+    try:
+        # A pipe or a device could block for ever.
+        if not path.is_file():
+            raise TunerFileError(f"There is no tuner file at {path}.")
+        _check_declared_size(path)
+        return _open_whole(path)
+    except (SafetensorError, OSError, ValueError, TypeError, RuntimeError) as error:
+        raise TunerFileError(f"{path} {_why_unreadable(path, error)}") from error
+
+
+def check_header(path: Path, file: safe_open) -> tuple[TunerInfo, Tuner]:
+    """Read a header, and build the tuner that it describes without memory for its tensors.
+
+    Returns:
+        The header's facts, and a tuner on the meta device with the names and shapes of the file's tensors.
+
+    Raises:
+        TunerFileError: if the file is not a tuner file, of a newer version, or contradicts itself.
+    """
+    metadata: dict[str, str] = file.metadata() or {}
+    _check_version(path, metadata)
+    try:
+        configs, base, training = parse_metadata(metadata)
+    except ValueError as error:
+        raise TunerFileError(f"{path} has a damaged header ({error}); get the file again.") from error
+    tuner = _empty_tuner(path, configs, base, metadata)
+    expected = {key: tuple(value.shape) for key, value in tuner.state_dict().items()}
+    shapes, dtypes = _read_tensor_entries(path, file, expected)
+    try:
+        _check_shapes(shapes, expected)
+        check_dtypes(dtypes)
+    except ValueError as error:
+        raise TunerFileError(f"{path} is damaged: {error}; get the file again.") from error
+    info = TunerInfo(
+        path=path,
+        bytes=path.stat().st_size,
+        num_parameters=tuner.num_parameters(),
+        dtype="/".join(sorted(set(dtypes.values()))),
+        configs=configs,
+        base=base,
+        training=training,
+        metadata=metadata,
+    )
+    return info, tuner
+
+
+def parse_metadata(metadata: Mapping[str, str]) -> tuple[tuple[PartConfig, ...], BaseInfo, dict[str, Any]]:
+    """Read the configs, the base and the training facts out of a header's entries.
+
+    Raises:
+        ValueError: says what is wrong, in words that fit into a sentence.
+    """
+    try:
+        _read_json(metadata, CONFIG_KEY)
+        configs = parts_from_json(metadata[CONFIG_KEY])
+        base = BaseInfo.model_validate(_read_json(metadata, BASE_KEY))
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+        place = ".".join(map(str, first["loc"]))
+        raise ValueError(printable(f"{BASE_KEY} is not valid at {place}: {first['msg']}", 200)) from error
+    except RestuneError as error:
+        raise ValueError(printable(str(error).rstrip("."), 200)) from error
+    _check_base(base)
+    training = _read_json(metadata, TRAINING_KEY) if TRAINING_KEY in metadata else {}
+    if not isinstance(training, dict):
+        raise ValueError("the training facts are no JSON object")
+    # The name alone is any text: it is the name of somebody's folder.
+    return configs, base.model_copy(update={"name": printable(base.name, 200)}), training
+
+
+def check_dtypes(dtypes: Mapping[str, str]) -> None:
+    """Check that the tensors are of floating point, and those of one part, `<part>.<rest of the key>`, alike.
+
+    Raises:
+        ValueError: names the first tensor that is not.
+    """
+    of_part: dict[str, str] = {}
+    for key, dtype in dtypes.items():
+        if dtype not in _DTYPES:
+            raise ValueError(f"`{key}` has the dtype {dtype}")
+        first = of_part.setdefault(key.split(".")[0], dtype)
+        if dtype != first:
+            raise ValueError(f"`{key}` has the dtype {dtype} in a part of dtype {first}")
+
+
+def _check_declared_size(path: Path) -> None:
+    with path.open("rb") as file:
+        declared = int.from_bytes(file.read(8), "little")
+        size = file.seek(0, os.SEEK_END)
+    if MAX_HEADER_BYTES < declared <= size:
+        raise TunerFileError(
+            f"{path} declares a header of {declared} bytes, where {MAX_HEADER_BYTES} is the most that a tuner file "
+            "has; get the file again."
+        )
+
+
+def _open_whole(path: Path) -> safe_open:
+    """Open a file that may be replaced at any time.
+
+    safetensors opens it by name twice, for the header and for the tensors; a file that is renamed into place between
+    the two would give the tensors of one tuner under the header of another.
+    """
+    for _ in range(_ATTEMPTS):
+        before = _identity(path)
+        try:
+            file = safe_open(path, framework="pt")
+        except (SafetensorError, OSError, RuntimeError):
+            if _identity(path) == before:
+                raise
+        else:
+            if _identity(path) == before:
+                return file
+    raise TunerFileError(f"{path} is replaced again and again while it is read; load it when its writer is done.")
+
+
+def _identity(path: Path) -> tuple[int, ...]:
+    status = path.stat()
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
+
+
+def _why_unreadable(path: Path, error: Exception) -> str:
+    """Say in words what a file is that safetensors refuses."""
+    try:
+        with path.open("rb") as file:
+            head = file.read(8)
+            size = file.seek(0, os.SEEK_END)
+    except (OSError, ValueError) as failure:
+        return f"cannot be read: {getattr(failure, 'strerror', None) or failure}."
+    reason = printable(str(error), 200)
+    # The length of a header may begin with a pickle's first byte too, but its upper half is zero.
+    opens_pickle = head[:1] == b"\x80" and (head[4:].strip(b"\0") or head[2:3] == b"\x95")
+    if head[:2] == b"PK" or opens_pickle:
+        return (
+            "is a pickle, not a safetensors file; pickles can run code when they are opened and are never loaded: "
+            "get the tuner as .safetensors."
+        )
+    if len(head) < 8 or struct.unpack("<Q", head)[0] < size < 1 << 40:
+        return f"is truncated or damaged ({reason}); get the file again."
+    return f"is not a safetensors file, or is truncated ({reason}); get the file again."
+
+
+def _check_version(path: Path, metadata: Mapping[str, str]) -> None:
+    version = metadata.get(VERSION_KEY)
+    if version is None:
+        raise TunerFileError(
+            f"{path} is a safetensors file but not a tuner of restune-diffusion; "
+            "load a LoRA with load_lora_weights instead."
+        )
+    if not version.isascii() or not version.isdigit() or len(version) > 9:
+        raise TunerFileError(f"{path} has a damaged header (format version {version!r:.40}); get the file again.")
+    if int(version) > FORMAT_VERSION:
+        raise TunerFileError(
+            f"{path} is of format version {version}, this program reads up to {FORMAT_VERSION}; "
+            "upgrade restune-diffusion."
+        )
+
+
+def _read_json(metadata: Mapping[str, str], key: str) -> Any:
+    """Parse an entry into values that JSON can write again: numbers beyond a float's range stay text."""
+    text = metadata.get(key)
+    if text is None:
+        raise ValueError(f"{key} is missing")
+    if len(text) > _MAX_ENTRY[key]:
+        raise ValueError(f"{key} is longer than {_MAX_ENTRY[key]} characters")
+    try:
+        value = json.loads(text, parse_constant=str, parse_float=_finite)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(printable(f"{key} is no JSON: {error}", 200)) from error
+    level = [value]
+    for _ in range(_MAX_DEPTH):
+        level = [child for each in level for child in _children(each)]
+        if not level:
+            return value
+    raise ValueError(f"{key} is nested more than {_MAX_DEPTH} levels deep")
+
+
+def _finite(number: str) -> float | str:
+    value = float(number)
+    return value if math.isfinite(value) else number
+
+
+def _children(value: object) -> Iterable[object]:
+    if isinstance(value, dict):
+        return value.values()
+    return value if isinstance(value, list) else ()
+
+
+def _check_base(base: BaseInfo) -> None:
+    """Check what the types leave open: names become names of modules, and all of it is shown in messages."""
+    if len(base.sites) > _MAX_SITES:
+        raise ValueError(f"the base has {len(base.sites)} sites, where {_MAX_SITES} is the most")
+    for name in base.sites:
+        if not _SITE_NAME.fullmatch(name):
+            raise ValueError(f"`{printable(name, 40)}` is no name of a site")
+    # Lists are shown by `repr`, which escapes what they hold.
+    shown = [base.denoiser, *base.structure, *(each for each in base.structure.values() if isinstance(each, str))]
+    if not all(map(str.isprintable, shown)):
+        raise ValueError(f"{BASE_KEY} holds control characters")
+
+
+def _empty_tuner(path: Path, configs: tuple[PartConfig, ...], base: BaseInfo, metadata: Mapping[str, str]) -> Tuner:
+    try:
+        return Tuner.empty(configs, base, metadata)
+    # All that Python and torch raise when a stranger's names and numbers make no module.
+    except (
+        RestuneError, ValueError, RuntimeError, AssertionError, LookupError, AttributeError, TypeError, ArithmeticError
+    ) as error:  # fmt: skip
+        reason = printable(str(error).rstrip(".") or "it selects nothing", 200)
+        raise TunerFileError(
+            f"{path} has a config that does not fit its base: {reason}; get the file again."
+        ) from error
+
+
+def _read_tensor_entries(
+    path: Path, file: safe_open, expected: Container[str]
+) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
+    """Read shape and dtype of every tensor, once it is known that there are no more than expected."""
+    keys: list[str] = file.keys()
+    for key in keys:
+        if key not in expected:
+            raise TunerFileError(f"{path} is damaged: its config asks for no tensor `{printable(key, 80)}`.")
+    slices = {key: file.get_slice(key) for key in keys}
+    shapes = {key: tuple(piece.get_shape()) for key, piece in slices.items()}
+    return shapes, {key: str(piece.get_dtype()) for key, piece in slices.items()}
+
+
+def _check_shapes(found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]) -> None:
+    """Compare the file's tensors with those that its config asks for, and name the first that differs."""
+    if not expected:
+        raise ValueError("its config asks for no tensor at all")
+    for key, shape in expected.items():
+        if found.get(key) != shape:
+            holds = printable(f"shape {found[key]}", 60) if key in found else "no such tensor"
+            raise ValueError(f"for `{printable(key, 80)}` its config asks for shape {shape}, it holds {holds}")

@@ -1,0 +1,6 @@
+"""Read and write the files of other programs: ms-swift, SCEPTER, diffusers' LoRA loader, kohya's sd-scripts."""
+
+from .bases import describe_checkpoint
+from .formats import ExportLayout, export_tuner, import_tuner
+
+__all__ = ["ExportLayout", "describe_checkpoint", "export_tuner", "import_tuner"]
