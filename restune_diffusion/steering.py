@@ -58,6 +58,15 @@ def steered(
         yield
 
 
+def condition_names(pipeline: Any) -> list[str]:
+    """Names of the conditions that the acting tuners of a pipeline take."""
+    manager = TunerManager.of(pipeline.unet)
+    if manager is None:
+        return []
+    parts = (_control_part(manager, name) for name in manager.active_names)
+    return list(dict.fromkeys(condition for part in parts if part is not None for condition in part.conditions))
+
+
 def _give(
     manager: TunerManager,
     parts: Mapping[str, ControlPart],

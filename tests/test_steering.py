@@ -17,6 +17,8 @@ from restune_diffusion.attachment import attach
 from restune_diffusion.tuners import CascadeEncoder
 
 from .conftest import make_inputs, make_unet, randomize
+from .tiny_pipelines import KINDS, difference, identical, sd_components, sdxl_components
+from .tiny_pipelines import draw as draw_kind
 from .training.tiny import draw_image, sd_pipeline
 
 RED, BLUE = draw_image("red", (16, 16)), draw_image("blue", (16, 16))
@@ -247,3 +249,16 @@ def test_a_picture_of_another_size_than_the_image(pipe):
     load(pipe, "sketch", ControlConfig())
     wide = draw(pipe, tuner_image=Image.new("RGB", (40, 70), "red"), width=32, height=16)
     assert wide.shape[1:3] == (16, 32)
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name.removesuffix("Pipeline"))
+def test_every_pipeline_is_steered_beside_its_own_images(kind):
+    components = sdxl_components() if kind.is_xl else sd_components()
+    pipe = kind.make(kind.ours, components)
+    plain = draw_kind(pipe, kind)
+    load(pipe, "sketch", ControlConfig())
+    red, blue = (draw_kind(pipe, kind, tuner_image=flat) for flat in (RED, BLUE))
+    assert difference(red, blue) > 1e-4
+    assert difference(red, plain) > 1e-4
+    pipe.set_tuners("sketch", 0.0)
+    assert identical(draw_kind(pipe, kind), plain)

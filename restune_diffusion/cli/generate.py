@@ -23,6 +23,12 @@ class GenerateOptions(BaseModel):
     """One or more prompts."""
     tuner: tuple[str, ...] = ()
     """Tuner files, each with its weight after a colon where it is not 1."""
+    control_image: tuple[str, ...] = ()
+    """Condition images that steer control tuners: FILE, or CONDITION=FILE where they take several conditions."""
+    control_from: tuple[str, ...] = ()
+    """Pictures to make condition images from, written likewise, for conditions called canny, palette, blur or mask."""
+    control_scale: float = 1.0
+    """Factor on what the conditions add."""
     output: Path = Path("images")
     """Folder for the PNG files."""
     negative_prompt: str | None = None
@@ -68,10 +74,16 @@ class GenerateOptions(BaseModel):
     def _images(self, pipeline: Any) -> Any:
         import torch
 
+        from .control import read_control_images
+
+        size = (self.width, self.height)
+        steering = read_control_images(pipeline, self.control_image, self.control_from, size)
         for number, prompt in enumerate(self.prompt):
             for seed in range(self.seed, self.seed + self.images):
                 result = pipeline(
                     prompt,
+                    tuner_image=steering,
+                    tuner_conditioning_scale=self.control_scale,
                     negative_prompt=self.negative_prompt,
                     num_inference_steps=self.steps,
                     guidance_scale=self.guidance,
