@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,9 +22,12 @@ class Conditions:
 
     images: list[torch.Tensor | None]
     weights: tuple[float, ...]
+    encoded: tuple[dict[str, torch.Tensor], ...] | None = None
+    """Made in the first pass and kept for all further ones of its size, unless the tuner is being trained."""
     size: tuple[int, int] | None = None
     """Height and width of the latent that they were encoded for."""
-    encoded: tuple[dict[str, torch.Tensor], ...] | None = None
+    of_one_pass: bool = False
+    """Whether they belong to one pass alone, as its gradients do."""
 
 
 class Attached:
@@ -66,6 +70,9 @@ class Attached:
         """Look up, once for a whole pass, on which rows the tuner acts and how strongly."""
         if torch.compiler.is_compiling():
             return
+        if self.conditions is not None and any(parameter.requires_grad for parameter in self.tuner.parameters()):
+            # The encoder is being trained: what it said in the pass before is out of date.
+            self.conditions.encoded = None
         factors = row_factors(self.weight, this) if self.weight.acts else (0.0,)
         self._acts_now = any(factors)
         self._rows, self._scale = None, factors[0]
@@ -86,6 +93,8 @@ class Attached:
                 f"This tuner takes {len(names)} conditions ({', '.join(names)}), but {len(images)} images and "
                 f"{len(weights)} weights are given."
             )
+        if not all(map(math.isfinite, weights)):
+            raise ConditionError(f"A condition's weight must be a finite number, but the weights are {list(weights)}.")
         self.conditions = Conditions(list(images), tuple(map(float, weights)))
 
     def swap(self, tuner: Tuner) -> None:
@@ -168,17 +177,26 @@ class Attached:
         if self.conditions is None:
             # The part says what it misses.
             return features
-        encoded = self.conditions.encoded if self.conditions.size == this.size else None
-        if encoded is None or torch.is_grad_enabled():
-            images = [None if image is None else image.to(this.device) for image in self.conditions.images]
-            encoded = part.encode(images, this.size)
-            if not torch.is_grad_enabled():
-                self.conditions.encoded, self.conditions.size = encoded, this.size
+        conditions = self.conditions
+        if conditions.encoded is None or conditions.size != this.size:
+            images = [None if image is None else image.to(this.device) for image in conditions.images]
+            conditions.encoded, conditions.size = part.encode(images, this.size), this.size
+            conditions.of_one_pass = torch.is_grad_enabled()
         tiled = tuple(
-            {site: levels[site].to(this.device).repeat(this.rows // len(levels[site]), 1, 1, 1)} if levels else {}
-            for levels in encoded
+            {site: levels[site].to(this.device).repeat(_copies(len(levels[site]), this), 1, 1, 1)} if levels else {}
+            for levels in conditions.encoded
         )
-        return features.given(tiled, self.conditions.weights)
+        return features.given(tiled, conditions.weights)
+
+
+def _copies(images: int, this: Pass) -> int:
+    """Return how often a condition's images are repeated to have one for each row of the batch."""
+    pictures = this.layout.images if this.layout is not None else this.rows
+    if images > 1 and (this.rows % images or (this.layout is not None and images != pictures)):
+        raise ConditionError(
+            f"There are {images} condition images for {pictures} pictures; give one, or one for each picture."
+        )
+    return this.rows // images
 
 
 def _check_same_config(new: Tuner, old: Tuner) -> None:

@@ -160,7 +160,7 @@ class TunerManager:
                 attached.set_weight(TunerWeight(0.0), dict.fromkeys(attached.sites, 1.0))
 
     def set_conditions(
-        self, name: str, images: Sequence[torch.Tensor], weights: Sequence[float] | None = None
+        self, name: str, images: Sequence[torch.Tensor | None], weights: Sequence[float] | None = None
     ) -> None:
         """Give a tuner with a `control` part its condition images.
 
@@ -230,6 +230,21 @@ class TunerManager:
             yield
         finally:
             self._sharing = []
+
+    def has_conditions(self, name: str) -> bool:
+        """Say whether a tuner was given condition images; raises `TunerNameError` for an unknown name."""
+        self.check_known([name])
+        return self._tuners[name].conditions is not None
+
+    @contextlib.contextmanager
+    def conditions_kept(self) -> Iterator[None]:
+        """Give every tuner the condition images back, at the end, that it had at the start."""
+        before = {name: attached.conditions for name, attached in self._tuners.items()}
+        try:
+            yield
+        finally:
+            for name, attached in self._tuners.items():
+                attached.conditions = before.get(name)
 
     def _refresh(self) -> None:
         """Bring the hooks on transformer blocks and the table of writers in line with the attached tuners."""

@@ -16,11 +16,12 @@ import torch
 from torch import nn
 
 from .attachment import TunerManager, attach, is_compiled, uncompiled
-from .errors import RestuneError, TunerFileError, TunerNameError
+from .errors import ConditionError, RestuneError, TunerFileError, TunerNameError
 from .fileformat import load_tuner, save_tuner
 from .mixing import Layout
 from .saving import PlainConfigMixin
 from .sources import TUNER_WEIGHT_NAME, local_tuner_file, tuner_file
+from .steering import TunerImage, TunerScale, steered
 from .tuner import Tuner
 from .tuner_cache import TunerCache
 from .weights import TunerWeight, Weight, as_weight
@@ -42,7 +43,14 @@ class RestuneLoaderMixin(PlainConfigMixin):
     _execution_device: torch.device
     _tuner_hotswap = False
 
-    def __call__(self, *args: Any, tuners: MixPerImage | None = None, **kwargs: Any) -> Any:
+    def __call__(
+        self,
+        *args: Any,
+        tuners: MixPerImage | None = None,
+        tuner_image: TunerImage | None = None,
+        tuner_conditioning_scale: TunerScale = 1.0,
+        **kwargs: Any,
+    ) -> Any:
         """Generate as the pipeline does.
 
         Args:
@@ -50,19 +58,31 @@ class RestuneLoaderMixin(PlainConfigMixin):
             tuners: which tuner acts on each prompt, for this call only: a list with one entry for each prompt, an
                 entry being a name, a mapping from names to weights, or None for the base alone. Without it, the mix
                 of `set_tuners` acts on all images.
+            tuner_image: what steers the control tuners that act: one condition image, a list with one for each prompt,
+                or a mapping from names of conditions (or of tuners) to these. Images of any size are brought to that
+                of the picture; `restune_diffusion.conditions` makes some from a picture.
+            tuner_conditioning_scale: factor on what the conditions add, or factors by name.
             kwargs: the pipeline's own arguments.
 
         Returns:
             What the pipeline returns.
+
+        Raises:
+            ConditionError: if a control tuner acts without an image, or an image is of the wrong kind.
         """
         call = super().__call__  # type: ignore[misc]
         manager = TunerManager.of(self._tuner_base)
         if manager is None:
             # Says which names are not loaded, if the call asks for any.
             self.set_tuners(_weights_by_name(tuners or [], 1))
+            if tuner_image is not None:
+                raise ConditionError("There is an image for a control tuner, but no tuner is loaded.")
             return call(*args, **kwargs)
         layout = self._layout(call, args, kwargs)
-        with self._mixed(manager, tuners, layout):
+        with (
+            self._mixed(manager, tuners, layout),
+            steered(manager, tuner_image, tuner_conditioning_scale, layout),
+        ):
             return call(*args, **kwargs)
 
     def branches(

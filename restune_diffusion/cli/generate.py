@@ -15,6 +15,12 @@ class GenerateOptions(DrawOptions):
     --tuner-schedule "ink: 0.4-1: 1" --prompt "a fox" "a lighthouse" --output ./images
     """
 
+    control_image: tuple[str, ...] = ()
+    """Condition images that steer control tuners: FILE, or CONDITION=FILE where they take several conditions."""
+    control_from: tuple[str, ...] = ()
+    """Pictures to make condition images from, written likewise, for conditions called canny, palette, blur or mask."""
+    control_scale: float = 1.0
+    """Factor on what the conditions add."""
     output: Path = Path("images")
     """Folder for the PNG files."""
 
@@ -30,7 +36,15 @@ class GenerateOptions(DrawOptions):
             print(path)
 
     def _images(self, pipeline: Any) -> Any:
+        from .control import read_control_images
+
+        steering = read_control_images(pipeline, self.control_image, self.control_from, (self.width, self.height))
         for number, prompt in enumerate(self.prompt):
             for seed in self.seeds:
-                result = pipeline(prompt, **self.arguments(seed))
+                result = pipeline(
+                    prompt,
+                    tuner_image=steering,
+                    tuner_conditioning_scale=self.control_scale,
+                    **self.arguments(seed),
+                )
                 yield self.output / f"{number:02d}-seed{seed}.png", result.images[0]
