@@ -121,6 +121,7 @@ class Attached:
             device = self.tuner.device
             images = [None if image is None else image.to(device) for image in self.conditions.images]
             self.conditions.encoded, self.conditions.size = self._control.encode(images, size), size
+            self.conditions.of_one_pass = False
 
     def add_residuals(
         self, site: str, x: torch.Tensor, features: Features, total: torch.Tensor, this: Pass

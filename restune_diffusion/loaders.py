@@ -346,7 +346,9 @@ class RestuneLoaderMixin(PlainConfigMixin):
             yield
         finally:
             manager.layout = None
-            manager.set_weights(before)
+            # Without `tuners`, what a callback sets during the call is meant to stay.
+            if tuners is not None:
+                manager.set_weights({name: weight for name, weight in before.items() if name in manager.names})
 
     def _manager_of(self, names: Iterable[str]) -> TunerManager:
         """Return the manager that has all these tuners, or say which it has not."""
