@@ -8,27 +8,71 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .attachment import Attachment, TunerManager, attach, detach
-    from .config import BypassConfig, SkipConfig
-    from .errors import BaseMismatchError, DataError, RestuneError, TrainingError, TunerFileError, TunerNameError
+    from .config import BypassConfig, ControlConfig, ResConfig, SkipConfig
+    from .enable import enable_restune
+    from .errors import (
+        BaseMismatchError,
+        ConditionError,
+        DataError,
+        RestuneError,
+        TrainingError,
+        TunerFileError,
+        TunerNameError,
+    )
     from .fileformat import load_tuner, save_tuner
     from .header import TunerInfo, read_info
     from .loaders import RestuneLoaderMixin
-    from .pipelines import RestuneStableDiffusionPipeline, RestuneStableDiffusionXLPipeline
+    from .masks import load_mask, mask_from_image
+    from .merging import MergedLora, merge_lora
+    from .pipelines import (
+        RestuneStableDiffusionControlNetPipeline,
+        RestuneStableDiffusionImg2ImgPipeline,
+        RestuneStableDiffusionInpaintPipeline,
+        RestuneStableDiffusionPipeline,
+        RestuneStableDiffusionXLControlNetPipeline,
+        RestuneStableDiffusionXLImg2ImgPipeline,
+        RestuneStableDiffusionXLInpaintPipeline,
+        RestuneStableDiffusionXLPipeline,
+    )
     from .sites import BaseInfo, Site, describe_base
     from .tuner import Tuner
+    from .tuner_cache import TunerCache
+    from .weights import Schedule, TunerWeight, schedule
 
 __version__ = "0.1.0"
 
 _MODULES = {
     "attachment": ("Attachment", "TunerManager", "attach", "detach"),
-    "config": ("BypassConfig", "SkipConfig"),
-    "errors": ("BaseMismatchError", "DataError", "RestuneError", "TrainingError", "TunerFileError", "TunerNameError"),
+    "config": ("BypassConfig", "ControlConfig", "ResConfig", "SkipConfig"),
+    "enable": ("enable_restune",),
+    "errors": (
+        "BaseMismatchError",
+        "ConditionError",
+        "DataError",
+        "RestuneError",
+        "TrainingError",
+        "TunerFileError",
+        "TunerNameError",
+    ),
     "fileformat": ("load_tuner", "save_tuner"),
     "header": ("TunerInfo", "read_info"),
     "loaders": ("RestuneLoaderMixin",),
-    "pipelines": ("RestuneStableDiffusionPipeline", "RestuneStableDiffusionXLPipeline"),
+    "masks": ("load_mask", "mask_from_image"),
+    "merging": ("MergedLora", "merge_lora"),
+    "pipelines": (
+        "RestuneStableDiffusionControlNetPipeline",
+        "RestuneStableDiffusionImg2ImgPipeline",
+        "RestuneStableDiffusionInpaintPipeline",
+        "RestuneStableDiffusionPipeline",
+        "RestuneStableDiffusionXLControlNetPipeline",
+        "RestuneStableDiffusionXLImg2ImgPipeline",
+        "RestuneStableDiffusionXLInpaintPipeline",
+        "RestuneStableDiffusionXLPipeline",
+    ),
     "sites": ("BaseInfo", "Site", "describe_base"),
     "tuner": ("Tuner",),
+    "tuner_cache": ("TunerCache",),
+    "weights": ("Schedule", "TunerWeight", "schedule"),
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
 
@@ -37,25 +81,43 @@ __all__ = [
     "BaseInfo",
     "BaseMismatchError",
     "BypassConfig",
+    "ConditionError",
+    "ControlConfig",
     "DataError",
+    "MergedLora",
+    "ResConfig",
     "RestuneError",
     "RestuneLoaderMixin",
+    "RestuneStableDiffusionControlNetPipeline",
+    "RestuneStableDiffusionImg2ImgPipeline",
+    "RestuneStableDiffusionInpaintPipeline",
     "RestuneStableDiffusionPipeline",
+    "RestuneStableDiffusionXLControlNetPipeline",
+    "RestuneStableDiffusionXLImg2ImgPipeline",
+    "RestuneStableDiffusionXLInpaintPipeline",
     "RestuneStableDiffusionXLPipeline",
+    "Schedule",
     "Site",
     "SkipConfig",
     "TrainingError",
     "Tuner",
+    "TunerCache",
     "TunerFileError",
     "TunerInfo",
     "TunerManager",
     "TunerNameError",
+    "TunerWeight",
     "attach",
     "describe_base",
     "detach",
+    "enable_restune",
+    "load_mask",
     "load_tuner",
+    "mask_from_image",
+    "merge_lora",
     "read_info",
     "save_tuner",
+    "schedule",
 ]
 
 

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable
 from typing import Annotated, Literal, TypeAlias
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, TypeAdapter, ValidationError, model_validator
 
 from .errors import RestuneError
 
@@ -41,11 +41,94 @@ class BypassConfig(_PartConfig):
     """Width of the bypass state over the width of the tapped feature."""
     expansion: float = Field(default=2.0, gt=0, le=8)
     """Width inside a vertical tuner over the width of the bypass state."""
-    taps: tuple[str, ...] = ("skip.*", "mid", "up.*")
-    """Patterns of the sites that the bypass reads."""
+    taps: tuple[str, ...] = ("*",)
+    """Patterns of the sites that the bypass reads: skips, mid and up blocks of a U-Net, blocks of a transformer."""
 
 
-PartConfig: TypeAlias = Annotated[SkipConfig | BypassConfig, Field(discriminator="part")]
+ResKind: TypeAlias = Literal["adapter", "prefix", "prompt", "lora", "attention"]
+
+
+class ResConfig(_PartConfig):
+    """Res-Tuning: a tuner in parallel to an operation of the transformer blocks (Res-Tuning, arXiv 2310.19859).
+
+    `y = OP(x) + Tuner(x)` for any of four operations, each with a kind of tuner of its own or none. The default is
+    the paper's dual form, an adapter beside attention and one beside the feed-forward network.
+    """
+
+    part: Literal["res"] = "res"
+    self_attention: ResKind | None = "adapter"
+    """Kind of tuner beside self-attention."""
+    cross_attention: ResKind | None = None
+    """Kind of tuner beside cross-attention."""
+    feed_forward: ResKind | None = "adapter"
+    """Kind of tuner beside the feed-forward network."""
+    block: ResKind | None = None
+    """Kind of tuner beside the whole transformer block."""
+    width: int = Field(default=16, gt=0, le=4096)
+    """Width of an adapter's bottleneck, rank of lora and attention, number of tokens of prefix and prompt."""
+    alpha: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    """Factor `alpha / width` on what lora adds; the width where not given, which makes the factor 1."""
+    gate: Literal["exact", "scale"] = "scale"
+    """For prefix and prompt beside attention: share the softmax with the frozen keys (exact), or add beside it."""
+    scale: Literal["scalar", "channel"] = "scalar"
+    """Learned factor on a tuner's residual: one number, or one for each channel. lora has none."""
+    linears: tuple[str, ...] = ("*",)
+    """For lora: patterns of the linear layers that get one, for instance `to_q` or `net.2`."""
+    sites: tuple[str, ...] = ("*",)
+    """Patterns of the transformer blocks that get tuners, for instance `up.*` or `down.1.attn.0.block.0`."""
+
+    @model_validator(mode="after")
+    def _some_operation_is_tuned(self) -> ResConfig:
+        if not self.operations:
+            raise ValueError("no operation has a tuner; choose a kind for at least one")
+        if self.block == "lora" and "lora" in (self.self_attention, self.cross_attention, self.feed_forward):
+            raise ValueError(
+                "lora beside the block covers the linear layers of all its operations; choose one of both"
+            )
+        return self
+
+    @property
+    def operations(self) -> dict[str, ResKind]:
+        """Kind of tuner by the last step of a site's name: `self`, `cross`, `ff`, `block`."""
+        chosen = {
+            "self": self.self_attention,
+            "cross": self.cross_attention,
+            "ff": self.feed_forward,
+            "block": self.block,
+        }
+        return {operation: kind for operation, kind in chosen.items() if kind is not None}
+
+
+ConditionName: TypeAlias = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$")]
+
+
+class ControlConfig(_PartConfig):
+    """CSC-Tuner on the skip connections of a U-Net: images steer what is drawn (SCEdit, arXiv 2312.11392).
+
+    `O_j = x_j + sum_m alpha_m (T_j^m(x_j + c_j^m) + c_j^m)`, `c_j^m` the features of condition `m` at skip `j`.
+    """
+
+    part: Literal["control"] = "control"
+    conditions: tuple[ConditionName, ...] = Field(default=("condition",), min_length=1, max_length=16)
+    """Names of the conditions, in the order in which their images are given."""
+    channels: int = Field(default=3, gt=0, le=64)
+    """Channels of a condition image."""
+    ratio: float = Field(default=1.0, gt=0, le=8)
+    """Width of the bottleneck over the width of the skip feature."""
+    level_kernel: Literal[1, 3] = 1
+    """Kernel of the convolutions that carry the condition from one skip to the next."""
+    shortcut: bool = True
+    """Carry the condition past these convolutions too, which are zero at the start. The published encoder does not,
+    and learns slowly."""
+
+    @model_validator(mode="after")
+    def _names_differ(self) -> ControlConfig:
+        if len(set(self.conditions)) != len(self.conditions):
+            raise ValueError("two conditions have the same name")
+        return self
+
+
+PartConfig: TypeAlias = Annotated[SkipConfig | BypassConfig | ResConfig | ControlConfig, Field(discriminator="part")]
 _PARTS: TypeAdapter[tuple[PartConfig, ...]] = TypeAdapter(tuple[PartConfig, ...])
 
 
@@ -68,19 +151,21 @@ def parts_from_json(text: str) -> tuple[PartConfig, ...]:
         raise RestuneError(f"The tuner config is not valid at {place}: {first['msg']}.") from error
 
 
-def match_sites(patterns: Iterable[str], names: Iterable[str]) -> list[str]:
+def match_sites(patterns: Iterable[str], names: Iterable[str], what: str = "site") -> list[str]:
     """Select the names that match any of the patterns, in the order of `names`.
 
     Raises:
-        RestuneError: if a pattern matches nothing; names the valid sites.
+        RestuneError: if a pattern matches nothing; names the valid ones, calling each a `what`.
     """
     names = list(names)
+    if not names:
+        raise RestuneError(f"This base has no {what} for such a tuner; choose another kind of tuner.")
     chosen: set[str] = set()
     # A list from a file may be long, so each pattern is compiled once.
     for pattern in dict.fromkeys(patterns):
         matches = re.compile(fnmatch.translate(pattern)).match
         found = [name for name in names if matches(name)]
         if not found:
-            raise RestuneError(f"No site matches `{pattern}`; this base has {', '.join(names)}.")
+            raise RestuneError(f"No {what} matches `{pattern}`; this base has {', '.join(names)}.")
         chosen.update(found)
     return [name for name in names if name in chosen]

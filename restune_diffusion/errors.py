@@ -17,6 +17,10 @@ class TunerNameError(RestuneError, ValueError):
     """A tuner name is unknown, taken, or not allowed."""
 
 
+class ConditionError(RestuneError, ValueError):
+    """A condition image is missing, or of the wrong kind."""
+
+
 class DataError(RestuneError):
     """Training images or captions cannot be used."""
 

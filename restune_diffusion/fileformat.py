@@ -105,7 +105,7 @@ def save_tuner(
         "format": "pt",
         VERSION_KEY: str(FORMAT_VERSION),
         CONFIG_KEY: parts_to_json(tuner.configs),
-        BASE_KEY: tuner.base.model_dump_json(),
+        BASE_KEY: tuner.base.model_dump_json(exclude_defaults=True),
     }
     if training is not None:
         header[TRAINING_KEY] = json.dumps(training)

@@ -202,7 +202,9 @@ def _why_unreadable(path: Path, error: Exception) -> str:
     except (OSError, ValueError) as failure:
         return f"cannot be read: {getattr(failure, 'strerror', None) or failure}."
     reason = printable(str(error), 200)
-    if head[:2] == b"PK" or head[:1] == b"\x80":
+    # The length of a header may begin with a pickle's first byte too, but its upper half is zero.
+    opens_pickle = head[:1] == b"\x80" and (head[4:].strip(b"\0") or head[2:3] == b"\x95")
+    if head[:2] == b"PK" or opens_pickle:
         return (
             "is a pickle, not a safetensors file; pickles can run code when they are opened and are never loaded: "
             "get the tuner as .safetensors."

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping
 
 import torch
 from torch import nn
 
-from .config import BypassConfig, PartConfig, SkipConfig
+from .config import BypassConfig, ControlConfig, PartConfig, ResConfig, SkipConfig
 from .errors import RestuneError
 from .sites import BaseInfo, describe_base
-from .tuners import BypassPart, Part, SkipPart
+from .tuners import BypassPart, ControlPart, Part, ResPart, SkipPart
 
 
 def _build_part(config: PartConfig, base: BaseInfo) -> Part:
@@ -19,6 +20,10 @@ def _build_part(config: PartConfig, base: BaseInfo) -> Part:
             return SkipPart(config, base)
         case BypassConfig():
             return BypassPart(config, base)
+        case ResConfig():
+            return ResPart(config, base)
+        case ControlConfig():
+            return ControlPart(config, base)
 
 
 class Tuner(nn.Module):
@@ -41,10 +46,12 @@ class Tuner(nn.Module):
         if not kinds or len(set(kinds)) != len(kinds):
             raise RestuneError(f"A tuner needs one or more parts, each kind once, but got {kinds}.")
         self.configs = configs
-        self.base = base
         self.metadata = dict(metadata or {})
+        self.shared = False
+        """Whether others rely on these parameters, as a `TunerCache` does; attaching takes a copy then."""
         for config in configs:
             self.add_module(config.part, _build_part(config, base))
+        self.base = base.narrowed(site for part in self.parts() for site in part.needs)
 
     @classmethod
     def for_base(cls, base: nn.Module, *configs: PartConfig, generator: torch.Generator | None = None) -> Tuner:
@@ -75,6 +82,12 @@ class Tuner(nn.Module):
         for child in self.children():
             assert isinstance(child, Part)
             yield child
+
+    def copy(self) -> Tuner:
+        """Return a tuner of equal parameters that nobody shares."""
+        twin = copy.deepcopy(self)
+        twin.shared = False
+        return twin
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """Draw the initial parameters; every residual is zero afterwards."""

@@ -9,6 +9,7 @@ import torch
 from restune_diffusion import (
     BaseMismatchError,
     BypassConfig,
+    ResConfig,
     RestuneError,
     SkipConfig,
     Tuner,
@@ -20,7 +21,12 @@ from restune_diffusion import (
 
 from .conftest import make_inputs, make_unet, randomize
 
-BOTH = pytest.mark.parametrize("config", [SkipConfig(ratio=0.5), BypassConfig(ratio=0.25)], ids=["skip", "bypass"])
+RES = ResConfig(
+    self_attention="prefix", cross_attention="prompt", feed_forward="lora", block="adapter", gate="exact", width=4
+)
+KINDS = pytest.mark.parametrize(
+    "config", [SkipConfig(ratio=0.5), BypassConfig(ratio=0.25), RES], ids=["skip", "bypass", "res"]
+)
 
 
 def trained(unet, config, seed=0, std=0.1):
@@ -50,14 +56,14 @@ def assert_same(before, after):
     assert all(torch.equal(before[1][key], after[1][key]) for key in before[1])
 
 
-@BOTH
+@KINDS
 def test_a_fresh_tuner_leaves_the_output_as_it_is(unet, inputs, config):
     plain = run(unet, inputs)
     with attach(unet, Tuner.for_base(unet, config)):
         assert torch.equal(run(unet, inputs), plain)
 
 
-@BOTH
+@KINDS
 def test_detaching_restores_everything(unet, inputs, config):
     before, plain, pickled = everything(unet), run(unet, inputs), pickle.dumps(unet)
     attachment = attach(unet, trained(unet, config))
@@ -72,7 +78,7 @@ def test_detaching_restores_everything(unet, inputs, config):
     assert TunerManager.of(unet) is None
 
 
-@BOTH
+@KINDS
 def test_an_error_in_the_block_detaches_too(unet, inputs, config):
     before = everything(unet)
     with pytest.raises(RuntimeError), attach(unet, trained(unet, config)):
@@ -80,7 +86,7 @@ def test_an_error_in_the_block_detaches_too(unet, inputs, config):
     assert_same(before, everything(unet))
 
 
-@BOTH
+@KINDS
 def test_a_copy_of_an_attached_model_has_its_own_tuner(unet, inputs, config):
     plain = run(unet, inputs)
     tuner = trained(unet, config)
@@ -146,7 +152,7 @@ def test_residuals_add_up_whatever_the_order(unet, inputs):
         handle.remove()
 
 
-@BOTH
+@KINDS
 def test_weight_zero_is_as_if_absent_and_is_never_run(unet, inputs, config):
     one, two = trained(unet, config, 1), trained(unet, config, 2)
     with attach(unet, one, "one"):
@@ -161,7 +167,7 @@ def test_weight_zero_is_as_if_absent_and_is_never_run(unet, inputs, config):
             assert calls
 
 
-@BOTH
+@KINDS
 def test_the_weight_scales_the_residual(unet, inputs, config):
     tuner = trained(unet, config, std=0.02)
     residuals = []
@@ -192,13 +198,14 @@ def test_changing_weights_touches_no_parameter(unet):
     pointers = [parameter.data_ptr() for tuner in tuners.values() for parameter in tuner.parameters()]
     versions = [parameter._version for tuner in tuners.values() for parameter in tuner.parameters()]
     hooks = [tuple(module._forward_pre_hooks) for module in unet.modules()]
-    scales = {name: manager._tuners[name].scale for name in tuners}
+    dials = {name: dict(vars(manager._tuners[name].dial)) for name in tuners}
     manager.set_weights({"b": 0.3})
     assert manager.weights == {"a": 0.0, "b": 0.3}
     assert pointers == [parameter.data_ptr() for tuner in tuners.values() for parameter in tuner.parameters()]
     assert versions == [parameter._version for tuner in tuners.values() for parameter in tuner.parameters()]
     assert hooks == [tuple(module._forward_pre_hooks) for module in unet.modules()]
-    assert all(manager._tuners[name].scale is scale for name, scale in scales.items())
+    for name, dial in dials.items():
+        assert all(vars(manager._tuners[name].dial)[key] is tensor for key, tensor in dial.items())
 
 
 def test_names_are_exact_and_errors_name_what_is_there(unet):
@@ -235,7 +242,7 @@ def test_a_compiled_model_is_refused(unet):
 
 
 @pytest.mark.slow
-@BOTH
+@KINDS
 def test_a_compiled_graph_follows_the_weights_without_compiling_again(unet, inputs, config):
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
@@ -247,7 +254,7 @@ def test_a_compiled_graph_follows_the_weights_without_compiling_again(unet, inpu
         assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
-@BOTH
+@KINDS
 def test_nothing_of_a_forward_pass_stays(unet, inputs, config):
     seen = []
     unet.up_blocks[-1].register_forward_hook(lambda m, a, out: seen.append(weakref.ref(out)))
@@ -283,7 +290,7 @@ def test_a_deleted_tuner_is_freed(unet, inputs):
     assert alive() is None
 
 
-@BOTH
+@KINDS
 def test_controlnet_residuals_reach_the_tuner(unet, inputs, config):
     residuals = [
         torch.randn(2, c, 16 // s, 16 // s)
@@ -302,7 +309,7 @@ def test_controlnet_residuals_reach_the_tuner(unet, inputs, config):
         assert torch.equal(unet(*inputs, **extra).sample, plain)
 
 
-@BOTH
+@KINDS
 @pytest.mark.parametrize("size", [16, 24, 20])
 def test_any_resolution_works(unet, config, size):
     inputs = make_inputs(size=size)
@@ -311,7 +318,7 @@ def test_any_resolution_works(unet, config, size):
         assert run(unet, inputs).shape == plain.shape
 
 
-@BOTH
+@KINDS
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_tuner_in_another_dtype_casts_at_the_boundary(inputs, config, dtype):
     unet = make_unet().to(dtype)
@@ -325,7 +332,7 @@ def test_a_tuner_in_another_dtype_casts_at_the_boundary(inputs, config, dtype):
         assert tuner.dtype == torch.float32
 
 
-@BOTH
+@KINDS
 def test_gradient_checkpointing_changes_no_gradient(unet, inputs, config):
     grads = []
     for checkpointing in (False, True):

@@ -1,6 +1,9 @@
-import importlib
+import re
+import runpy
 import subprocess
 import sys
+
+import pytest
 
 import restune_diffusion
 
@@ -27,9 +30,11 @@ def test_no_module_opens_pickles():
         assert "import pickle" not in text, path
 
 
-def test_the_custom_pipeline_file_shows_one_class():
-    source = (ROOT / "pipelines" / "restune_stable_diffusion.py").read_text()
-    assert source.count("import ") == 1
-    pipelines = importlib.import_module("restune_diffusion.pipelines")
-    assert "RestuneStableDiffusionPipeline as RestuneStableDiffusionPipeline" in source
-    assert issubclass(pipelines.RestuneStableDiffusionPipeline, restune_diffusion.RestuneLoaderMixin)
+@pytest.mark.parametrize("name", [name for name in restune_diffusion.__all__ if name.endswith("Pipeline")])
+def test_each_pipeline_has_a_custom_pipeline_file_with_nothing_else_in_it(name):
+    words = re.findall("StableDiffusion|XL|Img2Img|Inpaint|ControlNet", name)
+    stem = "_".join(["restune", *words]).replace("StableDiffusion", "stable_diffusion").lower()
+    path = ROOT / "pipelines" / f"{stem}.py"
+    shown = {key: value for key, value in runpy.run_path(str(path)).items() if not key.startswith("__")}
+    assert shown == {name: getattr(restune_diffusion, name)}
+    assert issubclass(shown[name], restune_diffusion.RestuneLoaderMixin)

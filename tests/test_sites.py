@@ -1,8 +1,10 @@
 import pytest
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
+from peft import LoraConfig
 
 from restune_diffusion import BaseMismatchError, RestuneError, describe_base
+from restune_diffusion.sites import site_module
 
 from .conftest import SD15, SDXL, make_inputs, make_unet
 
@@ -53,15 +55,40 @@ def test_the_described_sites_are_those_that_a_forward_pass_shows(changes):
     unet.conv_norm_out.register_forward_pre_hook(lambda m, a: seen.update(out=a[0].shape))
     unet(*make_inputs())
 
-    described = describe_base(unet).sites
+    base = describe_base(unet)
+    described = {name: base.sites[name] for name in base.stations}
     assert {name: site.channels for name, site in described.items()} == {name: s[1] for name, s in seen.items()}
     if changes.get("downsample_padding") is None:
         assert {name: 16 // site.stride for name, site in described.items()} == {n: s[2] for n, s in seen.items()}
 
 
+@pytest.mark.parametrize("config", [SD15, SDXL], ids=["sd15", "sdxl"])
+def test_every_transformer_block_is_described_as_it_is_built(config):
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(**config)
+    sites = {name: site for name, site in describe_base(unet).sites.items() if site.operation}
+    blocks = [module for module in unet.modules() if type(module).__name__ == "BasicTransformerBlock"]
+    assert len(sites) == 4 * len(blocks)
+    assert len({id(site_module(unet, name)) for name in sites}) == len(sites)
+    for name, site in sites.items():
+        module = site_module(unet, name)
+        linears = {path: layer for path, layer in module.named_modules() if isinstance(layer, torch.nn.Linear)}
+        if site.operation == "block":
+            assert (module.attn1.to_q.in_features, module.attn1.heads) == (site.channels, site.heads)
+        else:
+            assert site.linears == {path: (layer.in_features, layer.out_features) for path, layer in linears.items()}
+            assert all(site_module(unet, f"{name}.{path}") is layer for path, layer in linears.items())
+
+
+def test_a_loaded_lora_does_not_change_the_description(unet):
+    plain = describe_base(unet)
+    unet.add_adapter(LoraConfig(r=4, target_modules=["to_q", "net.2"]))
+    assert describe_base(unet) == plain
+
+
 def test_a_model_without_skips_is_refused():
     vae = AutoencoderKL(block_out_channels=(32,))
-    with pytest.raises(RestuneError, match="UNet2DConditionModel, but this is a AutoencoderKL"):
+    with pytest.raises(RestuneError, match=r"UNet2DConditionModel, .*, but this is a AutoencoderKL"):
         describe_base(vae)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -10,16 +11,71 @@ import torch.nn.functional as F
 from torch import nn
 
 
+@dataclass(frozen=True)
+class FrozenAttention:
+    """The base's own projections of an attention operation; calling them runs the frozen layers, without tuners.
+
+    Each maps `(batch, tokens, width)`; `query` and `key` include the base's query and key norms, if it has any, which
+    is why they return `(batch, heads, tokens, head width)`, as does `value`. `output` maps `(batch, tokens, inner
+    width)` to the operation's output without the output layer's bias.
+    """
+
+    query: Callable[[torch.Tensor], torch.Tensor]
+    key: Callable[[torch.Tensor], torch.Tensor]
+    value: Callable[[torch.Tensor], torch.Tensor]
+    output: Callable[[torch.Tensor], torch.Tensor]
+
+
+@dataclass
+class Operation:
+    """What a tuner in parallel to an operation of a transformer block sees beside the operation's input."""
+
+    context: torch.Tensor | None = None
+    """What attention reads keys and values from, `(batch, tokens, width)`; None where that is the input itself."""
+    mask: torch.Tensor | None = None
+    """Added to the attention scores, broadcast to `(batch, heads, queries, keys)`."""
+    attention: FrozenAttention | None = None
+    """The frozen projections, where the operation is attention."""
+
+    def rows(self, rows: torch.Tensor) -> Operation:
+        """Select rows of the batch."""
+        mask = self.mask
+        return Operation(
+            None if self.context is None else self.context[rows],
+            mask if mask is None or mask.shape[0] == 1 else mask[rows],
+            self.attention,
+        )
+
+
 @dataclass
 class Features:
     """What one forward pass of the base has shown so far; it lives no longer than that pass."""
 
     by_site: dict[str, torch.Tensor] = field(default_factory=dict)
-    """Tapped features `(batch, channels, height, width)`, as the base made them, before any residual was added."""
+    """Tapped features, `(batch, channels, height, width)` or `(batch, tokens, channels)`, as the base made them,
+    before any residual was added."""
     time: torch.Tensor | None = None
     """Time embedding `(batch, time_channels)`, before its activation."""
     text: torch.Tensor | None = None
     """Text states `(batch, tokens, cross_attention_dim)`."""
+    size: tuple[int, int] = (0, 0)
+    """Height and width of what the base was called on, in the unit of the sites' strides."""
+    operation: Operation | None = None
+    """The operation at whose site a residual is asked for, if that is a site of a transformer block."""
+    conditions: tuple[dict[str, torch.Tensor], ...] = ()
+    """For each condition its features by site, as the part's own `encode` made them: one row for each of the batch."""
+    condition_weights: tuple[float, ...] = ()
+    """Factor on what each condition adds."""
+
+    def beside(self, operation: Operation | None) -> Features:
+        """The same at the site of an operation."""
+        return Features(
+            self.by_site, self.time, self.text, self.size, operation, self.conditions, self.condition_weights
+        )
+
+    def given(self, conditions: tuple[dict[str, torch.Tensor], ...], weights: tuple[float, ...]) -> Features:
+        """The same with condition images."""
+        return Features(self.by_site, self.time, self.text, self.size, self.operation, conditions, weights)
 
     def rows(self, rows: torch.Tensor) -> Features:
         """Select rows of the batch."""
@@ -27,6 +83,10 @@ class Features:
             {site: feature[rows] for site, feature in self.by_site.items()},
             None if self.time is None else self.time[rows],
             None if self.text is None else self.text[rows],
+            self.size,
+            None if self.operation is None else self.operation.rows(rows),
+            tuple({site: feature[rows] for site, feature in levels.items()} for levels in self.conditions),
+            self.condition_weights,
         )
 
 
@@ -40,7 +100,11 @@ class Part(nn.Module):
     taps: tuple[str, ...]
     """Sites, other than the one written to, whose features must be in `Features.by_site`."""
     writes: tuple[str, ...]
-    """Sites for which `forward` makes a residual."""
+    """Sites for which `forward` makes a residual. Beside the base's sites these may be linear layers of a transformer
+    block's operation, `<site>.<path of the layer>`, where `x` is the layer's input and the residual adds to its
+    output."""
+    needs: tuple[str, ...] = ()
+    """Sites of transformer blocks whose description the part was built from."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -79,7 +143,8 @@ def init_linear(layer: nn.Linear | nn.Conv2d, generator: torch.Generator | None)
         nn.init.uniform_(layer.bias, -bound, bound, generator=generator)
 
 
-def init_zero(layer: nn.Linear) -> None:
+def init_zero(layer: nn.Linear | nn.Conv2d) -> None:
     """Set weight and bias to zero."""
     nn.init.zeros_(layer.weight)
-    nn.init.zeros_(layer.bias)
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)

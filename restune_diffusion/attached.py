@@ -1,0 +1,219 @@
+"""One tuner on a base: its weight, its condition images, and the residuals that it adds."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from .errors import ConditionError, RestuneError
+from .mixing import Dial, Pass, mask_at, row_factors
+from .tuner import Tuner
+from .tuners import Features, Part
+from .weights import TunerWeight
+
+
+@dataclass
+class Conditions:
+    """Condition images of a tuner, and what its control part made of them."""
+
+    images: list[torch.Tensor | None]
+    weights: tuple[float, ...]
+    encoded: tuple[dict[str, torch.Tensor], ...] | None = None
+    """Made in the first pass and kept for all further ones of its size, unless the tuner is being trained."""
+    size: tuple[int, int] | None = None
+    """Height and width of the latent that they were encoded for."""
+    of_one_pass: bool = False
+    """Whether they belong to one pass alone, as its gradients do."""
+
+
+class Attached:
+    """A tuner in a manager.
+
+    Args:
+        tuner: the tuner.
+        weight: how strongly it acts.
+    """
+
+    def __init__(self, tuner: Tuner, weight: TunerWeight) -> None:
+        self.tuner = tuner
+        self.sites = tuple(dict.fromkeys(site for part in tuner.parts() for site in part.writes))
+        self.taps = frozenset(site for part in tuner.parts() for site in part.taps)
+        self.conditions: Conditions | None = None
+        self.dial = Dial(self.sites, tuner.device)
+        self.set_weight(weight, self.site_factors(weight))
+
+    def site_factors(self, weight: TunerWeight) -> dict[str, float]:
+        """Return the factor of each site that the tuner writes to; raises `RestuneError` for an unknown pattern."""
+        return weight.site_factors(self.sites)
+
+    def set_weight(self, weight: TunerWeight, factors: dict[str, float]) -> None:
+        """Set a weight, with its factors by site, that is known to be valid."""
+        self.weight = weight
+        self.factors = factors
+        self.dial.set(weight, factors)
+        self._rows: torch.Tensor | None = None
+        self._scale: float | torch.Tensor = weight.values[0]
+        # A compiled graph depends on this and not on the weight itself, which would compile it anew for each value.
+        self.acts = weight.acts
+        self._acts_now = weight.acts
+
+    @property
+    def takes_part(self) -> bool:
+        """Whether the tuner acts in this pass; a schedule may silence it in some."""
+        return self.acts if torch.compiler.is_compiling() else self._acts_now
+
+    def begin(self, this: Pass) -> None:
+        """Look up, once for a whole pass, on which rows the tuner acts and how strongly."""
+        if torch.compiler.is_compiling():
+            return
+        if self.conditions is not None and any(parameter.requires_grad for parameter in self.tuner.parameters()):
+            # The encoder is being trained: what it said in the pass before is out of date.
+            self.conditions.encoded = None
+        factors = row_factors(self.weight, this) if self.weight.acts else (0.0,)
+        self._acts_now = any(factors)
+        self._rows, self._scale = None, factors[0]
+        if len(factors) > 1:
+            rows = [row for row, factor in enumerate(factors) if factor]
+            self._rows = torch.tensor(rows, device=this.device)
+            self._scale = torch.tensor([factors[row] for row in rows], device=this.device)
+
+    def set_conditions(self, images: Sequence[torch.Tensor | None], weights: Sequence[float] | None) -> None:
+        """Take condition images; see `TunerManager.set_conditions`."""
+        part = self._control
+        if part is None:
+            raise ConditionError("This tuner takes no condition images; it has no `control` part.")
+        names = part.conditions
+        weights = [1.0] * len(names) if weights is None else weights
+        if len(images) != len(names) or len(weights) != len(names):
+            raise ConditionError(
+                f"This tuner takes {len(names)} conditions ({', '.join(names)}), but {len(images)} images and "
+                f"{len(weights)} weights are given."
+            )
+        if not all(map(math.isfinite, weights)):
+            raise ConditionError(f"A condition's weight must be a finite number, but the weights are {list(weights)}.")
+        self.conditions = Conditions(list(images), tuple(map(float, weights)))
+
+    def swap(self, tuner: Tuner) -> None:
+        """Overwrite the parameters with those of a tuner of the same config."""
+        _check_same_config(tuner, self.tuner)
+        tuner.base.check_fits(self.tuner.base)
+        with torch.no_grad():
+            for mine, other in zip(self.tuner.parameters(), tuner.parameters(), strict=True):
+                mine.copy_(other)
+        self.tuner.metadata = dict(tuner.metadata)
+        if self.conditions is not None and self.conditions.size is not None:
+            self.encode_conditions(self.conditions.size)
+
+    def place(self, device: torch.device) -> None:
+        """Move the tuner, and the tensors in which a compiled graph finds its weight."""
+        if self.tuner.device != device:
+            self.tuner.to(device)
+            self.dial.to(device)
+
+    @torch.no_grad()
+    def encode_conditions(self, size: tuple[int, int]) -> None:
+        """Make the features of the condition images for latents of a size, where there are any."""
+        if self.conditions is not None:
+            device = self.tuner.device
+            images = [None if image is None else image.to(device) for image in self.conditions.images]
+            self.conditions.encoded, self.conditions.size = self._control.encode(images, size), size
+
+    def add_residuals(
+        self, site: str, x: torch.Tensor, features: Features, total: torch.Tensor, this: Pass
+    ) -> torch.Tensor:
+        """Add the weighted residuals that the tuner's parts make of the feature `x` to `total`."""
+        compiling = torch.compiler.is_compiling()
+        if not compiling and self.factors[site] == 0:
+            return total
+        self.place(x.device)
+        for part in self.tuner.parts():
+            if site in part.writes:
+                seen = self._with_conditions(part, site, features, this)
+                if compiling:
+                    residual = part(site, x, seen)
+                    factors = self.dial.factors(site, self.weight, this).to(x.device)
+                    factors = factors.view(-1, *[1] * (residual.dim() - 1))
+                    total = total + self._masked(site, residual * factors, this).to(total.dtype)
+                else:
+                    total = self._add(part, site, x, seen, total, this)
+        return total
+
+    def _add(
+        self, part: Part, site: str, x: torch.Tensor, features: Features, total: torch.Tensor, this: Pass
+    ) -> torch.Tensor:
+        """Run a part on the rows on which the tuner acts."""
+        factor = self.factors[site]
+        rows = self._rows
+        if rows is None:
+            residual = self._masked(site, part(site, x, features), this)
+            assert isinstance(self._scale, float)
+            scale = self._scale * factor
+            return total + (residual if scale == 1 else residual * scale).to(total.dtype)
+        assert isinstance(self._scale, torch.Tensor)
+        residual = part(site, x[rows], features.rows(rows))
+        scales = (self._scale * factor).view(-1, *[1] * (residual.dim() - 1))
+        return total.index_add(0, rows, (self._masked(site, residual, this, rows) * scales).to(total.dtype))
+
+    def _masked(self, site: str, residual: torch.Tensor, this: Pass, rows: torch.Tensor | None = None) -> torch.Tensor:
+        if self.weight.mask is None:
+            return residual
+        described = self.tuner.base.sites.get(site) or self.tuner.base.sites[_operation_of(site, self.tuner)]
+        mask = mask_at(self.weight, described, residual, this)
+        assert mask is not None
+        return residual * (mask[rows] if rows is not None and len(mask) > 1 else mask)
+
+    @property
+    def _control(self) -> Any:
+        return next((part for part in self.tuner.parts() if hasattr(part, "encode")), None)
+
+    def _with_conditions(self, part: Any, site: str, features: Features, this: Pass) -> Features:
+        """Show a control part the features of its condition images, a row of them for each row of the batch."""
+        if not hasattr(part, "encode"):
+            return features
+        if self.conditions is None:
+            # The part says what it misses.
+            return features
+        conditions = self.conditions
+        if conditions.encoded is None or conditions.size != this.size:
+            images = [None if image is None else image.to(this.device) for image in conditions.images]
+            conditions.encoded, conditions.size = part.encode(images, this.size), this.size
+            conditions.of_one_pass = torch.is_grad_enabled()
+        tiled = tuple(
+            {site: levels[site].to(this.device).repeat(_copies(len(levels[site]), this), 1, 1, 1)} if levels else {}
+            for levels in conditions.encoded
+        )
+        return features.given(tiled, conditions.weights)
+
+
+def _copies(images: int, this: Pass) -> int:
+    """Return how often a condition's images are repeated to have one for each row of the batch."""
+    pictures = this.layout.images if this.layout is not None else this.rows
+    if images > 1 and (this.rows % images or (this.layout is not None and images != pictures)):
+        raise ConditionError(
+            f"There are {images} condition images for {pictures} pictures; give one, or one for each picture."
+        )
+    return this.rows // images
+
+
+def _check_same_config(new: Tuner, old: Tuner) -> None:
+    """Raise `RestuneError` naming the first difference between two tuners' configs, if there is one."""
+    remedy = "only a tuner of the same config can take its place; delete the loaded one and load this"
+    kinds = [[config.part for config in tuner.configs] for tuner in (old, new)]
+    if kinds[0] != kinds[1]:
+        raise RestuneError(f"The loaded tuner has the parts {kinds[0]}, the new one {kinds[1]}; {remedy}.")
+    for ours, theirs in zip(old.configs, new.configs, strict=True):
+        for key, value in ours:
+            if getattr(theirs, key) != value:
+                raise RestuneError(
+                    f"The loaded tuner's `{ours.part}` part has {key} = {value!r}, the new one's {key} = "
+                    f"{getattr(theirs, key)!r}; {remedy}."
+                )
+
+
+def _operation_of(site: str, tuner: Tuner) -> str:
+    """Name the operation that a linear layer's site belongs to."""
+    return next(name for name in tuner.base.sites if site.startswith(f"{name}."))

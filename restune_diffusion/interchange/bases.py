@@ -1,0 +1,47 @@
+"""Describe a base from its checkpoint's config alone, without reading a weight."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import UNet2DConditionModel
+
+from ..errors import RestuneError
+from ..sites import BaseInfo, describe_base
+
+
+def describe_checkpoint(base: str) -> BaseInfo:
+    """Read the structure of a Stable Diffusion checkpoint in diffusers' layout.
+
+    Args:
+        base: a directory, that of the U-Net included, or the id of a hub repository.
+
+    Raises:
+        RestuneError: if there is no U-Net's config there, or it is of a kind that takes no tuners.
+    """
+    config = _config(base)
+    if config.get("_class_name") != "UNet2DConditionModel":
+        raise RestuneError(f"The base {base} has no UNet2DConditionModel, the kind of denoiser that tuners are for.")
+    try:
+        with torch.device("meta"):
+            unet = UNet2DConditionModel.from_config(config)
+    except (TypeError, ValueError, KeyError, RuntimeError) as error:
+        raise RestuneError(
+            f"The base {base} has a config that makes no U-Net: {str(error).splitlines()[0]}"
+        ) from error
+    return describe_base(unet)
+
+
+def _config(base: str) -> dict[str, Any]:
+    path = Path(base).expanduser()
+    # The config of the pipeline lies beside the U-Net's folder, that of a lone U-Net in it.
+    subfolder = None if (path / "config.json").is_file() else "unet"
+    try:
+        config = UNet2DConditionModel.load_config(str(path) if path.exists() else base, subfolder=subfolder)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise RestuneError(f"The base {base} cannot be read: {reason}") from error
+    config["_name_or_path"] = str(path / subfolder) if path.exists() and subfolder else base
+    return config

@@ -1,0 +1,171 @@
+"""LoRA layers by site, and the `res` part that has them all; its tuners are all lora."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from functools import reduce
+from typing import Any
+
+import torch
+
+from ..config import ResConfig
+from ..errors import TunerFileError
+from ..sites import BaseInfo
+from ..tuner import Tuner
+from ..tuners import ResPart
+from .foreign import ForeignFile, make_config, some
+from .lora_folding import DTYPE_KEY, LAYERS_KEY, LoraLayer, as_noted, folds, read_notes, scaled
+from .names import linear_shapes
+
+logger = logging.getLogger(__name__)
+
+_HALVES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
+_OPERATIONS = {"self": "self_attention", "cross": "cross_attention", "ff": "feed_forward"}
+
+
+def layers_of(
+    file: ForeignFile, found: Mapping[str, LoraLayer], sites: Mapping[str, str], others: Iterable[str], partial: bool
+) -> dict[str, LoraLayer]:
+    """Bring layers to their sites.
+
+    Args:
+        file: where they were read.
+        found: layers by the file's own names.
+        sites: site of each name that has one.
+        others: names of what the file holds beside these layers.
+        partial: leave out what has no site, with a warning, rather than refuse the file.
+
+    Raises:
+        TunerFileError: if something has no site and `partial` is not set, or nothing has one.
+    """
+    outside = sorted([name for name in found if name not in sites] + list(others))
+    placed = {sites[name]: layer for name, layer in found.items() if name in sites}
+    if not placed:
+        raise TunerFileError(
+            f"{file.path} tunes no linear layer of this base's transformer blocks, but {some(outside)}."
+        )
+    if outside and not partial:
+        raise TunerFileError(
+            f"{file.path} also tunes {some(outside)}; a tuner acts on the linear layers of transformer blocks alone: "
+            "leave these out with --partial (partial=True), or load the file as a LoRA."
+        )
+    if outside:
+        logger.warning("%s: %d modules are left out, as no tuner acts there: %s.", file.path, len(outside),
+                       ", ".join(outside))  # fmt: skip
+    return placed
+
+
+def lora_tuner(layers: Mapping[str, LoraLayer], base: BaseInfo, metadata: Mapping[str, str], source: str) -> Tuner:
+    """Make a tuner of LoRA layers.
+
+    Args:
+        layers: by the site of their linear layer.
+        base: structure of the base.
+        metadata: header entries to keep.
+        source: what they were read from, for messages.
+
+    Raises:
+        TunerFileError: if a layer does not fit its site, or its rank or alpha is not understood.
+    """
+    _check(layers, base, source)
+    whole = max(layers.values(), key=lambda layer: layer.rank)
+    config = _config(layers, base, whole, source)
+    narrow = reduce(
+        torch.promote_types, [tensor.dtype for layer in layers.values() for tensor in (layer.down, layer.up)]
+    )
+    dtype = narrow
+    if any(not folds(layer, whole.factor, narrow) for layer in layers.values()):
+        dtype = torch.promote_types(narrow, torch.float32)
+    tuner = Tuner.empty((config,), base, metadata)
+    state: dict[str, torch.Tensor] = {}
+    notes: dict[str, list[float]] = {}
+    for site, lora in _loras(tuner).items():
+        layer = layers.get(site)
+        if layer is None or (layer.rank, layer.alpha) != (whole.rank, whole.alpha):
+            notes[site] = [layer.rank, layer.alpha] if layer else [0, 0]
+        down, up = torch.zeros(lora.down.weight.shape), torch.zeros(lora.up.weight.shape)
+        if layer is not None:
+            up = scaled(layer.up, layer.factor / whole.factor, dtype)
+            padded = replace(layer, down=layer.down.to(dtype), up=up).padded(whole.rank)
+            down, up = padded.down, padded.up
+        state[f"res.{site}.lora.down.weight"] = down.to(dtype)
+        state[f"res.{site}.lora.up.weight"] = up.to(dtype)
+    if notes:
+        tuner.metadata[LAYERS_KEY] = json.dumps(notes)
+    if dtype != narrow:
+        tuner.metadata[DTYPE_KEY] = str(narrow).removeprefix("torch.")
+    tuner.load_state_dict(state, assign=True)
+    return tuner
+
+
+def lora_layers(tuner: Tuner) -> dict[str, LoraLayer]:
+    """Return the LoRA layers of a tuner by the site of their linear layer, as they were read where they were.
+
+    Raises:
+        TunerFileError: if the tuner does anything else than LoRA.
+    """
+    notes = read_notes(tuner.metadata)
+    narrow = _HALVES.get(tuner.metadata.get(DTYPE_KEY, ""))
+    layers = {}
+    for site, lora in _loras(tuner).items():
+        rank = lora.down.weight.shape[0]
+        layer = LoraLayer(lora.down.weight.detach().cpu(), lora.up.weight.detach().cpu(), lora.factor * rank)
+        noted_rank, noted_alpha = notes.get(site, (rank, layer.alpha))
+        as_read = as_noted(layer, noted_rank, noted_alpha, narrow)
+        if as_read is not None:
+            layers[site] = as_read
+    return layers
+
+
+def _loras(tuner: Tuner) -> dict[str, Any]:
+    (part, *others) = tuner.parts()
+    loras = part.loras() if isinstance(part, ResPart) else {}
+    if others or not loras or len(loras) != len(part.writes):
+        kinds = ", ".join(config.part for config in tuner.configs)
+        raise TunerFileError(
+            f"Only a tuner of lora alone has a place in a LoRA file, but this one ({kinds}) also acts otherwise."
+        )
+    return loras
+
+
+def _check(layers: Mapping[str, LoraLayer], base: BaseInfo, source: str) -> None:
+    shapes = linear_shapes(base)
+    for site, layer in layers.items():
+        inputs, outputs = shapes[site]
+        found = (tuple(layer.down.shape), tuple(layer.up.shape))
+        if len(found[0]) != 2 or layer.rank == 0 or found != ((layer.rank, inputs), (outputs, layer.rank)):
+            raise TunerFileError(
+                f"{source} is for another base: at {site} this one has {inputs} inputs and {outputs} outputs, "
+                f"the file's tensors are {found[0]} and {found[1]}."
+            )
+        if not (math.isfinite(layer.alpha) and layer.alpha > 0):
+            raise TunerFileError(f"{source} has alpha = {layer.alpha} at {site}; a LoRA's alpha is a positive number.")
+
+
+def _config(layers: Mapping[str, LoraLayer], base: BaseInfo, whole: LoraLayer, source: str) -> ResConfig:
+    """Describe the least part that has all the layers."""
+    chosen = {site: _split(site) for site in linear_shapes(base)}
+    operations = {chosen[site][1] for site in layers}
+    blocks = {chosen[site][0] for site in layers}
+    linears = {site.removeprefix(".".join(chosen[site]) + ".") for site in layers}
+    possible = dict.fromkeys(block for block, operation in chosen.values() if operation in operations)
+    return make_config(
+        ResConfig,
+        source,
+        **{name: "lora" if operation in operations else None for operation, name in _OPERATIONS.items()},
+        width=whole.rank,
+        alpha=None if whole.alpha == whole.rank else whole.alpha,
+        linears=tuple(sorted(linears)),
+        sites=("*",) if blocks == possible.keys() else tuple(block for block in possible if block in blocks),
+    )
+
+
+def _split(site: str) -> tuple[str, str]:
+    """Split off block and operation of a linear layer's site, `down.1.attn.0.block.0` and `self`."""
+    head, tail = site.split(".block.", 1)
+    number, operation, *_ = tail.split(".")
+    return f"{head}.block.{number}", operation

@@ -1,0 +1,70 @@
+"""What other programs call the places on a U-Net that a tuner acts on."""
+
+from __future__ import annotations
+
+import re
+
+from ..errors import BaseMismatchError
+from ..sites import BaseInfo, module_path
+
+_BLOCK = re.compile(r"(down|up)_blocks\.(\d+)\.attentions\.(\d+)\.(.+)")
+
+
+def linear_shapes(base: BaseInfo) -> dict[str, tuple[int, int]]:
+    """Return input and output width of every linear layer of the transformer blocks, by its site."""
+    return {
+        f"{name}.{path}": shape
+        for name, site in base.sites.items()
+        if site.operation is not None
+        for path, shape in site.linears.items()
+    }
+
+
+def sgm_path(path: str, layers_per_block: int) -> str:
+    """Translate a module path of diffusers' U-Net to the original one's, as Stable Diffusion XL's trainers use it.
+
+    Args:
+        path: of a module in a transformer, for instance `down_blocks.1.attentions.0.transformer_blocks.0.ff.net.2`.
+        layers_per_block: of the U-Net's config.
+    """
+    match = _BLOCK.fullmatch(path)
+    if match is None:
+        return path.replace("mid_block.attentions.0.", "middle_block.1.")
+    stage, block, attention, rest = match.groups()
+    number = int(block) * (layers_per_block + 1) + int(attention)
+    # The original's first input block is `conv_in`.
+    return f"input_blocks.{number + 1}.1.{rest}" if stage == "down" else f"output_blocks.{number}.1.{rest}"
+
+
+def layers_per_block(base: BaseInfo) -> list[int]:
+    """Return the number of residual blocks of each level of the encoder.
+
+    Raises:
+        BaseMismatchError: if the base's description does not tell.
+    """
+    layers, levels = base.structure.get("layers_per_block"), base.structure.get("up_block_types")
+    if isinstance(levels, list):
+        if isinstance(layers, int):
+            return [layers] * len(levels)
+        if isinstance(layers, list) and len(layers) == len(levels) and all(isinstance(n, int) for n in layers):
+            return layers
+    raise BaseMismatchError(f"The base's structure has layers_per_block = {layers!r}, which is not understood.")
+
+
+def skip_readers(base: BaseInfo) -> dict[str, str]:
+    """Return which residual block of diffusers' decoder reads each skip connection, by site, deep to shallow.
+
+    Raises:
+        BaseMismatchError: if the base's decoder is not understood.
+    """
+    skips = [name for name in base.sites if name.startswith("skip.")]
+    counts = [layers + 1 for layers in reversed(layers_per_block(base))]
+    readers = [f"up_blocks.{block}.resnets.{layer}" for block, count in enumerate(counts) for layer in range(count)]
+    if len(readers) != len(skips):
+        raise BaseMismatchError(f"The base has {len(skips)} skip connections but its decoder reads {len(readers)}.")
+    return dict(zip(reversed(skips), readers, strict=True))
+
+
+def linear_paths(base: BaseInfo) -> dict[str, str]:
+    """Return the site of every linear layer of the transformer blocks, by its path in diffusers' U-Net."""
+    return {module_path(site): site for site in linear_shapes(base)}

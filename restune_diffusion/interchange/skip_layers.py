@@ -1,0 +1,157 @@
+"""SC-Tuners as plain tensors, between the layouts of other programs and a `skip` part."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from ..config import SkipConfig
+from ..errors import TunerFileError
+from ..sites import BaseInfo
+from ..tuner import Tuner
+from .foreign import make_config
+
+WIDTHS_KEY = "restune.interchange.widths"
+"""Header entry: the widths that bottlenecks had before they were padded with zeros to a common ratio."""
+
+
+@dataclass(frozen=True)
+class SkipLayer:
+    """`W_up GELU(W_down x + b_down) + b_up`; `down` is `(width, channels)`, `up` is `(channels, width)`."""
+
+    down: torch.Tensor
+    down_bias: torch.Tensor
+    up: torch.Tensor
+    up_bias: torch.Tensor
+
+    @property
+    def width(self) -> int:
+        """Width of the bottleneck."""
+        return self.down.shape[0]
+
+    def of_width(self, width: int) -> SkipLayer:
+        """Pad the bottleneck with zeros, or cut zeros off it; the output stays what it is, as GELU(0) = 0.
+
+        Raises:
+            TunerFileError: if what would be cut off is not zero.
+        """
+        cut = (self.down[width:], self.down_bias[width:], self.up[:, width:])
+        if any(piece.any() for piece in cut):
+            raise TunerFileError(f"A bottleneck of width {self.width} cannot be cut to {width}: what is cut acts.")
+        more = width - self.width
+        return SkipLayer(
+            F.pad(self.down, (0, 0, 0, more)),
+            F.pad(self.down_bias, (0, more)),
+            F.pad(self.up, (0, more)),
+            self.up_bias,
+        )
+
+
+def our_width(ratio: float, channels: int) -> int:
+    """Width of a `skip` part's bottleneck."""
+    return max(1, round(ratio * channels))
+
+
+def fit_ratio(widths: Mapping[str, tuple[int, int]], width_at: Callable[[float, int], int], slack: float) -> float:
+    """Find a ratio that gives every bottleneck its width, or else the smallest that gives none of them less.
+
+    Args:
+        widths: for each site its channels and the width of its bottleneck.
+        width_at: what a program makes of a ratio and a number of channels.
+        slack: how far below its width a bottleneck may be and still be rounded to it.
+    """
+    low = max((width - slack) / channels for channels, width in widths.values())
+    high = min((width + 1 - slack) / channels for channels, width in widths.values())
+    # A ratio that somebody chose is one of these; only widths that were rounded need a number in between.
+    candidates = [width / channels for channels, width in widths.values()] + [(low + high) / 2]
+    for ratio in candidates:
+        if all(width_at(ratio, channels) == width for channels, width in widths.values()):
+            return ratio
+    ratio = low
+    while any(width_at(ratio, channels) < width for channels, width in widths.values()):
+        ratio = math.nextafter(ratio, math.inf)
+    return ratio
+
+
+def skip_tuner(layers: Mapping[str, SkipLayer], base: BaseInfo, metadata: Mapping[str, str], source: str) -> Tuner:
+    """Make a tuner of SC-Tuners.
+
+    Args:
+        layers: by site.
+        base: structure of the base that they are for.
+        metadata: header entries to keep.
+        source: what they were read from, for messages.
+
+    Raises:
+        TunerFileError: if there are none, or one does not fit its site.
+    """
+    skips = {name: site.channels for name, site in base.sites.items() if name.startswith("skip.")}
+    if not layers:
+        raise TunerFileError(f"{source} holds no tuner of a skip connection.")
+    for site, layer in layers.items():
+        channels, width = skips[site], layer.width
+        shapes = tuple(tuple(t.shape) for t in (layer.down, layer.down_bias, layer.up, layer.up_bias))
+        if shapes != ((width, channels), (width,), (channels, width), (channels,)):
+            raise TunerFileError(
+                f"{source} is for another base: at {site} this one has {channels} channels, the file {shapes}."
+            )
+    widths = {site: (skips[site], layer.width) for site, layer in layers.items()}
+    ratio = fit_ratio(widths, our_width, slack=0.5)
+    padded = {site: layer.of_width(our_width(ratio, skips[site])) for site, layer in layers.items()}
+    header = dict(metadata)
+    if any(padded[site].width != layer.width for site, layer in layers.items()):
+        header[WIDTHS_KEY] = json.dumps({site: layer.width for site, layer in layers.items()})
+    sites = tuple(site for site in skips if site in layers)
+    patterns = ("skip.*",) if len(sites) == len(skips) else sites
+    config = make_config(SkipConfig, source, ratio=ratio, sites=patterns)
+    tuner = Tuner.empty((config,), base, header)
+    tuner.load_state_dict({key: tensor for site in sites for key, tensor in _named(site, padded[site])}, assign=True)
+    return tuner
+
+
+def skip_layers(tuner: Tuner) -> dict[str, SkipLayer]:
+    """Return the SC-Tuners of a tuner by site, as narrow as they were read.
+
+    Raises:
+        TunerFileError: if the tuner has other parts.
+    """
+    kinds = [config.part for config in tuner.configs]
+    if kinds != ["skip"]:
+        raise TunerFileError(f"Only skip tuners have a place in this layout, but this has the parts {kinds}.")
+    part = next(tuner.parts())
+    state = tuner.state_dict()
+    layers = {
+        site: SkipLayer(*(state[f"skip.{site}.{name}"].detach().cpu() for name in _NAMES)) for site in part.writes
+    }
+    return without_padding(layers, tuner.metadata)
+
+
+def without_padding(layers: Mapping[str, SkipLayer], metadata: Mapping[str, str]) -> dict[str, SkipLayer]:
+    """Cut off the zeros that a header says were added; a layer where they act by now stays as it is."""
+    try:
+        widths = dict(json.loads(metadata.get(WIDTHS_KEY, "{}")))
+    except (ValueError, TypeError, RecursionError):
+        return dict(layers)
+    return {site: _as_recorded(layer, widths.get(site)) for site, layer in layers.items()}
+
+
+_NAMES = ("down.weight", "down.bias", "up.weight", "up.bias")
+
+
+def _named(site: str, layer: SkipLayer) -> list[tuple[str, torch.Tensor]]:
+    tensors = (layer.down, layer.down_bias, layer.up, layer.up_bias)
+    return [(f"skip.{site}.{name}", tensor) for name, tensor in zip(_NAMES, tensors, strict=True)]
+
+
+def _as_recorded(layer: SkipLayer, width: object) -> SkipLayer:
+    if not isinstance(width, int) or not 0 < width < layer.width:
+        return layer
+    try:
+        return layer.of_width(width)
+    except TunerFileError:
+        return layer

@@ -1,0 +1,202 @@
+"""Turn the weights of attached tuners into factors on the rows, positions and steps of one forward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from .errors import RestuneError
+from .sites import Site
+from .weights import ROUNDING, TunerWeight
+
+# Room in the tensors that a compiled graph reads; outgrowing it compiles once more.
+_IMAGES = 64
+_PIECES = 16
+_ALWAYS = ((0.0, 1.0, 1.0, 1.0),)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What the rows of a batch are: copies of the images, as many as guidance asks for.
+
+    Args:
+        images: number of images; rows are `[image 0, image 1, ...]` once for each copy.
+        guided: whether the first copy is the unconditional half of classifier-free guidance.
+        prompts: number of prompts; the images of one prompt are adjacent.
+    """
+
+    images: int
+    guided: bool
+    prompts: int = 1
+
+
+@dataclass
+class Pass:
+    """One forward pass of the base."""
+
+    rows: int
+    """Size of the batch."""
+    size: tuple[int, int]
+    """Height and width of the latent."""
+    device: torch.device
+    timestep: torch.Tensor | float
+    """Time step: one number, or one for each row."""
+    num_train_timesteps: int
+    layout: Layout | None
+
+    @property
+    def progress(self) -> torch.Tensor:
+        """How far denoising is, from 0 to 1: one number, or one for each row; see `Schedule`."""
+        step = self.timestep if isinstance(self.timestep, torch.Tensor) else torch.tensor(self.timestep)
+        return (1 - (step.float() + 1) / self.num_train_timesteps).clamp(0, 1)
+
+    def images(self, weight: TunerWeight) -> int:
+        """Return how many images the rows are copies of.
+
+        Raises:
+            RestuneError: if that is unknown, or the batch is no multiple of it.
+        """
+        images = self.layout.images if self.layout is not None else _images_of(weight)
+        if images is None:
+            raise RestuneError(
+                "Which rows of the batch are the conditional half of guidance is not known here; generate with a "
+                "pipeline, or tell it with TunerManager.layout."
+            )
+        if self.rows % images or weight.count not in (1, images):
+            raise RestuneError(
+                f"The tuners' weights are for {_images_of(weight) or images} images, but the batch has {self.rows} "
+                "rows; give one weight for each image."
+            )
+        return images
+
+
+def check_images(weight: TunerWeight, images: int) -> None:
+    """Raise `RestuneError` if a weight is for another number of images than are drawn."""
+    count = _images_of(weight)
+    if count not in (None, images):
+        raise RestuneError(
+            f"The tuners' weights are for {count} images, but {images} are drawn; give one weight for each image."
+        )
+
+
+def _images_of(weight: TunerWeight) -> int | None:
+    """Number of images that a weight is made for, where it differs between images."""
+    counts = {weight.count} | ({len(weight.mask)} if weight.mask is not None and weight.mask.dim() == 3 else set())
+    counts.discard(1)
+    if len(counts) > 1:
+        raise RestuneError(f"A weight has values and masks for different numbers of images, {sorted(counts)}.")
+    return counts.pop() if counts else None
+
+
+def row_factors(weight: TunerWeight, this: Pass) -> tuple[float, ...]:
+    """Return the factor of every row of a pass, or a single one where all rows have the same.
+
+    Raises:
+        RestuneError: if the weight is for another number of images than the batch has.
+    """
+    rows = range(this.rows)
+    factors: Sequence[float] = weight.values
+    if len(factors) > 1 or weight.on != "both":
+        images = this.images(weight)
+        factors = [factors[row % images if len(factors) > 1 else 0] for row in rows]
+        if weight.on != "both":
+            factors = [factors[row] * _heard(weight.on, row // images, this, images) for row in rows]
+    if weight.steps is not None:
+        steps = [weight.steps.at(progress) for progress in this.progress.flatten().tolist()]
+        # Either may be one number for all rows.
+        count = max(len(factors), len(steps))
+        factors = [factors[row % len(factors)] * steps[row % len(steps)] for row in range(count)]
+    return tuple(factors) if len(set(factors)) > 1 else (factors[0],)
+
+
+def _heard(on: str, copy: int, this: Pass, images: int) -> float:
+    """Say whether a copy of the images belongs to the half of guidance that a tuner acts on."""
+    guided = this.layout.guided if this.layout is not None else this.rows > images
+    return float((on == "uncond") == (guided and copy == 0))
+
+
+def mask_at(weight: TunerWeight, site: Site, x: torch.Tensor, this: Pass) -> torch.Tensor | None:
+    """Return a tuner's mask at a site, for broadcasting over the feature `x` there; None where it has none.
+
+    Args:
+        weight: the tuner's weight.
+        site: the site that `x` is from.
+        x: `(rows, channels, height, width)` or `(rows, tokens, channels)`.
+        this: the pass.
+    """
+    if weight.mask is None:
+        return None
+    if x.dim() == 4:
+        size = (x.shape[-2], x.shape[-1])
+    else:
+        size = (-(-this.size[0] // site.stride), -(-this.size[1] // site.stride))
+        if size[0] * size[1] != x.shape[1]:
+            raise RestuneError(f"A mask needs a feature with a place for each token, and this site has {x.shape[1]}.")
+    mask = weight.mask.to(x.device, torch.float32)
+    mask = F.interpolate(mask.reshape(-1, 1, *mask.shape[-2:]), size=size, mode="area")
+    if len(mask) > 1:
+        mask = mask.repeat(this.rows // this.images(weight), 1, 1, 1)
+    return mask if x.dim() == 4 else mask.flatten(2).transpose(1, 2)
+
+
+class Dial:
+    """The tensors in which a compiled graph finds a tuner's weight; they are overwritten in place.
+
+    Args:
+        sites: the sites that the tuner writes to.
+        device: where the tuner is.
+    """
+
+    def __init__(self, sites: Sequence[str], device: torch.device) -> None:
+        self.place = {site: index for index, site in enumerate(sites)}
+        self.values = torch.zeros(_IMAGES, device=device)
+        self.count = torch.ones((), dtype=torch.long, device=device)
+        self.sites = torch.ones(len(sites), device=device)
+        self.curve = torch.full((_PIECES, 4), 2.0, device=device)
+
+    def set(self, weight: TunerWeight, factors: dict[str, float]) -> None:
+        """Write a weight and its factors by site into the tensors."""
+        values = torch.tensor(weight.values)
+        if len(values) > len(self.values):
+            self.values = torch.zeros(len(values), device=self.values.device)
+        self.values[: len(values)] = values.to(self.values.device)
+        self.count.fill_(len(values))
+        self.sites.copy_(torch.tensor([factors[site] for site in self.place]))
+        # Without a schedule the factor is one throughout, so that setting one later finds the same graph.
+        pieces = weight.steps.pieces if weight.steps is not None else _ALWAYS
+        if len(pieces) > len(self.curve):
+            self.curve = torch.full((len(pieces), 4), 2.0, device=self.curve.device)
+        self.curve.fill_(2.0)
+        if pieces:
+            self.curve[: len(pieces)] = torch.tensor(pieces, device=self.curve.device)
+
+    def to(self, device: torch.device) -> None:
+        """Move the tensors."""
+        self.values, self.count = self.values.to(device), self.count.to(device)
+        self.sites, self.curve = self.sites.to(device), self.curve.to(device)
+
+    def factors(self, site: str, weight: TunerWeight, this: Pass) -> torch.Tensor:
+        """Return the factor of every row at a site, `(rows,)`, without a look at a number.
+
+        That the batch is a multiple of the number of values is not checked here: it is not known to the graph.
+        """
+        rows = torch.arange(this.rows, device=self.values.device)
+        factors = self.values[rows % self.count] * self.sites[self.place[site]]
+        factors = factors * self._step(this.progress.to(rows.device))
+        if weight.on != "both":
+            images = this.images(weight)
+            heard = [_heard(weight.on, copy, this, images) for copy in range(this.rows // images)]
+            factors = factors * torch.tensor(heard, device=rows.device).repeat_interleave(images)
+        return factors
+
+    def _step(self, progress: torch.Tensor) -> torch.Tensor:
+        """`Schedule.at` for a tensor of progresses."""
+        start, end, first, last = self.curve.unbind(1)
+        progress = progress[..., None]
+        last_step = (progress >= 1 - ROUNDING) & (end == 1)
+        inside = ((progress >= start - ROUNDING) & (progress < end - ROUNDING)) | last_step
+        ramp = first + (last - first) * (progress - start) / (end - start).clamp(min=1e-9)
+        return torch.where(inside, ramp, 0).sum(-1)

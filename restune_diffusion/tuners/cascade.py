@@ -1,0 +1,87 @@
+"""The condition encoder of CSC-Tuner: a cascade from an image to every skip connection (SCEdit, arXiv 2312.11392)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ..config import ControlConfig
+from ..sites import Site
+from .base import init_zero
+
+# Width and stride of the stem's convolutions, as published.
+_STEM = ((16, 1), (16, 1), (32, 2), (32, 1), (96, 2), (96, 1), (256, 2))
+STEM_STRIDE = 8
+"""Pixels of a condition image for one position of the latent, along each side."""
+# 1 / E[SiLU(z)^2] for standard normal z: with weights of this variance over the fan-in a signal keeps its size.
+_SILU_GAIN = 2.81
+
+
+class CascadeEncoder(nn.Module):
+    """A stem of 3x3 convolutions with SiLU, then for each skip connection SiLU and a zero-initialised convolution.
+
+    Each level reads the one before. As published, what a level hands on is the output of its zero convolution, so
+    that twelve zero factors lie in series between the image and the deepest skip; gradients then open the levels one
+    after the other, and slowly. Here a level hands on the sum of that output and of what it has read, brought to its
+    size without parameters (averaged, cut or padded with zeros, as in ResNet's shortcuts of option A). The features
+    that enter the base are the same at the start, zero, and so is the number of parameters, but every convolution
+    sees the image from the first step.
+
+    Args:
+        sites: the skip connections, shallow to deep.
+        config: settings of the part.
+    """
+
+    def __init__(self, sites: Mapping[str, Site], config: ControlConfig) -> None:
+        super().__init__()
+        self.stem = nn.ModuleList()
+        width = config.channels
+        for channels, stride in _STEM:
+            self.stem.append(nn.Conv2d(width, channels, 3, stride=stride, padding=1))
+            width = channels
+        self.levels = nn.ModuleList()
+        stride, kernel = 1, config.level_kernel
+        for site in sites.values():
+            step = max(1, site.stride // stride)
+            self.levels.append(nn.Conv2d(width, site.channels, kernel, stride=step, padding=kernel // 2))
+            width, stride = site.channels, site.stride
+        self._sites = tuple(sites)
+        self._shortcut = config.shortcut
+
+    def forward(self, image: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Encode condition images `(n, channels, height, width)`, `STEM_STRIDE` times as high and wide as the latent.
+
+        Returns:
+            For each skip connection a feature of its width and resolution, zero at the start.
+        """
+        state = image
+        for number, layer in enumerate(self.stem):
+            state = layer(F.silu(state) if number else state)
+        features = {}
+        for site, layer in zip(self._sites, self.levels, strict=True):
+            features[site] = feature = layer(F.silu(state))
+            state = feature + _shortcut(state, feature) if self._shortcut else feature
+        return features
+
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Draw the stem so that it keeps the size of its signal; zero the levels."""
+        for layer in self.stem:
+            assert isinstance(layer, nn.Conv2d)
+            assert layer.bias is not None
+            std = (_SILU_GAIN / layer.weight[0].numel()) ** 0.5
+            nn.init.normal_(layer.weight, std=std, generator=generator)
+            nn.init.zeros_(layer.bias)
+        for layer in self.levels:
+            assert isinstance(layer, nn.Conv2d)
+            init_zero(layer)
+
+
+def _shortcut(state: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """Bring a state to the width and resolution of another without parameters."""
+    if state.shape[-2:] != like.shape[-2:]:
+        state = F.adaptive_avg_pool2d(state, (like.shape[-2], like.shape[-1]))
+    missing = like.shape[1] - state.shape[1]
+    return F.pad(state, (0, 0, 0, 0, 0, missing)) if missing >= 0 else state[:, : like.shape[1]]

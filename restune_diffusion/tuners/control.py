@@ -1,0 +1,114 @@
+"""CSC-Tuner: images steer the skip connections of a U-Net (SCEdit, arXiv 2312.11392)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ..config import ControlConfig, match_sites
+from ..errors import ConditionError
+from ..sites import BaseInfo
+from .base import Features, Part
+from .cascade import STEM_STRIDE, CascadeEncoder
+from .skip import SkipTuner
+
+
+class ControlPart(Part):
+    """For each condition an encoder, and an SC-Tuner on every skip connection.
+
+    The residual at skip `j` is `sum_m alpha_m (T_j^m(x_j + c_j^m) + c_j^m)`. The features `c_j^m` depend on the images
+    alone: `encode` makes them once, and they serve every denoising step.
+    """
+
+    def __init__(self, config: ControlConfig, base: BaseInfo) -> None:
+        super().__init__()
+        skips = [name for name in base.sites if name.startswith("skip.")]
+        sites = {name: base.sites[name] for name in match_sites(["*"], skips)}
+        self.conditions = config.conditions
+        """Names of the conditions, in the order in which their images are given."""
+        self.channels = config.channels
+        """Channels of a condition image."""
+        self.taps = ()
+        self.writes = tuple(sites)
+        # By number, as a condition's name may be one that a module has for something else.
+        self.encoders = nn.ModuleList(CascadeEncoder(sites, config) for _ in config.conditions)
+        for name, site in sites.items():
+            width = max(1, round(config.ratio * site.channels))
+            self._register_site(name, nn.ModuleList(SkipTuner(site.channels, width) for _ in config.conditions))
+
+    def encode(
+        self, images: Sequence[torch.Tensor | None], size: tuple[int, int]
+    ) -> tuple[dict[str, torch.Tensor], ...]:
+        """Make the features of condition images; they belong in `Features.conditions`.
+
+        Args:
+            images: for each condition images `(n, channels, height, width)` with values from 0 to 1, as diffusers
+                gives them to a ControlNet, or None to leave the condition out. They are brought to eight times the
+                latent's size, normally that of the picture to draw.
+            size: height and width of the latent.
+
+        Returns:
+            For each condition its features by site, `(n, channels, height, width)`; empty for one left out.
+
+        Raises:
+            ConditionError: if the number of conditions is wrong, or the shape of an image.
+        """
+        if len(images) != len(self.conditions):
+            raise ConditionError(
+                f"This tuner takes {len(self.conditions)} conditions ({', '.join(self.conditions)}), "
+                f"but {len(images)} were given."
+            )
+        return tuple(
+            {} if image is None else self._encoded(name, encoder, image, size)
+            for name, encoder, image in zip(self.conditions, self.encoders, images, strict=True)
+        )
+
+    def forward(self, site: str, x: torch.Tensor, features: Features) -> torch.Tensor:
+        """Return the residual for a skip feature, from that feature and those of the conditions.
+
+        Raises:
+            ConditionError: if no conditions were given.
+        """
+        if not features.conditions:
+            raise ConditionError(
+                f"A control tuner needs an image for {' or '.join(map(repr, self.conditions))}; "
+                "give one, or set the tuner's weight to zero."
+            )
+        tuners = self._at_site[site]
+        assert isinstance(tuners, nn.ModuleList)
+        x = x.to(tuners[0].down.weight.dtype)  # type: ignore[union-attr, arg-type]
+        total = torch.zeros_like(x)
+        weights = features.condition_weights or (1.0,) * len(tuners)
+        for tuner, levels, weight in zip(tuners, features.conditions, weights, strict=True):
+            if levels and weight:
+                total = total + weight * (tuner(x + levels[site]) + levels[site])
+        return total
+
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Draw the initial parameters of every encoder and tuner."""
+        for encoder in self.encoders:
+            assert isinstance(encoder, CascadeEncoder)
+            encoder.reset_parameters(generator)
+        for tuners in self._at_site.values():
+            assert isinstance(tuners, nn.ModuleList)
+            for tuner in tuners:
+                assert isinstance(tuner, SkipTuner)
+                tuner.reset_parameters(generator)
+
+    def _encoded(
+        self, name: str, encoder: nn.Module, image: torch.Tensor, size: tuple[int, int]
+    ) -> dict[str, torch.Tensor]:
+        if image.dim() != 4 or image.shape[1] != self.channels:
+            raise ConditionError(
+                f"The condition {name!r} takes images of shape (n, {self.channels}, height, width), "
+                f"but got {tuple(image.shape)}."
+            )
+        parameter = next(encoder.parameters())
+        pixels = (size[0] * STEM_STRIDE, size[1] * STEM_STRIDE)
+        image = image.to(parameter.device)
+        if image.shape[-2:] != pixels:
+            image = F.interpolate(image.float(), size=pixels, mode="bilinear", antialias=True)
+        return encoder(image.to(parameter.dtype))

@@ -1,0 +1,151 @@
+"""Res-Tuning: tuners of five kinds in parallel to the operations of transformer blocks (arXiv 2310.19859)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TypeAlias
+
+import torch
+
+from ..config import ResConfig, ResKind, match_sites
+from ..errors import RestuneError
+from ..sites import BaseInfo, Site
+from .adapter import ResAdapter
+from .attention import PlainAttention, ResAttention
+from .base import Features, Operation, Part
+from .gate import most_heads
+from .lora import ResLora
+from .prefix import AttentionPrefix, PlainPrefix
+from .prompt import AttentionPrompt, PlainPrompt
+
+ResTuner: TypeAlias = (
+    ResAdapter | AttentionPrefix | PlainPrefix | AttentionPrompt | PlainPrompt | ResAttention | ResLora
+)
+
+_ATTENTION = ("self", "cross")
+_SETTINGS = {"self": "self_attention", "cross": "cross_attention", "ff": "feed_forward", "block": "block"}
+
+
+class ResPart(Part):
+    """A tuner of the chosen kind beside each chosen operation of each selected transformer block.
+
+    The paper draws the tuner beside norm and operation together. Here it reads what the operation itself reads: the
+    normalised tokens for attention and feed-forward, the block's input for the whole block; its residual adds to
+    that operation's output.
+    """
+
+    def __init__(self, config: ResConfig, base: BaseInfo) -> None:
+        super().__init__()
+        self.taps = ()
+        chosen = list(_operations_and_kinds(config))
+        blocks = _blocks_with(base, {operation for operation, _ in chosen})
+        beside = [
+            (f"{block}.{operation}", kind)
+            for block in match_sites(config.sites, blocks, "transformer block")
+            for operation, kind in chosen
+            if operation in blocks[block]
+        ]
+        self.needs = tuple(dict.fromkeys(site for site, _ in beside))
+        self._tuners: dict[str, ResTuner] = {}
+        for site, kind in beside:
+            if kind != "lora":
+                self._add(site, kind, _build(kind, base.sites[site], config))
+        self._add_loras([site for site, kind in beside if kind == "lora"], config, base)
+        self.writes = tuple(self._tuners)
+        if not self.writes:
+            raise RestuneError("The patterns of a `res` part are empty; give at least one block and one linear layer.")
+
+    def forward(self, site: str, x: torch.Tensor, features: Features) -> torch.Tensor:
+        """Return the residual for the input of an operation `(batch, tokens, channels)`, or of a linear layer."""
+        tuner = self._tuners[site]
+        if isinstance(tuner, ResAdapter | ResLora):
+            return tuner(x)
+        return tuner(x, features.operation or Operation())
+
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Draw the initial parameters of every tuner."""
+        for tuner in self._tuners.values():
+            tuner.reset_parameters(generator)
+
+    def loras(self) -> dict[str, ResLora]:
+        """Return the tuners that merge into weights, by the site of their linear layer."""
+        return {site: tuner for site, tuner in self._tuners.items() if isinstance(tuner, ResLora)}
+
+    def _add(self, site: str, kind: ResKind, tuner: ResTuner) -> None:
+        self._register_site(f"{site}.{kind}", tuner)
+        self._tuners[site] = tuner
+
+    def _add_loras(self, sites: list[str], config: ResConfig, base: BaseInfo) -> None:
+        if not sites:
+            return
+        paths = dict.fromkeys(path for site in sites for path in base.sites[site].linears)
+        selected = set(match_sites(config.linears, paths, "linear layer"))
+        for site in sites:
+            for path, (inputs, outputs) in base.sites[site].linears.items():
+                if path in selected:
+                    self._add(f"{site}.{path}", "lora", ResLora(inputs, outputs, config.width, config.alpha))
+
+
+def _operations_and_kinds(config: ResConfig) -> Iterator[tuple[str, ResKind]]:
+    for operation, kind in config.operations.items():
+        if operation == "block" and kind == "lora":
+            # A block has no linear layers but those of its operations.
+            yield from ((inner, kind) for inner in ("self", "cross", "ff"))
+        else:
+            yield operation, kind
+
+
+def _blocks_with(base: BaseInfo, operations: set[str]) -> dict[str, set[str]]:
+    """Name the transformer blocks that have any of the operations, with those that they have."""
+    blocks: dict[str, set[str]] = {}
+    for name, site in base.sites.items():
+        if site.operation in operations:
+            blocks.setdefault(name.rsplit(".", 1)[0], set()).add(site.operation)
+    if not blocks:
+        settings = " or ".join(setting for operation, setting in _SETTINGS.items() if operation in operations)
+        raise RestuneError(f"This base has no transformer block with {settings}; choose another operation.")
+    return blocks
+
+
+def _build(kind: ResKind, site: Site, config: ResConfig) -> ResTuner:
+    """Build the tuner of a kind, other than lora, beside an operation."""
+    if kind == "adapter":
+        return ResAdapter(site.channels, config.width, config.scale)
+    if site.operation in _ATTENTION:
+        return _beside_attention(kind, site, config)
+    return _beside_other(kind, site, config)
+
+
+def _beside_attention(kind: ResKind, site: Site, config: ResConfig) -> ResTuner:
+    channels, length, scale = site.channels, config.width, config.scale
+    context, keys = site.projection("k")
+    if kind == "prefix":
+        values = site.projection("v")[1]
+        if not site.heads or keys % site.heads or values % site.heads:
+            raise RestuneError(
+                f"Keys of width {keys} and values of width {values} do not split in {site.heads} heads."
+            )
+        return AttentionPrefix(
+            channels, site.heads, keys // site.heads, values // site.heads, length, config.gate, scale
+        )
+    if kind == "prompt":
+        return AttentionPrompt(channels, context, length, config.gate, scale)
+    return ResAttention(channels, context, config.width, most_heads(config.width, site.heads), scale)
+
+
+def _beside_other(kind: ResKind, site: Site, config: ResConfig) -> ResTuner:
+    channels, length, scale = site.channels, config.width, config.scale
+    if kind == "attention":
+        return PlainAttention(channels, channels, config.width, most_heads(config.width, site.heads), scale)
+    if config.gate == "exact":
+        setting = _SETTINGS[str(site.operation)]
+        raise RestuneError(
+            f'A {kind} beside {setting} cannot have gate="exact", which shares the softmax of attention\'s own keys: '
+            f'choose gate="scale", or another kind for {setting}.'
+        )
+    heads = most_heads(channels, site.heads)
+    return (
+        PlainPrefix(channels, heads, length, scale)
+        if kind == "prefix"
+        else PlainPrompt(channels, heads, length, scale)
+    )
