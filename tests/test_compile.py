@@ -198,7 +198,7 @@ def test_what_comes_off_a_compiled_model_is_gone():
     unet, _, compiled = prepare("skip", "adapter")
     plain = make_unet(**SMALL)
     both = check(unet, compiled)
-    with pytest.raises(RestuneError, match="attach the tuners first, then call torch.compile"):
+    with pytest.raises(RestuneError, match=r"attach the tuners first, then call torch\.compile"):
         attach(unet, make_tuner(unet, "exact", 3), "exact")
     assert torch.equal(check(unet, compiled), both)
     # The hooks on skip connections and on these operations are there already.

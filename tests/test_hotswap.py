@@ -95,8 +95,8 @@ def test_a_swap_that_fails_changes_nothing(pipe, files, more):
         pipe.load_tuner_weights(more / "wave.safetensors", "style", weight=float("nan"), hotswap=True)
     with pytest.raises(RestuneError, match=r"No site of the tuner matches `up\.\*`"):
         pipe.load_tuner_weights(more / "wave.safetensors", "style", weight={"up.*": 1.0}, hotswap=True)
+    other = trained(make_unet(), SkipConfig(ratio=0.5))
     with pytest.raises(BaseMismatchError, match="block_out_channels"):
-        other = trained(make_unet(), SkipConfig(ratio=0.5))
         pipe.load_tuner_weights(other, "style", hotswap=True)
     (more / "wave.safetensors").write_bytes((more / "wave.safetensors").read_bytes()[:-100])
     with pytest.raises(TunerFileError, match="truncated"):
