@@ -169,6 +169,21 @@ def test_where_a_weight_lives_follows_the_tuner(unet):
     assert {tensor.device.type for tensor in (dial.values, dial.count, dial.sites, dial.curve)} == {"meta"}
 
 
+def test_tuners_that_act_are_moved_before_a_graph_needs_them(unet):
+    for name, weight in (("on", 0.5), ("off", 0.0)):
+        attach(unet, trained(unet, SkipConfig()), name, weight)
+    manager, meta = TunerManager.of(unet), torch.device("meta")
+
+    def devices():
+        return [(a.tuner.device.type, a.dial.values.device.type) for a in manager._tuners.values()]
+
+    manager.place(meta)
+    assert devices() == [("meta", "meta"), ("cpu", "cpu")]
+    manager.static = True
+    manager.place(meta)
+    assert devices() == [("meta", "meta")] * 2
+
+
 @pytest.mark.parametrize("name", ["water", "watercolor"])
 def test_a_deleted_tuner_returns_its_memory_and_loads_again(pipe, files, name):
     def live():
