@@ -228,6 +228,8 @@ class TunerManager:
 
     def _end(self, module: nn.Module, args: Any, output: Any) -> None:
         self._features = Features()
+        for attached in self._tuners.values():
+            attached.end()
 
     def _record(self, site: str, module: nn.Module, args: Any, output: torch.Tensor) -> None:
         self._tap(site, output)
