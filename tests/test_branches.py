@@ -284,5 +284,5 @@ def test_a_control_network_runs_one_row_in_the_trunk_too(tuned):
     assert rows == [2, 2, 4]
     (plain,) = made("sun", generator=seeded(), **options).images
     torch.testing.assert_close(drawn[1], plain, rtol=0, atol=1e-4)
-    assert (drawn[0] - plain).abs().max() > 1e-2
+    assert (drawn[0] - plain).abs().max() > 2e-3
     assert not controlnet._forward_hooks

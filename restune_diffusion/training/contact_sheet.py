@@ -37,8 +37,7 @@ def labelled_grid(
     titles = [_wrapped(label, font, width, _HEADLINES) for label in column_labels]
     label = max(_LABEL, cell // 2)
     left = 2 * _MARGIN + label
-    headlines = max(map(len, titles), default=0)
-    top = _MARGIN + (_LINE * headlines + _MARGIN if headlines or column_labels else 0)
+    top = _MARGIN + (_LINE * max(1, *map(len, titles)) + _MARGIN if titles else 0)
     across, down = width + _MARGIN, height + _MARGIN
     sheet = Image.new("RGB", (left + across * max(map(len, rows)), top + down * len(rows)), _PAPER)
     draw = ImageDraw.Draw(sheet)
