@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Sequence
 
 from PIL import Image, ImageDraw, ImageFont
@@ -71,7 +72,9 @@ def fitting_cell(rows: int, columns: int, side: int) -> int:
 def _wrapped(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int, limit: int) -> list[str]:
     """Break a text into lines of a width in pixels, inside a word only where it must, and end with dots if cut."""
     lines: list[str] = []
-    for word in text.split():
+    # Pillow's own font has no accented letters.
+    plain = "".join(sign for sign in unicodedata.normalize("NFKD", text) if not unicodedata.combining(sign))
+    for word in plain.split():
         if lines and font.getlength(f"{lines[-1]} {word}") <= width:
             lines[-1] += f" {word}"
             continue

@@ -116,6 +116,7 @@ def test_labels_are_wrapped_and_cut_where_there_is_no_room() -> None:
     assert short[3].endswith("…")
     assert font.getlength(short[3]) <= 150
     assert _wrapped("", font, 150, 4) == []
+    assert _wrapped("a café in Łódź", font, 150, 4) == ["a cafe in Łodz"]
 
 
 def test_wide_images_leave_no_gaps() -> None:
