@@ -217,7 +217,9 @@ class RestuneLoaderMixin(PlainConfigMixin):
             yield
         finally:
             manager.layout = None
-            manager.set_weights(before)
+            if tuners is not None:
+                # What a callback has set, for a call without a mix of its own, stays; what it has deleted is gone.
+                manager.set_weights({name: before[name] for name in manager.names if name in before})
 
     def _manager_of(self, names: Iterable[str]) -> TunerManager:
         """Return the manager that has all these tuners, or say which it has not."""

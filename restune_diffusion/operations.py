@@ -70,7 +70,9 @@ def _frozen(attention: Any, reads_context: bool, quiet: Quiet) -> FrozenAttentio
         layer = attention.to_out[0]
         with quiet():
             y = layer(x)
-        y = y if layer.bias is None else y - layer.bias
+            if layer.bias is not None:
+                # Asked of the layer, as offloading keeps its parameters away until it is called.
+                y = y - layer(torch.zeros_like(x[:1, :1]))
         return y / attention.rescale_output_factor
 
     return FrozenAttention(query, key, value, output)

@@ -24,7 +24,7 @@ from transformers import (
 )
 
 import restune_diffusion
-from restune_diffusion import BypassConfig, ResConfig, SkipConfig, Tuner
+from restune_diffusion import BypassConfig, ResConfig, SkipConfig, Tuner, TunerManager, detach
 from restune_diffusion.config import PartConfig
 
 from .conftest import SDXL, make_unet, randomize
@@ -51,6 +51,13 @@ def make_tuner(unet: nn.Module, kind: str = "skip", seed: int = 0) -> Tuner:
     tuner = Tuner.for_base(unet, TUNERS[kind])
     randomize(tuner, seed)
     return tuner
+
+
+def detach_all(unet: nn.Module) -> None:
+    """Take off whatever tuners a test has left on a shared U-Net."""
+    manager = TunerManager.of(unet)
+    for name in manager.names if manager is not None else ():
+        detach(unet, name)
 
 
 def sd_unet(**changes: Any) -> UNet2DConditionModel:
