@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Callable, Iterator
+from functools import cache
 from typing import Any
 
 import pytest
@@ -18,6 +19,8 @@ from diffusers import (
     EulerDiscreteScheduler,
     LCMScheduler,
 )
+
+from restune_diffusion import Tuner
 
 from .peers import freeu, ip_adapter, lora
 from .tiny_pipelines import (
@@ -42,19 +45,21 @@ EACH_KIND = pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name.re
 
 
 @pytest.fixture(scope="module")
-def made() -> tuple[dict[bool, Arguments], dict[bool, Any]]:
+def made() -> Iterator[dict[bool, Arguments]]:
+    """The components of SD (False) and SDXL (True), shared by all tests here, which leave the U-Nets as they were."""
     components = {False: sd_components(), True: sdxl_components()}
-    return components, {is_xl: untouched(parts["unet"]) for is_xl, parts in components.items()}
+    before = {is_xl: untouched(parts["unet"]) for is_xl, parts in components.items()}
+    yield components
+    for is_xl, parts in components.items():
+        assert_same_weights(before[is_xl], untouched(parts["unet"]))
 
 
 @pytest.fixture
-def components(made: tuple[dict[bool, Arguments], dict[bool, Any]]) -> Iterator[dict[bool, Arguments]]:
-    """The components of SD (False) and SDXL (True), shared by all tests here, which leave the U-Nets as they were."""
-    shared, before = made
-    yield shared
-    for is_xl, parts in shared.items():
+def components(made: dict[bool, Arguments]) -> Iterator[dict[bool, Arguments]]:
+    """The shared components; what a test has left on their U-Nets is taken off, so that one failure stays one."""
+    yield made
+    for parts in made.values():
         detach_all(parts["unet"])
-        assert_same_weights(before[is_xl], untouched(parts["unet"]))
 
 
 def assert_same_weights(before: Any, after: Any) -> None:
@@ -62,9 +67,15 @@ def assert_same_weights(before: Any, after: Any) -> None:
     assert all(torch.equal(before[0][name], after[0][name]) for name in before[0])
 
 
+@cache
+def tuners(is_xl: bool) -> dict[str, Tuner]:
+    unet = (sdxl_components() if is_xl else sd_components())["unet"]
+    return {part: make_tuner(unet, part) for part in ("skip", "bypass", "res inside attention")}
+
+
 def load_several(pipe: Any) -> None:
-    for kind in ("skip", "bypass", "res inside attention"):
-        pipe.load_tuner_weights(make_tuner(pipe.unet, kind), kind)
+    for name, tuner in tuners("XL" in type(pipe).__name__).items():
+        pipe.load_tuner_weights(tuner, name)
 
 
 # Each row sets something up on a pipeline and says which arguments the call gets.
@@ -260,22 +271,37 @@ OFFLOADS: dict[str, Callable[[Any], Any]] = {
 }
 
 
+@pytest.fixture(scope="module")
+def drawn(made: dict[bool, Arguments]) -> Callable[[Kind], tuple[Any, Any]]:
+    """The pictures of a pipeline class without and with tuners, each drawn once."""
+
+    @cache
+    def both(kind: Kind) -> tuple[Any, Any]:
+        pipe = kind.make(kind.ours, made[kind.is_xl])
+        without = draw(pipe, kind)
+        load_several(pipe)
+        tuned = draw(pipe, kind)
+        pipe.unload_tuner_weights()
+        return without, tuned
+
+    return both
+
+
 @pytest.mark.parametrize("offload", OFFLOADS)
 @EACH_KIND
-def test_offloading(kind, offload, components):
+def test_offloading(kind, offload, components, drawn):
     """The hooks of offloading and ours live together; with the CPU as the accelerator, no tensor really travels."""
+    without, tuned = drawn(kind)
     parts = {
         name: copy.deepcopy(part) if isinstance(part, torch.nn.Module) else part
         for name, part in components[kind.is_xl].items()
     }
     pipe = kind.make(kind.ours, parts)
-    expected = draw(pipe, kind)
     load_several(pipe)
-    tuned = draw(pipe, kind)
     OFFLOADS[offload](pipe)
     assert identical(draw(pipe, kind), tuned)
     pipe.unload_tuner_weights()
-    assert identical(draw(pipe, kind), expected)
+    assert identical(draw(pipe, kind), without)
 
 
 @EACH_KIND
