@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from .fileformat import load_tuner, save_tuner
     from .header import TunerInfo, read_info
     from .loaders import RestuneLoaderMixin
+    from .merging import MergedLora, merge_lora
     from .pipelines import (
         RestuneStableDiffusionControlNetPipeline,
         RestuneStableDiffusionImg2ImgPipeline,
@@ -54,6 +55,7 @@ _MODULES = {
     "fileformat": ("load_tuner", "save_tuner"),
     "header": ("TunerInfo", "read_info"),
     "loaders": ("RestuneLoaderMixin",),
+    "merging": ("MergedLora", "merge_lora"),
     "pipelines": (
         "RestuneStableDiffusionControlNetPipeline",
         "RestuneStableDiffusionImg2ImgPipeline",
@@ -78,6 +80,7 @@ __all__ = [
     "ConditionError",
     "ControlConfig",
     "DataError",
+    "MergedLora",
     "ResConfig",
     "RestuneError",
     "RestuneLoaderMixin",
@@ -104,6 +107,7 @@ __all__ = [
     "detach",
     "enable_restune",
     "load_tuner",
+    "merge_lora",
     "read_info",
     "save_tuner",
     "schedule",

@@ -162,11 +162,13 @@ class Attached:
             encoded = part.encode(images, this.size)
             if not torch.is_grad_enabled():
                 self.conditions.encoded = encoded
-        tiled = tuple(
-            {site: levels[site].repeat(this.rows // len(levels[site]), 1, 1, 1)} if levels else {}
-            for levels in encoded
-        )
+        tiled = tuple({site: _tiled(levels[site], this)} if levels else {} for levels in encoded)
         return features.given(tiled, self.conditions.weights)
+
+
+def _tiled(features: torch.Tensor, this: Pass) -> torch.Tensor:
+    """Repeat the features of images, so that there is a row of them for each row at a site."""
+    return features.repeat(this.rows // len(features), 1, 1, 1).repeat_interleave(this.frames, 0)
 
 
 def _operation_of(site: str, tuner: Tuner) -> str:

@@ -20,8 +20,8 @@ from torch.utils.hooks import RemovableHandle
 from .attached import Attached
 from .errors import RestuneError, TunerNameError
 from .mixing import Layout, Pass
-from .operations import operation_input, show_operation, text_states
-from .sites import describe_base, merge_module, site_module, skip_counts
+from .operations import operation_input, show_operation
+from .sites import describe_base, structure_of
 from .tuner import Tuner
 from .tuners import Features, Operation
 from .weights import TunerWeight, Weight, as_weight
@@ -34,6 +34,7 @@ class TunerManager:
     """
 
     def __init__(self, base: nn.Module) -> None:
+        self._structure = structure_of(base)
         self.base_info = describe_base(base)
         self.enabled = True
         self.layout: Layout | None = None
@@ -48,8 +49,9 @@ class TunerManager:
         self._features = Features()
         self._pass: Pass | None = None
         self._quiet = False
-        self._handles: list[RemovableHandle] = []
+        self._sharing: list[Attached] = []
         self._operation_handles: dict[str, RemovableHandle] = {}
+        self._handles: list[RemovableHandle]
         self._install(base)
 
     @classmethod
@@ -92,7 +94,7 @@ class TunerManager:
             raise TunerNameError(f"The tuner name `{name}` is taken; choose another or delete the loaded one first.")
         tuner.base.check_fits(self.base_info)
         attached = Attached(tuner, as_weight(weight))
-        if not {*self.base_info.maps, *self._operation_handles}.issuperset(attached.sites):
+        if not {*self.base_info.stations, *self._operation_handles}.issuperset(attached.sites):
             _refuse_compiled(self._base)
         self._tuners[name] = attached
         self._refresh()
@@ -166,84 +168,107 @@ class TunerManager:
         for attached in self._tuners.values():
             attached.conditions = None
 
+    @contextlib.contextmanager
+    def one_pass(self, names: Sequence[str]) -> Iterator[None]:
+        """Within, one pass of the base serves several bypass tuners: it returns the rows of one after the other's.
+
+        A bypass changes nothing before the output head, so what it gives here equals what it gives alone. Split
+        the output `(len(names) * batch, ...)` with `chunk(len(names))`.
+
+        Args:
+            names: attached tuners that write at the output head alone, which is the case for the `bypass` part.
+
+        Raises:
+            TunerNameError: if a name is unknown.
+            RestuneError: if a tuner writes elsewhere too, or the base's head cannot take a larger batch.
+        """
+        self.check_known(names)
+        for name in names:
+            if self._tuners[name].sites != ("out",):
+                raise RestuneError(f"Only bypass tuners share a pass of the base, and `{name}` writes to other sites.")
+        if not self._structure.head_takes_any_batch:
+            raise RestuneError(f"The output head of {self._structure.class_name} cannot serve several tuners at once.")
+        self._sharing = [self._tuners[name] for name in names]
+        try:
+            yield
+        finally:
+            self._sharing = []
+
     def _refresh(self) -> None:
         """Bring the hooks on transformer blocks and the table of writers in line with the attached tuners."""
         self._writers = {}
         for attached in self._tuners.values():
             for site in attached.sites:
                 self._writers.setdefault(site, []).append(attached)
-        wanted = {site for site in self._writers if site not in self.base_info.maps}
+        wanted = {site for site in self._writers if site not in self.base_info.stations}
         for site in self._operation_handles.keys() - wanted:
             self._operation_handles.pop(site).remove()
         for site in sorted(wanted - self._operation_handles.keys()):
             # Beside the base's own sites a tuner may write to a linear layer inside one.
             hook = self._after_operation if site in self.base_info.sites else self._after_linear
-            self._operation_handles[site] = site_module(self._base, site).register_forward_hook(
+            self._operation_handles[site] = self._structure.module(self._base, site).register_forward_hook(
                 partial(hook, site), with_kwargs=True
             )
 
     def _install(self, base: nn.Module) -> None:
-        hooks = self._handles
-        hooks.append(base.register_forward_pre_hook(self._begin, with_kwargs=True))
-        hooks.append(base.register_forward_hook(self._end, always_call=True))
-        counts = skip_counts(base)
-        stop = sum(counts)
-        for number, (block, count) in enumerate(zip(base.up_blocks, counts, strict=True)):  # type: ignore[arg-type]
-            hook = partial(self._enter_up_block, stop - count)
-            hooks.append(block.register_forward_pre_hook(hook, with_kwargs=True))
-            hooks.append(block.register_forward_hook(partial(self._record, f"up.{number}")))
-            stop -= count
-        if "mid" in self.base_info.sites:
-            hooks.append(base.mid_block.register_forward_hook(partial(self._record, "mid")))  # type: ignore[union-attr]
-        hooks.append(merge_module(base).register_forward_pre_hook(self._enter_head))
+        self._handles = [
+            base.register_forward_pre_hook(self._begin, with_kwargs=True),
+            base.register_forward_hook(self._end, always_call=True),
+            *self._structure.install(base, self),
+        ]
 
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._features = Features()
-        sample = args[0] if args else kwargs["sample"]
+        call = self._structure.call(module, args, kwargs)
         self._pass = Pass(
-            rows=sample.shape[0],
-            size=(sample.shape[-2], sample.shape[-1]),
-            device=sample.device,
-            timestep=args[1] if len(args) > 1 else kwargs["timestep"],
+            rows=call.rows,
+            size=call.size,
+            device=call.device,
+            timestep=call.timestep,
             num_train_timesteps=self.num_train_timesteps,
             layout=self.layout,
+            frames=call.frames,
         )
+        self._features.size = call.size
         for attached in self._tuners.values():
             attached.begin(self._pass)
 
     def _end(self, module: nn.Module, args: Any, output: Any) -> None:
         self._features = Features()
 
-    def _record(self, site: str, module: nn.Module, args: Any, output: torch.Tensor) -> None:
-        self._tap(site, output)
+    def active(self) -> bool:
+        """Say whether any tuner takes part in this pass; the base's hooks ask."""
+        return bool(self._active())
 
-    def _tap(self, site: str, x: torch.Tensor) -> None:
+    def tap(self, site: str, x: torch.Tensor) -> None:
         """Keep a feature until the end of this forward, if an active tuner asks for it."""
         if any(site in attached.taps for attached in self._active()):
             self._features.by_site[site] = x
 
-    def _enter_up_block(
-        self, first_skip: int, module: nn.Module, args: Any, kwargs: dict[str, Any]
-    ) -> tuple[Any, dict[str, Any]] | None:
+    def tuned(self, site: str, x: torch.Tensor) -> torch.Tensor:
+        """Add the active residuals to a feature, all of them made from it as the base made it."""
+        self.tap(site, x)
+        if site == "out" and self._sharing:
+            assert self._pass is not None
+            return torch.cat([a.add_residuals(site, x, self._features, x, self._pass) for a in self._sharing])
+        return self._summed(site, x, x)
+
+    def see(self, *, time: torch.Tensor | None = None, text: torch.Tensor | None = None) -> None:
+        """Keep the time embedding or the text states until the end of this forward."""
+        if time is not None:
+            self._features.time = time
+        if text is not None:
+            self._features.text = text
+
+    def _after_operation(self, site: str, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
         if not self._active():
             return None
-        self._features.time = kwargs["temb"]
-        if "encoder_hidden_states" in kwargs:
-            self._features.text = text_states(kwargs["encoder_hidden_states"])
-        skips = kwargs["res_hidden_states_tuple"]
-        tuned = tuple(self._tuned(f"skip.{first_skip + offset}", skip) for offset, skip in enumerate(skips))
-        return args, {**kwargs, "res_hidden_states_tuple": tuned}
-
-    def _enter_head(self, module: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...] | None:
-        return (self._tuned("out", args[0]), *args[1:]) if self._active() else None
-
-    def _after_operation(
-        self, site: str, module: nn.Module, args: Any, kwargs: dict[str, Any], output: torch.Tensor
-    ) -> torch.Tensor | None:
-        if not self._active():
-            return None
-        operation = show_operation(module, kwargs, self._silence)
-        return self._summed(site, operation_input(args, kwargs), output, operation)
+        operation = show_operation(module, args, kwargs, self._silence)
+        x = operation_input(args, kwargs)
+        # Attention of transformers returns its weights beside its output.
+        if isinstance(output, tuple):
+            return self._summed(site, x, output[0], operation), *output[1:]
+        return self._summed(site, x, output, operation)
 
     def _after_linear(
         self, site: str, module: nn.Module, args: Any, kwargs: dict[str, Any], output: torch.Tensor
@@ -268,11 +293,6 @@ class TunerManager:
         if self.static and torch.compiler.is_compiling():
             return list(self._tuners.values())
         return [attached for attached in self._tuners.values() if attached.takes_part]
-
-    def _tuned(self, site: str, x: torch.Tensor) -> torch.Tensor:
-        """Add the active residuals to a feature map, all of them made from it as the base made it."""
-        self._tap(site, x)
-        return self._summed(site, x, x)
 
     def _summed(
         self, site: str, x: torch.Tensor, total: torch.Tensor, operation: Operation | None = None

@@ -195,7 +195,7 @@ def draw(pipe: Any, kind: Kind, count: int = 1, one_generator: bool = False, **c
         **changes,
     }
     output = pipe(**{name: value for name, value in arguments.items() if value is not None})
-    return output[0] if isinstance(output, tuple) else output.images
+    return output[0] if isinstance(output, tuple) else next(iter(output.values()))
 
 
 def untouched(unet: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, set[str]]]:
