@@ -19,7 +19,7 @@ from torch.utils.hooks import RemovableHandle
 
 from .attached import Attached
 from .errors import RestuneError, TunerNameError
-from .mixing import Layout, Pass
+from .mixing import Layout, Pass, check_images
 from .operations import operation_input, show_operation
 from .sites import describe_base, structure_of
 from .tuner import Tuner
@@ -50,14 +50,15 @@ class TunerManager:
         self._pass: Pass | None = None
         self._quiet = False
         self._sharing: list[Attached] = []
+        self._traced = False
         self._operation_handles: dict[str, RemovableHandle] = {}
         self._handles: list[RemovableHandle]
         self._install(base)
 
     @classmethod
     def of(cls, base: nn.Module) -> TunerManager | None:
-        """Return the manager of a base, or None when no tuner is attached."""
-        for hook in base._forward_pre_hooks.values():
+        """Return the manager of a base, compiled or not, or None when no tuner is attached."""
+        for hook in uncompiled(base)._forward_pre_hooks.values():
             owner = getattr(hook, "__self__", None)
             if isinstance(owner, cls):
                 return owner
@@ -93,9 +94,9 @@ class TunerManager:
         if name in self._tuners:
             raise TunerNameError(f"The tuner name `{name}` is taken; choose another or delete the loaded one first.")
         tuner.base.check_fits(self.base_info)
-        attached = Attached(tuner, as_weight(weight))
+        attached = Attached(tuner.copy() if tuner.shared else tuner, as_weight(weight))
         if not {*self.base_info.stations, *self._operation_handles}.issuperset(attached.sites):
-            _refuse_compiled(self._base)
+            _refuse_if(self._traced or any(map(is_compiled, self._base.modules())))
         self._tuners[name] = attached
         self._refresh()
 
@@ -104,15 +105,24 @@ class TunerManager:
         self.check_known([name])
         del self._tuners[name]
         self._refresh()
+        self.release()
+
+    def release(self) -> None:
+        """Take the hooks off, if no tuner is attached."""
         if not self._tuners:
             for handle in self._handles:
                 handle.remove()
             self._handles.clear()
 
-    def swap(self, name: str, tuner: Tuner) -> None:
+    def swap(self, name: str, tuner: Tuner, weight: Weight | None = None) -> None:
         """Put another tuner of the same config in the place of an attached one, overwriting its parameters.
 
-        Nothing is allocated and a compiled graph stays valid; weights and conditions stay as they are.
+        Nothing is allocated and a compiled graph stays valid; condition images stay as they are.
+
+        Args:
+            name: name of the attached tuner.
+            tuner: the tuner whose parameters it gets; it may be of another dtype, and is not changed.
+            weight: how strongly the tuner acts from now on; None keeps the weight.
 
         Raises:
             TunerNameError: if no tuner of this name is attached.
@@ -120,7 +130,11 @@ class TunerManager:
             BaseMismatchError: if the tuner was made for a base of another structure.
         """
         self.check_known([name])
-        self._tuners[name].swap(tuner)
+        attached = self._tuners[name]
+        checked = attached.weight if weight is None else as_weight(weight)
+        factors = attached.site_factors(checked)
+        attached.swap(tuner)
+        attached.set_weight(checked, factors)
 
     def check_known(self, names: Iterable[str]) -> None:
         """Raise `TunerNameError` if one of the names is not attached."""
@@ -146,7 +160,7 @@ class TunerManager:
                 attached.set_weight(TunerWeight(0.0), dict.fromkeys(attached.sites, 1.0))
 
     def set_conditions(
-        self, name: str, images: Sequence[torch.Tensor], weights: Sequence[float] | None = None
+        self, name: str, images: Sequence[torch.Tensor | None], weights: Sequence[float] | None = None
     ) -> None:
         """Give a tuner with a `control` part its condition images.
 
@@ -162,6 +176,29 @@ class TunerManager:
         """
         self.check_known([name])
         self._tuners[name].set_conditions(images, weights)
+
+    def encode_conditions(self, size: tuple[int, int]) -> None:
+        """Make the features of all condition images now, and not in the next pass.
+
+        A graph that is compiled in between needs no second form for the passes that find them made.
+
+        Args:
+            size: height and width of the latents.
+        """
+        for attached in self._tuners.values():
+            attached.encode_conditions(size)
+
+    def check_images(self, images: int) -> None:
+        """Raise `RestuneError` if a weight is for another number of images; a compiled graph does not look."""
+        for attached in self._tuners.values():
+            if attached.acts:
+                check_images(attached.weight, images)
+
+    def place(self, device: torch.device) -> None:
+        """Move the tuners that act to a device; a compiled graph cannot do that when it needs them."""
+        for attached in self._tuners.values():
+            if attached.acts or self.static:
+                attached.place(device)
 
     def clear_conditions(self) -> None:
         """Forget all condition images."""
@@ -193,6 +230,21 @@ class TunerManager:
             yield
         finally:
             self._sharing = []
+
+    def has_conditions(self, name: str) -> bool:
+        """Say whether a tuner was given condition images; raises `TunerNameError` for an unknown name."""
+        self.check_known([name])
+        return self._tuners[name].conditions is not None
+
+    @contextlib.contextmanager
+    def conditions_kept(self) -> Iterator[None]:
+        """Give every tuner the condition images back, at the end, that it had at the start."""
+        before = {name: attached.conditions for name, attached in self._tuners.items()}
+        try:
+            yield
+        finally:
+            for name, attached in self._tuners.items():
+                attached.conditions = before.get(name)
 
     def _refresh(self) -> None:
         """Bring the hooks on transformer blocks and the table of writers in line with the attached tuners."""
@@ -230,6 +282,8 @@ class TunerManager:
             frames=call.frames,
         )
         self._features.size = call.size
+        if torch.compiler.is_compiling():
+            self._traced = True
         for attached in self._tuners.values():
             attached.begin(self._pass)
 
@@ -331,7 +385,9 @@ def attach(base: nn.Module, tuner: Tuner, name: str = "default", weight: Weight 
     """Attach a tuner to a base, changing no parameter of it.
 
     Args:
-        base: a `UNet2DConditionModel`, not compiled yet.
+        base: a `UNet2DConditionModel`. Once it is compiled, only tuners that need no further hooks attach: those
+            whose sites attached ones already write to, and those on skip connections and the output head beside any
+            other.
         tuner: a tuner that was made for a base of this structure.
         name: name of the tuner on this base.
         weight: how strongly it acts: a factor, one for each image of a batch, or any other form of `Weight`.
@@ -345,11 +401,14 @@ def attach(base: nn.Module, tuner: Tuner, name: str = "default", weight: Weight 
     """
     manager = TunerManager.of(base)
     if manager is None:
-        _refuse_compiled(base)
+        _refuse_if(is_compiled(base))
         tuner.base.check_fits(describe_base(base))
         manager = TunerManager(base)
-    manager.add(name, tuner, weight)
-    return Attachment(base, name)
+    try:
+        manager.add(name, tuner, weight)
+    finally:
+        manager.release()
+    return Attachment(uncompiled(base), name)
 
 
 def detach(base: nn.Module, name: str = "default") -> None:
@@ -364,7 +423,18 @@ def detach(base: nn.Module, name: str = "default") -> None:
     manager.remove(name)
 
 
-def _refuse_compiled(base: nn.Module) -> None:
+def uncompiled(base: nn.Module) -> nn.Module:
+    """Return the module that `torch.compile` wrapped, or the module itself."""
+    module: nn.Module = getattr(base, "_orig_mod", base)
+    return module
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Say whether a module is compiled, in place or by a wrapper."""
+    return hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
+
+
+def _refuse_if(compiled: bool) -> None:
     # A graph that was compiled without the hooks would go on without them, silently.
-    if hasattr(base, "_orig_mod") or getattr(base, "_compiled_call_impl", None) is not None:
+    if compiled:
         raise RestuneError("This model is already compiled; attach the tuners first, then call torch.compile.")

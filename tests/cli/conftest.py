@@ -26,4 +26,6 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
         cpu=True,
     )
     train(config, verbose=False)
+    control = {"tuner": ("skip", "control"), "control": {"conditions": ("canny", "palette")}}
+    train(TrainConfig(**{**config.model_dump(), **control, "name": "steered"}), verbose=False)
     return folder
