@@ -186,10 +186,7 @@ class Attached:
             images = [None if image is None else image.to(this.device) for image in conditions.images]
             conditions.encoded, conditions.size = part.encode(images, this.size), this.size
             conditions.of_one_pass = torch.is_grad_enabled()
-        tiled = tuple(
-            {site: levels[site].to(this.device).repeat(_copies(len(levels[site]), this), 1, 1, 1)} if levels else {}
-            for levels in conditions.encoded
-        )
+        tiled = tuple({site: _tiled(levels[site], this)} if levels else {} for levels in conditions.encoded)
         return features.given(tiled, conditions.weights)
 
 
@@ -216,6 +213,12 @@ def _check_same_config(new: Tuner, old: Tuner) -> None:
                     f"The loaded tuner's `{ours.part}` part has {key} = {value!r}, the new one's {key} = "
                     f"{getattr(theirs, key)!r}; {remedy}."
                 )
+
+
+def _tiled(features: torch.Tensor, this: Pass) -> torch.Tensor:
+    """Repeat the features of images, so that there is a row of them for each row at a site."""
+    tiled = features.to(this.device).repeat(_copies(len(features), this), 1, 1, 1)
+    return tiled if this.frames == 1 else tiled.repeat_interleave(this.frames, 0)
 
 
 def _operation_of(site: str, tuner: Tuner) -> str:
