@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from .header import TunerInfo, read_info
     from .hub import push_to_hub
     from .loaders import RestuneLoaderMixin
+    from .masks import load_mask, mask_from_image
+    from .merging import MergedLora, merge_lora
     from .pipelines import (
         RestuneStableDiffusionControlNetPipeline,
         RestuneStableDiffusionImg2ImgPipeline,
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
     )
     from .sites import BaseInfo, Site, describe_base
     from .tuner import Tuner
+    from .tuner_cache import TunerCache
     from .weights import Schedule, TunerWeight, schedule
 
 __version__ = "0.1.0"
@@ -56,6 +59,8 @@ _MODULES = {
     "header": ("TunerInfo", "read_info"),
     "hub": ("push_to_hub",),
     "loaders": ("RestuneLoaderMixin",),
+    "masks": ("load_mask", "mask_from_image"),
+    "merging": ("MergedLora", "merge_lora"),
     "pipelines": (
         "RestuneStableDiffusionControlNetPipeline",
         "RestuneStableDiffusionImg2ImgPipeline",
@@ -68,6 +73,7 @@ _MODULES = {
     ),
     "sites": ("BaseInfo", "Site", "describe_base"),
     "tuner": ("Tuner",),
+    "tuner_cache": ("TunerCache",),
     "weights": ("Schedule", "TunerWeight", "schedule"),
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
@@ -80,6 +86,7 @@ __all__ = [
     "ConditionError",
     "ControlConfig",
     "DataError",
+    "MergedLora",
     "ResConfig",
     "RestuneError",
     "RestuneLoaderMixin",
@@ -96,6 +103,7 @@ __all__ = [
     "SkipConfig",
     "TrainingError",
     "Tuner",
+    "TunerCache",
     "TunerFileError",
     "TunerInfo",
     "TunerManager",
@@ -105,7 +113,10 @@ __all__ = [
     "describe_base",
     "detach",
     "enable_restune",
+    "load_mask",
     "load_tuner",
+    "mask_from_image",
+    "merge_lora",
     "push_to_hub",
     "read_info",
     "save_tuner",

@@ -14,6 +14,7 @@ from .convert import ConvertOptions
 from .demo import DemoOptions
 from .evaluate import EvaluateOptions
 from .generate import GenerateOptions
+from .grid import GridOptions
 from .guard import run_guarded
 from .inspect import InspectOptions
 from .merge import MergeOptions
@@ -30,6 +31,7 @@ Example: restune train --base ./stable-diffusion-v1-5 --data ./watercolors --out
 Command: TypeAlias = (
     Annotated[TrainConfig, tyro.conf.subcommand("train", description=_TRAIN_HELP)]
     | Annotated[GenerateOptions, tyro.conf.subcommand("generate")]
+    | Annotated[GridOptions, tyro.conf.subcommand("grid")]
     | Annotated[EvaluateOptions, tyro.conf.subcommand("evaluate")]
     | Annotated[InspectOptions, tyro.conf.subcommand("inspect")]
     | Annotated[ConvertOptions, tyro.conf.subcommand("convert")]

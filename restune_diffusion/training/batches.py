@@ -14,12 +14,16 @@ from .stream import SampleStream
 
 @dataclass(frozen=True)
 class Batch:
-    """Input of one forward pass: clean latents, noise, timesteps, and keyword arguments of the denoiser."""
+    """Input of one forward pass: clean latents, noise, timesteps, and keyword arguments of the denoiser.
+
+    `conditions` has one tensor for each condition of a control tuner, `(samples, channels, height, width)` in [0, 1].
+    """
 
     latents: torch.Tensor
     noise: torch.Tensor
     timesteps: torch.Tensor
     inputs: dict[str, Any]
+    conditions: tuple[torch.Tensor, ...] = ()
 
 
 class Batches:
@@ -55,7 +59,7 @@ class Batches:
         self._dtype = dtype
 
     def __getitem__(self, number: int) -> Batch:
-        latents, noise, timesteps, conditionings, geometries = [], [], [], [], []
+        latents, noise, timesteps, conditionings, geometries, conditions = [], [], [], [], [], []
         for draw in self._stream.draws(number * self._size, self._size):
             latent = self._cache.latents[draw.index].draw(draw.generator)
             latents.append(latent)
@@ -64,9 +68,11 @@ class Batches:
             dropped = torch.rand((), generator=draw.generator).item() < self._caption_dropout
             conditionings.append(self._cache.unconditional if dropped else self._cache.conditioning(draw.index))
             geometries.append(self._cache.geometries[draw.index])
+            conditions.append(self._cache.conditions[draw.index] if self._cache.conditions else ())
         return Batch(
             torch.stack(latents).to(self._device),
             torch.stack(noise).to(self._device),
             torch.stack(timesteps).to(self._device),
             denoiser_inputs(conditionings, geometries, self._device, self._dtype),
+            tuple(torch.stack(each).to(self._device) / 255 for each in zip(*conditions, strict=True)),
         )

@@ -5,14 +5,15 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from ..errors import DataError
 from .conditioning import Conditioning, encode_caption, encode_nothing
-from .data import Geometry, Sample
+from .data import Sample
+from .pictures import Geometry
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,10 @@ class Latent:
 
 @dataclass(frozen=True)
 class Cache:
-    """The encoded training data: one entry per image, one conditioning per distinct caption."""
+    """The encoded training data: one entry per image, one conditioning per distinct caption.
+
+    `conditions` holds for each image those that steer it, uint8, in the order of the tuner's conditions.
+    """
 
     latents: list[Latent]
     captions: list[str]
@@ -37,6 +41,7 @@ class Cache:
     conditionings: dict[str, Conditioning]
     unconditional: Conditioning
     data_hash: str
+    conditions: list[tuple[torch.Tensor, ...]] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.latents)
@@ -50,6 +55,7 @@ class Cache:
         """Memory that the cache takes."""
         tensors = [tensor for latent in self.latents for tensor in (latent.mean, latent.std)]
         tensors += [conditioning.states for conditioning in self.conditionings.values()]
+        tensors += [condition for conditions in self.conditions for condition in conditions]
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
@@ -59,18 +65,22 @@ def build_cache(pipeline: Any, samples: Iterable[Sample]) -> Cache:
     Raises:
         DataError: if there is no sample.
     """
-    latents, captions, geometries = [], [], []
+    latents, captions, geometries, conditions = [], [], [], []
     content = hashlib.sha256()
     with _in_fp32(pipeline.vae):
         for sample in samples:
             latents.append(encode_image(pipeline.vae, sample.pixels))
             captions.append(sample.caption)
             geometries.append(sample.geometry)
+            conditions.append(sample.conditions)
             content.update(sample.digest + sample.caption.encode() + b"\0")
+            for condition in sample.conditions:
+                content.update(condition.numpy().tobytes())
     if not latents:
         raise DataError("None of the images can be read; check that the files are whole PNG, JPEG or WebP images.")
     conditionings = {caption: encode_caption(pipeline, caption) for caption in dict.fromkeys(captions)}
-    return Cache(latents, captions, geometries, conditionings, encode_nothing(pipeline), content.hexdigest())
+    nothing = encode_nothing(pipeline)
+    return Cache(latents, captions, geometries, conditionings, nothing, content.hexdigest(), conditions)
 
 
 @torch.no_grad()

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..errors import DataError
@@ -17,10 +18,11 @@ IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".
 
 @dataclass(frozen=True)
 class Example:
-    """An image file and its caption."""
+    """An image file, its caption, and the files of images that steer it, by the condition's name or number."""
 
     path: Path
     caption: str
+    conditions: Mapping[str | int, Path] = field(default_factory=dict)
 
 
 def find_examples(folder: Path, prompt: str | None = None) -> list[Example]:
@@ -38,11 +40,12 @@ def find_examples(folder: Path, prompt: str | None = None) -> list[Example]:
     """
     if not folder.is_dir():
         raise DataError(f"The image folder {folder} does not exist; give the path of a folder of images.")
-    images = _list_images(folder)
+    images = list_images(folder)
     metadata = folder / METADATA_FILE
     if metadata.is_file():
         examples = _read_metadata(metadata, prompt)
-        unnamed = len(set(images) - {example.path for example in examples})
+        named = {path for example in examples for path in (example.path, *example.conditions.values())}
+        unnamed = len(set(images) - named)
         if unnamed:
             logger.warning("%d images in %s are not used, because %s does not name them.", unnamed, folder, metadata)
     else:
@@ -52,7 +55,8 @@ def find_examples(folder: Path, prompt: str | None = None) -> list[Example]:
     return examples
 
 
-def _list_images(folder: Path) -> list[Path]:
+def list_images(folder: Path) -> list[Path]:
+    """List the image files of a folder and below, in an order that does not depend on the file system."""
     files = (path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())
     # macOS and some editors leave hidden files that only look like images.
     visible = (path for path in files if not any(part.startswith(".") for part in path.relative_to(folder).parts))
@@ -87,10 +91,27 @@ def _read_row(metadata: Path, number: int, line: str, prompt: str | None) -> Exa
     caption = row.get("text") or prompt
     if not isinstance(caption, str) or not caption.strip():
         raise DataError(f'{place} has no caption; put it under "text", or give one prompt for all.')
-    path = metadata.parent / row["file_name"]
+    path = _named_file(metadata, place, row["file_name"])
+    conditions = {key: _named_file(metadata, place, name) for key, name in _condition_names(place, row).items()}
+    return Example(path, caption.strip(), conditions)
+
+
+def _condition_names(place: str, row: Mapping[str, object]) -> dict[str | int, str]:
+    """Read `"condition": "a.png"`, `"conditions": ["a.png", "b.png"]` or `"conditions": {"canny": "a.png"}`."""
+    named = row.get("conditions") or row.get("condition") or {}
+    listed = named if isinstance(named, list | dict) else [named]
+    files: dict[str | int, object] = dict(listed if isinstance(listed, dict) else enumerate(listed))
+    names = {key: name for key, name in files.items() if isinstance(name, str)}
+    if len(names) != len(files):
+        raise DataError(f'{place} has conditions that are no file names; write {{"condition": "a.png"}}.')
+    return names
+
+
+def _named_file(metadata: Path, place: str, name: str) -> Path:
+    path = metadata.parent / name
     if not path.is_file():
-        raise DataError(f"{place} names {row['file_name']}, but there is no such file in {metadata.parent}.")
-    return Example(path, caption.strip())
+        raise DataError(f"{place} names {name}, but there is no such file in {metadata.parent}.")
+    return path
 
 
 def _read_text(path: Path) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from .data import Geometry
+from .pictures import Geometry
 
 
 @dataclass(frozen=True)

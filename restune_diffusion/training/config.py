@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from ..config import BypassConfig, PartConfig, SkipConfig
+from ..config import BypassConfig, ControlConfig, PartConfig, ResConfig, SkipConfig
+
+Kind: TypeAlias = Literal["skip", "control", "res", "bypass"]
+_DEFAULTS: dict[Kind, PartConfig] = {
+    "skip": SkipConfig(),
+    "control": ControlConfig(),
+    "res": ResConfig(),
+    "bypass": BypassConfig(),
+}
 
 
 class ValidationConfig(BaseModel):
@@ -25,6 +33,9 @@ class ValidationConfig(BaseModel):
     """Classifier-free guidance of a sample."""
     seed: int = 0
     """Seed of every sample, so that the images of two steps differ by the training alone."""
+    control_images: tuple[Path, ...] = ()
+    """What steers the samples of a control tuner: for each prompt one image for each condition. As in training, these
+    are condition images, or pictures to make them from where the condition is made."""
 
 
 class TrainConfig(BaseModel):
@@ -44,10 +55,17 @@ class TrainConfig(BaseModel):
     prompt: str | None = None
     """Caption of every image that has none of its own."""
 
-    tuner: Literal["skip", "bypass"] = "skip"
-    """Kind of tuner: `skip` learns most, `bypass` is fastest and needs the least memory."""
+    tuner: Kind | tuple[Kind, ...] = "skip"
+    """Kind of tuner: `skip` learns most, `bypass` is fastest and needs the least memory, `control` is steered by
+    images, `res` acts inside the transformer blocks. Several make one tuner of several parts."""
     skip: SkipConfig = SkipConfig()
+    control: ControlConfig = ControlConfig()
+    res: ResConfig = ResConfig()
     bypass: BypassConfig = BypassConfig()
+    control_data: Path | None = None
+    """Folder of condition images for a control tuner, named as the training images; for several conditions a folder
+    of such folders, named as the conditions. Without it the files that `metadata.jsonl` names under `condition` are
+    used, or the condition is made from the image if it is called canny, palette, blur or mask."""
 
     resolution: int | None = Field(default=None, gt=0)
     """Side of the square training images in pixels; the base's own size where not given."""
@@ -90,19 +108,38 @@ class TrainConfig(BaseModel):
     """Log to TensorBoard too; `metrics.jsonl` is always written."""
 
     @model_validator(mode="after")
-    def _part_settings_are_used(self) -> TrainConfig:
-        unused = {"skip": self.bypass != BypassConfig(), "bypass": self.skip != SkipConfig()}
-        if unused[self.tuner]:
-            other = "bypass" if self.tuner == "skip" else "skip"
-            raise ValueError(f"settings of the {other} tuner are given, but the tuner to train is {self.tuner}")
+    def _settings_fit_together(self) -> TrainConfig:
+        if not self.kinds or len(set(self.kinds)) != len(self.kinds):
+            raise ValueError("a tuner needs one or more kinds of parts, each once")
+        for kind, default in _DEFAULTS.items():
+            if kind not in self.kinds and getattr(self, kind) != default:
+                trained = " and ".join(self.kinds)
+                raise ValueError(f"settings of the {kind} tuner are given, but the tuner to train is {trained}")
+        self._check_control()
         if self.lr_warmup_steps and self.lr_scheduler == "constant":
             raise ValueError("a constant learning rate has no warm-up; choose constant_with_warmup")
         return self
 
+    def _check_control(self) -> None:
+        needed = len(self.validation.prompts) * len(self.control.conditions) if "control" in self.kinds else 0
+        given = len(self.validation.control_images)
+        if given != needed:
+            raise ValueError(
+                f"the validation prompts need {needed} control images, one for each condition of each prompt, "
+                f"but {given} are given"
+            )
+        if self.control_data is not None and "control" not in self.kinds:
+            raise ValueError("condition images are given, but the tuner to train is not a control tuner")
+
+    @property
+    def kinds(self) -> tuple[Kind, ...]:
+        """Kinds of the parts that the tuner is made of."""
+        return (self.tuner,) if isinstance(self.tuner, str) else self.tuner
+
     @property
     def parts(self) -> tuple[PartConfig, ...]:
         """Configs of the parts that the tuner is made of."""
-        return (self.skip if self.tuner == "skip" else self.bypass,)
+        return tuple(getattr(self, kind) for kind in self.kinds)
 
     @property
     def file(self) -> Path:
@@ -112,11 +149,12 @@ class TrainConfig(BaseModel):
     def recorded(self) -> dict[str, Any]:
         """Return the settings that the tuner's file records, as plain JSON values.
 
-        Left out are the settings of the kind of tuner that is not trained, and paths, which say more about a
+        Left out are the settings of the kinds of tuner that are not trained, and paths, which say more about a
         person's machine than about the tuner.
         """
-        unused = "bypass" if self.tuner == "skip" else "skip"
-        settings = self.model_dump(mode="json", exclude={unused, "data", "output", "resume", "cpu"})
+        paths = {"data", "output", "control_data", "resume", "cpu"}
+        settings = self.model_dump(mode="json", exclude=paths | (_DEFAULTS.keys() - set(self.kinds)))
+        del settings["validation"]["control_images"]
         if Path(self.base).exists():
             settings["base"] = Path(self.base).resolve().name
         return settings

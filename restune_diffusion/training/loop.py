@@ -8,10 +8,11 @@ from collections.abc import Sequence
 
 import torch
 
+from ..attachment import TunerManager
 from ..errors import TrainingError
 from .batches import Batch
 from .checkpoint import latest_checkpoint
-from .run import Hook, StepReport, TrainingRun
+from .run import ATTACHED_NAME, Hook, StepReport, TrainingRun
 
 # So many steps in a row without finite fp16 gradients are no search for a loss scale any more.
 _MAX_SKIPPED_STEPS = 50
@@ -74,8 +75,11 @@ def batch_loss(run: TrainingRun, batch: Batch) -> torch.Tensor:
     """Return the loss of one batch under the run's precision."""
     noisy = run.objective.add_noise(batch.latents, batch.noise, batch.timesteps)
     target = run.objective.target(batch.latents, batch.noise, batch.timesteps)
+    unet = run.pipeline.unet
+    manager = TunerManager.of(unet)
+    if manager is not None and batch.conditions:
+        manager.set_conditions(ATTACHED_NAME, batch.conditions)
     with run.accelerator.autocast():
-        unet = run.pipeline.unet
         prediction = unet(noisy.to(unet.dtype), batch.timesteps, return_dict=False, **batch.inputs)[0]
     return run.objective.loss(prediction, target, batch.timesteps)
 

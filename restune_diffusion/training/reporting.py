@@ -27,7 +27,8 @@ def describe_plan(run: TrainingRun) -> str:
     lines = [
         f"base        {config.base} ({run.objective.prediction_type}, {precision}, {run.accelerator.device})",
         f"images      {len(cache)} at {run.resolution} x {run.resolution}, {len(cache.conditionings)} captions",
-        f"tuner       {config.tuner}, {run.tuner.num_parameters():,} parameters",
+        f"tuner       {' + '.join(config.kinds)}, {run.tuner.num_parameters():,} parameters",
+        *([f"steered by  {run.conditions.describe()}"] if run.conditions is not None else []),
         f"training    {config.steps} steps of {images} images = {config.steps * images / len(cache):.1f} epochs",
         f"memory      U-Net {_readable(base_memory)}, tuner and optimizer {_readable(tuner_memory)}, "
         f"cached data {_readable(cache.bytes)} (in main memory), and activations",

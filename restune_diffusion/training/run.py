@@ -10,8 +10,12 @@ from accelerate import Accelerator
 from ..tuner import Tuner
 from .batches import Batches
 from .cache import Cache
+from .condition_source import ConditionSource
 from .config import TrainConfig
 from .objective import Objective
+
+ATTACHED_NAME = "in training"
+"""Name of the tuner on the base while it is trained."""
 
 
 @dataclass
@@ -28,6 +32,8 @@ class TrainingRun:
     batches: Batches
     objective: Objective
     resolution: int
+    conditions: ConditionSource | None = None
+    """Where the images come from that steer a control tuner."""
     step: int = 0
 
     @property

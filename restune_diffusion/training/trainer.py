@@ -23,16 +23,15 @@ from .batches import Batches
 from .cache import build_cache
 from .captions import find_examples
 from .checkpoint import Checkpoints, latest_checkpoint, restore_checkpoint
+from .condition_source import ConditionSource
 from .config import TrainConfig
 from .data import load_samples
 from .facts import training_facts
 from .loop import run_loop
 from .objective import Objective
 from .reporting import MetricsLog, Progress, ProgressBar, describe_plan
-from .run import Hook, StepReport, TrainingRun
+from .run import ATTACHED_NAME, Hook, StepReport, TrainingRun
 from .validation import ValidationSamples
-
-_ATTACHED_NAME = "in training"
 
 
 @dataclass(frozen=True)
@@ -74,18 +73,22 @@ def train(
     _check_output(config)
     accelerator = _make_accelerator(config)
     examples = find_examples(config.data, config.prompt)
+    conditions = ConditionSource(config.control, config.control_data) if "control" in config.kinds else None
+    if conditions is not None:
+        examples = conditions.paired(examples, config.data)
     if pipeline is None:
         pipeline = load_base(config.base, PRECISIONS[config.mixed_precision])
     check_trainable(pipeline)
     resolution = training_resolution(pipeline, config.resolution)
+    steering = conditions.samples(config.validation.control_images, resolution) if conditions is not None else []
     pipeline.to(accelerator.device)
     with frozen(pipeline):
-        cache = build_cache(pipeline, load_samples(examples, resolution))
+        cache = build_cache(pipeline, load_samples(examples, resolution, conditions))
         move_encoders(pipeline, torch.device("cpu"))
         try:
-            run = _make_run(config, accelerator, pipeline, cache, resolution)
+            run = _make_run(config, accelerator, pipeline, cache, resolution, conditions)
             losses: list[float] = []
-            samples = ValidationSamples()
+            samples = ValidationSamples(steering)
             hooks: list[Hook] = [Progress(lambda report: losses.append(report.loss)), MetricsLog()]
             hooks += [ProgressBar()] if verbose else []
             # Checkpoints come last: whatever a step's hooks write is there, whole, once the step is saved.
@@ -94,7 +97,7 @@ def train(
             if verbose:
                 accelerator.print(describe_plan(run))
             accelerator.init_trackers("logs")
-            with attach(pipeline.unet, run.tuner, _ATTACHED_NAME):
+            with attach(pipeline.unet, run.tuner, ATTACHED_NAME):
                 run_loop(run, hooks)
         finally:
             move_encoders(pipeline, accelerator.device)
@@ -151,7 +154,12 @@ def _make_accelerator(config: TrainConfig) -> Accelerator:
 
 
 def _make_run(
-    config: TrainConfig, accelerator: Accelerator, pipeline: Any, cache: Any, resolution: int
+    config: TrainConfig,
+    accelerator: Accelerator,
+    pipeline: Any,
+    cache: Any,
+    resolution: int,
+    conditions: ConditionSource | None,
 ) -> TrainingRun:
     """Put the parts of a run together, and restore them from the newest checkpoint if asked."""
     objective = Objective(pipeline.scheduler, config.snr_gamma)
@@ -181,6 +189,7 @@ def _make_run(
         ),
         objective=objective,
         resolution=resolution,
+        conditions=conditions,
     )
     checkpoint = latest_checkpoint(config.output) if config.resume else None
     if checkpoint is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -25,10 +25,14 @@ class ValidationSamples(Hook):
     """Draws the validation prompts at the start, every so many steps, and at the end.
 
     Place it after `FinalFile`: the last samples are drawn from the finished file.
+
+    Args:
+        steering: for a control tuner the condition images of each prompt, by name.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, steering: Sequence[Mapping[str, Image.Image]] = ()) -> None:
         self.folders: list[Path] = []
+        self._steering = steering
 
     def on_start(self, run: TrainingRun) -> None:
         """Draw what the base makes of the prompts, unless the run is resumed."""
@@ -56,27 +60,38 @@ class ValidationSamples(Hook):
     def _sample(self, run: TrainingRun, file: Path) -> None:
         if not run.config.validation.prompts or not run.accelerator.is_main_process:
             return
-        images = draw_samples(run.pipeline, file, run.config.validation, run.accelerator.device)
+        validation = run.config.validation
+        images = draw_samples(run.pipeline, file, validation, run.accelerator.device, self._steering)
         folder = run.config.output / "samples" / f"step-{run.step:06d}"
         folder.mkdir(parents=True, exist_ok=True)
         for number, image in enumerate(images):
             image.save(folder / f"{number:02d}.png")
-        sheet = labelled_grid([[image] for image in images], run.config.validation.prompts, [f"step {run.step}"])
+        shown = self._steering or [{} for _ in images]
+        rows = [[*conditions.values(), image] for conditions, image in zip(shown, images, strict=True)]
+        sheet = labelled_grid(rows, validation.prompts, [*shown[0], f"step {run.step}"])
         sheet.save(folder / "sheet.png")
         self.folders.append(folder)
 
 
-def draw_samples(pipeline: Any, file: Path, config: ValidationConfig, device: torch.device) -> list[Image.Image]:
+def draw_samples(
+    pipeline: Any,
+    file: Path,
+    config: ValidationConfig,
+    device: torch.device,
+    steering: Sequence[Mapping[str, Image.Image]] = (),
+) -> list[Image.Image]:
     """Generate one image per prompt with the tuner in a file; tuners on the base are set aside meanwhile.
 
-    No random state but the samples' own is used, so sampling does not change the course of training.
+    `steering` holds the condition images of each prompt, by name, if the tuner takes any. No random state but the
+    samples' own is used, so sampling does not change the course of training.
     """
     sampler = sampling_pipeline(pipeline)
     images = []
     with _only_tuner(sampler, file), _encoders_on(pipeline, device):
-        for prompt in config.prompts:
+        for number, prompt in enumerate(config.prompts):
             result = sampler(
                 prompt,
+                tuner_image=steering[number] if steering else None,
                 num_inference_steps=config.steps,
                 guidance_scale=config.guidance,
                 generator=torch.Generator("cpu").manual_seed(config.seed),

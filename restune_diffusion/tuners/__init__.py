@@ -2,6 +2,7 @@
 
 from .base import Features, FrozenAttention, Operation, Part, init_linear, pointwise
 from .bypass import BypassPart
+from .cascade import CascadeEncoder
 from .control import ControlPart
 from .lora import ResLora
 from .res import ResPart
@@ -9,6 +10,7 @@ from .skip import SkipPart, SkipTuner
 
 __all__ = [
     "BypassPart",
+    "CascadeEncoder",
     "ControlPart",
     "Features",
     "FrozenAttention",

@@ -12,8 +12,10 @@ from ..config import ControlConfig
 from ..sites import Site
 from .base import init_zero
 
-# Width and stride of the stem's convolutions, as published: 512 pixels become 64 positions, those of the latent.
+# Width and stride of the stem's convolutions, as published.
 _STEM = ((16, 1), (16, 1), (32, 2), (32, 1), (96, 2), (96, 1), (256, 2))
+STEM_STRIDE = 8
+"""Pixels of a condition image for one position of the latent, along each side."""
 # 1 / E[SiLU(z)^2] for standard normal z: with weights of this variance over the fan-in a signal keeps its size.
 _SILU_GAIN = 2.81
 
@@ -49,12 +51,8 @@ class CascadeEncoder(nn.Module):
         self._sites = tuple(sites)
         self._shortcut = config.shortcut
 
-    def forward(self, image: torch.Tensor, size: tuple[int, int]) -> dict[str, torch.Tensor]:
-        """Encode condition images.
-
-        Args:
-            image: `(n, channels, height, width)`, normally eight times as high and wide as the latent.
-            size: height and width of the latent.
+    def forward(self, image: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Encode condition images `(n, channels, height, width)`, `STEM_STRIDE` times as high and wide as the latent.
 
         Returns:
             For each skip connection a feature of its width and resolution, zero at the start.
@@ -62,8 +60,6 @@ class CascadeEncoder(nn.Module):
         state = image
         for number, layer in enumerate(self.stem):
             state = layer(F.silu(state) if number else state)
-        if state.shape[-2:] != size:
-            state = F.adaptive_avg_pool2d(state, size)
         features = {}
         for site, layer in zip(self._sites, self.levels, strict=True):
             features[site] = feature = layer(F.silu(state))

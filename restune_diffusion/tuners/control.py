@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
-from ..config import ControlConfig
+from ..config import ControlConfig, match_sites
 from ..errors import ConditionError
 from ..sites import BaseInfo
 from .base import Features, Part
-from .cascade import CascadeEncoder
+from .cascade import STEM_STRIDE, CascadeEncoder
 from .skip import SkipTuner
 
 
@@ -24,7 +25,8 @@ class ControlPart(Part):
 
     def __init__(self, config: ControlConfig, base: BaseInfo) -> None:
         super().__init__()
-        sites = {name: site for name, site in base.sites.items() if name.startswith("skip.")}
+        skips = [name for name in base.sites if name.startswith("skip.")]
+        sites = {name: base.sites[name] for name in match_sites(["*"], skips)}
         self.conditions = config.conditions
         """Names of the conditions, in the order in which their images are given."""
         self.channels = config.channels
@@ -44,8 +46,8 @@ class ControlPart(Part):
 
         Args:
             images: for each condition images `(n, channels, height, width)` with values from 0 to 1, as diffusers
-                gives them to a ControlNet, or None to leave the condition out. Their size is that of the picture to
-                draw; another is brought to the latent's after the stem.
+                gives them to a ControlNet, or None to leave the condition out. They are brought to eight times the
+                latent's size, normally that of the picture to draw.
             size: height and width of the latent.
 
         Returns:
@@ -105,4 +107,8 @@ class ControlPart(Part):
                 f"but got {tuple(image.shape)}."
             )
         parameter = next(encoder.parameters())
-        return encoder(image.to(parameter.device, parameter.dtype), size)
+        pixels = (size[0] * STEM_STRIDE, size[1] * STEM_STRIDE)
+        image = image.to(parameter.device)
+        if image.shape[-2:] != pixels:
+            image = F.interpolate(image.float(), size=pixels, mode="bilinear", antialias=True)
+        return encoder(image.to(parameter.dtype))

@@ -10,27 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from restune_diffusion import RestuneStableDiffusionPipeline, read_info
-from restune_diffusion.cli import main
-from restune_diffusion.cli.generate import split_weight, unique_names
+from restune_diffusion.cli.mix import split_weight, unique_names
+from restune_diffusion.conditions import make_condition
 
 Restune = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def restune(capsys: pytest.CaptureFixture[str]) -> Restune:
-    """Runs a command; returns its exit code, output and errors."""
-
-    def run(*arguments: str | Path) -> tuple[int, str, str]:
-        with pytest.raises(SystemExit) as exited:
-            main([str(argument) for argument in arguments])
-        shown = capsys.readouterr()
-        code = exited.value.code
-        return code if isinstance(code, int) else 0, shown.out, shown.err
-
-    return run
 
 
 def test_help_does_not_wait_for_torch() -> None:
@@ -43,7 +29,7 @@ def test_help_does_not_wait_for_torch() -> None:
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
 
 
-@pytest.mark.parametrize("command", ["train", "generate", "evaluate", "inspect", "convert", "merge", "demo"])
+@pytest.mark.parametrize("command", ["train", "generate", "grid", "evaluate", "inspect", "convert", "merge", "demo"])
 def test_every_help_has_an_example(restune: Restune, command: str) -> None:
     code, output, _ = restune(command, "--help")
     assert code == 0
@@ -89,6 +75,49 @@ def test_generate_draws_what_the_pipeline_draws(restune: Restune, workplace: Pat
     assert abs(full - plain).max() > 2
     # a quarter and three quarters of one tuner are the whole, up to rounding
     assert abs(full - mixed).max() <= 1
+
+
+def test_generate_takes_control_images_and_makes_them(restune: Restune, workplace: Path, tmp_path: Path) -> None:
+    tuner, disc = workplace / "trained" / "steered.safetensors", workplace / "images" / "red.png"
+    for name in ("canny", "palette"):
+        square = ImageOps.fit(Image.open(disc), (16, 16), Image.Resampling.LANCZOS)
+        make_condition(name, square).save(tmp_path / f"{name}=.png")
+    made = generate(
+        restune, workplace, tmp_path / "made", "--tuner", tuner, "--control-from", f"canny={disc}", f"palette={disc}"
+    )
+    given = generate(
+        restune, workplace, tmp_path / "given", "--tuner", tuner,
+        "--control-image", f"canny={tmp_path / 'canny=.png'}", f"palette={tmp_path / 'palette=.png'}",
+    )  # fmt: skip
+    np.testing.assert_array_equal(made, given)
+    none = generate(
+        restune, workplace, tmp_path / "none", "--tuner", tuner, "--control-from", f"canny={disc}",
+        "--control-scale=0",
+    )  # fmt: skip
+    assert abs(made - none).max() > 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "needs an image for 'canny' or 'palette'"),
+        (
+            ("--control-image", "a.png"),
+            "Say which condition a.png is for, as CONDITION=FILE; the tuners take canny, palette",
+        ),
+        (("--control-from", "canny=gone.png"), "gone.png cannot be read as an image"),
+    ],
+)
+def test_generate_says_what_is_wrong_with_control_images(
+    restune: Restune, workplace: Path, tmp_path: Path, arguments: tuple[str, ...], message: str
+) -> None:
+    code, _, errors = restune(
+        "generate", "--base", workplace / "base", "--prompt", "x", "--output", tmp_path, "--device=cpu",
+        "--tuner", workplace / "trained" / "steered.safetensors", *arguments,
+    )  # fmt: skip
+    assert code == 1
+    assert message in errors
+    assert "Traceback" not in errors
 
 
 def test_generate_draws_every_prompt_and_seed(restune: Restune, workplace: Path, tmp_path: Path) -> None:

@@ -9,9 +9,11 @@ import torch
 from PIL import Image
 
 from restune_diffusion.errors import DataError
+from restune_diffusion.images import to_rgb
 from restune_diffusion.training.cache import build_cache
 from restune_diffusion.training.captions import Example
-from restune_diffusion.training.data import fit, load_samples, read_image, to_rgb
+from restune_diffusion.training.data import fit, load_samples
+from restune_diffusion.training.pictures import read_image
 
 from .tiny import draw_image, sd_pipeline
 

@@ -1,0 +1,157 @@
+"""Give the images of one generation to the control tuners that act in it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from PIL import Image
+
+from .attachment import TunerManager
+from .conditions import condition_to_tensor
+from .errors import ConditionError
+from .mixing import Layout
+from .tuners import ControlPart
+
+ConditionImage: TypeAlias = Image.Image | np.ndarray[Any, Any] | torch.Tensor
+ConditionImages: TypeAlias = ConditionImage | Sequence[ConditionImage]
+"""One image for all pictures, or a list with one for each prompt.
+
+Tensors are `(channels, height, width)` or a batch of these, arrays `(height, width, channels)` or a batch; both are
+uint8, or floating with values from 0 to 1.
+"""
+TunerImage: TypeAlias = ConditionImages | Mapping[str, ConditionImages | Mapping[str, ConditionImages]]
+"""The images of the only condition, or a mapping to images from names of conditions; or from names of tuners, where
+two tuners have different images for conditions of the same name."""
+TunerScale: TypeAlias = float | Mapping[str, float | Mapping[str, float]]
+"""A factor on what all conditions add, or factors by the same names as the images."""
+
+
+@contextlib.contextmanager
+def steered(
+    manager: TunerManager, images: TunerImage | None, scale: TunerScale, layout: Layout | None
+) -> Iterator[None]:
+    """Give images to the acting control tuners, for as long as the context lasts.
+
+    Args:
+        manager: the tuners of the base; who acts is known already.
+        images: the images; None leaves the tuners with what `TunerManager.set_conditions` gave them.
+        scale: factors on what the conditions add.
+        layout: what the rows of a batch are, if that is known.
+
+    Raises:
+        ConditionError: if an acting control tuner has no image, or an image is of the wrong kind or for nobody.
+    """
+    parts = {name: part for name in manager.active_names if (part := _control_part(manager, name)) is not None}
+    with manager.conditions_kept():
+        if images is not None:
+            _give(manager, parts, images, scale, layout)
+        for name, part in parts.items():
+            if not manager.has_conditions(name):
+                raise ConditionError(
+                    f"The tuner {name!r} needs an image for {' or '.join(map(repr, part.conditions))}; give one as "
+                    "tuner_image, or give the tuner no weight."
+                )
+        yield
+
+
+def condition_names(pipeline: Any) -> list[str]:
+    """Names of the conditions that the acting tuners of a pipeline take."""
+    manager = TunerManager.of(pipeline.unet)
+    if manager is None:
+        return []
+    parts = (_control_part(manager, name) for name in manager.active_names)
+    return list(dict.fromkeys(condition for part in parts if part is not None for condition in part.conditions))
+
+
+def _give(
+    manager: TunerManager,
+    parts: Mapping[str, ControlPart],
+    images: TunerImage,
+    scale: TunerScale,
+    layout: Layout | None,
+) -> None:
+    """Set the images of every control tuner; one that gets none keeps what it has."""
+    slots = {name: part.conditions for name, part in parts.items()}
+    shares = _shares(images, slots)
+    scales = _shares(scale, slots) if isinstance(scale, Mapping) else {}
+    for name, share in shares.items():
+        part = parts[name]
+        tensors = {condition: _tensor(condition, image, part.channels, layout) for condition, image in share.items()}
+        default = 1.0 if isinstance(scale, Mapping) else scale
+        weights = [float(scales.get(name, {}).get(condition, default)) for condition in part.conditions]
+        manager.set_conditions(name, [tensors.get(condition) for condition in part.conditions], weights)
+
+
+def _control_part(manager: TunerManager, name: str) -> ControlPart | None:
+    return next((part for part in manager.tuner(name).parts() if isinstance(part, ControlPart)), None)
+
+
+def _shares(given: Any, slots: Mapping[str, tuple[str, ...]]) -> dict[str, dict[str, Any]]:
+    """Sort what was given by tuner and condition.
+
+    Args:
+        given: one thing for the only condition, or a mapping by names of conditions or tuners.
+        slots: names of the conditions of each tuner.
+    """
+    conditions = list(dict.fromkeys(condition for names in slots.values() for condition in names))
+    if not conditions:
+        raise ConditionError("None of the acting tuners takes an image; load a control tuner, or leave the image out.")
+    if not isinstance(given, Mapping):
+        if len(conditions) > 1:
+            named = ", ".join(f"{condition!r}: ..." for condition in conditions)
+            raise ConditionError(f"The acting tuners take several conditions; tell which is which: {{{named}}}.")
+        return {name: dict.fromkeys(names, given) for name, names in slots.items()}
+    shares: dict[str, dict[str, Any]] = {}
+    # A tuner's name says more than a condition's, and goes first.
+    for key, value in sorted(given.items(), key=lambda item: item[0] not in slots):
+        if key in slots:
+            shares.setdefault(key, {}).update(_shares(value, {key: slots[key]})[key])
+        elif key in conditions:
+            for name in (name for name, names in slots.items() if key in names):
+                shares.setdefault(name, {}).setdefault(key, value)
+        else:
+            raise ConditionError(f"No acting tuner has a condition {key!r}; there are {', '.join(conditions)}.")
+    return shares
+
+
+def _tensor(name: str, images: ConditionImages, channels: int, layout: Layout | None) -> torch.Tensor:
+    """Bring condition images to one tensor `(1 or pictures, channels, height, width)` with values from 0 to 1."""
+    listed: Sequence[Any] = images if isinstance(images, list | tuple) else [images]
+    batches = [_batch(name, image, channels) for image in listed]
+    if not batches or len({batch.shape[-2:] for batch in batches}) > 1:
+        raise ConditionError(f"The images for {name!r} must be one or more of the same size.")
+    batch = torch.cat(batches)
+    if layout is None or len(batch) in (1, layout.images):
+        return batch
+    if len(batch) != layout.prompts:
+        raise ConditionError(
+            f"There are {len(batch)} images for {name!r} and {layout.prompts} prompts; give one, or one for each."
+        )
+    # diffusers puts the pictures of one prompt side by side
+    return batch.repeat_interleave(layout.images // layout.prompts, dim=0)
+
+
+def _batch(name: str, image: Any, channels: int) -> torch.Tensor:
+    if isinstance(image, Image.Image):
+        return condition_to_tensor(image, channels)[None] / 255
+    if isinstance(image, np.ndarray):
+        pixels = torch.tensor(image)
+        pixels = pixels.movedim(-1, -3) if pixels.dim() >= 3 else pixels
+    elif isinstance(image, torch.Tensor):
+        pixels = image
+    else:
+        kind = type(image).__name__
+        raise ConditionError(f"An image for {name!r} must be a PIL image, an array or a tensor, but is a {kind}.")
+    pixels = pixels[None] if pixels.dim() == 3 else pixels
+    if pixels.dim() != 4 or pixels.shape[1] != channels:
+        shape = tuple(image.shape)
+        raise ConditionError(f"An image for {name!r} must have {channels} channels, but its shape is {shape}.")
+    if pixels.dtype == torch.uint8:
+        return pixels / 255
+    if not pixels.is_floating_point() or not (pixels.min() >= 0 and pixels.max() <= 1):
+        raise ConditionError(f"An image for {name!r} must be uint8, or floating with values from 0 to 1.")
+    return pixels

@@ -1,0 +1,152 @@
+"""Find or make the images that steer a training image, one for each condition of a control tuner."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from ..conditions import MAKERS, condition_to_tensor, make_condition
+from ..config import ControlConfig
+from ..errors import DataError
+from .captions import METADATA_FILE, Example, list_images
+from .pictures import centre_square, read_layer
+
+# Sides of two files of one picture may differ by rounding, but not so that their centre squares show other things.
+_TOLERANCE = 0.02
+
+
+class ConditionSource:
+    """Where the condition images of a training run come from, decided for each condition on its own.
+
+    Files win: those that `metadata.jsonl` names, or else those of a folder. A condition without files is made from
+    the training image, if its name is that of a maker (`restune_diffusion.conditions.MAKERS`).
+
+    Args:
+        config: settings of the control part.
+        folder: folder of condition images that have the names of the training images, whatever their suffix; for
+            several conditions it has a folder for each, of the condition's name.
+
+    Raises:
+        DataError: if a folder does not exist.
+    """
+
+    def __init__(self, config: ControlConfig, folder: Path | None = None) -> None:
+        self.names = config.conditions
+        self.channels = config.channels
+        self._folders = {} if folder is None else self._find_folders(folder)
+        self._made: set[str] = set()
+
+    def describe(self) -> str:
+        """Say where each condition comes from."""
+        return ", ".join(
+            f"{name} ({'made from' if name in self._made else 'files beside'} the images)" for name in self.names
+        )
+
+    def paired(self, examples: Sequence[Example], root: Path) -> list[Example]:
+        """Return the examples with their condition files; a condition that has none is made from the image.
+
+        Args:
+            examples: the training images.
+            root: folder of the training images.
+
+        Raises:
+            DataError: if an image lacks a condition that others have, a condition can be neither found nor made, or
+                a folder of conditions lies among the training images.
+        """
+        for folder in self._folders.values():
+            if folder.resolve().is_relative_to(root.resolve()):
+                raise DataError(f"{folder} lies inside the image folder; move the condition images out of it.")
+        files = {name: self._find_files(number, name, examples, root) for number, name in enumerate(self.names)}
+        self._made = {name for name, found in files.items() if not found}
+        return [
+            replace(example, conditions={name: found[place] for name, found in files.items() if found})
+            for place, example in enumerate(examples)
+        ]
+
+    def tensors(self, example: Example, layer: Image.Image, resolution: int) -> tuple[torch.Tensor, ...]:
+        """Return the condition images of an example, uint8, each `(channels, resolution, resolution)`.
+
+        Args:
+            example: a paired example.
+            layer: its image, RGB or RGBA.
+            resolution: side of the square that training sees.
+
+        Raises:
+            DataError: if a condition file cannot be read, or shows another section than the image.
+        """
+        return tuple(
+            condition_to_tensor(self._image(name, example, layer, resolution), self.channels) for name in self.names
+        )
+
+    def samples(self, paths: Sequence[Path], resolution: int) -> list[dict[str, Image.Image]]:
+        """Return the condition images of validation prompts, by name, from one file for each prompt and condition.
+
+        Raises:
+            DataError: if a file cannot be read.
+        """
+        squares = [centre_square(_read(path), resolution)[0] for path in paths]
+        named = [
+            make_condition(name, square) if name in self._made else square
+            for name, square in zip(self.names * (len(paths) // len(self.names)), squares, strict=True)
+        ]
+        count = len(self.names)
+        return [
+            dict(zip(self.names, named[start : start + count], strict=True)) for start in range(0, len(named), count)
+        ]
+
+    def _image(self, name: str, example: Example, layer: Image.Image, resolution: int) -> Image.Image:
+        path = example.conditions.get(name)
+        if path is None:
+            return make_condition(name, centre_square(layer, resolution)[0])
+        condition = _read(path)
+        if abs(condition.width * layer.height / (condition.height * layer.width) - 1) > _TOLERANCE:
+            raise DataError(
+                f"The condition {path} has {condition.width} x {condition.height} pixels, its image "
+                f"{layer.width} x {layer.height}; give both the same shape."
+            )
+        return centre_square(condition, resolution)[0]
+
+    def _find_folders(self, folder: Path) -> dict[str, Path]:
+        folders = {name: folder if len(self.names) == 1 else folder / name for name in self.names}
+        for path in folders.values():
+            if not path.is_dir():
+                raise DataError(f"The folder of condition images {path} does not exist.")
+        return folders
+
+    def _find_files(self, number: int, name: str, examples: Sequence[Example], root: Path) -> list[Path]:
+        """Return the file of every example, or none at all where the condition is to be made."""
+        if name in self._folders:
+            found = self._in_folder(self._folders[name], examples, root)
+            place = str(self._folders[name])
+        else:
+            found = [example.conditions.get(name, example.conditions.get(number)) for example in examples]
+            place = METADATA_FILE
+        if name in MAKERS and not any(found):
+            return []
+        files = [path for path in found if path is not None]
+        if not files:
+            raise DataError(
+                f'There are no images for the condition {name!r}: name them in {METADATA_FILE} under "condition", '
+                f"or give a folder of them, or name a condition that is made from the image ({', '.join(MAKERS)})."
+            )
+        if len(files) < len(found):
+            missing = examples[found.index(None)].path
+            raise DataError(f"The image {missing} has no condition {name!r} in {place}, but others have.")
+        return files
+
+    def _in_folder(self, folder: Path, examples: Sequence[Example], root: Path) -> list[Path | None]:
+        by_stem = {path.relative_to(folder).with_suffix(""): path for path in list_images(folder)}
+        return [by_stem.get(example.path.relative_to(root).with_suffix("")) for example in examples]
+
+
+def _read(path: Path) -> Image.Image:
+    try:
+        return read_layer(path)[0]
+    except MemoryError:
+        raise
+    except Exception as error:  # Pillow's decoders raise almost anything on a broken file
+        raise DataError(f"The condition {path} cannot be read as an image ({error}).") from error
