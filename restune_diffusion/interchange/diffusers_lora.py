@@ -150,7 +150,7 @@ def _settings(file: ForeignFile) -> dict[str, Any]:
     for key, plain in _PLAIN.items():
         if settings.get(key) not in (plain, None):
             raise TunerFileError(
-                f"{file.path} was trained with {key} = {settings[key]!r}, which no part here computes."
+                f"{file.path} was trained with {key} = {repr(settings[key])[:40]}, which no part here computes."
             )
     return settings
 
@@ -166,6 +166,7 @@ def _for_module(pattern: dict[str, Any], path: str, default: object, file: Forei
         if path == plain or (not name.startswith("^") and path.endswith(f".{plain}")):
             value = own
             break
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TunerFileError(f"{file.path} is damaged: its alpha is {value!r}.")
+    # Python's integers have no bound, numbers that compute have.
+    if isinstance(value, bool) or not isinstance(value, int | float) or abs(value) > 1e30:
+        raise TunerFileError(f"{file.path} is damaged: its alpha is {repr(value)[:40]}.")
     return float(value)

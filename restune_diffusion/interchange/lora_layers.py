@@ -90,6 +90,8 @@ def lora_tuner(layers: Mapping[str, LoraLayer], base: BaseInfo, metadata: Mappin
         down, up = torch.zeros(lora.down.weight.shape), torch.zeros(lora.up.weight.shape)
         if layer is not None:
             up = scaled(layer.up, layer.factor / whole.factor, dtype)
+            if not torch.isfinite(up).all():
+                raise TunerFileError(f"{source} has alpha = {layer.alpha} at {site}, beside which {dtype} overflows.")
             padded = replace(layer, down=layer.down.to(dtype), up=up).padded(whole.rank)
             down, up = padded.down, padded.up
         state[f"res.{site}.lora.down.weight"] = down.to(dtype)
