@@ -389,7 +389,7 @@ def test_garbled_notes_cost_the_layout_but_never_the_content(unet, base, tmp_pat
 def test_what_a_header_says_about_training_is_kept(unet, base, tmp_path):
     tensors = kohya_tensors(unet, linear_modules(unet, ["attn2.to_v"]))
     header = {"ss_learning_rate": "1e-4", "modelspec.title": "ink", "modelspec.architecture": "sd/lora",
-              "restune.config": "junk", "format": "pt"}  # fmt: skip
+              "restune.config": "junk", "format": "pt", "ss_tag_frequency": "x" * (9 << 20)}  # fmt: skip
     save_file(tensors, tmp_path / "in.safetensors", header)
     tuner = import_tuner(tmp_path / "in.safetensors", base)
     save_tuner(tuner, tmp_path / "ours.safetensors")
