@@ -70,9 +70,6 @@ class Attached:
         """Look up, once for a whole pass, on which rows the tuner acts and how strongly."""
         if torch.compiler.is_compiling():
             return
-        if self.conditions is not None and any(parameter.requires_grad for parameter in self.tuner.parameters()):
-            # The encoder is being trained: what it said in the pass before is out of date.
-            self.conditions.encoded = None
         factors = row_factors(self.weight, this) if self.weight.acts else (0.0,)
         self._acts_now = any(factors)
         self._rows, self._scale = None, factors[0]
@@ -80,6 +77,12 @@ class Attached:
             rows = [row for row, factor in enumerate(factors) if factor]
             self._rows = torch.tensor(rows, device=this.device)
             self._scale = torch.tensor([factors[row] for row in rows], device=this.device)
+
+    def end(self) -> None:
+        """Forget what the control part made of its images, if it is being trained: it will say something else."""
+        conditions = self.conditions
+        if conditions is not None and any(parameter.requires_grad for parameter in self.tuner.parameters()):
+            conditions.encoded = None
 
     def set_conditions(self, images: Sequence[torch.Tensor | None], weights: Sequence[float] | None) -> None:
         """Take condition images; see `TunerManager.set_conditions`."""
@@ -183,10 +186,7 @@ class Attached:
             images = [None if image is None else image.to(this.device) for image in conditions.images]
             conditions.encoded, conditions.size = part.encode(images, this.size), this.size
             conditions.of_one_pass = torch.is_grad_enabled()
-        tiled = tuple(
-            {site: levels[site].to(this.device).repeat(_copies(len(levels[site]), this), 1, 1, 1)} if levels else {}
-            for levels in conditions.encoded
-        )
+        tiled = tuple({site: _tiled(levels[site], this)} if levels else {} for levels in conditions.encoded)
         return features.given(tiled, conditions.weights)
 
 
@@ -213,6 +213,12 @@ def _check_same_config(new: Tuner, old: Tuner) -> None:
                     f"The loaded tuner's `{ours.part}` part has {key} = {value!r}, the new one's {key} = "
                     f"{getattr(theirs, key)!r}; {remedy}."
                 )
+
+
+def _tiled(features: torch.Tensor, this: Pass) -> torch.Tensor:
+    """Repeat the features of images, so that there is a row of them for each row at a site."""
+    tiled = features.to(this.device).repeat(_copies(len(features), this), 1, 1, 1)
+    return tiled if this.frames == 1 else tiled.repeat_interleave(this.frames, 0)
 
 
 def _operation_of(site: str, tuner: Tuner) -> str:

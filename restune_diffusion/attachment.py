@@ -279,6 +279,7 @@ class TunerManager:
             timestep=call.timestep,
             num_train_timesteps=self.num_train_timesteps,
             layout=self.layout,
+            frames=call.frames,
         )
         self._features.size = call.size
         if torch.compiler.is_compiling():
@@ -288,6 +289,8 @@ class TunerManager:
 
     def _end(self, module: nn.Module, args: Any, output: Any) -> None:
         self._features = Features()
+        for attached in self._tuners.values():
+            attached.end()
 
     def active(self) -> bool:
         """Say whether any tuner takes part in this pass; the base's hooks ask."""

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, cast
 from .card import model_card, sample_paths
 from .errors import RestuneError
 from .header import read_info
-from .loaders import TUNER_WEIGHT_NAME
+from .sources import TUNER_WEIGHT_NAME
 
 if TYPE_CHECKING:
     from PIL.Image import Image
