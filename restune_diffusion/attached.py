@@ -70,9 +70,6 @@ class Attached:
         """Look up, once for a whole pass, on which rows the tuner acts and how strongly."""
         if torch.compiler.is_compiling():
             return
-        if self.conditions is not None and any(parameter.requires_grad for parameter in self.tuner.parameters()):
-            # The encoder is being trained: what it said in the pass before is out of date.
-            self.conditions.encoded = None
         factors = row_factors(self.weight, this) if self.weight.acts else (0.0,)
         self._acts_now = any(factors)
         self._rows, self._scale = None, factors[0]
@@ -80,6 +77,12 @@ class Attached:
             rows = [row for row, factor in enumerate(factors) if factor]
             self._rows = torch.tensor(rows, device=this.device)
             self._scale = torch.tensor([factors[row] for row in rows], device=this.device)
+
+    def end(self) -> None:
+        """Forget what the control part made of its images, if it is being trained: it will say something else."""
+        conditions = self.conditions
+        if conditions is not None and any(parameter.requires_grad for parameter in self.tuner.parameters()):
+            conditions.encoded = None
 
     def set_conditions(self, images: Sequence[torch.Tensor | None], weights: Sequence[float] | None) -> None:
         """Take condition images; see `TunerManager.set_conditions`."""
@@ -121,6 +124,7 @@ class Attached:
             device = self.tuner.device
             images = [None if image is None else image.to(device) for image in self.conditions.images]
             self.conditions.encoded, self.conditions.size = self._control.encode(images, size), size
+            self.conditions.of_one_pass = False
 
     def add_residuals(
         self, site: str, x: torch.Tensor, features: Features, total: torch.Tensor, this: Pass

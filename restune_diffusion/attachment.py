@@ -289,6 +289,8 @@ class TunerManager:
 
     def _end(self, module: nn.Module, args: Any, output: Any) -> None:
         self._features = Features()
+        for attached in self._tuners.values():
+            attached.end()
 
     def active(self) -> bool:
         """Say whether any tuner takes part in this pass; the base's hooks ask."""

@@ -1,5 +1,7 @@
 """Pictures steered by images: the arguments of a pipeline's call, and what reaches the base."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -169,6 +171,8 @@ def test_in_training_an_image_is_encoded_once_for_a_pass_and_never_remembered(mo
         first.square().mean().backward()
         assert all(parameter.grad is not None for parameter in tuner.parameters())
         assert len(calls) == 1
+        # nothing of the pass is held, so that the base can be copied
+        assert TunerManager.of(copy.deepcopy(unet)).has_conditions("default")
         with torch.no_grad():
             for parameter in tuner.get_submodule("control.encoders").parameters():
                 parameter.mul_(2)

@@ -234,6 +234,15 @@ def test_a_broken_run_goes_on_as_if_nothing_had_happened(config: MakeConfig, tmp
     assert info.training["config"]["control"]["conditions"] == ["canny", "mask"]
 
 
+def test_a_base_in_bf16_trains_a_control_tuner_in_fp32(config: MakeConfig) -> None:
+    settings = config(tuner="control", control={"conditions": ("canny",)}, mixed_precision="bf16", steps=2)
+    result = train(settings, verbose=False)
+    assert read_info(result.path).dtype == "F32"
+    state = load_tuner(result.path).state_dict()
+    assert all(value.isfinite().all() for value in state.values())
+    assert state["control.encoders.0.levels.11.weight"].any()
+
+
 def test_samples_are_drawn_from_given_images(config: MakeConfig, images: Path, capsys: Any) -> None:
     validation = ValidationConfig(
         prompts=("a disc", "a ring"),
