@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from .fileformat import load_tuner, save_tuner
     from .header import TunerInfo, read_info
     from .loaders import RestuneLoaderMixin
+    from .masks import load_mask, mask_from_image
+    from .merging import MergedLora, merge_lora
     from .pipelines import (
         RestuneStableDiffusionControlNetPipeline,
         RestuneStableDiffusionImg2ImgPipeline,
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
     )
     from .sites import BaseInfo, Site, describe_base
     from .tuner import Tuner
+    from .tuner_cache import TunerCache
     from .weights import Schedule, TunerWeight, schedule
 
 __version__ = "0.1.0"
@@ -54,6 +57,8 @@ _MODULES = {
     "fileformat": ("load_tuner", "save_tuner"),
     "header": ("TunerInfo", "read_info"),
     "loaders": ("RestuneLoaderMixin",),
+    "masks": ("load_mask", "mask_from_image"),
+    "merging": ("MergedLora", "merge_lora"),
     "pipelines": (
         "RestuneStableDiffusionControlNetPipeline",
         "RestuneStableDiffusionImg2ImgPipeline",
@@ -66,6 +71,7 @@ _MODULES = {
     ),
     "sites": ("BaseInfo", "Site", "describe_base"),
     "tuner": ("Tuner",),
+    "tuner_cache": ("TunerCache",),
     "weights": ("Schedule", "TunerWeight", "schedule"),
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
@@ -78,6 +84,7 @@ __all__ = [
     "ConditionError",
     "ControlConfig",
     "DataError",
+    "MergedLora",
     "ResConfig",
     "RestuneError",
     "RestuneLoaderMixin",
@@ -94,6 +101,7 @@ __all__ = [
     "SkipConfig",
     "TrainingError",
     "Tuner",
+    "TunerCache",
     "TunerFileError",
     "TunerInfo",
     "TunerManager",
@@ -103,7 +111,10 @@ __all__ = [
     "describe_base",
     "detach",
     "enable_restune",
+    "load_mask",
     "load_tuner",
+    "mask_from_image",
+    "merge_lora",
     "read_info",
     "save_tuner",
     "schedule",

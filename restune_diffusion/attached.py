@@ -23,8 +23,11 @@ class Conditions:
     images: list[torch.Tensor | None]
     weights: tuple[float, ...]
     encoded: tuple[dict[str, torch.Tensor], ...] | None = None
-    """Made in the first pass and kept for all further ones of its size, unless the tuner is being trained."""
+    """Made in the first pass and kept for all further ones of its size, unless that pass is one of training."""
     size: tuple[int, int] | None = None
+    """Height and width of the latent that they were encoded for."""
+    of_one_pass: bool = False
+    """Whether they belong to one pass alone, as its gradients do."""
 
 
 class Attached:
@@ -40,7 +43,7 @@ class Attached:
         self.sites = tuple(dict.fromkeys(site for part in tuner.parts() for site in part.writes))
         self.taps = frozenset(site for part in tuner.parts() for site in part.taps)
         self.conditions: Conditions | None = None
-        self.dial = Dial(self.sites)
+        self.dial = Dial(self.sites, tuner.device)
         self.set_weight(weight, self.site_factors(weight))
 
     def site_factors(self, weight: TunerWeight) -> dict[str, float]:
@@ -76,10 +79,10 @@ class Attached:
             self._scale = torch.tensor([factors[row] for row in rows], device=this.device)
 
     def end(self) -> None:
-        """Forget what the control part made of its images, if it is being trained: it will say something else."""
+        """Let go of what belonged to the pass that ends."""
         conditions = self.conditions
-        if conditions is not None and any(parameter.requires_grad for parameter in self.tuner.parameters()):
-            conditions.encoded = None
+        if conditions is not None and conditions.of_one_pass:
+            conditions.encoded, conditions.of_one_pass = None, False
 
     def set_conditions(self, images: Sequence[torch.Tensor | None], weights: Sequence[float] | None) -> None:
         """Take condition images; see `TunerManager.set_conditions`."""
@@ -99,17 +102,29 @@ class Attached:
 
     def swap(self, tuner: Tuner) -> None:
         """Overwrite the parameters with those of a tuner of the same config."""
-        if tuner.configs != self.tuner.configs:
-            raise RestuneError(
-                "A tuner can only take the place of one with the same config; delete the loaded one and load this."
-            )
+        _check_same_config(tuner, self.tuner)
         tuner.base.check_fits(self.tuner.base)
         with torch.no_grad():
             for mine, other in zip(self.tuner.parameters(), tuner.parameters(), strict=True):
                 mine.copy_(other)
         self.tuner.metadata = dict(tuner.metadata)
+        if self.conditions is not None and self.conditions.size is not None:
+            self.encode_conditions(self.conditions.size)
+
+    def place(self, device: torch.device) -> None:
+        """Move the tuner, and the tensors in which a compiled graph finds its weight."""
+        if self.tuner.device != device:
+            self.tuner.to(device)
+            self.dial.to(device)
+
+    @torch.no_grad()
+    def encode_conditions(self, size: tuple[int, int]) -> None:
+        """Make the features of the condition images for latents of a size, where there are any."""
         if self.conditions is not None:
-            self.conditions.encoded = None
+            device = self.tuner.device
+            images = [None if image is None else image.to(device) for image in self.conditions.images]
+            self.conditions.encoded, self.conditions.size = self._control.encode(images, size), size
+            self.conditions.of_one_pass = False
 
     def add_residuals(
         self, site: str, x: torch.Tensor, features: Features, total: torch.Tensor, this: Pass
@@ -118,15 +133,14 @@ class Attached:
         compiling = torch.compiler.is_compiling()
         if not compiling and self.factors[site] == 0:
             return total
-        if self.tuner.device != x.device:
-            self.tuner.to(x.device)
-            self.dial.to(x.device)
+        self.place(x.device)
         for part in self.tuner.parts():
             if site in part.writes:
                 seen = self._with_conditions(part, site, features, this)
                 if compiling:
                     residual = part(site, x, seen)
-                    factors = self.dial.factors(site, self.weight, this).view(-1, *[1] * (residual.dim() - 1))
+                    factors = self.dial.factors(site, self.weight, this).to(x.device)
+                    factors = factors.view(-1, *[1] * (residual.dim() - 1))
                     total = total + self._masked(site, residual * factors, this).to(total.dtype)
                 else:
                     total = self._add(part, site, x, seen, total, this)
@@ -169,11 +183,13 @@ class Attached:
             return features
         conditions = self.conditions
         if conditions.encoded is None or conditions.size != this.size:
-            conditions.size = this.size
             images = [None if image is None else image.to(this.device) for image in conditions.images]
-            conditions.encoded = part.encode(images, this.size)
+            conditions.encoded, conditions.size = part.encode(images, this.size), this.size
+            conditions.of_one_pass = any(
+                level.requires_grad for levels in conditions.encoded for level in levels.values()
+            )
         tiled = tuple(
-            {site: levels[site].repeat(_copies(len(levels[site]), this), 1, 1, 1)} if levels else {}
+            {site: levels[site].to(this.device).repeat(_copies(len(levels[site]), this), 1, 1, 1)} if levels else {}
             for levels in conditions.encoded
         )
         return features.given(tiled, conditions.weights)
@@ -187,6 +203,21 @@ def _copies(images: int, this: Pass) -> int:
             f"There are {images} condition images for {pictures} pictures; give one, or one for each picture."
         )
     return this.rows // images
+
+
+def _check_same_config(new: Tuner, old: Tuner) -> None:
+    """Raise `RestuneError` naming the first difference between two tuners' configs, if there is one."""
+    remedy = "only a tuner of the same config can take its place; delete the loaded one and load this"
+    kinds = [[config.part for config in tuner.configs] for tuner in (old, new)]
+    if kinds[0] != kinds[1]:
+        raise RestuneError(f"The loaded tuner has the parts {kinds[0]}, the new one {kinds[1]}; {remedy}.")
+    for ours, theirs in zip(old.configs, new.configs, strict=True):
+        for key, value in ours:
+            if getattr(theirs, key) != value:
+                raise RestuneError(
+                    f"The loaded tuner's `{ours.part}` part has {key} = {value!r}, the new one's {key} = "
+                    f"{getattr(theirs, key)!r}; {remedy}."
+                )
 
 
 def _operation_of(site: str, tuner: Tuner) -> str:

@@ -19,9 +19,9 @@ from torch.utils.hooks import RemovableHandle
 
 from .attached import Attached
 from .errors import RestuneError, TunerNameError
-from .mixing import Layout, Pass
-from .operations import operation_input, show_operation, text_states
-from .sites import describe_base, merge_module, site_module, skip_counts
+from .mixing import Layout, Pass, check_images
+from .operations import operation_input, show_operation
+from .sites import describe_base, structure_of
 from .tuner import Tuner
 from .tuners import Features, Operation
 from .weights import TunerWeight, Weight, as_weight
@@ -34,6 +34,7 @@ class TunerManager:
     """
 
     def __init__(self, base: nn.Module) -> None:
+        self._structure = structure_of(base)
         self.base_info = describe_base(base)
         self.enabled = True
         self.layout: Layout | None = None
@@ -48,14 +49,16 @@ class TunerManager:
         self._features = Features()
         self._pass: Pass | None = None
         self._quiet = False
-        self._handles: list[RemovableHandle] = []
+        self._sharing: list[Attached] = []
+        self._traced = False
         self._operation_handles: dict[str, RemovableHandle] = {}
+        self._handles: list[RemovableHandle]
         self._install(base)
 
     @classmethod
     def of(cls, base: nn.Module) -> TunerManager | None:
-        """Return the manager of a base, or None when no tuner is attached."""
-        for hook in base._forward_pre_hooks.values():
+        """Return the manager of a base, compiled or not, or None when no tuner is attached."""
+        for hook in uncompiled(base)._forward_pre_hooks.values():
             owner = getattr(hook, "__self__", None)
             if isinstance(owner, cls):
                 return owner
@@ -91,9 +94,9 @@ class TunerManager:
         if name in self._tuners:
             raise TunerNameError(f"The tuner name `{name}` is taken; choose another or delete the loaded one first.")
         tuner.base.check_fits(self.base_info)
-        attached = Attached(tuner, as_weight(weight))
-        if not {*self.base_info.maps, *self._operation_handles}.issuperset(attached.sites):
-            _refuse_compiled(self._base)
+        attached = Attached(tuner.copy() if tuner.shared else tuner, as_weight(weight))
+        if not {*self.base_info.stations, *self._operation_handles}.issuperset(attached.sites):
+            _refuse_if(self._traced or any(map(is_compiled, self._base.modules())))
         self._tuners[name] = attached
         self._refresh()
 
@@ -102,15 +105,24 @@ class TunerManager:
         self.check_known([name])
         del self._tuners[name]
         self._refresh()
+        self.release()
+
+    def release(self) -> None:
+        """Take the hooks off, if no tuner is attached."""
         if not self._tuners:
             for handle in self._handles:
                 handle.remove()
             self._handles.clear()
 
-    def swap(self, name: str, tuner: Tuner) -> None:
+    def swap(self, name: str, tuner: Tuner, weight: Weight | None = None) -> None:
         """Put another tuner of the same config in the place of an attached one, overwriting its parameters.
 
-        Nothing is allocated and a compiled graph stays valid; weights and conditions stay as they are.
+        Nothing is allocated and a compiled graph stays valid; condition images stay as they are.
+
+        Args:
+            name: name of the attached tuner.
+            tuner: the tuner whose parameters it gets; it may be of another dtype, and is not changed.
+            weight: how strongly the tuner acts from now on; None keeps the weight.
 
         Raises:
             TunerNameError: if no tuner of this name is attached.
@@ -118,7 +130,11 @@ class TunerManager:
             BaseMismatchError: if the tuner was made for a base of another structure.
         """
         self.check_known([name])
-        self._tuners[name].swap(tuner)
+        attached = self._tuners[name]
+        checked = attached.weight if weight is None else as_weight(weight)
+        factors = attached.site_factors(checked)
+        attached.swap(tuner)
+        attached.set_weight(checked, factors)
 
     def check_known(self, names: Iterable[str]) -> None:
         """Raise `TunerNameError` if one of the names is not attached."""
@@ -161,10 +177,59 @@ class TunerManager:
         self.check_known([name])
         self._tuners[name].set_conditions(images, weights)
 
+    def encode_conditions(self, size: tuple[int, int]) -> None:
+        """Make the features of all condition images now, and not in the next pass.
+
+        A graph that is compiled in between needs no second form for the passes that find them made.
+
+        Args:
+            size: height and width of the latents.
+        """
+        for attached in self._tuners.values():
+            attached.encode_conditions(size)
+
+    def check_images(self, images: int) -> None:
+        """Raise `RestuneError` if a weight is for another number of images; a compiled graph does not look."""
+        for attached in self._tuners.values():
+            if attached.acts:
+                check_images(attached.weight, images)
+
+    def place(self, device: torch.device) -> None:
+        """Move the tuners that act to a device; a compiled graph cannot do that when it needs them."""
+        for attached in self._tuners.values():
+            if attached.acts or self.static:
+                attached.place(device)
+
     def clear_conditions(self) -> None:
         """Forget all condition images."""
         for attached in self._tuners.values():
             attached.conditions = None
+
+    @contextlib.contextmanager
+    def one_pass(self, names: Sequence[str]) -> Iterator[None]:
+        """Within, one pass of the base serves several bypass tuners: it returns the rows of one after the other's.
+
+        A bypass changes nothing before the output head, so what it gives here equals what it gives alone. Split
+        the output `(len(names) * batch, ...)` with `chunk(len(names))`.
+
+        Args:
+            names: attached tuners that write at the output head alone, which is the case for the `bypass` part.
+
+        Raises:
+            TunerNameError: if a name is unknown.
+            RestuneError: if a tuner writes elsewhere too, or the base's head cannot take a larger batch.
+        """
+        self.check_known(names)
+        for name in names:
+            if self._tuners[name].sites != ("out",):
+                raise RestuneError(f"Only bypass tuners share a pass of the base, and `{name}` writes to other sites.")
+        if not self._structure.head_takes_any_batch:
+            raise RestuneError(f"The output head of {self._structure.class_name} cannot serve several tuners at once.")
+        self._sharing = [self._tuners[name] for name in names]
+        try:
+            yield
+        finally:
+            self._sharing = []
 
     def has_conditions(self, name: str) -> bool:
         """Say whether a tuner was given condition images; raises `TunerNameError` for an unknown name."""
@@ -187,42 +252,37 @@ class TunerManager:
         for attached in self._tuners.values():
             for site in attached.sites:
                 self._writers.setdefault(site, []).append(attached)
-        wanted = {site for site in self._writers if site not in self.base_info.maps}
+        wanted = {site for site in self._writers if site not in self.base_info.stations}
         for site in self._operation_handles.keys() - wanted:
             self._operation_handles.pop(site).remove()
         for site in sorted(wanted - self._operation_handles.keys()):
             # Beside the base's own sites a tuner may write to a linear layer inside one.
             hook = self._after_operation if site in self.base_info.sites else self._after_linear
-            self._operation_handles[site] = site_module(self._base, site).register_forward_hook(
+            self._operation_handles[site] = self._structure.module(self._base, site).register_forward_hook(
                 partial(hook, site), with_kwargs=True
             )
 
     def _install(self, base: nn.Module) -> None:
-        hooks = self._handles
-        hooks.append(base.register_forward_pre_hook(self._begin, with_kwargs=True))
-        hooks.append(base.register_forward_hook(self._end, always_call=True))
-        counts = skip_counts(base)
-        stop = sum(counts)
-        for number, (block, count) in enumerate(zip(base.up_blocks, counts, strict=True)):  # type: ignore[arg-type]
-            hook = partial(self._enter_up_block, stop - count)
-            hooks.append(block.register_forward_pre_hook(hook, with_kwargs=True))
-            hooks.append(block.register_forward_hook(partial(self._record, f"up.{number}")))
-            stop -= count
-        if "mid" in self.base_info.sites:
-            hooks.append(base.mid_block.register_forward_hook(partial(self._record, "mid")))  # type: ignore[union-attr]
-        hooks.append(merge_module(base).register_forward_pre_hook(self._enter_head))
+        self._handles = [
+            base.register_forward_pre_hook(self._begin, with_kwargs=True),
+            base.register_forward_hook(self._end, always_call=True),
+            *self._structure.install(base, self),
+        ]
 
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._features = Features()
-        sample = args[0] if args else kwargs["sample"]
+        call = self._structure.call(module, args, kwargs)
         self._pass = Pass(
-            rows=sample.shape[0],
-            size=(sample.shape[-2], sample.shape[-1]),
-            device=sample.device,
-            timestep=args[1] if len(args) > 1 else kwargs["timestep"],
+            rows=call.rows,
+            size=call.size,
+            device=call.device,
+            timestep=call.timestep,
             num_train_timesteps=self.num_train_timesteps,
             layout=self.layout,
         )
+        self._features.size = call.size
+        if torch.compiler.is_compiling():
+            self._traced = True
         for attached in self._tuners.values():
             attached.begin(self._pass)
 
@@ -231,36 +291,39 @@ class TunerManager:
         for attached in self._tuners.values():
             attached.end()
 
-    def _record(self, site: str, module: nn.Module, args: Any, output: torch.Tensor) -> None:
-        self._tap(site, output)
+    def active(self) -> bool:
+        """Say whether any tuner takes part in this pass; the base's hooks ask."""
+        return bool(self._active())
 
-    def _tap(self, site: str, x: torch.Tensor) -> None:
+    def tap(self, site: str, x: torch.Tensor) -> None:
         """Keep a feature until the end of this forward, if an active tuner asks for it."""
         if any(site in attached.taps for attached in self._active()):
             self._features.by_site[site] = x
 
-    def _enter_up_block(
-        self, first_skip: int, module: nn.Module, args: Any, kwargs: dict[str, Any]
-    ) -> tuple[Any, dict[str, Any]] | None:
+    def tuned(self, site: str, x: torch.Tensor) -> torch.Tensor:
+        """Add the active residuals to a feature, all of them made from it as the base made it."""
+        self.tap(site, x)
+        if site == "out" and self._sharing:
+            assert self._pass is not None
+            return torch.cat([a.add_residuals(site, x, self._features, x, self._pass) for a in self._sharing])
+        return self._summed(site, x, x)
+
+    def see(self, *, time: torch.Tensor | None = None, text: torch.Tensor | None = None) -> None:
+        """Keep the time embedding or the text states until the end of this forward."""
+        if time is not None:
+            self._features.time = time
+        if text is not None:
+            self._features.text = text
+
+    def _after_operation(self, site: str, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
         if not self._active():
             return None
-        self._features.time = kwargs["temb"]
-        if "encoder_hidden_states" in kwargs:
-            self._features.text = text_states(kwargs["encoder_hidden_states"])
-        skips = kwargs["res_hidden_states_tuple"]
-        tuned = tuple(self._tuned(f"skip.{first_skip + offset}", skip) for offset, skip in enumerate(skips))
-        return args, {**kwargs, "res_hidden_states_tuple": tuned}
-
-    def _enter_head(self, module: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...] | None:
-        return (self._tuned("out", args[0]), *args[1:]) if self._active() else None
-
-    def _after_operation(
-        self, site: str, module: nn.Module, args: Any, kwargs: dict[str, Any], output: torch.Tensor
-    ) -> torch.Tensor | None:
-        if not self._active():
-            return None
-        operation = show_operation(module, kwargs, self._silence)
-        return self._summed(site, operation_input(args, kwargs), output, operation)
+        operation = show_operation(module, args, kwargs, self._silence)
+        x = operation_input(args, kwargs)
+        # Attention of transformers returns its weights beside its output.
+        if isinstance(output, tuple):
+            return self._summed(site, x, output[0], operation), *output[1:]
+        return self._summed(site, x, output, operation)
 
     def _after_linear(
         self, site: str, module: nn.Module, args: Any, kwargs: dict[str, Any], output: torch.Tensor
@@ -285,11 +348,6 @@ class TunerManager:
         if self.static and torch.compiler.is_compiling():
             return list(self._tuners.values())
         return [attached for attached in self._tuners.values() if attached.takes_part]
-
-    def _tuned(self, site: str, x: torch.Tensor) -> torch.Tensor:
-        """Add the active residuals to a feature map, all of them made from it as the base made it."""
-        self._tap(site, x)
-        return self._summed(site, x, x)
 
     def _summed(
         self, site: str, x: torch.Tensor, total: torch.Tensor, operation: Operation | None = None
@@ -328,7 +386,9 @@ def attach(base: nn.Module, tuner: Tuner, name: str = "default", weight: Weight 
     """Attach a tuner to a base, changing no parameter of it.
 
     Args:
-        base: a `UNet2DConditionModel`, not compiled yet.
+        base: a `UNet2DConditionModel`. Once it is compiled, only tuners that need no further hooks attach: those
+            whose sites attached ones already write to, and those on skip connections and the output head beside any
+            other.
         tuner: a tuner that was made for a base of this structure.
         name: name of the tuner on this base.
         weight: how strongly it acts: a factor, one for each image of a batch, or any other form of `Weight`.
@@ -342,11 +402,14 @@ def attach(base: nn.Module, tuner: Tuner, name: str = "default", weight: Weight 
     """
     manager = TunerManager.of(base)
     if manager is None:
-        _refuse_compiled(base)
+        _refuse_if(is_compiled(base))
         tuner.base.check_fits(describe_base(base))
         manager = TunerManager(base)
-    manager.add(name, tuner, weight)
-    return Attachment(base, name)
+    try:
+        manager.add(name, tuner, weight)
+    finally:
+        manager.release()
+    return Attachment(uncompiled(base), name)
 
 
 def detach(base: nn.Module, name: str = "default") -> None:
@@ -361,7 +424,18 @@ def detach(base: nn.Module, name: str = "default") -> None:
     manager.remove(name)
 
 
-def _refuse_compiled(base: nn.Module) -> None:
+def uncompiled(base: nn.Module) -> nn.Module:
+    """Return the module that `torch.compile` wrapped, or the module itself."""
+    module: nn.Module = getattr(base, "_orig_mod", base)
+    return module
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Say whether a module is compiled, in place or by a wrapper."""
+    return hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
+
+
+def _refuse_if(compiled: bool) -> None:
     # A graph that was compiled without the hooks would go on without them, silently.
-    if hasattr(base, "_orig_mod") or getattr(base, "_compiled_call_impl", None) is not None:
+    if compiled:
         raise RestuneError("This model is already compiled; attach the tuners first, then call torch.compile.")

@@ -41,8 +41,8 @@ class BypassConfig(_PartConfig):
     """Width of the bypass state over the width of the tapped feature."""
     expansion: float = Field(default=2.0, gt=0, le=8)
     """Width inside a vertical tuner over the width of the bypass state."""
-    taps: tuple[str, ...] = ("skip.*", "mid", "up.*")
-    """Patterns of the sites that the bypass reads."""
+    taps: tuple[str, ...] = ("*",)
+    """Patterns of the sites that the bypass reads: skips, mid and up blocks of a U-Net, blocks of a transformer."""
 
 
 ResKind: TypeAlias = Literal["adapter", "prefix", "prompt", "lora", "attention"]
@@ -158,6 +158,8 @@ def match_sites(patterns: Iterable[str], names: Iterable[str], what: str = "site
         RestuneError: if a pattern matches nothing; names the valid ones, calling each a `what`.
     """
     names = list(names)
+    if not names:
+        raise RestuneError(f"This base has no {what} for such a tuner; choose another kind of tuner.")
     chosen: set[str] = set()
     # A list from a file may be long, so each pattern is compiled once.
     for pattern in dict.fromkeys(patterns):

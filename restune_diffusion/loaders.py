@@ -6,28 +6,29 @@ import contextlib
 import inspect
 import os
 import re
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import nn
 
-from .attachment import TunerManager, attach
+from .attachment import TunerManager, attach, is_compiled, uncompiled
 from .errors import ConditionError, RestuneError, TunerFileError, TunerNameError
 from .fileformat import load_tuner, save_tuner
 from .mixing import Layout
 from .saving import PlainConfigMixin
+from .sources import TUNER_WEIGHT_NAME, local_tuner_file, tuner_file
 from .steering import TunerImage, TunerScale, steered
 from .tuner import Tuner
+from .tuner_cache import TunerCache
 from .weights import TunerWeight, Weight, as_weight
 
 MixPerImage: TypeAlias = Sequence[str | Mapping[str, float] | None]
 
-TUNER_WEIGHT_NAME = "pytorch_tuner_weights.safetensors"
 _NAME = re.compile(r"[^./\\\x00-\x1f][^/\\\x00-\x1f]*")
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 class RestuneLoaderMixin(PlainConfigMixin):
@@ -39,6 +40,8 @@ class RestuneLoaderMixin(PlainConfigMixin):
 
     unet: Any
     scheduler: Any
+    _execution_device: torch.device
+    _tuner_hotswap = False
 
     def __call__(
         self,
@@ -82,12 +85,68 @@ class RestuneLoaderMixin(PlainConfigMixin):
         ):
             return call(*args, **kwargs)
 
+    def branches(
+        self,
+        prompt: str | list[str] | None = None,
+        tuners: MixPerImage = (),
+        share_steps: int = 0,
+        *,
+        trunk: str | Mapping[str, float] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Draw each prompt once for each mix of tuners, all from one composition.
+
+        The first steps are computed for one row of each image and count for all of its branches; after them each
+        branch is a row of one batch.
+
+        Args:
+            prompt: the prompt or prompts; None where the call has `prompt_embeds`.
+            tuners: one entry for each branch: a name, a mapping from names to weights, or None for the base alone.
+            share_steps: how many denoising steps the branches have in common, of those that the call makes.
+            trunk: what acts during those steps, in the form of one entry of `tuners`; the base alone by default.
+            kwargs: the pipeline's own arguments. One generator, or one latent, is for one image and all its branches.
+
+        Returns:
+            What the pipeline returns, with `len(tuners)` pictures for each image: the branches of an image are
+            adjacent, in the order of `tuners`.
+
+        Raises:
+            TunerNameError: if a name is unknown.
+            RestuneError: if an argument does not fit, or the scheduler gives the branches different noise.
+        """
+        from .branches import Fork, arguments_of_branches, forked
+
+        call = super().__call__  # type: ignore[misc]
+        kwargs = {"prompt": prompt, **kwargs}
+        layout = self._layout(call, (), kwargs)
+        if layout is None:
+            # Says what is wrong with the arguments.
+            return call(**kwargs)
+        if not tuners:
+            raise RestuneError("There are no branches to draw; give `tuners` an entry for each.")
+        names = _weights_by_name([*tuners, trunk], 1)
+        if names:
+            self._manager_of(names)
+        before = self.get_list_tuners()
+        fork = Fork(
+            images=layout.images,
+            branches=len(tuners),
+            share_steps=share_steps,
+            trunk=_mix_of_call([trunk], None, before),
+            mixes=_mix_of_call([*tuners] * layout.images, None, before),
+        )
+        arguments = arguments_of_branches(call, kwargs, fork)
+        with forked(self, self._tuner_base, fork, arguments) as forked_arguments:
+            return self(**forked_arguments)
+
     def load_tuner_weights(
         self,
         pretrained_model_name_or_path: str | os.PathLike[str] | Tuner,
         tuner_name: str | None = None,
         *,
-        weight: float = 1.0,
+        weight: Weight | None = None,
+        hotswap: bool = False,
+        cache: TunerCache | None = None,
         weight_name: str | None = None,
         subfolder: str | None = None,
         revision: str | None = None,
@@ -101,7 +160,11 @@ class RestuneLoaderMixin(PlainConfigMixin):
             pretrained_model_name_or_path: a tuner file, a folder that holds one, a repository id on the Hub, or a
                 `Tuner`.
             tuner_name: name for this pipeline; defaults to the file's name.
-            weight: factor on the tuner's residuals.
+            weight: how strongly it acts; defaults to 1, and with `hotswap` to the weight that is set.
+            hotswap: overwrite the parameters of the loaded tuner `tuner_name`, which has the same config, instead of
+                loading one more: nothing is allocated, and a compiled U-Net is not compiled again. See
+                `enable_tuner_hotswap`.
+            cache: where to look for the file's tuner before reading it, and to keep it afterwards.
             weight_name: name of the file in a folder or repository.
             subfolder: folder inside the folder or repository.
             revision: branch, tag or commit on the Hub.
@@ -111,28 +174,70 @@ class RestuneLoaderMixin(PlainConfigMixin):
 
         Raises:
             TunerFileError: if the file cannot be found, read or trusted.
-            TunerNameError: if the name is taken.
+            TunerNameError: if the name is taken; with `hotswap`, if no tuner of this name is loaded.
+            RestuneError: if a tuner to swap has another config.
             BaseMismatchError: if the tuner is for a base of another structure.
         """
-        source = pretrained_model_name_or_path
+        source, base = pretrained_model_name_or_path, self._tuner_base
         if isinstance(source, Tuner):
             tuner, name = source, tuner_name or "default"
         else:
-            path = _find_local(source, weight_name, subfolder) or _download(
-                str(source), weight_name, subfolder, revision, token, cache_dir, local_files_only
+            path = tuner_file(
+                source,
+                weight_name,
+                subfolder=subfolder,
+                revision=revision,
+                token=token,
+                cache_dir=cache_dir,
+                local_files_only=local_files_only,
             )
             name = tuner_name or (str(source).rsplit("/", 1)[-1] if path.name == TUNER_WEIGHT_NAME else path.stem)
-            tuner = load_tuner(path, dtype=self._tuner_base.dtype).requires_grad_(False)
+            tuner = load_tuner(path) if cache is None else cache.get(path)
+        if hotswap:
+            self._manager_of([name]).swap(name, tuner, weight)
+            return
         if not _NAME.fullmatch(name):
             raise TunerNameError(f"{name!r} cannot name a tuner; use a name without slashes or a leading dot.")
-        attach(self._tuner_base, tuner, name, weight)
+        if tuner is not source:
+            tuner = tuner.copy() if tuner.shared else tuner
+            tuner.to(base.dtype).requires_grad_(False)
+        attach(self.unet, tuner, name, 1.0 if weight is None else weight)
+        if self._tuner_hotswap:
+            self._manager_of([name]).static = True
+
+    def enable_tuner_hotswap(self, check_compiled: Literal["error", "warn", "ignore"] = "error") -> None:
+        """Prepare for changing tuners without compiling again; call it before `torch.compile`.
+
+        `load_tuner_weights(..., hotswap=True)` and other weights never compile anew. With this, turning a tuner off
+        and on does not either: the compiled U-Net computes every loaded tuner, also those of weight zero.
+
+        Args:
+            check_compiled: what to do if the U-Net is compiled already, where it makes the next call compile once
+                more: raise, warn, or nothing.
+
+        Raises:
+            RestuneError: if the U-Net is compiled already.
+        """
+        if check_compiled not in ("error", "warn", "ignore"):
+            raise RestuneError(f"check_compiled is `error`, `warn` or `ignore`, not {check_compiled!r}.")
+        base = self._tuner_base
+        if (is_compiled(self.unet) or is_compiled(base)) and check_compiled != "ignore":
+            late = "Call enable_tuner_hotswap before torch.compile; the U-Net would be compiled once more."
+            if check_compiled == "error":
+                raise RestuneError(late)
+            warnings.warn(late, stacklevel=2)
+        # A manager lives only while tuners are loaded.
+        self._tuner_hotswap = True
+        manager = TunerManager.of(base)
+        if manager is not None:
+            manager.static = True
 
     @classmethod
     def tuner_state_dict(
         cls, pretrained_model_name_or_path: str | os.PathLike[str], weight_name: str | None = None
     ) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
         """Read a local tuner file without attaching it: its tensors and its metadata."""
-        path = _find_local(pretrained_model_name_or_path, weight_name, None)
+        path = local_tuner_file(pretrained_model_name_or_path, weight_name)
         if path is None:
             raise TunerFileError(f"There is no tuner file at {pretrained_model_name_or_path}.")
         tuner = load_tuner(path)
@@ -210,7 +315,7 @@ class RestuneLoaderMixin(PlainConfigMixin):
         base = getattr(self, "unet", None)
         if not isinstance(base, nn.Module):
             raise RestuneError(f"Tuners need a pipeline with a U-Net, but {type(self).__name__} has none loaded.")
-        return base
+        return uncompiled(base)
 
     def _layout(self, call: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Layout | None:
         """Read off a call's arguments how many images it draws, and whether with guidance."""
@@ -234,6 +339,10 @@ class RestuneLoaderMixin(PlainConfigMixin):
         try:
             if tuners is not None:
                 manager.set_weights(_mix_of_call(tuners, layout, before))
+            # In a compiled graph neither can be looked after.
+            if layout is not None:
+                manager.check_images(layout.images)
+            manager.place(self._execution_device)
             yield
         finally:
             manager.layout = None
@@ -291,58 +400,3 @@ def _named_weights(
     if len(values) != len(names):
         raise RestuneError(f"There are {len(names)} tuner names but {len(values)} weights.")
     return dict(zip(names, values, strict=True))
-
-
-def _find_local(source: str | os.PathLike[str], weight_name: str | None, subfolder: str | None) -> Path | None:
-    """Return the tuner file that a local path means, or None where nothing exists at the path."""
-    path = Path(source).expanduser()
-    if path.is_file():
-        return path
-    if not path.is_dir():
-        return None
-    folder = path / (subfolder or "")
-    named = folder / (weight_name or TUNER_WEIGHT_NAME)
-    if named.is_file():
-        return named
-    found = sorted(folder.glob("*.safetensors")) if weight_name is None else []
-    if len(found) == 1:
-        return found[0]
-    raise TunerFileError(
-        f"{folder} holds {len(found)} safetensors files; name one with weight_name."
-        if weight_name is None
-        else f"There is no {weight_name} in {folder}."
-    )
-
-
-def _download(
-    repository: str,
-    weight_name: str | None,
-    subfolder: str | None,
-    revision: str | None,
-    token: str | bool | None,
-    cache_dir: str | os.PathLike[str] | None,
-    local_files_only: bool | None,
-) -> Path:
-    # A path that merely does not exist must never become a network call.
-    if not _HUB_ID.fullmatch(repository) or repository.endswith((".safetensors", ".bin", ".pt", ".ckpt")):
-        raise TunerFileError(f"There is no tuner file at {repository}.")
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError
-
-    try:
-        return Path(
-            hf_hub_download(
-                repository,
-                weight_name or TUNER_WEIGHT_NAME,
-                subfolder=subfolder,
-                revision=revision,
-                token=token,
-                cache_dir=None if cache_dir is None else Path(cache_dir),
-                local_files_only=bool(local_files_only),
-            )
-        )
-    except (HfHubHTTPError, OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise TunerFileError(
-            f"There is no file or folder {repository} here, and the Hub did not give it: {reason}"
-        ) from error

@@ -15,6 +15,7 @@ from .weights import ROUNDING, TunerWeight
 # Room in the tensors that a compiled graph reads; outgrowing it compiles once more.
 _IMAGES = 64
 _PIECES = 16
+_ALWAYS = ((0.0, 1.0, 1.0, 1.0),)
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ class Pass:
                 "Which rows of the batch are the conditional half of guidance is not known here; generate with a "
                 "pipeline, or tell it with TunerManager.layout."
             )
-        if self.rows % images or (len(weight.values) > 1 and len(weight.values) != images):
+        if self.rows % images or weight.count not in (1, images):
             raise RestuneError(
                 f"The tuners' weights are for {_images_of(weight) or images} images, but the batch has {self.rows} "
                 "rows; give one weight for each image."
@@ -72,11 +73,18 @@ class Pass:
         return images
 
 
+def check_images(weight: TunerWeight, images: int) -> None:
+    """Raise `RestuneError` if a weight is for another number of images than are drawn."""
+    count = _images_of(weight)
+    if count not in (None, images):
+        raise RestuneError(
+            f"The tuners' weights are for {count} images, but {images} are drawn; give one weight for each image."
+        )
+
+
 def _images_of(weight: TunerWeight) -> int | None:
     """Number of images that a weight is made for, where it differs between images."""
-    counts = {len(weight.values)} | (
-        {len(weight.mask)} if weight.mask is not None and weight.mask.dim() == 3 else set()
-    )
+    counts = {weight.count} | ({len(weight.mask)} if weight.mask is not None and weight.mask.dim() == 3 else set())
     counts.discard(1)
     if len(counts) > 1:
         raise RestuneError(f"A weight has values and masks for different numbers of images, {sorted(counts)}.")
@@ -139,14 +147,15 @@ class Dial:
 
     Args:
         sites: the sites that the tuner writes to.
+        device: where the tuner is.
     """
 
-    def __init__(self, sites: Sequence[str]) -> None:
+    def __init__(self, sites: Sequence[str], device: torch.device) -> None:
         self.place = {site: index for index, site in enumerate(sites)}
-        self.values = torch.zeros(_IMAGES)
-        self.count = torch.ones((), dtype=torch.long)
-        self.sites = torch.ones(len(sites))
-        self.curve = torch.full((_PIECES, 4), 2.0)
+        self.values = torch.zeros(_IMAGES, device=device)
+        self.count = torch.ones((), dtype=torch.long, device=device)
+        self.sites = torch.ones(len(sites), device=device)
+        self.curve = torch.full((_PIECES, 4), 2.0, device=device)
 
     def set(self, weight: TunerWeight, factors: dict[str, float]) -> None:
         """Write a weight and its factors by site into the tensors."""
@@ -156,7 +165,8 @@ class Dial:
         self.values[: len(values)] = values.to(self.values.device)
         self.count.fill_(len(values))
         self.sites.copy_(torch.tensor([factors[site] for site in self.place]))
-        pieces = weight.steps.pieces if weight.steps is not None else ()
+        # Without a schedule the factor is one throughout, so that setting one later finds the same graph.
+        pieces = weight.steps.pieces if weight.steps is not None else _ALWAYS
         if len(pieces) > len(self.curve):
             self.curve = torch.full((len(pieces), 4), 2.0, device=self.curve.device)
         self.curve.fill_(2.0)
@@ -169,11 +179,13 @@ class Dial:
         self.sites, self.curve = self.sites.to(device), self.curve.to(device)
 
     def factors(self, site: str, weight: TunerWeight, this: Pass) -> torch.Tensor:
-        """Return the factor of every row at a site, `(rows,)`, without a look at a number."""
+        """Return the factor of every row at a site, `(rows,)`, without a look at a number.
+
+        That the batch is a multiple of the number of values is not checked here: it is not known to the graph.
+        """
         rows = torch.arange(this.rows, device=self.values.device)
         factors = self.values[rows % self.count] * self.sites[self.place[site]]
-        if weight.steps is not None:
-            factors = factors * self._step(this.progress.to(rows.device))
+        factors = factors * self._step(this.progress.to(rows.device))
         if weight.on != "both":
             images = this.images(weight)
             heard = [_heard(weight.on, copy, this, images) for copy in range(this.rows // images)]

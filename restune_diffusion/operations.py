@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import nn
 
+from .sites import text_states
 from .tuners import FrozenAttention, Operation
 
-Quiet = Callable[[], AbstractContextManager[None]]
+Quiet: TypeAlias = Callable[[], AbstractContextManager[None]]
+Map: TypeAlias = Callable[[torch.Tensor], torch.Tensor]
 
 
 def operation_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
@@ -20,57 +22,91 @@ def operation_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tens
     return x
 
 
-def show_operation(module: nn.Module, kwargs: dict[str, Any], quiet: Quiet) -> Operation:
+def show_operation(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], quiet: Quiet) -> Operation:
     """Describe a call of an operation to the tuners beside it.
 
     Args:
-        module: diffusers' `Attention`, `FeedForward` or `BasicTransformerBlock`.
+        module: attention, feed-forward network or block, of diffusers or of transformers' ViT.
+        args: the positional arguments of its call.
         kwargs: the keyword arguments of its call.
         quiet: a context in which the base's layers run without tuners.
     """
+    if hasattr(module, "q_proj"):
+        mask = args[1] if len(args) > 1 else kwargs.get("attention_mask")
+        return Operation(None, _additive(mask), _of_transformers(module, quiet))
     context = text_states(kwargs.get("encoder_hidden_states"))
-    if not hasattr(module, "to_q"):
-        return Operation(context)
-    return Operation(context, _score_mask(kwargs.get("attention_mask")), _frozen(module, context is not None, quiet))
+    if hasattr(module, "to_q"):
+        mask = kwargs.get("attention_mask")
+        return Operation(context, _for_heads(mask), _of_diffusers(module, context is not None, quiet))
+    return Operation(context)
 
 
-def text_states(states: Any) -> torch.Tensor | None:
-    """Return the text states alone: an IP-Adapter puts image states beside them."""
-    return states[0] if isinstance(states, tuple) else states
-
-
-def _score_mask(mask: torch.Tensor | None) -> torch.Tensor | None:
+def _for_heads(mask: torch.Tensor | None) -> torch.Tensor | None:
     """Bring diffusers' `(batch, keys)` or `(batch, queries or 1, keys)` to the shape of attention scores."""
     if mask is None:
         return None
     return mask[:, None, None] if mask.dim() == 2 else mask[:, None]
 
 
-def _frozen(attention: Any, reads_context: bool, quiet: Quiet) -> FrozenAttention:
-    def heads(x: torch.Tensor, norm: Callable[[torch.Tensor], torch.Tensor] | None) -> torch.Tensor:
-        x = x.unflatten(-1, (attention.heads, -1)).transpose(1, 2)
-        return x if norm is None else norm(x)
+def _additive(mask: torch.Tensor | None) -> torch.Tensor | None:
+    """Turn a mask that is true for the keys to keep into one that adds to the scores."""
+    if mask is None or mask.dtype != torch.bool:
+        return mask
+    return torch.zeros(mask.shape, device=mask.device).masked_fill(~mask, -torch.inf)
 
-    def normed(x: torch.Tensor) -> torch.Tensor:
+
+def _of_diffusers(attention: Any, reads_context: bool, quiet: Quiet) -> FrozenAttention:
+    """Read the projections off diffusers' `Attention`."""
+
+    def source(x: torch.Tensor) -> torch.Tensor:
         return attention.norm_encoder_hidden_states(x) if reads_context and attention.norm_cross else x
 
-    def query(x: torch.Tensor) -> torch.Tensor:
-        with quiet():
-            return heads(attention.to_q(x), attention.norm_q)
+    def key_layer(x: torch.Tensor) -> torch.Tensor:
+        return attention.to_k(source(x))
 
-    def key(x: torch.Tensor) -> torch.Tensor:
-        with quiet():
-            return heads(attention.to_k(normed(x)), attention.norm_k)
-
-    def value(x: torch.Tensor) -> torch.Tensor:
-        with quiet():
-            return heads(attention.to_v(normed(x)), None)
+    def value_layer(x: torch.Tensor) -> torch.Tensor:
+        return attention.to_v(source(x))
 
     def output(x: torch.Tensor) -> torch.Tensor:
-        layer = attention.to_out[0]
-        with quiet():
-            y = layer(x)
-        y = y if layer.bias is None else y - layer.bias
-        return y / attention.rescale_output_factor
+        return _without_bias(attention.to_out[0], x, quiet) / attention.rescale_output_factor
 
-    return FrozenAttention(query, key, value, output)
+    return FrozenAttention(
+        _split(attention.to_q, attention.heads, attention.norm_q, quiet),
+        _split(key_layer, attention.heads, attention.norm_k, quiet),
+        _split(value_layer, attention.heads, None, quiet),
+        output,
+    )
+
+
+def _of_transformers(attention: Any, quiet: Quiet) -> FrozenAttention:
+    """Read the projections off transformers' `ViTAttention`."""
+    heads = attention.num_attention_heads
+
+    def output(x: torch.Tensor) -> torch.Tensor:
+        return _without_bias(attention.o_proj, x, quiet)
+
+    return FrozenAttention(
+        _split(attention.q_proj, heads, None, quiet),
+        _split(attention.k_proj, heads, None, quiet),
+        _split(attention.v_proj, heads, None, quiet),
+        output,
+    )
+
+
+def _split(layer: Map, heads: int, norm: Map | None, quiet: Quiet) -> Map:
+    """Run a frozen projection, split its output into heads, and norm them as the base does."""
+
+    def projected(x: torch.Tensor) -> torch.Tensor:
+        with quiet():
+            x = layer(x)
+        x = x.unflatten(-1, (heads, -1)).transpose(1, 2)
+        return x if norm is None else norm(x)
+
+    return projected
+
+
+def _without_bias(layer: nn.Module, x: torch.Tensor, quiet: Quiet) -> torch.Tensor:
+    with quiet():
+        y: torch.Tensor = layer(x)
+    bias = layer.bias
+    return y - bias if isinstance(bias, torch.Tensor) else y

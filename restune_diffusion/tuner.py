@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping
 
 import torch
@@ -46,6 +47,8 @@ class Tuner(nn.Module):
             raise RestuneError(f"A tuner needs one or more parts, each kind once, but got {kinds}.")
         self.configs = configs
         self.metadata = dict(metadata or {})
+        self.shared = False
+        """Whether others rely on these parameters, as a `TunerCache` does; attaching takes a copy then."""
         for config in configs:
             self.add_module(config.part, _build_part(config, base))
         self.base = base.narrowed(site for part in self.parts() for site in part.needs)
@@ -79,6 +82,12 @@ class Tuner(nn.Module):
         for child in self.children():
             assert isinstance(child, Part)
             yield child
+
+    def copy(self) -> Tuner:
+        """Return a tuner of equal parameters that nobody shares."""
+        twin = copy.deepcopy(self)
+        twin.shared = False
+        return twin
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """Draw the initial parameters; every residual is zero afterwards."""

@@ -92,6 +92,8 @@ class TunerWeight:
     steps: Schedule | None = None
     mask: torch.Tensor | None = field(default=None, compare=False)
     on: Literal["both", "cond", "uncond"] = "both"
+    count: int = field(default=1, init=False, repr=False, compare=False)
+    """Number of values; stored, so that a compiled graph that reads it does not depend on the values themselves."""
 
     def __post_init__(self) -> None:
         values = self.value if isinstance(self.value, Sequence) else (self.value,)
@@ -104,6 +106,7 @@ class TunerWeight:
                 else f"A tuner's weight must be a finite number, or one for each image, but is {self.value}."
             )
         object.__setattr__(self, "value", numbers if isinstance(self.value, Sequence) else numbers[0])
+        object.__setattr__(self, "count", len(numbers))
         if self.on not in ("both", "cond", "uncond"):
             raise RestuneError(f"A tuner acts on `both`, `cond` or `uncond`, not on {self.on!r}.")
         if self.mask is not None:

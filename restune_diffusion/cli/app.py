@@ -10,11 +10,14 @@ from typing import Annotated, TypeAlias
 import tyro
 
 from ..training.config import TrainConfig
+from .convert import ConvertOptions
 from .demo import DemoOptions
 from .evaluate import EvaluateOptions
 from .generate import GenerateOptions
+from .grid import GridOptions
 from .guard import run_guarded
 from .inspect import InspectOptions
+from .merge import MergeOptions
 
 # tyro shows pydantic's message when a value is refused; the link to pydantic's manual helps nobody here.
 os.environ.setdefault("PYDANTIC_ERRORS_INCLUDE_URL", "0")
@@ -28,8 +31,11 @@ Example: restune train --base ./stable-diffusion-v1-5 --data ./watercolors --out
 Command: TypeAlias = (
     Annotated[TrainConfig, tyro.conf.subcommand("train", description=_TRAIN_HELP)]
     | Annotated[GenerateOptions, tyro.conf.subcommand("generate")]
+    | Annotated[GridOptions, tyro.conf.subcommand("grid")]
     | Annotated[EvaluateOptions, tyro.conf.subcommand("evaluate")]
     | Annotated[InspectOptions, tyro.conf.subcommand("inspect")]
+    | Annotated[ConvertOptions, tyro.conf.subcommand("convert")]
+    | Annotated[MergeOptions, tyro.conf.subcommand("merge")]
     | Annotated[DemoOptions, tyro.conf.subcommand("demo")]
 )
 

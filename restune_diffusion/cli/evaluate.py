@@ -50,7 +50,7 @@ class EvaluateOptions(BaseModel):
 
         quiet_libraries()
         from ..evaluation import evaluate_tuner
-        from .generate import split_weight
+        from .mix import split_weight
         from .placement import load_placed
 
         pipeline = load_placed(self.base, self.device, self.dtype)

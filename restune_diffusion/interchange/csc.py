@@ -15,7 +15,7 @@ from ..config import ControlConfig
 from ..errors import TunerFileError
 from ..sites import BaseInfo
 from ..tuner import Tuner
-from .foreign import ForeignFile
+from .foreign import ForeignFile, make_config
 from .names import skip_readers
 from .scepter import TENSORS
 from .skip_layers import fit_ratio, our_width
@@ -47,7 +47,7 @@ def read(file: ForeignFile, base: BaseInfo) -> Tuner:
     for key, match in matches.items():
         state[_our_key(match, numbers.index(int(match["number"] or 0)), sites, file)] = file.tensors[key]
     try:
-        tuner = Tuner.empty((_config(state, base, sites, len(numbers)),), base)
+        tuner = Tuner.empty((_config(state, base, sites, len(numbers), file),), base)
         expected = {key: tensor.shape for key, tensor in tuner.state_dict().items()}
     except KeyError as missing:
         raise _misfit(file, f"has no tensor for `{missing.args[0]}`") from missing
@@ -73,11 +73,15 @@ def _our_key(match: re.Match[str], condition: int, sites: list[str], file: Forei
     return f"control.{sites[number]}.{condition}.{_OURS[tensor]}"
 
 
-def _config(state: dict[str, torch.Tensor], base: BaseInfo, sites: list[str], conditions: int) -> ControlConfig:
+def _config(
+    state: dict[str, torch.Tensor], base: BaseInfo, sites: list[str], conditions: int, file: ForeignFile
+) -> ControlConfig:
     """Read the settings off the shapes."""
     kernel = state["control.encoders.0.levels.0.weight"].shape[-1]
     widths = {site: (base.sites[site].channels, state[f"control.{site}.0.down.bias"].numel()) for site in sites}
-    return ControlConfig(
+    return make_config(
+        ControlConfig,
+        str(file.path),
         conditions=tuple(f"condition{number}" if number else "condition" for number in range(conditions)),
         channels=state["control.encoders.0.stem.0.weight"].shape[1],
         ratio=fit_ratio(widths, our_width, slack=0.5),

@@ -6,12 +6,15 @@ import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+from pydantic import BaseModel, ValidationError
 from safetensors import SafetensorError, safe_open
 
 from ..errors import TunerFileError
+
+Config = TypeVar("Config", bound=BaseModel)
 
 _SETTINGS_NAME = "adapter_config.json"
 _WEIGHT_NAMES = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")
@@ -129,3 +132,13 @@ def foreign_metadata(file: ForeignFile) -> dict[str, str]:
     own = ("format", "lora_adapter_metadata", "modelspec.architecture", "modelspec.implementation",
            "modelspec.hash_sha256", "sshs_model_hash", "sshs_legacy_hash")  # fmt: skip
     return {key: value for key, value in file.metadata.items() if key not in own and not key.startswith("restune.")}
+
+
+def make_config(kind: type[Config], source: str, **settings: Any) -> Config:
+    """Make a part's config of what a file implies; raises `TunerFileError` where no part has such settings."""
+    try:
+        return kind(**settings)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"])) or "its settings"
+        raise TunerFileError(f"{source} has no counterpart here: {place}, {first['msg']}.") from error

@@ -17,7 +17,7 @@ from ..errors import TunerFileError
 from ..sites import BaseInfo
 from ..tuner import Tuner
 from ..tuners import ResPart
-from .foreign import ForeignFile, some
+from .foreign import ForeignFile, make_config, some
 from .lora_folding import DTYPE_KEY, LAYERS_KEY, LoraLayer, as_noted, folds, read_notes, scaled
 from .names import linear_shapes
 
@@ -73,7 +73,7 @@ def lora_tuner(layers: Mapping[str, LoraLayer], base: BaseInfo, metadata: Mappin
     """
     _check(layers, base, source)
     whole = max(layers.values(), key=lambda layer: layer.rank)
-    config = _config(layers, base, whole)
+    config = _config(layers, base, whole, source)
     narrow = reduce(
         torch.promote_types, [tensor.dtype for layer in layers.values() for tensor in (layer.down, layer.up)]
     )
@@ -146,15 +146,17 @@ def _check(layers: Mapping[str, LoraLayer], base: BaseInfo, source: str) -> None
             raise TunerFileError(f"{source} has alpha = {layer.alpha} at {site}; a LoRA's alpha is a positive number.")
 
 
-def _config(layers: Mapping[str, LoraLayer], base: BaseInfo, whole: LoraLayer) -> ResConfig:
+def _config(layers: Mapping[str, LoraLayer], base: BaseInfo, whole: LoraLayer, source: str) -> ResConfig:
     """Describe the least part that has all the layers."""
     chosen = {site: _split(site) for site in linear_shapes(base)}
     operations = {chosen[site][1] for site in layers}
     blocks = {chosen[site][0] for site in layers}
     linears = {site.removeprefix(".".join(chosen[site]) + ".") for site in layers}
     possible = dict.fromkeys(block for block, operation in chosen.values() if operation in operations)
-    return ResConfig(
-        **{name: "lora" if operation in operations else None for operation, name in _OPERATIONS.items()},  # type: ignore[arg-type]
+    return make_config(
+        ResConfig,
+        source,
+        **{name: "lora" if operation in operations else None for operation, name in _OPERATIONS.items()},
         width=whole.rank,
         alpha=None if whole.alpha == whole.rank else whole.alpha,
         linears=tuple(sorted(linears)),

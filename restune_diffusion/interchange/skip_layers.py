@@ -14,6 +14,7 @@ from ..config import SkipConfig
 from ..errors import TunerFileError
 from ..sites import BaseInfo
 from ..tuner import Tuner
+from .foreign import make_config
 
 WIDTHS_KEY = "restune.interchange.widths"
 """Header entry: the widths that bottlenecks had before they were padded with zeros to a common ratio."""
@@ -106,7 +107,8 @@ def skip_tuner(layers: Mapping[str, SkipLayer], base: BaseInfo, metadata: Mappin
     if any(padded[site].width != layer.width for site, layer in layers.items()):
         header[WIDTHS_KEY] = json.dumps({site: layer.width for site, layer in layers.items()})
     sites = tuple(site for site in skips if site in layers)
-    config = SkipConfig(ratio=ratio, sites=("skip.*",) if len(sites) == len(skips) else sites)
+    patterns = ("skip.*",) if len(sites) == len(skips) else sites
+    config = make_config(SkipConfig, source, ratio=ratio, sites=patterns)
     tuner = Tuner.empty((config,), base, header)
     tuner.load_state_dict({key: tensor for site in sites for key, tensor in _named(site, padded[site])}, assign=True)
     return tuner

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Sequence
 
 from PIL import Image, ImageDraw, ImageFont
 
 _MARGIN = 8
 _INK, _PAPER = (30, 30, 30), (255, 255, 255)
+_FONT, _LINE = 14, 18
+_LABEL = 150
+_HEADLINES = 3
+# What image viewers and browsers show without trouble.
+_PAGE = 4096
 
 
 def labelled_grid(
@@ -22,25 +26,71 @@ def labelled_grid(
 
     Args:
         rows: the images, the same number in each row.
-        row_labels: one label a row, wrapped over several lines where it is long.
-        column_labels: one label a column, or none.
+        row_labels: one label a row, wrapped over as many lines as the row has room for, and then cut.
+        column_labels: one label a column, or none; wrapped likewise.
         cell: side of the square that each image is fitted into, in pixels.
     """
-    font = ImageFont.load_default(size=14)
-    line = 18
-    top = _MARGIN + (line + _MARGIN if column_labels else 0)
-    left = 2 * _MARGIN + 150
-    pitch = cell + _MARGIN
-    sheet = Image.new("RGB", (left + pitch * max(map(len, rows)), top + pitch * len(rows)), _PAPER)
+    font = ImageFont.load_default(size=_FONT)
+    fitted = [[_fitted(image, cell) for image in images] for images in rows]
+    width = max(image.width for images in fitted for image in images)
+    height = max(image.height for images in fitted for image in images)
+    titles = [_wrapped(label, font, width, _HEADLINES) for label in column_labels]
+    label = max(_LABEL, cell // 2)
+    left = 2 * _MARGIN + label
+    headlines = max(map(len, titles), default=0)
+    top = _MARGIN + (_LINE * headlines + _MARGIN if headlines or column_labels else 0)
+    across, down = width + _MARGIN, height + _MARGIN
+    sheet = Image.new("RGB", (left + across * max(map(len, rows)), top + down * len(rows)), _PAPER)
     draw = ImageDraw.Draw(sheet)
-    for number, label in enumerate(column_labels):
-        draw.text((left + pitch * number + cell / 2, _MARGIN), label, fill=_INK, font=font, anchor="ma")
-    for row, (images, label) in enumerate(zip(rows, row_labels, strict=True)):
-        wrapped = textwrap.wrap(label, width=19)[: cell // line]
-        draw.multiline_text((_MARGIN, top + pitch * row), "\n".join(wrapped), fill=_INK, font=font)
+    for number, lines in enumerate(titles):
+        # On the bottom line, next to the images
+        first = top - _MARGIN - _LINE * len(lines)
+        for offset, line in enumerate(lines):
+            place = (left + across * number + width / 2, first + _LINE * offset)
+            draw.text(place, line, fill=_INK, font=font, anchor="ma")
+    for row, (images, text) in enumerate(zip(fitted, row_labels, strict=True)):
+        for offset, line in enumerate(_wrapped(text, font, label, max(1, height // _LINE))):
+            draw.text((_MARGIN, top + down * row + _LINE * offset), line, fill=_INK, font=font)
         for column, image in enumerate(images):
-            sheet.paste(_fitted(image, cell), (left + pitch * column, top + pitch * row))
+            sheet.paste(image, (left + across * column, top + down * row))
     return sheet
+
+
+def fitting_cell(rows: int, columns: int, side: int) -> int:
+    """Choose the cell for a grid: the images' own size or a multiple of it, or less on a large page.
+
+    Args:
+        rows: number of rows.
+        columns: number of columns.
+        side: the longer side of the images, in pixels.
+    """
+    wanted = side * max(1, 192 // side)
+    across = (_PAGE - max(_LABEL, wanted // 2)) // columns - _MARGIN
+    return max(96, min(wanted, across, _PAGE // rows - _MARGIN))
+
+
+def _wrapped(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int, limit: int) -> list[str]:
+    """Break a text into lines of a width in pixels, inside a word only where it must, and end with dots if cut."""
+    lines: list[str] = []
+    for word in text.split():
+        if lines and font.getlength(f"{lines[-1]} {word}") <= width:
+            lines[-1] += f" {word}"
+            continue
+        while font.getlength(word) > width:
+            part = _cut(word, font, width)
+            lines.append(part)
+            word = word[len(part) :]
+        lines.append(word)
+    if len(lines) > limit:
+        lines[limit - 1 :] = [_cut(" ".join(lines[limit - 1 : limit + 1]), font, width, "…") + "…"]
+    return lines
+
+
+def _cut(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int, end: str = "") -> str:
+    """Return the longest beginning of a text that fits, at least one character."""
+    while len(text) > 1 and font.getlength(text + end) > width:
+        text = text[:-1]
+    return text
 
 
 def _fitted(image: Image.Image, cell: int) -> Image.Image:
@@ -49,5 +99,7 @@ def _fitted(image: Image.Image, cell: int) -> Image.Image:
         factor = cell // max(image.size)
         return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
     scale = cell / max(image.size)
+    if scale == 1:
+        return image
     size = max(1, round(image.width * scale)), max(1, round(image.height * scale))
     return image.resize(size, Image.Resampling.LANCZOS)

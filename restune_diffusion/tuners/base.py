@@ -52,11 +52,14 @@ class Features:
     """What one forward pass of the base has shown so far; it lives no longer than that pass."""
 
     by_site: dict[str, torch.Tensor] = field(default_factory=dict)
-    """Tapped features `(batch, channels, height, width)`, as the base made them, before any residual was added."""
+    """Tapped features, `(batch, channels, height, width)` or `(batch, tokens, channels)`, as the base made them,
+    before any residual was added."""
     time: torch.Tensor | None = None
     """Time embedding `(batch, time_channels)`, before its activation."""
     text: torch.Tensor | None = None
     """Text states `(batch, tokens, cross_attention_dim)`."""
+    size: tuple[int, int] = (0, 0)
+    """Height and width of what the base was called on, in the unit of the sites' strides."""
     operation: Operation | None = None
     """The operation at whose site a residual is asked for, if that is a site of a transformer block."""
     conditions: tuple[dict[str, torch.Tensor], ...] = ()
@@ -66,11 +69,13 @@ class Features:
 
     def beside(self, operation: Operation | None) -> Features:
         """The same at the site of an operation."""
-        return Features(self.by_site, self.time, self.text, operation, self.conditions, self.condition_weights)
+        return Features(
+            self.by_site, self.time, self.text, self.size, operation, self.conditions, self.condition_weights
+        )
 
     def given(self, conditions: tuple[dict[str, torch.Tensor], ...], weights: tuple[float, ...]) -> Features:
         """The same with condition images."""
-        return Features(self.by_site, self.time, self.text, self.operation, conditions, weights)
+        return Features(self.by_site, self.time, self.text, self.size, self.operation, conditions, weights)
 
     def rows(self, rows: torch.Tensor) -> Features:
         """Select rows of the batch."""
@@ -78,6 +83,7 @@ class Features:
             {site: feature[rows] for site, feature in self.by_site.items()},
             None if self.time is None else self.time[rows],
             None if self.text is None else self.text[rows],
+            self.size,
             None if self.operation is None else self.operation.rows(rows),
             tuple({site: feature[rows] for site, feature in levels.items()} for levels in self.conditions),
             self.condition_weights,

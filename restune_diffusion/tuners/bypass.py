@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..config import BypassConfig, match_sites
-from ..sites import BaseInfo
+from ..sites import BaseInfo, Site
 from .base import Features, Part, init_linear, init_zero, pointwise
 
 _TIME_WIDTH = 64
@@ -43,23 +43,27 @@ class VerticalTuner(nn.Module):
         in_channels: width of the state that comes in.
         channels: width of the state that goes out.
         hidden: width between the two linear layers.
+        mixes: whether neighbours are mixed by the depthwise convolution; tokens without a place have none.
+        timed: whether the base knows a time step.
     """
 
-    def __init__(self, in_channels: int, channels: int, hidden: int) -> None:
+    def __init__(self, in_channels: int, channels: int, hidden: int, mixes: bool = True, timed: bool = True) -> None:
         super().__init__()
         self.transition = nn.Linear(in_channels, channels) if in_channels != channels else None
-        self.mix = nn.Conv2d(channels, channels, 3, padding=1, groups=channels)
-        self.film = nn.Linear(_TIME_WIDTH, 2 * channels)
+        self.mix = nn.Conv2d(channels, channels, 3, padding=1, groups=channels) if mixes else None
+        self.film = nn.Linear(_TIME_WIDTH, 2 * channels) if timed else None
         self.down = nn.Linear(channels, hidden)
         self.up = nn.Linear(hidden, channels)
 
-    def forward(self, state: torch.Tensor, time: torch.Tensor, size: torch.Size) -> torch.Tensor:
+    def forward(self, state: torch.Tensor, time: torch.Tensor | None, size: torch.Size) -> torch.Tensor:
         """Map a state `(batch, in_channels, h, w)` to `(batch, channels, *size)`; `time` is `(batch, time width)`."""
         if self.transition is not None:
             state = pointwise(state, self.transition)
         state = _resample(state, size)
-        scale, shift = self.film(time)[:, :, None, None].chunk(2, dim=1)
-        mixed = _normalize(self.mix(state)) * (1 + scale) + shift
+        mixed = _normalize(state if self.mix is None else self.mix(state))
+        if self.film is not None:
+            scale, shift = self.film(time)[:, :, None, None].chunk(2, dim=1)
+            mixed = mixed * (1 + scale) + shift
         return state + pointwise(F.gelu(pointwise(mixed, self.down)), self.up)
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
@@ -77,17 +81,27 @@ class BypassStage(nn.Module):
         channels: width of the state `b_l`.
         in_channels: width of the state `b_{l-1}`; None for the first stage, which has none: `b_0 = H_0(sg(x_0))`.
         expansion: width inside the vertical tuner over `channels`.
+        mixes: whether the vertical tuner mixes neighbours.
+        timed: whether the base knows a time step.
     """
 
-    def __init__(self, tap_channels: int, channels: int, in_channels: int | None, expansion: float) -> None:
+    def __init__(
+        self,
+        tap_channels: int,
+        channels: int,
+        in_channels: int | None,
+        expansion: float,
+        mixes: bool = True,
+        timed: bool = True,
+    ) -> None:
         super().__init__()
         self.horizontal = nn.Linear(tap_channels, channels)
         self.vertical: VerticalTuner | None = None
         if in_channels is not None:
-            self.vertical = VerticalTuner(in_channels, channels, max(1, round(expansion * channels)))
+            self.vertical = VerticalTuner(in_channels, channels, max(1, round(expansion * channels)), mixes, timed)
             self.logit = nn.Parameter(torch.zeros(()))
 
-    def forward(self, tap: torch.Tensor, state: torch.Tensor | None, time: torch.Tensor) -> torch.Tensor:
+    def forward(self, tap: torch.Tensor, state: torch.Tensor | None, time: torch.Tensor | None) -> torch.Tensor:
         """Return the state `(batch, channels, h, w)` at the resolution of `tap` `(batch, tap_channels, h, w)`."""
         read = pointwise(_normalize(tap), self.horizontal)
         if self.vertical is None or state is None:
@@ -108,14 +122,16 @@ class BypassPart(Part):
 
     def __init__(self, config: BypassConfig, base: BaseInfo) -> None:
         super().__init__()
-        self.taps = tuple(match_sites(config.taps, [name for name in base.maps if name != "out"]))
+        self.taps = tuple(match_sites(config.taps, [name for name in base.stations if name != "out"]))
         self.writes = ("out",)
-        self.time = nn.Linear(base.time_channels, _TIME_WIDTH)
+        self._sites = {name: base.sites[name] for name in self.taps}
+        timed = base.time_channels > 0
+        self.time = nn.Linear(base.time_channels, _TIME_WIDTH) if timed else None
         previous = None
-        for site in self.taps:
-            tap_channels = base.sites[site].channels
-            channels = max(8, round(config.ratio * tap_channels))
-            self._register_site(site, BypassStage(tap_channels, channels, previous, config.expansion))
+        for name, site in self._sites.items():
+            channels = max(8, round(config.ratio * site.channels))
+            stage = BypassStage(site.channels, channels, previous, config.expansion, site.extra_tokens == 0, timed)
+            self._register_site(name, stage)
             previous = channels
         assert previous is not None
         self.gate = nn.Linear(previous, base.sites["out"].channels)
@@ -123,19 +139,33 @@ class BypassPart(Part):
     def forward(self, site: str, x: torch.Tensor, features: Features) -> torch.Tensor:
         """Run the chain over the tapped features and return the residual for `out`."""
         dtype = self.gate.weight.dtype
-        assert features.time is not None
-        time = self.time(F.silu(features.time.detach().to(dtype)))
+        time = None
+        if self.time is not None:
+            assert features.time is not None
+            time = self.time(F.silu(features.time.detach().to(dtype)))
         state: torch.Tensor | None = None
-        for name in self.taps:
-            state = self._at_site[name](features.by_site[name].detach().to(dtype), state, time)
+        for name, tapped in self._sites.items():
+            tap = _as_map(features.by_site[name].detach().to(dtype), tapped, features.size)
+            state = self._at_site[name](tap, state, time)
         assert state is not None
+        if x.dim() == 3:
+            return pointwise(_normalize(state), self.gate).flatten(2).transpose(1, 2)
         # The last tap may lie deeper than `out`.
         return pointwise(_normalize(_resample(state, x.shape[-2:])), self.gate)
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """Draw the parameters of every stage and close the gate."""
-        init_linear(self.time, generator)
+        if self.time is not None:
+            init_linear(self.time, generator)
         for stage in self._at_site.values():
             assert isinstance(stage, BypassStage)
             stage.reset_parameters(generator)
         init_zero(self.gate)
+
+
+def _as_map(x: torch.Tensor, site: Site, size: tuple[int, int]) -> torch.Tensor:
+    """Lay tokens `(batch, tokens, channels)` out on their grid, or in one column where some have no place in it."""
+    if x.dim() == 4:
+        return x
+    height, width = (size[0] // site.stride, size[1] // site.stride) if not site.extra_tokens else (x.shape[1], 1)
+    return x.transpose(1, 2).unflatten(2, (height, width))

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..config import ControlConfig
+from ..config import ControlConfig, match_sites
 from ..errors import ConditionError
 from ..sites import BaseInfo
 from .base import Features, Part
@@ -25,7 +25,8 @@ class ControlPart(Part):
 
     def __init__(self, config: ControlConfig, base: BaseInfo) -> None:
         super().__init__()
-        sites = {name: site for name, site in base.sites.items() if name.startswith("skip.")}
+        skips = [name for name in base.sites if name.startswith("skip.")]
+        sites = {name: base.sites[name] for name in match_sites(["*"], skips)}
         self.conditions = config.conditions
         """Names of the conditions, in the order in which their images are given."""
         self.channels = config.channels

@@ -5,7 +5,8 @@ Prefix tuning puts trained keys and values before those of attention. In paralle
     Attn(Q, [K'; K], [V'; V]) = (1 - lam) Attn(Q, K, V) + lam Attn(Q, K', V')
 
 with `lam` from the softmax that both share (the gate "exact"); the paper's drawing has a learned factor in its place
-and leaves the frozen term alone (the gate "scale").
+and leaves the frozen term alone (the gate "scale"). A softmax over one key is one, so that with this gate the key of
+a prefix of length one does nothing.
 """
 
 from __future__ import annotations

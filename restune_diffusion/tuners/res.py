@@ -118,9 +118,9 @@ def _build(kind: ResKind, site: Site, config: ResConfig) -> ResTuner:
 
 def _beside_attention(kind: ResKind, site: Site, config: ResConfig) -> ResTuner:
     channels, length, scale = site.channels, config.width, config.scale
-    context, keys = site.linears["to_k"]
+    context, keys = site.projection("k")
     if kind == "prefix":
-        values = site.linears["to_v"][1]
+        values = site.projection("v")[1]
         if not site.heads or keys % site.heads or values % site.heads:
             raise RestuneError(
                 f"Keys of width {keys} and values of width {values} do not split in {site.heads} heads."

@@ -44,7 +44,7 @@ def test_help_does_not_wait_for_torch() -> None:
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
 
 
-@pytest.mark.parametrize("command", ["train", "generate", "evaluate", "inspect", "demo"])
+@pytest.mark.parametrize("command", ["train", "generate", "evaluate", "inspect", "convert", "merge", "demo"])
 def test_every_help_has_an_example(restune: Restune, command: str) -> None:
     code, output, _ = restune(command, "--help")
     assert code == 0

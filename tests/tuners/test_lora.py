@@ -2,36 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
-
 import pytest
 import torch
 from peft import LoraConfig
 
-from restune_diffusion import BaseMismatchError, ResConfig, RestuneError, SkipConfig, Tuner, attach
-from restune_diffusion.merging import merge_lora
+from restune_diffusion import BaseMismatchError, ResConfig, RestuneError, SkipConfig, Tuner, attach, merge_lora
 from restune_diffusion.sites import site_module
-from restune_diffusion.tuners import Features
 from restune_diffusion.tuners.lora import ResLora
 
 from ..conftest import make_inputs, make_unet, randomize
 
 EVERYWHERE = ResConfig(self_attention=None, feed_forward=None, block="lora", width=4, alpha=2.0)
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "net.0.proj", "net.2"]
-
-
-@contextlib.contextmanager
-def beside(unet, tuner):
-    """Add the tuner's residuals to the outputs of the linear layers."""
-    part = next(tuner.parts())
-
-    def adding(site):
-        return lambda module, args, output: output + part(site, args[0], Features()).to(output.dtype)
-
-    handles = [site_module(unet, site).register_forward_hook(adding(site)) for site in part.writes]
-    yield
-    for handle in handles:
-        handle.remove()
 
 
 def make_tuner(unet, config=EVERYWHERE, seed=0, std=0.3):
@@ -67,7 +49,7 @@ def test_outputs_and_gradients_are_those_of_peft():
             layer.lora_B["default"].weight.copy_(lora.up.weight)
     expected = peft_unet(*inputs).sample
     expected.square().mean().backward()
-    with beside(unet, tuner):
+    with attach(unet, tuner):
         output = unet(*inputs).sample
     output.square().mean().backward()
     torch.testing.assert_close(output, expected, rtol=0, atol=1e-12)
@@ -87,10 +69,7 @@ def test_merged_is_attached_and_unmerged_is_untouched(unet, inputs, weight):
     merged = merge_lora(unet, tuner, weight)
     output = unet(*inputs).sample
     merged.unmerge()
-    with torch.no_grad():
-        for lora in next(tuner.parts()).loras().values():
-            lora.up.weight.mul_(weight)
-    with beside(unet, tuner):
+    with attach(unet, tuner, weight=weight):
         torch.testing.assert_close(output, unet(*inputs).sample, rtol=1e-5, atol=1e-5)
     assert (output - plain).abs().max() > 0.05
     assert all(torch.equal(value, before[key]) for key, value in unet.state_dict().items())

@@ -1,0 +1,200 @@
+"""Arithmetic on tuners: weighted sums and means of files in one file, and lora of a lower rank.
+
+What is exact and what is not:
+
+- A sum of residuals is exact for tuners of one part that is `skip` or all lora: their bottlenecks are put side by
+  side, `W_up = [c_1 W_up1, c_2 W_up2]` over `W_down = [W_down1; W_down2]`, so the file grows.
+- The mean is exact for lora, whose residual is linear in its weights' product: the mean of two files is the mean of
+  their residuals, again with the ranks side by side, which an SVD can then reduce.
+- For every other part the mean is taken of the weights. That keeps the size, and is a heuristic: the residual of the
+  mean is not the mean of the residuals, though it often lies near it for tuners that were trained from one start.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Literal, TypeAlias
+
+import torch
+
+from .config import ResConfig
+from .errors import RestuneError
+from .interchange.lora_folding import LoraLayer
+from .interchange.lora_layers import lora_layers, lora_tuner
+from .interchange.skip_layers import SkipLayer, skip_layers, skip_tuner
+from .tuner import Tuner
+
+Method: TypeAlias = Literal["average", "interpolate", "add", "subtract", "stack"]
+"""`average`: `sum w_i T_i / sum w_i`. `interpolate`: `(1 - w) A + w B`, `w` the weight of the second. `add`, or
+`stack` after how it is done: `sum w_i T_i`. `subtract`: the first less all others."""
+
+
+def merge_tuners(tuners: Sequence[Tuner], weights: Sequence[float], method: Method = "average") -> Tuner:
+    """Make one tuner of several.
+
+    Args:
+        tuners: made for bases of one structure.
+        weights: a factor for each.
+        method: which sum of them.
+
+    Returns:
+        A tuner on the CPU, in the widest dtype of the tuners; in fp32 where a half precision could not hold the
+        weighted values exactly.
+
+    Raises:
+        RestuneError: if the method does not go with the number of tuners, their weights or their parts.
+        BaseMismatchError: if they are for bases of different structures.
+    """
+    factors = _factors(weights, method)
+    if len(factors) != len(tuners) or not tuners:
+        raise RestuneError(f"Give a weight for each tuner; there are {len(tuners)} tuners and {len(factors)} weights.")
+    for other in tuners[1:]:
+        _check_same_structure(tuners[0], other)
+    if all(_is_lora(tuner) for tuner in tuners):
+        return _sum_of_loras(tuners, factors)
+    if method in ("average", "interpolate"):
+        return _mean_of_weights(tuners, factors)
+    if all([config.part for config in tuner.configs] == ["skip"] for tuner in tuners):
+        return _sum_of_skips(tuners, factors)
+    raise RestuneError(
+        f"Sums ({method}) are for skip tuners, or for tuners of lora alone; mix these when generating instead, "
+        "or take the average of tuners with the same config."
+    )
+
+
+def reduce_rank(tuner: Tuner, rank: int) -> tuple[Tuner, float]:
+    """Find the best lora of a rank for each layer, by the singular value decomposition.
+
+    Args:
+        tuner: of lora alone.
+        rank: largest rank of a layer.
+
+    Returns:
+        The tuner, in fp32 or wider, and what share of the layers' squared Frobenius norm it keeps, from 0 to 1.
+
+    Raises:
+        RestuneError: if the rank is not positive, or the tuner does anything else.
+    """
+    if rank < 1:
+        raise RestuneError(f"A rank is a positive number, not {rank}.")
+    kept = total = 0.0
+    reduced = {}
+    for site, layer in lora_layers(tuner).items():
+        reduced[site], energies = _truncated(layer, rank)
+        kept += float(energies[:rank].sum())
+        total += float(energies.sum())
+    return lora_tuner(reduced, tuner.base, tuner.metadata, "The tuner"), kept / total if total else 1.0
+
+
+def _factors(weights: Sequence[float], method: Method) -> list[float]:
+    if not all(map(math.isfinite, weights)):
+        raise RestuneError(f"Weights are finite numbers, not {list(weights)}.")
+    if method == "interpolate":
+        if len(weights) != 2:
+            raise RestuneError(f"Interpolation is between two tuners, but there are {len(weights)}.")
+        return [1 - weights[1], weights[1]]
+    if method == "subtract":
+        return [weights[0], *(-weight for weight in weights[1:])]
+    if method == "average":
+        if abs(sum(weights)) < 1e-12:
+            raise RestuneError("An average needs weights that do not sum to zero.")
+        return [weight / sum(weights) for weight in weights]
+    return list(weights)
+
+
+def _check_same_structure(one: Tuner, other: Tuner) -> None:
+    """Raise `BaseMismatchError` unless two tuners are for bases of one structure, at the sites that both know."""
+    known = one.base.sites.keys() & other.base.sites.keys()
+    one.base.narrowed(known).check_fits(other.base)
+
+
+def _is_lora(tuner: Tuner) -> bool:
+    (config, *others) = tuner.configs
+    return isinstance(config, ResConfig) and not others and set(config.operations.values()) == {"lora"}
+
+
+def _sum_of_loras(tuners: Sequence[Tuner], factors: Sequence[float]) -> Tuner:
+    of_each = [lora_layers(tuner) for tuner in tuners]
+    stacked = {}
+    for site in dict.fromkeys(site for layers in of_each for site in layers):
+        present = [(layers[site], factor) for layers, factor in zip(of_each, factors, strict=True) if site in layers]
+        up = _side_by_side([(layer.up, factor * layer.factor) for layer, factor in present], dim=1)
+        down = torch.cat([layer.down.to(up.dtype) for layer, _ in present])
+        stacked[site] = LoraLayer(down, up, float(down.shape[0]))
+    sites = {name: site for tuner in tuners for name, site in tuner.base.sites.items()}
+    return lora_tuner(stacked, tuners[0].base.model_copy(update={"sites": sites}), {}, "The sum")
+
+
+def _sum_of_skips(tuners: Sequence[Tuner], factors: Sequence[float]) -> Tuner:
+    of_each = [skip_layers(tuner) for tuner in tuners]
+    stacked = {}
+    for site in dict.fromkeys(site for layers in of_each for site in layers):
+        present = [(layers[site], factor) for layers, factor in zip(of_each, factors, strict=True) if site in layers]
+        up = _side_by_side([(layer.up, factor) for layer, factor in present], dim=1)
+        bias = torch.stack([layer.up_bias.double() * factor for layer, factor in present]).sum(0).to(up.dtype)
+        down = torch.cat([layer.down.to(up.dtype) for layer, _ in present])
+        down_bias = torch.cat([layer.down_bias.to(up.dtype) for layer, _ in present])
+        stacked[site] = SkipLayer(down, down_bias, up, bias)
+    return skip_tuner(stacked, tuners[0].base, {}, "The sum")
+
+
+def _side_by_side(pieces: Sequence[tuple[torch.Tensor, float]], dim: int) -> torch.Tensor:
+    """Weight and join tensors in a dtype that holds the weighted values."""
+    dtype = pieces[0][0].dtype
+    for tensor, _ in pieces[1:]:
+        dtype = torch.promote_types(dtype, tensor.dtype)
+    exact = [tensor.double() * factor for tensor, factor in pieces]
+    if any(not torch.equal(value.to(dtype).double(), value) for value in exact):
+        dtype = torch.promote_types(dtype, torch.float32)
+    return torch.cat([value.to(dtype) for value in exact], dim)
+
+
+def _mean_of_weights(tuners: Sequence[Tuner], factors: Sequence[float]) -> Tuner:
+    first = tuners[0]
+    for config, other in ((config, other) for tuner in tuners for config, other in _paired(first, tuner)):
+        if config != other:
+            raise RestuneError(f"Only tuners with the same config can be averaged, but {_difference(config, other)}.")
+        if isinstance(config, ResConfig) and "lora" in config.operations.values():
+            raise RestuneError("The average of lora is that of its products, which needs tuners of lora alone.")
+    states = [tuner.state_dict() for tuner in tuners]
+    merged = Tuner.empty(first.configs, first.base)
+    mean = {}
+    for key, value in states[0].items():
+        dtype = value.dtype
+        total = torch.zeros(value.shape, dtype=torch.float64)
+        for state, factor in zip(states, factors, strict=True):
+            dtype = torch.promote_types(dtype, state[key].dtype)
+            total += factor * state[key].cpu().double()
+        mean[key] = total.to(dtype)
+    merged.load_state_dict(mean, assign=True)
+    return merged
+
+
+def _paired(one: Tuner, other: Tuner) -> list[tuple[object, object]]:
+    if len(one.configs) != len(other.configs):
+        return [([config.part for config in one.configs], [config.part for config in other.configs])]
+    return list(zip(one.configs, other.configs, strict=True))
+
+
+def _difference(one: object, other: object) -> str:
+    """Name the first setting in which two configs differ."""
+    if type(one) is type(other) and hasattr(one, "model_dump") and hasattr(other, "model_dump"):
+        ours, theirs = one.model_dump(), other.model_dump()
+        name = next(name for name in ours if ours[name] != theirs[name])
+        return f"one has {name} = {ours[name]}, another {theirs[name]}"
+    return f"one has {one}, another {other}"
+
+
+def _truncated(layer: LoraLayer, rank: int) -> tuple[LoraLayer, torch.Tensor]:
+    """Return the best approximation of a layer, and its squared singular values."""
+    # The product is never formed: its singular values are those of the small matrix between two orthonormal ones.
+    left, small_left = torch.linalg.qr(layer.factor * layer.up.double())
+    right, small_right = torch.linalg.qr(layer.down.double().T)
+    u, values, v = torch.linalg.svd(small_left @ small_right.T)
+    kept = min(rank, values.numel())
+    root = values[:kept].sqrt()
+    dtype = torch.promote_types(torch.promote_types(layer.up.dtype, layer.down.dtype), torch.float32)
+    up = (left @ u[:, :kept] * root).to(dtype)
+    down = (root[:, None] * v[:kept] @ right.T).to(dtype)
+    return LoraLayer(down, up, float(kept)), values**2

@@ -1,0 +1,256 @@
+"""Draw one composition in many styles: the first steps once, then a row of one batch for each mix of tuners.
+
+The whole call runs with a row for each branch. All rows of an image start from the same latent and get the same noise,
+so they are equal until their tuners differ; meanwhile hooks let the U-Net run one of them and repeat its output. The
+pipeline's loop and the scheduler, whatever it remembers between steps, know nothing of it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from .attachment import TunerManager
+from .errors import RestuneError
+from .mixing import Layout
+from .weights import Weight
+
+# Equal rows stay equal bit for bit on a CPU; a GPU may choose another kernel for another row. Other noise is far off.
+_SAME = 1e-2
+
+
+@dataclass(frozen=True)
+class Fork:
+    """Where the rows of a batch part, and what acts on them before and after.
+
+    Args:
+        images: images, each of which is drawn in all branches.
+        branches: rows of each image; they are adjacent.
+        share_steps: how many denoising steps they have in common.
+        trunk: weights by tuner during those steps.
+        mixes: weights by tuner after them, with a value for every row.
+    """
+
+    images: int
+    branches: int
+    share_steps: int
+    trunk: Mapping[str, Weight]
+    mixes: Mapping[str, Weight]
+
+
+def arguments_of_branches(call: Callable[..., Any], kwargs: Mapping[str, Any], fork: Fork) -> dict[str, Any]:
+    """Return the arguments with which a pipeline draws a row for every branch, the rows of an image from equal noise.
+
+    Args:
+        call: the pipeline's own `__call__`.
+        kwargs: arguments that would draw each image once.
+        fork: what to draw.
+
+    Raises:
+        RestuneError: if the pipeline cannot draw several images of a prompt, or an argument does not fit.
+    """
+    parameters = inspect.signature(call).parameters
+    missing = {"num_images_per_prompt", "callback_on_step_end"} - parameters.keys()
+    if missing:
+        raise RestuneError(f"Branches need a pipeline whose call takes {' and '.join(sorted(missing))}.")
+    asked = {name: kwargs.get(name, parameter.default) for name, parameter in parameters.items()}
+    _check_steps(fork.share_steps, asked)
+    rows = {
+        "num_images_per_prompt": (asked["num_images_per_prompt"] or 1) * fork.branches,
+        "generator": _row_generators(asked["generator"], fork.images, fork.branches),
+    }
+    if asked.get("latents") is not None:
+        if len(asked["latents"]) != fork.images:
+            raise RestuneError(
+                f"`latents` holds {len(asked['latents'])} latents for {fork.images} images; give one for each image, "
+                "which all of its branches start from."
+            )
+        rows["latents"] = asked["latents"].repeat_interleave(fork.branches, 0)
+    if "strength" in parameters:
+        # These pipelines encode `image` once for each generator; one alone would use up the first row's noise only.
+        total = fork.images * fork.branches
+        rows |= {name: _row_images(asked[name], total) for name in ("image", "mask_image") if name in parameters}
+    return {**kwargs, **rows}
+
+
+@contextlib.contextmanager
+def forked(pipeline: Any, base: nn.Module, fork: Fork, arguments: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """Let the rows of one call share their first steps.
+
+    Args:
+        pipeline: the pipeline.
+        base: its U-Net.
+        fork: what to draw.
+        arguments: what `arguments_of_branches` made.
+
+    Yields:
+        The arguments for the call, which now ends the sharing itself, in its callback at the end of a step.
+    """
+    manager = TunerManager.of(base)
+    before = manager.weights if manager is not None else {}
+    callback = arguments.get("callback_on_step_end")
+    networks = [network for network in (getattr(pipeline, "controlnet", None),) if network is not None]
+    shared = SharedRows([base, *networks], manager, fork.branches, sharing=fork.share_steps > 0)
+
+    def end_of_step(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> Any:
+        # Schedulers of second order list each step twice.
+        if shared.installed and (step + 1) // pipe.scheduler.order >= fork.share_steps:
+            shared.part()
+            if manager is not None:
+                manager.set_weights(fork.mixes)
+        return callback(pipe, step, timestep, tensors) if callback is not None else {}
+
+    own: dict[str, Any] = {"callback_on_step_end": end_of_step}
+    # The pipeline would have asked diffusers' own callbacks for them.
+    inputs = getattr(callback, "tensor_inputs", None)
+    if inputs is not None:
+        own["callback_on_step_end_tensor_inputs"] = inputs
+    try:
+        if manager is not None:
+            manager.set_weights(fork.trunk if fork.share_steps else fork.mixes)
+        yield {**arguments, **own}
+    finally:
+        shared.remove()
+        if manager is not None:
+            manager.set_weights(before)
+
+
+class SharedRows:
+    """Hooks by which modules run one row of each image and hand on its output for all of them.
+
+    Args:
+        modules: the base, and what else runs on its batch; the sample is the first argument of each.
+        manager: the base's tuners, which must know of the smaller batch.
+        copies: rows of each image, adjacent.
+        sharing: False to check only, at the first step, that the rows of an image are equal.
+    """
+
+    def __init__(self, modules: Sequence[nn.Module], manager: TunerManager | None, copies: int, sharing: bool) -> None:
+        self._manager = manager
+        self._copies = copies
+        self._sharing = sharing
+        self._layout: Layout | None = None
+        self._rows = 0
+        self._handles: list[RemovableHandle] = []
+        for module in modules:
+            # Before the tuners' hooks, and after them.
+            self._handles += [
+                module.register_forward_pre_hook(self._cut, with_kwargs=True, prepend=True),
+                module.register_forward_hook(self._repeat),
+            ]
+
+    @property
+    def installed(self) -> bool:
+        """Whether the hooks are still there."""
+        return bool(self._handles)
+
+    def part(self) -> None:
+        """Let every row be computed from now on."""
+        self.remove()
+        if self._manager is not None and self._layout is not None:
+            self._manager.layout = self._layout
+
+    def remove(self) -> None:
+        """Take the hooks off."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def _cut(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        sample = args[0] if args else kwargs["sample"]
+        self._check(sample)
+        if not self._sharing:
+            return None
+        if self._manager is not None and self._manager.layout is not None and self._layout is None:
+            self._layout = self._manager.layout
+            self._manager.layout = replace(self._layout, images=self._layout.images // self._copies)
+        rows = len(sample)
+        self._rows = rows // self._copies
+
+        def first_rows(x: torch.Tensor) -> torch.Tensor:
+            return x[:: self._copies] if x.dim() and len(x) == rows else x
+
+        return _map_tensors(first_rows, args), _map_tensors(first_rows, kwargs)
+
+    def _repeat(self, module: nn.Module, args: Any, output: Any) -> Any:
+        if not self._sharing:
+            return None
+
+        def all_rows(x: torch.Tensor) -> torch.Tensor:
+            return x.repeat_interleave(self._copies, 0) if x.dim() and len(x) == self._rows else x
+
+        return _map_tensors(all_rows, output)
+
+    def _check(self, sample: torch.Tensor) -> None:
+        if len(sample) % self._copies:
+            raise RestuneError(
+                f"The base got {len(sample)} rows, which cannot be {self._copies} for each image; "
+                "draw the branches of this pipeline in calls of their own."
+            )
+        grouped = sample.unflatten(0, (-1, self._copies))
+        if (grouped - grouped[:, :1]).abs().max() > _SAME * sample.abs().max():
+            raise RestuneError(
+                "The branches of one image do not start from the same noise; use a scheduler that takes its noise "
+                "from `generator`, and inputs that are the same for all branches."
+            )
+
+
+def _map_tensors(function: Callable[[torch.Tensor], torch.Tensor], value: Any) -> Any:
+    """Apply a function to every tensor in nested tuples, lists and dictionaries, model outputs among them."""
+    if isinstance(value, torch.Tensor):
+        return function(value)
+    if isinstance(value, Mapping):
+        return type(value)(**{key: _map_tensors(function, item) for key, item in value.items()})
+    if isinstance(value, tuple | list):
+        return type(value)(_map_tensors(function, item) for item in value)
+    return value
+
+
+def _check_steps(share_steps: int, asked: Mapping[str, Any]) -> None:
+    listed = [asked[name] for name in ("timesteps", "sigmas") if asked.get(name) is not None]
+    steps = len(listed[0]) if listed else asked["num_inference_steps"]
+    if not 0 <= share_steps <= steps:
+        raise RestuneError(f"share_steps is {share_steps}, but must lie between 0 and the {steps} denoising steps.")
+
+
+def _row_generators(
+    generator: torch.Generator | Sequence[torch.Generator] | None, images: int, copies: int
+) -> list[torch.Generator]:
+    """Return a generator for each row; those of one image are in the same state.
+
+    One generator for several images seeds one for each of them, none does so from torch's own random state.
+    """
+    if generator is None or (isinstance(generator, torch.Generator) and images > 1):
+        device = torch.device("cpu") if generator is None else generator.device
+        seeds = torch.randint(2**63 - 1, (images,), generator=generator, device=device).tolist()
+        generator = [torch.Generator(device).manual_seed(seed) for seed in seeds]
+    own = [generator] if isinstance(generator, torch.Generator) else list(generator)
+    if len(own) != images:
+        raise RestuneError(f"There are {len(own)} generators for {images} images; give one for each image.")
+    rows = []
+    for first in own:
+        # The first row uses up the generator that was given, as a call without branches would.
+        rows += [first, *(torch.Generator(first.device).set_state(first.get_state()) for _ in range(copies - 1))]
+    return rows
+
+
+def _row_images(images: Any, rows: int) -> Any:
+    """Repeat an input image, or each of several, for the rows that start from it."""
+    if images is None:
+        return None
+    if isinstance(images, torch.Tensor):
+        images = images if images.dim() == 4 else images[None]
+        return images.repeat_interleave(rows // len(images), 0)
+    if isinstance(images, np.ndarray):
+        images = images if images.ndim == 4 else images[None]
+        return images.repeat(rows // len(images), 0)
+    images = images if isinstance(images, list) else [images]
+    return [image for image in images for _ in range(rows // len(images))]

@@ -1,0 +1,60 @@
+"""Turn a file of one program into one of another."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal, TypeAlias
+
+from safetensors import SafetensorError, safe_open
+
+from ..errors import RestuneError
+from ..fileformat import load_tuner, save_tuner
+from ..tuner import Tuner
+from .bases import describe_checkpoint
+from .formats import ExportLayout, export_tuner, import_tuner
+
+Layout: TypeAlias = Literal["restune"] | ExportLayout
+
+
+def convert(source: Path, output: Path, layout: Layout, *, base: str | None = None, partial: bool = False) -> None:
+    """Read a tuner in any layout and write it in another.
+
+    Args:
+        source: a file of this package, of diffusers, kohya's sd-scripts, ms-swift or SCEPTER, or a folder with one.
+        output: where to write; for ms-swift a folder.
+        layout: what to write.
+        base: the checkpoint that a file of another program is for: a directory, or the id of a hub repository.
+        partial: of a LoRA, leave out modules on which no tuner acts, with a warning.
+
+    Raises:
+        RestuneError: if the file cannot be read, the base is needed and missing, or the layout has no place for it.
+    """
+    tuner = load_any(source, base=base, partial=partial)
+    if layout == "restune":
+        save_tuner(tuner, output)
+    else:
+        export_tuner(tuner, output, layout)
+
+
+def load_any(source: Path, *, base: str | None = None, partial: bool = False) -> Tuner:
+    """Read a tuner of this package or of another program; the arguments are those of `convert`."""
+    if _is_ours(source):
+        return load_tuner(source)
+    if not source.expanduser().exists():
+        raise RestuneError(f"There is no file or folder {source}.")
+    if base is None:
+        raise RestuneError(
+            f"{source} was written by another program and does not say which base it is for; name the checkpoint with "
+            "--base."
+        )
+    return import_tuner(source, describe_checkpoint(base), partial=partial)
+
+
+def _is_ours(path: Path) -> bool:
+    if not path.is_file():
+        return False
+    try:
+        with safe_open(path, framework="pt") as file:
+            return any(key.startswith("restune.config") for key in file.metadata() or {})
+    except (SafetensorError, OSError, ValueError, TypeError):
+        return False

@@ -1,0 +1,44 @@
+"""Masks that say where in the picture a tuner acts, from images."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+
+from .errors import RestuneError
+
+
+def mask_from_image(image: Image.Image) -> torch.Tensor:
+    """Return the mask that an image shows: white is where a tuner acts, black where it does not, grey in between.
+
+    Args:
+        image: an image of any mode and size; transparent pixels count as black.
+
+    Returns:
+        `(height, width)`, float32, from 0 to 1, for `TunerWeight(mask=...)`.
+    """
+    if image.mode.startswith("I;16"):
+        # Pillow would cut 16 bits off at 255.
+        return torch.from_numpy(np.asarray(image).astype(np.float32) / 65535)
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "black"), image)
+    return torch.from_numpy(np.asarray(image.convert("L")).astype(np.float32) / 255)
+
+
+def load_mask(path: str | os.PathLike[str]) -> torch.Tensor:
+    """Read the mask in an image file; see `mask_from_image`.
+
+    Raises:
+        RestuneError: if it is no image that can be read.
+    """
+    try:
+        with Image.open(Path(path).expanduser()) as image:
+            return mask_from_image(ImageOps.exif_transpose(image))
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise RestuneError(f"The mask {path} cannot be read as an image: {reason}") from error

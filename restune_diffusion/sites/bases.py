@@ -1,0 +1,50 @@
+"""The kinds of base that tuners attach to."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from ..errors import RestuneError
+from .description import BaseInfo
+from .pixart import PixArtStructure
+from .structure import Structure
+from .unet import UNetStructure
+from .vit import ViTStructure
+
+STRUCTURES: tuple[Structure, ...] = (UNetStructure(), PixArtStructure(), ViTStructure())
+
+
+def structure_of(base: nn.Module) -> Structure:
+    """Return the kind of a base.
+
+    Raises:
+        RestuneError: if tuners cannot attach to it; names the kinds that they can.
+    """
+    for structure in STRUCTURES:
+        if structure.fits(base):
+            return structure
+    known = ", ".join(structure.class_name for structure in STRUCTURES)
+    raise RestuneError(f"Tuners attach to one of {known}, but this is a {type(base).__name__}.")
+
+
+def describe_base(base: nn.Module) -> BaseInfo:
+    """Read the sites and the structural fingerprint off a base.
+
+    Args:
+        base: a `UNet2DConditionModel`, a `PixArtTransformer2DModel` or a transformers `ViTModel`.
+
+    Raises:
+        RestuneError: if the model is of another kind, or has blocks that are not understood.
+    """
+    base = getattr(base, "_orig_mod", base)  # of a compiled model
+    return structure_of(base).describe(base)
+
+
+def site_module(base: nn.Module, site: str) -> nn.Module:
+    """Return the module that runs at a site of a transformer block, or one of its linear layers.
+
+    Args:
+        base: a model that tuners attach to.
+        site: for instance `down.1.attn.0.block.0.ff` or `mid.attn.0.block.0.self.to_q`.
+    """
+    return structure_of(base).module(base, site)

@@ -1,0 +1,20 @@
+"""Hooks that several kinds of base have in common."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from .structure import SiteHooks
+
+
+def tap_output(hooks: SiteHooks, site: str, module: nn.Module, args: Any, output: torch.Tensor) -> None:
+    """Show what a block returns to the tuners that tap it; a forward hook."""
+    hooks.tap(site, output)
+
+
+def enter_head(hooks: SiteHooks, module: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...] | None:
+    """Add the residuals of the site `out` to the output head's input; a forward pre-hook."""
+    return (hooks.tuned("out", args[0]), *args[1:]) if hooks.active() else None

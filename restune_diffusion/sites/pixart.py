@@ -1,0 +1,77 @@
+"""A diffusion transformer: `PixArtTransformer2DModel`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from .description import Site
+from .forward_hooks import enter_head, tap_output
+from .structure import Call, SiteHooks, Structure
+from .transformer_block import PATH_OF_OPERATION, block_sites
+
+_OPERATION_SITE = re.compile(r"block\.(\d+)\.(self|cross|ff|block)(?:\.(.+))?")
+
+
+class PixArtStructure(Structure):
+    """The transformer blocks of PixArt, read at their outputs, and the head."""
+
+    class_name = "PixArtTransformer2DModel"
+    keys = (
+        "num_layers",
+        "num_attention_heads",
+        "attention_head_dim",
+        "cross_attention_dim",
+        "caption_channels",
+        "patch_size",
+        "norm_type",
+    )
+    head_takes_any_batch = False
+
+    def sites(self, base: Any) -> Iterator[tuple[str, Site]]:
+        """Yield the sites in the order of the forward pass."""
+        width, stride = base.inner_dim, base.config.patch_size
+        for number, block in enumerate(base.transformer_blocks):
+            yield from block_sites(f"block.{number}", block, stride)
+            yield f"block.{number}", Site(channels=width, stride=stride, tokens=True)
+        yield "out", Site(channels=width, stride=stride, tokens=True)
+
+    def time_channels(self, base: Any) -> int:
+        """Return the width of the embedded time step."""
+        return int(base.inner_dim)
+
+    def module_path(self, site: str) -> str:
+        """Return the path of what runs at a site, for instance `block.3.cross.to_k`."""
+        match = _OPERATION_SITE.fullmatch(site)
+        assert match is not None, site
+        number, operation, linear = match.groups()
+        path = [f"transformer_blocks.{number}", PATH_OF_OPERATION[operation], linear]  # type: ignore[index]
+        return ".".join(step for step in path if step)
+
+    def install(self, base: Any, hooks: SiteHooks) -> list[RemovableHandle]:
+        """Hook the embedding of the time step, the blocks and the output norm."""
+        return [
+            base.adaln_single.register_forward_hook(partial(_see_time, hooks)),
+            *(
+                block.register_forward_hook(partial(tap_output, hooks, f"block.{number}"))
+                for number, block in enumerate(base.transformer_blocks)
+            ),
+            base.norm_out.register_forward_pre_hook(partial(enter_head, hooks)),
+        ]
+
+    def call(self, base: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+        """Read the batch off `hidden_states` and `timestep`."""
+        sample = args[0] if args else kwargs["hidden_states"]
+        timestep = args[2] if len(args) > 2 else kwargs["timestep"]
+        return Call(sample.shape[0], (sample.shape[-2], sample.shape[-1]), sample.device, timestep)
+
+
+def _see_time(hooks: SiteHooks, module: nn.Module, args: Any, output: tuple[torch.Tensor, torch.Tensor]) -> None:
+    # The first is for the blocks' own modulation; the second is the embedding.
+    hooks.see(time=output[1])

@@ -1,0 +1,148 @@
+"""The U-Net of Stable Diffusion 1.x, 2.x and XL: `UNet2DConditionModel`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from ..errors import RestuneError
+from .description import Site
+from .forward_hooks import enter_head, tap_output
+from .structure import Call, SiteHooks, Structure
+from .transformer_block import PATH_OF_OPERATION, block_sites
+
+_OPERATION_SITE = re.compile(r"(down|mid|up)(?:\.(\d+))?\.attn\.(\d+)\.block\.(\d+)\.(self|cross|ff|block)(?:\.(.+))?")
+
+
+class UNetStructure(Structure):
+    """Skips, mid and up blocks, the head, and the transformer blocks of a U-Net."""
+
+    class_name = "UNet2DConditionModel"
+    # `in_channels` is left out on purpose: an inpainting checkpoint has the same skip paths as its text-to-image
+    # sibling, and takes the same tuners.
+    keys = (
+        "down_block_types",
+        "mid_block_type",
+        "up_block_types",
+        "block_out_channels",
+        "layers_per_block",
+        "cross_attention_dim",
+    )
+
+    def sites(self, base: Any) -> Iterator[tuple[str, Site]]:
+        """Yield the sites in the order of the forward pass."""
+        return _unet_sites(base)
+
+    def time_channels(self, base: Any) -> int:
+        """Return the width of the time embedding."""
+        return int(base.time_embedding.linear_2.out_features)
+
+    def module_path(self, site: str) -> str:
+        """Return the path of what runs at a site, for instance `mid.attn.0.block.0.self.to_q`."""
+        return module_path(site)
+
+    def install(self, base: Any, hooks: SiteHooks) -> list[RemovableHandle]:
+        """Hook the up blocks, which take the skips, the mid block and the head."""
+        counts = _skip_counts(base)
+        stop = sum(counts)
+        handles = []
+        for number, (block, count) in enumerate(zip(base.up_blocks, counts, strict=True)):
+            enter = partial(_enter_up_block, hooks, stop - count)
+            handles.append(block.register_forward_pre_hook(enter, with_kwargs=True))
+            handles.append(block.register_forward_hook(partial(tap_output, hooks, f"up.{number}")))
+            stop -= count
+        if getattr(base, "mid_block", None) is not None:
+            handles.append(base.mid_block.register_forward_hook(partial(tap_output, hooks, "mid")))
+        handles.append(_head(base).register_forward_pre_hook(partial(enter_head, hooks)))
+        return handles
+
+    def call(self, base: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+        """Read the batch off `sample` and `timestep`."""
+        sample = args[0] if args else kwargs["sample"]
+        timestep = args[1] if len(args) > 1 else kwargs["timestep"]
+        return Call(sample.shape[0], (sample.shape[-2], sample.shape[-1]), sample.device, timestep)
+
+
+def module_path(site: str) -> str:
+    """Return the path in a `UNet2DConditionModel` of what runs at a site of a transformer block.
+
+    Args:
+        site: for instance `down.1.attn.0.block.0.ff`, or one of its linear layers, `mid.attn.0.block.0.self.to_q`.
+    """
+    match = _OPERATION_SITE.fullmatch(site)
+    assert match is not None, site
+    stage, number, attention, block, operation, linear = match.groups()
+    parent = "mid_block" if stage == "mid" else f"{stage}_blocks.{number}"
+    transformer = f"attentions.{attention}.transformer_blocks.{block}"
+    path = [parent, transformer, PATH_OF_OPERATION[operation], linear]  # type: ignore[index]
+    return ".".join(step for step in path if step)
+
+
+def text_states(states: Any) -> torch.Tensor | None:
+    """Return the text states alone: an IP-Adapter puts image states beside them."""
+    return states[0] if isinstance(states, tuple) else states
+
+
+def _enter_up_block(
+    hooks: SiteHooks, first_skip: int, module: nn.Module, args: Any, kwargs: dict[str, Any]
+) -> tuple[Any, dict[str, Any]] | None:
+    if not hooks.active():
+        return None
+    hooks.see(time=kwargs["temb"], text=text_states(kwargs.get("encoder_hidden_states")))
+    skips = kwargs["res_hidden_states_tuple"]
+    tuned = tuple(hooks.tuned(f"skip.{first_skip + offset}", skip) for offset, skip in enumerate(skips))
+    return args, {**kwargs, "res_hidden_states_tuple": tuned}
+
+
+def _skip_counts(base: Any) -> list[int]:
+    """Number of skip features that each up block takes, in the order of `up_blocks`."""
+    return [len(block.resnets) for block in base.up_blocks]
+
+
+def _head(base: Any) -> nn.Module:
+    """Return the module whose input is the site `out`: the output norm, or `conv_out` where there is none."""
+    norm = base.conv_norm_out
+    head = norm if isinstance(norm, nn.Module) else base.conv_out
+    assert isinstance(head, nn.Module)
+    return head
+
+
+def _unet_sites(base: Any) -> Iterator[tuple[str, Site]]:
+    stride, index = 1, 0
+    yield "skip.0", Site(channels=base.conv_in.out_channels, stride=stride)
+    for number, block in enumerate(base.down_blocks):
+        yield from _operation_sites(f"down.{number}", block, stride)
+        for resnet in block.resnets:
+            index += 1
+            yield f"skip.{index}", Site(channels=resnet.out_channels, stride=stride)
+        if getattr(block, "downsamplers", None):
+            index, stride = index + 1, stride * 2
+            yield f"skip.{index}", Site(channels=block.resnets[-1].out_channels, stride=stride)
+    if index + 1 != sum(_skip_counts(base)):
+        raise RestuneError(
+            f"This {type(base).__name__} has blocks whose skip connections are not understood: the encoder makes "
+            f"{index + 1} and the decoder takes {sum(_skip_counts(base))}."
+        )
+    if getattr(base, "mid_block", None) is not None:
+        yield from _operation_sites("mid", base.mid_block, stride)
+        yield "mid", Site(channels=base.mid_block.resnets[-1].out_channels, stride=stride)
+    for number, block in enumerate(base.up_blocks):
+        yield from _operation_sites(f"up.{number}", block, stride)
+        if getattr(block, "upsamplers", None):
+            stride //= 2
+        yield f"up.{number}", Site(channels=block.resnets[-1].out_channels, stride=stride)
+    yield "out", Site(channels=base.conv_out.in_channels, stride=stride)
+
+
+def _operation_sites(stage: str, block: Any, stride: int) -> Iterator[tuple[str, Site]]:
+    """Yield the sites of a U-Net block's transformer blocks."""
+    for number, attention in enumerate(getattr(block, "attentions", None) or ()):
+        # Blocks without text have plain attention instead of a transformer; nothing attaches there.
+        for index, transformer in enumerate(getattr(attention, "transformer_blocks", ())):
+            yield from block_sites(f"{stage}.attn.{number}.block.{index}", transformer, stride)

@@ -1,0 +1,82 @@
+"""The published home of Res-Tuning: transformers' `ViTModel`, a stack of transformer blocks for images."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+from torch.utils.hooks import RemovableHandle
+
+from ..errors import RestuneError
+from .description import Kind, Site
+from .forward_hooks import enter_head, tap_output
+from .structure import Call, SiteHooks, Structure
+from .transformer_block import linear_layers
+
+_OPERATION_SITE = re.compile(r"block\.(\d+)\.(self|ff|block)(?:\.(.+))?")
+_PATH_OF_OPERATION: dict[Kind, str] = {"self": "attention", "ff": "mlp", "block": ""}
+
+
+class ViTStructure(Structure):
+    """The layers of a vision transformer, read at their outputs, and its last norm.
+
+    Features are a class token and a row of patches; there is neither time nor text. Attach to the `vit` of a
+    `ViTForImageClassification`.
+    """
+
+    class_name = "ViTModel"
+    keys = ("num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size", "patch_size")
+
+    def sites(self, base: Any) -> Iterator[tuple[str, Site]]:
+        """Yield the sites in the order of the forward pass."""
+        if not hasattr(base, "layers") or not hasattr(base.layers[0].attention, "q_proj"):
+            raise RestuneError(
+                "This ViTModel is laid out in an older way; tuners need transformers 5 or newer for it."
+            )
+        width, extra = base.config.hidden_size, base.embeddings.cls_token.shape[1]
+        tokens = Site(channels=width, stride=1, tokens=True, extra_tokens=extra)
+        for number, layer in enumerate(base.layers):
+            for operation, path in _PATH_OF_OPERATION.items():
+                yield (
+                    f"block.{number}.{operation}",
+                    Site(
+                        channels=width,
+                        stride=1,
+                        operation=operation,
+                        extra_tokens=extra,
+                        heads=base.config.num_attention_heads,
+                        linears=dict(linear_layers(layer.get_submodule(path))) if path else {},
+                    ),
+                )
+            yield f"block.{number}", tokens
+        yield "out", tokens
+
+    def time_channels(self, base: Any) -> int:
+        """Return 0: there is no time."""
+        return 0
+
+    def module_path(self, site: str) -> str:
+        """Return the path of what runs at a site, for instance `block.3.self.q_proj`."""
+        match = _OPERATION_SITE.fullmatch(site)
+        assert match is not None, site
+        number, operation, linear = match.groups()
+        path = [f"layers.{number}", _PATH_OF_OPERATION[operation], linear]  # type: ignore[index]
+        return ".".join(step for step in path if step)
+
+    def install(self, base: Any, hooks: SiteHooks) -> list[RemovableHandle]:
+        """Hook the layers and the last norm."""
+        return [
+            *(
+                layer.register_forward_hook(partial(tap_output, hooks, f"block.{number}"))
+                for number, layer in enumerate(base.layers)
+            ),
+            base.layernorm.register_forward_pre_hook(partial(enter_head, hooks)),
+        ]
+
+    def call(self, base: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+        """Read the batch off `pixel_values`; the size is that of the grid of patches."""
+        pixels = args[0] if args else kwargs["pixel_values"]
+        height, width = base.embeddings.patch_embeddings.patch_size
+        return Call(pixels.shape[0], (pixels.shape[-2] // height, pixels.shape[-1] // width), pixels.device, 0.0)
