@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     )
     from .fileformat import load_tuner, save_tuner
     from .header import TunerInfo, read_info
+    from .hub import push_to_hub
     from .loaders import RestuneLoaderMixin
     from .masks import load_mask, mask_from_image
     from .merging import MergedLora, merge_lora
@@ -56,6 +57,7 @@ _MODULES = {
     ),
     "fileformat": ("load_tuner", "save_tuner"),
     "header": ("TunerInfo", "read_info"),
+    "hub": ("push_to_hub",),
     "loaders": ("RestuneLoaderMixin",),
     "masks": ("load_mask", "mask_from_image"),
     "merging": ("MergedLora", "merge_lora"),
@@ -115,6 +117,7 @@ __all__ = [
     "load_tuner",
     "mask_from_image",
     "merge_lora",
+    "push_to_hub",
     "read_info",
     "save_tuner",
     "schedule",

@@ -188,10 +188,7 @@ class Attached:
             conditions.of_one_pass = any(
                 level.requires_grad for levels in conditions.encoded for level in levels.values()
             )
-        tiled = tuple(
-            {site: levels[site].to(this.device).repeat(_copies(len(levels[site]), this), 1, 1, 1)} if levels else {}
-            for levels in conditions.encoded
-        )
+        tiled = tuple({site: _tiled(levels[site], this)} if levels else {} for levels in conditions.encoded)
         return features.given(tiled, conditions.weights)
 
 
@@ -218,6 +215,12 @@ def _check_same_config(new: Tuner, old: Tuner) -> None:
                     f"The loaded tuner's `{ours.part}` part has {key} = {value!r}, the new one's {key} = "
                     f"{getattr(theirs, key)!r}; {remedy}."
                 )
+
+
+def _tiled(features: torch.Tensor, this: Pass) -> torch.Tensor:
+    """Repeat the features of images, so that there is a row of them for each row at a site."""
+    tiled = features.to(this.device).repeat(_copies(len(features), this), 1, 1, 1)
+    return tiled if this.frames == 1 else tiled.repeat_interleave(this.frames, 0)
 
 
 def _operation_of(site: str, tuner: Tuner) -> str:

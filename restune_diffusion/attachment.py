@@ -279,6 +279,7 @@ class TunerManager:
             timestep=call.timestep,
             num_train_timesteps=self.num_train_timesteps,
             layout=self.layout,
+            frames=call.frames,
         )
         self._features.size = call.size
         if torch.compiler.is_compiling():

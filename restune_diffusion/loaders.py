@@ -329,7 +329,8 @@ class RestuneLoaderMixin(PlainConfigMixin):
         prompt, embeds = asked.get("prompt"), asked.get("prompt_embeds")
         prompts = len(prompt) if isinstance(prompt, list) else 1 if embeds is None else len(embeds)
         guided = asked.get("guidance_scale", 1) > 1 and self._tuner_base.config.get("time_cond_proj_dim") is None
-        return Layout(prompts * (asked.get("num_images_per_prompt") or 1), guided, prompts)
+        drawn = asked.get("num_images_per_prompt") or asked.get("num_videos_per_prompt") or 1
+        return Layout(prompts * drawn, guided, prompts)
 
     @contextlib.contextmanager
     def _mixed(self, manager: TunerManager, tuners: MixPerImage | None, layout: Layout | None) -> Iterator[None]:
@@ -346,7 +347,9 @@ class RestuneLoaderMixin(PlainConfigMixin):
             yield
         finally:
             manager.layout = None
-            manager.set_weights(before)
+            if tuners is not None:
+                # What a callback has set, for a call without a mix of its own, stays; what it has deleted is gone.
+                manager.set_weights({name: before[name] for name in manager.names if name in before})
 
     def _manager_of(self, names: Iterable[str]) -> TunerManager:
         """Return the manager that has all these tuners, or say which it has not."""

@@ -46,6 +46,8 @@ class Pass:
     """Time step: one number, or one for each row."""
     num_train_timesteps: int
     layout: Layout | None
+    frames: int = 1
+    """How many rows stand side by side at the sites for each row of the batch: the frames of a video."""
 
     @property
     def progress(self) -> torch.Tensor:
@@ -92,7 +94,7 @@ def _images_of(weight: TunerWeight) -> int | None:
 
 
 def row_factors(weight: TunerWeight, this: Pass) -> tuple[float, ...]:
-    """Return the factor of every row of a pass, or a single one where all rows have the same.
+    """Return the factor of every row at the sites, or a single one where all rows have the same.
 
     Raises:
         RestuneError: if the weight is for another number of images than the batch has.
@@ -109,7 +111,9 @@ def row_factors(weight: TunerWeight, this: Pass) -> tuple[float, ...]:
         # Either may be one number for all rows.
         count = max(len(factors), len(steps))
         factors = [factors[row % len(factors)] * steps[row % len(steps)] for row in range(count)]
-    return tuple(factors) if len(set(factors)) > 1 else (factors[0],)
+    if len(set(factors)) == 1:
+        return (factors[0],)
+    return tuple(factor for factor in factors for _ in range(this.frames))
 
 
 def _heard(on: str, copy: int, this: Pass, images: int) -> float:
@@ -138,7 +142,7 @@ def mask_at(weight: TunerWeight, site: Site, x: torch.Tensor, this: Pass) -> tor
     mask = weight.mask.to(x.device, torch.float32)
     mask = F.interpolate(mask.reshape(-1, 1, *mask.shape[-2:]), size=size, mode="area")
     if len(mask) > 1:
-        mask = mask.repeat(this.rows // this.images(weight), 1, 1, 1)
+        mask = mask.repeat(this.rows // this.images(weight), 1, 1, 1).repeat_interleave(this.frames, 0)
     return mask if x.dim() == 4 else mask.flatten(2).transpose(1, 2)
 
 
@@ -179,7 +183,7 @@ class Dial:
         self.sites, self.curve = self.sites.to(device), self.curve.to(device)
 
     def factors(self, site: str, weight: TunerWeight, this: Pass) -> torch.Tensor:
-        """Return the factor of every row at a site, `(rows,)`, without a look at a number.
+        """Return the factor of every row at a site, `(rows * frames,)`, without a look at a number.
 
         That the batch is a multiple of the number of values is not checked here: it is not known to the graph.
         """
@@ -190,7 +194,7 @@ class Dial:
             images = this.images(weight)
             heard = [_heard(weight.on, copy, this, images) for copy in range(this.rows // images)]
             factors = factors * torch.tensor(heard, device=rows.device).repeat_interleave(images)
-        return factors
+        return factors if this.frames == 1 else factors.repeat_interleave(this.frames)
 
     def _step(self, progress: torch.Tensor) -> torch.Tensor:
         """`Schedule.at` for a tensor of progresses."""

@@ -108,5 +108,7 @@ def _split(layer: Map, heads: int, norm: Map | None, quiet: Quiet) -> Map:
 def _without_bias(layer: nn.Module, x: torch.Tensor, quiet: Quiet) -> torch.Tensor:
     with quiet():
         y: torch.Tensor = layer(x)
-    bias = layer.bias
-    return y - bias if isinstance(bias, torch.Tensor) else y
+        if layer.bias is not None:
+            # Asked of the layer, as offloading keeps its parameters away until it is called.
+            y = y - layer(torch.zeros_like(x[:1, :1]))
+    return y

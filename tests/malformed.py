@@ -19,6 +19,7 @@ from diffusers import UNet2DConditionModel
 from safetensors.torch import save
 
 from restune_diffusion import BypassConfig, SkipConfig, Tuner, save_tuner
+from restune_diffusion.config import ControlConfig, ResConfig
 
 from .conftest import make_unet, randomize
 
@@ -28,6 +29,8 @@ SEEDS: dict[str, tuple[tuple[Any, ...], torch.dtype]] = {
     "narrow skip": ((SkipConfig(ratio=0.1, sites=("skip.[0-2]",)),), torch.bfloat16),
     "bypass": ((BypassConfig(ratio=0.5, taps=("skip.3", "mid")),), torch.float16),
     "skip and bypass": ((SkipConfig(), BypassConfig(taps=("up.*",))), torch.float32),
+    "res": ((ResConfig(width=2, cross_attention="lora", sites=("mid.*",)),), torch.float32),
+    "control": ((ControlConfig(ratio=0.25),), torch.bfloat16),
 }
 
 Outcome = Literal["same", "refused", "either"]
@@ -458,7 +461,8 @@ def change_inside_an_entry(rng: random.Random, seed: Seed) -> bytes:
 def change_patterns(rng: random.Random, seed: Seed) -> bytes:
     header, body = seed.split()
     (part, *rest) = json.loads(header["__metadata__"]["restune.config"])
-    field = "sites" if part["part"] == "skip" else "taps"
+    field = next((name for name in ("sites", "taps") if name in part), "sites")
+    part.setdefault(field, ["*"])
     part[field] = rng.choice(
         (
             ["*"], ["**"], ["skip.?"], ["[!x]*"], ["[z-a]"], ["["], ["[]"], [""], [], ["skip.*"] * 3000, ["../*"],

@@ -21,6 +21,7 @@ from restune_diffusion import (
     RestuneError,
     RestuneLoaderMixin,
     RestuneStableDiffusionPipeline,
+    RestuneStableDiffusionXLPipeline,
     Schedule,
     SkipConfig,
     Tuner,
@@ -29,6 +30,7 @@ from restune_diffusion import (
 )
 
 from .conftest import make_unet, randomize
+from .training.tiny import sdxl_pipeline
 
 STEPS = 5
 SCHEDULERS = {
@@ -159,6 +161,31 @@ def test_every_image_of_every_prompt_branches(tuned):
         torch.testing.assert_close(drawn[2 * number : 2 * number + 2], pair, rtol=0, atol=1e-4)
 
 
+def test_sdxl_branches_too():
+    pipe = RestuneStableDiffusionXLPipeline(**sdxl_pipeline().components, add_watermarker=False)
+    pipe.set_progress_bar_config(disable=True)
+    tuner = Tuner.for_base(pipe.unet, SkipConfig(ratio=0.5))
+    randomize(tuner, std=0.2)
+    pipe.load_tuner_weights(tuner, "water", weight=0.0)
+    options = {"guidance_scale": 3.0}
+    drawn = []
+    rows = rows_of(
+        pipe,
+        lambda: drawn.extend(
+            pipe.branches(
+                ["sun", "house"], ["water", None], 2, num_inference_steps=STEPS, generator=seeds(2),
+                output_type="latent", **options,
+            ).images
+        ),
+    )  # fmt: skip
+    assert rows == [4, 4, 8, 8, 8]
+    for number, prompt in enumerate(["sun", "house"]):
+        for branch, mix in enumerate(["water", None]):
+            expected = alone(pipe, mix, 2, seeded(number), prompt=prompt, **options)[0]
+            torch.testing.assert_close(drawn[2 * number + branch], expected, rtol=0, atol=1e-4)
+        assert (drawn[2 * number] - drawn[2 * number + 1]).abs().max() > 1e-3
+
+
 def test_the_trunk_costs_one_row_for_each_image(tuned):
     options = {"num_inference_steps": 4, "generator": seeded(), "output_type": "latent"}
     prompts = ["sun", "house"]
@@ -284,5 +311,5 @@ def test_a_control_network_runs_one_row_in_the_trunk_too(tuned):
     assert rows == [2, 2, 4]
     (plain,) = made("sun", generator=seeded(), **options).images
     torch.testing.assert_close(drawn[1], plain, rtol=0, atol=1e-4)
-    assert (drawn[0] - plain).abs().max() > 1e-2
+    assert (drawn[0] - plain).abs().max() > 2e-3
     assert not controlnet._forward_hooks

@@ -6,6 +6,7 @@ import copy
 import pickle
 
 import pytest
+import torch
 from diffusers import (
     AutoPipelineForImage2Image,
     DDPMPipeline,
@@ -13,6 +14,7 @@ from diffusers import (
     DiffusionPipeline,
     LatentConsistencyModelPipeline,
     LCMScheduler,
+    MotionAdapter,
     StableDiffusionImg2ImgPipeline,
     StableDiffusionPAGPipeline,
     StableDiffusionPipeline,
@@ -30,6 +32,8 @@ from restune_diffusion import (
 from .tiny_pipelines import (
     KINDS_BY_NAME,
     PAG_KINDS,
+    SIZE,
+    TUNERS,
     Kind,
     difference,
     draw,
@@ -165,6 +169,55 @@ def test_latent_consistency_models(components):
     assert identical(draw(pipe, kind), expected)
 
 
+@pytest.fixture(scope="module")
+def animation(components):
+    """A plain AnimateDiff pipeline, and how to draw with it."""
+    with torch.random.fork_rng():
+        torch.manual_seed(2)
+        adapter = MotionAdapter(
+            block_out_channels=components[False]["unet"].config.block_out_channels,
+            motion_num_attention_heads=2,
+            motion_norm_num_groups=8,
+            motion_max_seq_length=8,
+        )
+        # The last layer of a motion module starts at zero.
+        for name, parameter in adapter.named_parameters():
+            if "proj_out" in name:
+                torch.nn.init.normal_(parameter, std=0.2)
+    kind = Kind("AnimateDiffPipeline", lambda count: {"height": SIZE, "width": SIZE, "num_frames": 3})
+    return kind.make(kind.plain, components[False], motion_adapter=adapter), kind
+
+
+@pytest.mark.parametrize("part", TUNERS)
+def test_a_tuner_of_the_images_base_acts_on_every_frame(part, animation, components):
+    plain, kind = animation
+    expected = draw(plain, kind)
+    pipe = enable_restune(plain)
+    pipe.load_tuner_weights(make_tuner(components[False]["unet"], part), "style")
+    tuned = draw(pipe, kind)
+    assert tuned.shape == (1, 4, 3, SIZE // 8, SIZE // 8)
+    assert min(difference(tuned[:, :, frame], expected[:, :, frame]) for frame in range(3)) > 1e-2
+    pipe.disable_tuners()
+    assert identical(draw(pipe, kind), expected)
+    pipe.unload_tuner_weights()
+    assert identical(draw(pipe, kind), expected)
+
+
+@pytest.mark.parametrize("guidance", [1.0, 5.0])
+def test_videos_have_tuners_of_their_own(guidance, animation, components):
+    plain, kind = animation
+    pipe = enable_restune(plain)
+    for part in ("skip", "bypass", "res inside attention"):
+        pipe.load_tuner_weights(make_tuner(components[False]["unet"], part), part)
+    mixes = ["skip", None, {"skip": -0.5, "bypass": 0.7, "res inside attention": 1.0}]
+    together = draw(pipe, kind, count=3, guidance_scale=guidance, tuners=mixes)
+    for number, mix in enumerate(mixes):
+        alone = draw(pipe, kind, count=3, guidance_scale=guidance, tuners=[mix] * 3)[number]
+        assert difference(together[number], alone) < 1e-4
+    assert difference(together[0], together[1]) > 1e-2
+    pipe.unload_tuner_weights()
+
+
 def test_what_tuners_cannot_attach_to_is_refused(components):
     with pytest.raises(RestuneError, match="on a diffusers pipeline, but this is a UNet2DConditionModel"):
         enable_restune(components[False]["unet"])
@@ -175,7 +228,7 @@ def test_what_tuners_cannot_attach_to_is_refused(components):
         down_block_types=("DownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "UpBlock2D"),
     )
-    with pytest.raises(RestuneError, match=r"Tuners attach to a UNet2DConditionModel.*but this is a UNet2DModel"):
+    with pytest.raises(RestuneError, match=r"Tuners attach to one of UNet2DConditionModel.*but this is a UNet2DModel"):
         enable_restune(DDPMPipeline(unet, DDPMScheduler()))
 
     class Unconditional(DiffusionPipeline):

@@ -95,8 +95,8 @@ def test_a_swap_that_fails_changes_nothing(pipe, files, more):
         pipe.load_tuner_weights(more / "wave.safetensors", "style", weight=float("nan"), hotswap=True)
     with pytest.raises(RestuneError, match=r"No site of the tuner matches `up\.\*`"):
         pipe.load_tuner_weights(more / "wave.safetensors", "style", weight={"up.*": 1.0}, hotswap=True)
+    other = trained(make_unet(), SkipConfig(ratio=0.5))
     with pytest.raises(BaseMismatchError, match="block_out_channels"):
-        other = trained(make_unet(), SkipConfig(ratio=0.5))
         pipe.load_tuner_weights(other, "style", hotswap=True)
     (more / "wave.safetensors").write_bytes((more / "wave.safetensors").read_bytes()[:-100])
     with pytest.raises(TunerFileError, match="truncated"):
@@ -167,6 +167,21 @@ def test_where_a_weight_lives_follows_the_tuner(unet):
     attach(unet, tuner)
     dial = TunerManager.of(unet)._tuners["default"].dial
     assert {tensor.device.type for tensor in (dial.values, dial.count, dial.sites, dial.curve)} == {"meta"}
+
+
+def test_tuners_that_act_are_moved_before_a_graph_needs_them(unet):
+    for name, weight in (("on", 0.5), ("off", 0.0)):
+        attach(unet, trained(unet, SkipConfig()), name, weight)
+    manager, meta = TunerManager.of(unet), torch.device("meta")
+
+    def devices():
+        return [(a.tuner.device.type, a.dial.values.device.type) for a in manager._tuners.values()]
+
+    manager.place(meta)
+    assert devices() == [("meta", "meta"), ("cpu", "cpu")]
+    manager.static = True
+    manager.place(meta)
+    assert devices() == [("meta", "meta")] * 2
 
 
 @pytest.mark.parametrize("name", ["water", "watercolor"])

@@ -1,3 +1,4 @@
+import ast
 import re
 import runpy
 import subprocess
@@ -26,7 +27,9 @@ def test_importing_the_package_imports_nothing_heavy():
 def test_no_module_opens_pickles():
     for path in (ROOT / "restune_diffusion").rglob("*.py"):
         text = path.read_text()
-        assert "torch.load" not in text, path
+        # A sentence may say how to convert a pickle elsewhere; the code may not open one.
+        code = [ast.unparse(node) for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Attribute)]
+        assert "torch.load" not in code, path
         assert "import pickle" not in text, path
 
 

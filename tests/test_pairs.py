@@ -6,12 +6,13 @@ import itertools
 
 import pytest
 
-from restune_diffusion import TunerManager, detach, enable_restune
+from restune_diffusion import enable_restune
 
 from .peers import freeu, ip_adapter, lora, nothing
 from .tiny_pipelines import (
     KINDS_BY_NAME,
     TUNERS,
+    detach_all,
     difference,
     draw,
     identical,
@@ -39,9 +40,7 @@ def made():
 def components(made):
     yield made
     for parts in made.values():
-        manager = TunerManager.of(parts["unet"])
-        for name in manager.names if manager is not None else ():
-            detach(parts["unet"], name)
+        detach_all(parts["unet"])
 
 
 @pytest.mark.parametrize("size", ["", "XL"], ids=["SD", "SDXL"])

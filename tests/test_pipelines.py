@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Callable, Iterator
+from functools import cache
 from typing import Any
 
 import pytest
@@ -19,12 +20,15 @@ from diffusers import (
     LCMScheduler,
 )
 
+from restune_diffusion import Tuner
+
 from .peers import freeu, ip_adapter, lora
 from .tiny_pipelines import (
     KINDS,
     KINDS_BY_NAME,
     SIZE,
     Kind,
+    detach_all,
     difference,
     draw,
     identical,
@@ -41,13 +45,21 @@ EACH_KIND = pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name.re
 
 
 @pytest.fixture(scope="module")
-def components() -> Iterator[dict[bool, Arguments]]:
+def made() -> Iterator[dict[bool, Arguments]]:
     """The components of SD (False) and SDXL (True), shared by all tests here, which leave the U-Nets as they were."""
-    made = {False: sd_components(), True: sdxl_components()}
-    before = {is_xl: untouched(parts["unet"]) for is_xl, parts in made.items()}
-    yield made
-    for is_xl, parts in made.items():
+    components = {False: sd_components(), True: sdxl_components()}
+    before = {is_xl: untouched(parts["unet"]) for is_xl, parts in components.items()}
+    yield components
+    for is_xl, parts in components.items():
         assert_same_weights(before[is_xl], untouched(parts["unet"]))
+
+
+@pytest.fixture
+def components(made: dict[bool, Arguments]) -> Iterator[dict[bool, Arguments]]:
+    """The shared components; what a test has left on their U-Nets is taken off, so that one failure stays one."""
+    yield made
+    for parts in made.values():
+        detach_all(parts["unet"])
 
 
 def assert_same_weights(before: Any, after: Any) -> None:
@@ -55,9 +67,15 @@ def assert_same_weights(before: Any, after: Any) -> None:
     assert all(torch.equal(before[0][name], after[0][name]) for name in before[0])
 
 
-def load_both(pipe: Any) -> None:
-    for kind in ("skip", "bypass"):
-        pipe.load_tuner_weights(make_tuner(pipe.unet, kind), kind)
+@cache
+def tuners(is_xl: bool) -> dict[str, Tuner]:
+    unet = (sdxl_components() if is_xl else sd_components())["unet"]
+    return {part: make_tuner(unet, part) for part in ("skip", "bypass", "res inside attention")}
+
+
+def load_several(pipe: Any) -> None:
+    for name, tuner in tuners("XL" in type(pipe).__name__).items():
+        pipe.load_tuner_weights(tuner, name)
 
 
 # Each row sets something up on a pipeline and says which arguments the call gets.
@@ -163,7 +181,7 @@ def test_a_feature_works_with_tuners_and_is_unchanged_without(kind, row, compone
     after_plain = untouched(parts["unet"])
 
     pipe = kind.make(kind.ours, parts)
-    load_both(pipe)
+    load_several(pipe)
     with ROWS[row](pipe, kind) as arguments:
         tuned = draw(pipe, kind, **arguments)
         pipe.disable_tuners()
@@ -180,7 +198,7 @@ def test_a_feature_works_with_tuners_and_is_unchanged_without(kind, row, compone
 @EACH_KIND
 def test_each_prompt_has_its_own_tuner(kind, guidance, components):
     pipe = kind.make(kind.ours, components[kind.is_xl])
-    load_both(pipe)
+    load_several(pipe)
     mixes = ["skip", None, {"skip": -0.5, "bypass": 0.7}]
     together = draw(pipe, kind, count=3, guidance_scale=guidance, tuners=mixes)
     pipe.set_tuners({})
@@ -190,36 +208,48 @@ def test_each_prompt_has_its_own_tuner(kind, guidance, components):
         assert difference(together[number], alone) < 1e-4
     assert difference(together[0], plain[0]) > 1e-2
     assert difference(together[1], plain[1]) < 1e-4
-    pipe.unload_tuner_weights()
 
 
 @EACH_KIND
 def test_a_callback_changes_the_mix_for_the_steps_that_follow(kind, components):
     pipe = kind.make(kind.ours, components[kind.is_xl])
     pipe.load_tuner_weights(make_tuner(pipe.unet), "style")
-    seen = []
 
-    def after_step(pipe, step, timestep, arguments):
-        seen.append(arguments["latents"].clone())
-        pipe.set_tuners("style", 0.0)
-        return {}
+    def latents(first, second):
+        seen = []
 
-    draw(pipe, kind, callback_on_step_end=after_step)
+        def after_step(pipe, step, timestep, arguments):
+            seen.append(arguments["latents"].clone())
+            pipe.set_tuners("style", second)
+            return {}
+
+        pipe.set_tuners("style", first)
+        draw(pipe, kind, callback_on_step_end=after_step)
+        return seen
+
+    (on, on_on), (also_on, on_off) = latents(1.0, 1.0), latents(1.0, 0.0)
     assert pipe.get_active_tuners() == []
-    first_step, then_off = seen
-    seen.clear()
-    draw(pipe, kind, callback_on_step_end=after_step)
-    assert difference(first_step, seen[0]) > 1e-2
-    pipe.set_tuners("style", 1.0)
-    seen.clear()
+    off, off_off = latents(0.0, 0.0)
+    assert identical(on, also_on)
+    assert min(difference(on, off), difference(on_on, on_off), difference(on_off, off_off)) > 1e-4
+
+
+@pytest.mark.parametrize("mix", [None, ["skip"]], ids=["no mix", "a mix"])
+def test_a_callback_unloads_a_tuner(mix, components):
+    kind = KINDS[0]
+    pipe = kind.make(kind.ours, components[False])
+    load_several(pipe)
     draw(
         pipe,
         kind,
-        callback_on_step_end=lambda pipe, step, timestep, arguments: seen.append(arguments["latents"].clone()) or {},
+        tuners=mix,
+        callback_on_step_end=lambda pipe, step, timestep, arguments: (
+            pipe.delete_tuners([name for name in pipe.get_list_tuners() if name != "bypass"]) or {}
+        ),
     )
-    assert identical(seen[0], first_step)
-    assert difference(seen[1], then_off) > 1e-3
-    pipe.unload_tuner_weights()
+    assert pipe.get_list_tuners() == {"bypass": 1.0}
+    draw(pipe, kind, callback_on_step_end=lambda pipe, *_: pipe.unload_tuner_weights() or {})
+    assert pipe.get_list_tuners() == {}
 
 
 def offload_in_sequence(pipe: Any) -> None:
@@ -241,29 +271,44 @@ OFFLOADS: dict[str, Callable[[Any], Any]] = {
 }
 
 
+@pytest.fixture(scope="module")
+def drawn(made: dict[bool, Arguments]) -> Callable[[Kind], tuple[Any, Any]]:
+    """The pictures of a pipeline class without and with tuners, each drawn once."""
+
+    @cache
+    def both(kind: Kind) -> tuple[Any, Any]:
+        pipe = kind.make(kind.ours, made[kind.is_xl])
+        without = draw(pipe, kind)
+        load_several(pipe)
+        tuned = draw(pipe, kind)
+        pipe.unload_tuner_weights()
+        return without, tuned
+
+    return both
+
+
 @pytest.mark.parametrize("offload", OFFLOADS)
 @EACH_KIND
-def test_offloading(kind, offload, components):
+def test_offloading(kind, offload, components, drawn):
     """The hooks of offloading and ours live together; with the CPU as the accelerator, no tensor really travels."""
+    without, tuned = drawn(kind)
     parts = {
         name: copy.deepcopy(part) if isinstance(part, torch.nn.Module) else part
         for name, part in components[kind.is_xl].items()
     }
     pipe = kind.make(kind.ours, parts)
-    expected = draw(pipe, kind)
-    load_both(pipe)
-    tuned = draw(pipe, kind)
+    load_several(pipe)
     OFFLOADS[offload](pipe)
     assert identical(draw(pipe, kind), tuned)
     pipe.unload_tuner_weights()
-    assert identical(draw(pipe, kind), expected)
+    assert identical(draw(pipe, kind), without)
 
 
 @EACH_KIND
 def test_a_saved_pipeline_loads_with_and_without_this_package(kind, components, tmp_path):
     parts = components[kind.is_xl]
     pipe = kind.make(kind.ours, parts)
-    load_both(pipe)
+    load_several(pipe)
     pipe.save_pretrained(tmp_path / "ours")
     pipe.unload_tuner_weights()
     kind.make(kind.plain, parts).save_pretrained(tmp_path / "plain")
@@ -278,7 +323,7 @@ def test_a_saved_pipeline_loads_with_and_without_this_package(kind, components, 
     assert type(again) is kind.ours
     assert again.get_list_tuners() == {}
     assert identical(draw(again, kind), draw(plain, kind))
-    load_both(again)
+    load_several(again)
     assert difference(draw(again, kind), draw(plain, kind)) > 1e-2
 
 
@@ -290,12 +335,12 @@ def test_from_pipe_shares_the_base_and_its_tuners(kind, components):
     pipe = kind.ours.from_pipe(plain)
     assert type(pipe) is kind.ours
     assert pipe.unet is plain.unet
-    load_both(pipe)
+    load_several(pipe)
     tuned = draw(pipe, kind)
     assert identical(draw(plain, kind), tuned)
     assert identical(draw(kind.plain.from_pipe(pipe), kind), tuned)
     sibling = kind.ours.from_pipe(pipe)
-    assert list(sibling.get_list_tuners()) == ["skip", "bypass"]
+    assert list(sibling.get_list_tuners()) == ["skip", "bypass", "res inside attention"]
     sibling.unload_tuner_weights()
     assert pipe.get_list_tuners() == {}
     assert identical(draw(pipe, kind), expected)
@@ -306,11 +351,11 @@ def test_from_pipe_changes_the_task(kind, components):
     parts = components[kind.is_xl]
     text_to_image = KINDS_BY_NAME[f"StableDiffusion{'XL' * kind.is_xl}Pipeline"]
     pipe = text_to_image.make(text_to_image.ours, parts)
-    load_both(pipe)
+    load_several(pipe)
     added = {"controlnet": parts["controlnet"]} if "ControlNet" in kind.name else {}
     other = kind.ours.from_pipe(pipe, **added)
     other.set_progress_bar_config(disable=True)
-    assert other.get_active_tuners() == ["skip", "bypass"]
+    assert other.get_active_tuners() == ["skip", "bypass", "res inside attention"]
     tuned = draw(other, kind)
     pipe.unload_tuner_weights()
     assert difference(tuned, draw(other, kind)) > 1e-2

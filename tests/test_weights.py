@@ -123,7 +123,7 @@ GUIDED, PLAIN = Layout(2, True, 2), Layout(2, False, 2)
 )
 def test_the_factor_of_every_row_in_both_ways_of_computing_it(weight, this, expected):
     assert row_factors(weight, this) == expected
-    dial = Dial(["skip.0", "skip.1"])
+    dial = Dial(["skip.0", "skip.1"], torch.device("cpu"))
     dial.set(weight, {"skip.0": 1.0, "skip.1": 3.0})
     rows = expected if len(expected) > 1 else expected * this.rows
     assert dial.factors("skip.0", weight, this).tolist() == list(rows)
@@ -131,7 +131,7 @@ def test_the_factor_of_every_row_in_both_ways_of_computing_it(weight, this, expe
 
 
 def test_a_dial_follows_any_schedule_in_place():
-    dial, generator = Dial(["out"]), torch.Generator().manual_seed(0)
+    dial, generator = Dial(["out"], torch.device("cpu")), torch.Generator().manual_seed(0)
     before = dict(vars(dial))
     progress = torch.rand(200, generator=generator)
     for text in ("0-1: 1>0", "0.1-0.2: 3, 0.2-0.5: 1>-1", "0-0.5: 0, 0.5-1: 1"):

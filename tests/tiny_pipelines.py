@@ -24,7 +24,7 @@ from transformers import (
 )
 
 import restune_diffusion
-from restune_diffusion import BypassConfig, ResConfig, SkipConfig, Tuner
+from restune_diffusion import BypassConfig, ResConfig, SkipConfig, Tuner, TunerManager, detach
 from restune_diffusion.config import PartConfig
 
 from .conftest import SDXL, make_unet, randomize
@@ -51,6 +51,13 @@ def make_tuner(unet: nn.Module, kind: str = "skip", seed: int = 0) -> Tuner:
     tuner = Tuner.for_base(unet, TUNERS[kind])
     randomize(tuner, seed)
     return tuner
+
+
+def detach_all(unet: nn.Module) -> None:
+    """Take off whatever tuners a test has left on a shared U-Net."""
+    manager = TunerManager.of(unet)
+    for name in manager.names if manager is not None else ():
+        detach(unet, name)
 
 
 def sd_unet(**changes: Any) -> UNet2DConditionModel:
@@ -188,7 +195,7 @@ def draw(pipe: Any, kind: Kind, count: int = 1, one_generator: bool = False, **c
         **changes,
     }
     output = pipe(**{name: value for name, value in arguments.items() if value is not None})
-    return output[0] if isinstance(output, tuple) else output.images
+    return output[0] if isinstance(output, tuple) else next(iter(output.values()))
 
 
 def untouched(unet: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, set[str]]]:

@@ -55,13 +55,17 @@ class GridOptions(DrawOptions):
             raise RestuneError(f"The sheet is a PNG file; write for instance --output {self.output.stem}.png.")
         if self.share_steps > self.steps:
             raise RestuneError(f"--share-steps {self.share_steps} is more than the {self.steps} --steps.")
+        from tqdm import tqdm
+
         from ..fileformat import atomic_write
         from ..training.contact_sheet import fitting_cell, labelled_grid
 
         columns = self._columns()
         pipeline = self.load()
+        # One bar for the sheet says more than one for each batch.
+        pipeline.set_progress_bar_config(disable=True)
         rows = [(prompt, seed) for prompt in self.prompt for seed in self.seeds]
-        drawn = [list(self._row(pipeline, prompt, seed, columns)) for prompt, seed in rows]
+        drawn = [list(self._row(pipeline, *row, columns)) for row in tqdm(rows, unit="row")]
         labels = [f"{prompt} (seed {seed})" if self.images > 1 else prompt for prompt, seed in rows]
         cell = self.cell or fitting_cell(len(rows), len(columns), max(drawn[0][0].size))
         sheet = labelled_grid(drawn, labels, [label for label, _ in columns], cell=cell)

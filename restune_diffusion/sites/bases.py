@@ -6,12 +6,13 @@ from torch import nn
 
 from ..errors import RestuneError
 from .description import BaseInfo
+from .motion_unet import MotionUNetStructure
 from .pixart import PixArtStructure
 from .structure import Structure
 from .unet import UNetStructure
 from .vit import ViTStructure
 
-STRUCTURES: tuple[Structure, ...] = (UNetStructure(), PixArtStructure(), ViTStructure())
+STRUCTURES: tuple[Structure, ...] = (UNetStructure(), MotionUNetStructure(), PixArtStructure(), ViTStructure())
 
 
 def structure_of(base: nn.Module) -> Structure:
@@ -31,7 +32,7 @@ def describe_base(base: nn.Module) -> BaseInfo:
     """Read the sites and the structural fingerprint off a base.
 
     Args:
-        base: a `UNet2DConditionModel`, a `PixArtTransformer2DModel` or a transformers `ViTModel`.
+        base: a `UNet2DConditionModel`, a `UNetMotionModel`, a `PixArtTransformer2DModel` or a transformers `ViTModel`.
 
     Raises:
         RestuneError: if the model is of another kind, or has blocks that are not understood.

@@ -39,6 +39,8 @@ class Call(NamedTuple):
     """Height and width of what it is called on, in the unit of the sites' strides."""
     device: torch.device
     timestep: torch.Tensor | float
+    frames: int = 1
+    """How many rows stand side by side at the sites for each row of the batch: the frames of a video."""
 
 
 class Structure(ABC):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Sequence
 
 from PIL import Image, ImageDraw, ImageFont
@@ -37,8 +38,7 @@ def labelled_grid(
     titles = [_wrapped(label, font, width, _HEADLINES) for label in column_labels]
     label = max(_LABEL, cell // 2)
     left = 2 * _MARGIN + label
-    headlines = max(map(len, titles), default=0)
-    top = _MARGIN + (_LINE * headlines + _MARGIN if headlines or column_labels else 0)
+    top = _MARGIN + (_LINE * max(1, *map(len, titles)) + _MARGIN if titles else 0)
     across, down = width + _MARGIN, height + _MARGIN
     sheet = Image.new("RGB", (left + across * max(map(len, rows)), top + down * len(rows)), _PAPER)
     draw = ImageDraw.Draw(sheet)
@@ -72,7 +72,9 @@ def fitting_cell(rows: int, columns: int, side: int) -> int:
 def _wrapped(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int, limit: int) -> list[str]:
     """Break a text into lines of a width in pixels, inside a word only where it must, and end with dots if cut."""
     lines: list[str] = []
-    for word in text.split():
+    # Pillow's own font has no accented letters.
+    plain = "".join(sign for sign in unicodedata.normalize("NFKD", text) if not unicodedata.combining(sign))
+    for word in plain.split():
         if lines and font.getlength(f"{lines[-1]} {word}") <= width:
             lines[-1] += f" {word}"
             continue

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from restune_diffusion.cli import main
 from restune_diffusion.training import TrainConfig, train
 
 from ..training import tiny
@@ -29,3 +31,17 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     control = {"tuner": ("skip", "control"), "control": {"conditions": ("canny", "palette")}}
     train(TrainConfig(**{**config.model_dump(), **control, "name": "steered"}), verbose=False)
     return folder
+
+
+@pytest.fixture
+def restune(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """Runs a command; returns its exit code, output and errors."""
+
+    def run(*arguments: str | Path) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as exited:
+            main([str(argument) for argument in arguments])
+        shown = capsys.readouterr()
+        code = exited.value.code
+        return code if isinstance(code, int) else 0, shown.out, shown.err
+
+    return run

@@ -13,25 +13,10 @@ import torch
 from PIL import Image, ImageOps
 
 from restune_diffusion import RestuneStableDiffusionPipeline, read_info
-from restune_diffusion.cli import main
-from restune_diffusion.cli.generate import split_weight, unique_names
+from restune_diffusion.cli.mix import split_weight, unique_names
 from restune_diffusion.conditions import make_condition
 
 Restune = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def restune(capsys: pytest.CaptureFixture[str]) -> Restune:
-    """Runs a command; returns its exit code, output and errors."""
-
-    def run(*arguments: str | Path) -> tuple[int, str, str]:
-        with pytest.raises(SystemExit) as exited:
-            main([str(argument) for argument in arguments])
-        shown = capsys.readouterr()
-        code = exited.value.code
-        return code if isinstance(code, int) else 0, shown.out, shown.err
-
-    return run
 
 
 def test_help_does_not_wait_for_torch() -> None:
@@ -44,7 +29,7 @@ def test_help_does_not_wait_for_torch() -> None:
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
 
 
-@pytest.mark.parametrize("command", ["train", "generate", "evaluate", "inspect", "convert", "merge", "demo"])
+@pytest.mark.parametrize("command", ["train", "generate", "grid", "evaluate", "inspect", "convert", "merge", "demo"])
 def test_every_help_has_an_example(restune: Restune, command: str) -> None:
     code, output, _ = restune(command, "--help")
     assert code == 0

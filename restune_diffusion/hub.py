@@ -1,0 +1,108 @@
+"""Publish a tuner file on the Hugging Face Hub, with a model card and sample images. Nothing here runs by itself."""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
+
+from .card import model_card, sample_paths
+from .errors import RestuneError
+from .header import read_info
+from .sources import TUNER_WEIGHT_NAME
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+
+def hub_files(
+    tuner_file: str | os.PathLike[str],
+    repo_id: str,
+    *,
+    samples: Sequence[tuple[str, Image]] = (),
+    base_model: str | None = None,
+    license: str | None = None,
+) -> dict[str, bytes]:
+    """Make everything that `push_to_hub` would upload, by its path in the repository.
+
+    Args:
+        tuner_file: a file that `save_tuner` wrote.
+        repo_id: `user/name`.
+        samples: prompts with the images that were drawn for them.
+        base_model: id of the base's repository; what the file says where not given.
+        license: identifier of the licence, as the Hub lists them.
+
+    Raises:
+        TunerFileError: if the file is no tuner, or damaged.
+    """
+    info = read_info(tuner_file)
+    paths = sample_paths(samples)
+    files = {path: _png(image) for path, (_, image) in zip(paths, samples, strict=True)}
+    prompts = {path: prompt for path, (prompt, _) in zip(paths, samples, strict=True)}
+    card = model_card(info, repo_id, samples=prompts, base_model=base_model, license=license)
+    # Under this name `load_tuner_weights(repo_id)` finds it without being told.
+    return {TUNER_WEIGHT_NAME: Path(tuner_file).read_bytes(), "README.md": card.encode(), **files}
+
+
+def push_to_hub(
+    tuner_file: str | os.PathLike[str],
+    repo_id: str,
+    *,
+    samples: Sequence[tuple[str, Image]] = (),
+    base_model: str | None = None,
+    license: str | None = None,
+    commit_message: str = "Upload a tuner of restune-diffusion",
+    private: bool | None = None,
+    token: str | bool | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+) -> str:
+    """Upload a tuner file with its card and samples, in one commit; the repository is made where there is none.
+
+    Args:
+        tuner_file: a file that `save_tuner` wrote.
+        repo_id: `user/name`.
+        samples: prompts with the images that were drawn for them; they become the card's gallery.
+        base_model: id of the base's repository; what the file says where not given.
+        license: identifier of the licence, as the Hub lists them.
+        commit_message: title of the commit.
+        private: whether a new repository is private; the account's setting where not given.
+        token: token for the Hub; the one that is logged in where not given.
+        revision: branch to commit to.
+        create_pr: open a pull request instead of committing.
+
+    Returns:
+        Address of the commit.
+
+    Raises:
+        TunerFileError: if the file is no tuner, or damaged; nothing is uploaded then.
+        RestuneError: if the Hub cannot be reached or refuses.
+    """
+    files = hub_files(tuner_file, repo_id, samples=samples, base_model=base_model, license=license)
+    from huggingface_hub import CommitOperationAdd, HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    # Without a connection the HTTP library's own errors are raised, and which library that is depends on the version.
+    refusals = cast("tuple[type[Exception], ...]", (*HfHubHTTPError.__bases__, HFValidationError, OSError, ValueError))
+    api = HfApi(token=token)
+    try:
+        api.create_repo(repo_id, private=private, exist_ok=True)
+        commit = api.create_commit(
+            repo_id,
+            [CommitOperationAdd(path, content) for path, content in files.items()],
+            commit_message=commit_message,
+            revision=revision,
+            create_pr=create_pr,
+        )
+    except refusals as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise RestuneError(f"The tuner was not uploaded to {repo_id}: {reason}") from error
+    return str(commit.commit_url)
+
+
+def _png(image: Image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
