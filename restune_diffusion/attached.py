@@ -192,16 +192,6 @@ class Attached:
         return features.given(tiled, conditions.weights)
 
 
-def _copies(images: int, this: Pass) -> int:
-    """Return how often a condition's images are repeated to have one for each row of the batch."""
-    pictures = this.layout.images if this.layout is not None else this.rows
-    if images > 1 and (this.rows % images or (this.layout is not None and images != pictures)):
-        raise ConditionError(
-            f"There are {images} condition images for {pictures} pictures; give one, or one for each picture."
-        )
-    return this.rows // images
-
-
 def _check_same_config(new: Tuner, old: Tuner) -> None:
     """Raise `RestuneError` naming the first difference between two tuners' configs, if there is one."""
     remedy = "only a tuner of the same config can take its place; delete the loaded one and load this"
@@ -218,9 +208,21 @@ def _check_same_config(new: Tuner, old: Tuner) -> None:
 
 
 def _tiled(features: torch.Tensor, this: Pass) -> torch.Tensor:
-    """Repeat the features of images, so that there is a row of them for each row at a site."""
-    tiled = features.to(this.device).repeat(_copies(len(features), this), 1, 1, 1)
+    """Repeat the features of condition images, so that there is a row of them for each row at a site."""
+    features, layout = features.to(this.device), this.layout
+    if len(features) > 1 and layout is not None:
+        if layout.images % len(features) or len(features) % layout.prompts:
+            raise ConditionError(_miscounted(len(features), layout.images))
+        # The pictures of a prompt are adjacent.
+        features = features.repeat_interleave(layout.images // len(features), 0)
+    if this.rows % len(features):
+        raise ConditionError(_miscounted(len(features), this.rows))
+    tiled = features.repeat(this.rows // len(features), 1, 1, 1)
     return tiled if this.frames == 1 else tiled.repeat_interleave(this.frames, 0)
+
+
+def _miscounted(images: int, pictures: int) -> str:
+    return f"There are {images} condition images for {pictures} pictures; give one, or one for each picture."
 
 
 def _operation_of(site: str, tuner: Tuner) -> str:
