@@ -23,7 +23,7 @@ class Conditions:
     images: list[torch.Tensor | None]
     weights: tuple[float, ...]
     encoded: tuple[dict[str, torch.Tensor], ...] | None = None
-    """Made in the first pass and kept for all further ones of its size, unless the tuner is being trained."""
+    """Made in the first pass and kept for all further ones of its size, unless that pass is one of training."""
     size: tuple[int, int] | None = None
     """Height and width of the latent that they were encoded for."""
     of_one_pass: bool = False
@@ -79,10 +79,10 @@ class Attached:
             self._scale = torch.tensor([factors[row] for row in rows], device=this.device)
 
     def end(self) -> None:
-        """Forget what the control part made of its images, if it is being trained: it will say something else."""
+        """Let go of what belonged to the pass that ends."""
         conditions = self.conditions
-        if conditions is not None and any(parameter.requires_grad for parameter in self.tuner.parameters()):
-            conditions.encoded = None
+        if conditions is not None and conditions.of_one_pass:
+            conditions.encoded, conditions.of_one_pass = None, False
 
     def set_conditions(self, images: Sequence[torch.Tensor | None], weights: Sequence[float] | None) -> None:
         """Take condition images; see `TunerManager.set_conditions`."""
@@ -185,19 +185,11 @@ class Attached:
         if conditions.encoded is None or conditions.size != this.size:
             images = [None if image is None else image.to(this.device) for image in conditions.images]
             conditions.encoded, conditions.size = part.encode(images, this.size), this.size
-            conditions.of_one_pass = torch.is_grad_enabled()
+            conditions.of_one_pass = any(
+                level.requires_grad for levels in conditions.encoded for level in levels.values()
+            )
         tiled = tuple({site: _tiled(levels[site], this)} if levels else {} for levels in conditions.encoded)
         return features.given(tiled, conditions.weights)
-
-
-def _copies(images: int, this: Pass) -> int:
-    """Return how often a condition's images are repeated to have one for each row of the batch."""
-    pictures = this.layout.images if this.layout is not None else this.rows
-    if images > 1 and (this.rows % images or (this.layout is not None and images != pictures)):
-        raise ConditionError(
-            f"There are {images} condition images for {pictures} pictures; give one, or one for each picture."
-        )
-    return this.rows // images
 
 
 def _check_same_config(new: Tuner, old: Tuner) -> None:
@@ -216,9 +208,21 @@ def _check_same_config(new: Tuner, old: Tuner) -> None:
 
 
 def _tiled(features: torch.Tensor, this: Pass) -> torch.Tensor:
-    """Repeat the features of images, so that there is a row of them for each row at a site."""
-    tiled = features.to(this.device).repeat(_copies(len(features), this), 1, 1, 1)
+    """Repeat the features of condition images, so that there is a row of them for each row at a site."""
+    features, layout = features.to(this.device), this.layout
+    if len(features) > 1 and layout is not None:
+        if layout.images % len(features) or len(features) % layout.prompts:
+            raise ConditionError(_miscounted(len(features), layout.images))
+        # The pictures of a prompt are adjacent.
+        features = features.repeat_interleave(layout.images // len(features), 0)
+    if this.rows % len(features):
+        raise ConditionError(_miscounted(len(features), this.rows))
+    tiled = features.repeat(this.rows // len(features), 1, 1, 1)
     return tiled if this.frames == 1 else tiled.repeat_interleave(this.frames, 0)
+
+
+def _miscounted(images: int, pictures: int) -> str:
+    return f"There are {images} condition images for {pictures} pictures; give one, or one for each picture."
 
 
 def _operation_of(site: str, tuner: Tuner) -> str:

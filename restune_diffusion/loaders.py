@@ -60,7 +60,8 @@ class RestuneLoaderMixin(PlainConfigMixin):
                 of `set_tuners` acts on all images.
             tuner_image: what steers the control tuners that act: one condition image, a list with one for each prompt,
                 or a mapping from names of conditions (or of tuners) to these. Images of any size are brought to that
-                of the picture; `restune_diffusion.conditions` makes some from a picture.
+                of the picture; `restune_diffusion.conditions` makes some from a picture. Without an acting control
+                tuner it has no effect.
             tuner_conditioning_scale: factor on what the conditions add, or factors by name.
             kwargs: the pipeline's own arguments.
 
@@ -75,13 +76,12 @@ class RestuneLoaderMixin(PlainConfigMixin):
         if manager is None:
             # Says which names are not loaded, if the call asks for any.
             self.set_tuners(_weights_by_name(tuners or [], 1))
-            if tuner_image is not None:
-                raise ConditionError("There is an image for a control tuner, but no tuner is loaded.")
-            return call(*args, **kwargs)
+            with self._steered([], tuner_image, tuner_conditioning_scale, None):
+                return call(*args, **kwargs)
         layout = self._layout(call, args, kwargs)
         with (
             self._mixed(manager, tuners, layout),
-            steered(manager, tuner_image, tuner_conditioning_scale, layout),
+            self._steered(manager.active_names, tuner_image, tuner_conditioning_scale, layout),
         ):
             return call(*args, **kwargs)
 
@@ -92,6 +92,8 @@ class RestuneLoaderMixin(PlainConfigMixin):
         share_steps: int = 0,
         *,
         trunk: str | Mapping[str, float] | None = None,
+        tuner_image: TunerImage | None = None,
+        tuner_conditioning_scale: TunerScale = 1.0,
         **kwargs: Any,
     ) -> Any:
         """Draw each prompt once for each mix of tuners, all from one composition.
@@ -104,6 +106,8 @@ class RestuneLoaderMixin(PlainConfigMixin):
             tuners: one entry for each branch: a name, a mapping from names to weights, or None for the base alone.
             share_steps: how many denoising steps the branches have in common, of those that the call makes.
             trunk: what acts during those steps, in the form of one entry of `tuners`; the base alone by default.
+            tuner_image: what steers the control tuners among them, as in a call.
+            tuner_conditioning_scale: factor on what the conditions add, as in a call.
             kwargs: the pipeline's own arguments. One generator, or one latent, is for one image and all its branches.
 
         Returns:
@@ -112,6 +116,7 @@ class RestuneLoaderMixin(PlainConfigMixin):
 
         Raises:
             TunerNameError: if a name is unknown.
+            ConditionError: if a control tuner acts without an image, or an image is of the wrong kind.
             RestuneError: if an argument does not fit, or the scheduler gives the branches different noise.
         """
         from .branches import Fork, arguments_of_branches, forked
@@ -136,7 +141,11 @@ class RestuneLoaderMixin(PlainConfigMixin):
             mixes=_mix_of_call([*tuners] * layout.images, None, before),
         )
         arguments = arguments_of_branches(call, kwargs, fork)
-        with forked(self, self._tuner_base, fork, arguments) as forked_arguments:
+        acting = [name for name, weights in names.items() if any(weights)]
+        with (
+            self._steered(acting, tuner_image, tuner_conditioning_scale, layout),
+            forked(self, self._tuner_base, fork, arguments) as forked_arguments,
+        ):
             return self(**forked_arguments)
 
     def load_tuner_weights(
@@ -331,6 +340,17 @@ class RestuneLoaderMixin(PlainConfigMixin):
         guided = asked.get("guidance_scale", 1) > 1 and self._tuner_base.config.get("time_cond_proj_dim") is None
         drawn = asked.get("num_images_per_prompt") or asked.get("num_videos_per_prompt") or 1
         return Layout(prompts * drawn, guided, prompts)
+
+    def _steered(
+        self, names: Iterable[str], images: TunerImage | None, scale: TunerScale, layout: Layout | None
+    ) -> contextlib.AbstractContextManager[None]:
+        """Give condition images to those of the named tuners that take them."""
+        manager = TunerManager.of(self._tuner_base)
+        if manager is not None:
+            return steered(manager, names, images, scale, layout)
+        if images is not None:
+            raise ConditionError("There is an image for a control tuner, but no tuner is loaded.")
+        return contextlib.nullcontext()
 
     @contextlib.contextmanager
     def _mixed(self, manager: TunerManager, tuners: MixPerImage | None, layout: Layout | None) -> Iterator[None]:

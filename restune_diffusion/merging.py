@@ -99,9 +99,7 @@ def _only_loras(tuner: Tuner) -> dict[str, ResLora]:
 
 
 def _mergeable_weight(base: nn.Module, site: str) -> nn.Parameter:
-    layer = site_module(base, site)
-    layer = getattr(layer, "base_layer", layer)
-    weight = layer.weight
+    weight = site_module(base, site).weight
     assert isinstance(weight, nn.Parameter)
     # Floats of one byte are a storage format of quantised models, without arithmetic of their own.
     if not weight.is_floating_point() or weight.element_size() == 1 or weight.is_meta:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -32,12 +32,17 @@ TunerScale: TypeAlias = float | Mapping[str, float | Mapping[str, float]]
 
 @contextlib.contextmanager
 def steered(
-    manager: TunerManager, images: TunerImage | None, scale: TunerScale, layout: Layout | None
+    manager: TunerManager,
+    names: Iterable[str],
+    images: TunerImage | None,
+    scale: TunerScale,
+    layout: Layout | None,
 ) -> Iterator[None]:
     """Give images to the acting control tuners, for as long as the context lasts.
 
     Args:
-        manager: the tuners of the base; who acts is known already.
+        manager: the tuners of the base.
+        names: the tuners that act.
         images: the images; None leaves the tuners with what `TunerManager.set_conditions` gave them.
         scale: factors on what the conditions add.
         layout: what the rows of a batch are, if that is known.
@@ -45,9 +50,13 @@ def steered(
     Raises:
         ConditionError: if an acting control tuner has no image, or an image is of the wrong kind or for nobody.
     """
-    parts = {name: part for name in manager.active_names if (part := _control_part(manager, name)) is not None}
+    loaded = {name: part for name in manager.names if (part := _control_part(manager, name)) is not None}
+    parts = {name: loaded[name] for name in names if name in loaded and manager.enabled}
+    if images is not None and not loaded:
+        raise ConditionError("No loaded tuner takes an image; load a control tuner, or leave the image out.")
     with manager.conditions_kept():
-        if images is not None:
+        # With all control tuners off, the same call draws what the base draws.
+        if images is not None and parts:
             _give(manager, parts, images, scale, layout)
         for name, part in parts.items():
             if not manager.has_conditions(name):
@@ -98,8 +107,6 @@ def _shares(given: Any, slots: Mapping[str, tuple[str, ...]]) -> dict[str, dict[
         slots: names of the conditions of each tuner.
     """
     conditions = list(dict.fromkeys(condition for names in slots.values() for condition in names))
-    if not conditions:
-        raise ConditionError("None of the acting tuners takes an image; load a control tuner, or leave the image out.")
     if not isinstance(given, Mapping):
         if len(conditions) > 1:
             named = ", ".join(f"{condition!r}: ..." for condition in conditions)
@@ -119,20 +126,17 @@ def _shares(given: Any, slots: Mapping[str, tuple[str, ...]]) -> dict[str, dict[
 
 
 def _tensor(name: str, images: ConditionImages, channels: int, layout: Layout | None) -> torch.Tensor:
-    """Bring condition images to one tensor `(1 or pictures, channels, height, width)` with values from 0 to 1."""
+    """Bring condition images to one tensor `(images, channels, height, width)` with values from 0 to 1."""
     listed: Sequence[Any] = images if isinstance(images, list | tuple) else [images]
     batches = [_batch(name, image, channels) for image in listed]
     if not batches or len({batch.shape[-2:] for batch in batches}) > 1:
         raise ConditionError(f"The images for {name!r} must be one or more of the same size.")
     batch = torch.cat(batches)
-    if layout is None or len(batch) in (1, layout.images):
-        return batch
-    if len(batch) != layout.prompts:
+    if len(batch) > 1 and layout is not None and (layout.images % len(batch) or len(batch) % layout.prompts):
         raise ConditionError(
             f"There are {len(batch)} images for {name!r} and {layout.prompts} prompts; give one, or one for each."
         )
-    # diffusers puts the pictures of one prompt side by side
-    return batch.repeat_interleave(layout.images // layout.prompts, dim=0)
+    return batch
 
 
 def _batch(name: str, image: Any, channels: int) -> torch.Tensor:

@@ -68,6 +68,10 @@ def test_an_image_steers_and_nothing_of_it_stays(pipe):
     assert not TunerManager.of(pipe.unet).has_conditions("sketch")
     pipe.set_tuners("sketch", 0.0)
     assert np.array_equal(draw(pipe), plain)
+    assert np.array_equal(draw(pipe, tuner_image=RED), plain)
+    pipe.set_tuners("sketch")
+    pipe.disable_tuners()
+    assert np.array_equal(draw(pipe, tuner_image=RED), plain)
 
 
 def test_every_kind_of_image_means_the_same(pipe):
@@ -98,6 +102,39 @@ def test_a_control_tuner_can_act_on_one_of_the_prompts_alone(pipe):
     mixed = draw(pipe, ["a disc", "a ring"], tuners=[None, "sketch"], tuner_image=RED)
     np.testing.assert_allclose(mixed[0], plain[0], atol=1e-5)
     assert np.abs(mixed[1] - plain[1]).max() > 1e-4
+
+
+@pytest.mark.parametrize("trunk", [None, "sketch"])
+def test_branches_are_steered(pipe, trunk):
+    load(pipe, "sketch", ControlConfig())
+    load(pipe, "style", SkipConfig(), seed=1)
+    prompts, options = ["a disc", "a ring"], {"num_inference_steps": 3, "output_type": "np"}
+
+    def generators():
+        return [torch.Generator().manual_seed(seed) for seed in range(2)]
+
+    drawn = pipe.branches(
+        prompts,
+        ["sketch", "style"],
+        1,
+        trunk=trunk,
+        tuner_image=[RED, BLUE],
+        generator=generators(),
+        **options,
+    ).images
+    for number, image in enumerate((RED, BLUE)):
+        alone = pipe.branches(
+            prompts,
+            ["sketch", "style"],
+            1,
+            trunk=trunk,
+            tuner_image=image,
+            generator=generators(),
+            **options,
+        ).images
+        np.testing.assert_allclose(drawn[2 * number : 2 * number + 2], alone[2 * number : 2 * number + 2], atol=1e-5)
+        assert np.abs(drawn[2 - 2 * number] - alone[2 - 2 * number]).max() > 1e-4
+    assert not TunerManager.of(pipe.unet).has_conditions("sketch")
 
 
 def test_scales_weigh_the_conditions(pipe):
@@ -225,7 +262,7 @@ def test_an_image_for_nobody_is_refused(pipe):
     with pytest.raises(ConditionError, match="no tuner is loaded"):
         draw(pipe, tuner_image=RED)
     load(pipe, "style", SkipConfig())
-    with pytest.raises(ConditionError, match="None of the acting tuners takes an image"):
+    with pytest.raises(ConditionError, match="No loaded tuner takes an image"):
         draw(pipe, tuner_image=RED)
 
 

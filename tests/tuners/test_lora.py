@@ -8,6 +8,7 @@ from peft import LoraConfig
 
 from restune_diffusion import BaseMismatchError, ResConfig, RestuneError, SkipConfig, Tuner, attach, merge_lora
 from restune_diffusion.sites import site_module
+from restune_diffusion.sites.unet import module_path
 from restune_diffusion.tuners.lora import ResLora
 
 from ..conftest import make_inputs, make_unet, randomize
@@ -44,7 +45,7 @@ def test_outputs_and_gradients_are_those_of_peft():
     assert len(loras) == sum("lora_A.default" in name for name, _ in peft_unet.named_parameters())
     with torch.no_grad():
         for site, lora in loras.items():
-            layer = site_module(peft_unet, site)
+            layer = peft_unet.get_submodule(module_path(site))
             layer.lora_A["default"].weight.copy_(lora.down.weight)
             layer.lora_B["default"].weight.copy_(lora.up.weight)
     expected = peft_unet(*inputs).sample
@@ -55,7 +56,7 @@ def test_outputs_and_gradients_are_those_of_peft():
     torch.testing.assert_close(output, expected, rtol=0, atol=1e-12)
     assert (unet(*inputs).sample - output).abs().max() > 0.1
     for site, lora in loras.items():
-        layer = site_module(peft_unet, site)
+        layer = peft_unet.get_submodule(module_path(site))
         for ours, theirs in ((lora.down, layer.lora_A["default"]), (lora.up, layer.lora_B["default"])):
             assert ours.weight.grad.any()
             torch.testing.assert_close(ours.weight.grad, theirs.weight.grad, rtol=1e-9, atol=1e-12)
