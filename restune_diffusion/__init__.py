@@ -7,7 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .attachment import Attachment, TunerManager, attach, detach
+    from .attachment import Attachment, attach, detach
     from .config import BypassConfig, ControlConfig, ResConfig, SkipConfig
     from .enable import enable_restune
     from .errors import (
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from .header import TunerInfo, read_info
     from .hub import push_to_hub
     from .loaders import RestuneLoaderMixin
+    from .manager import TunerManager
     from .masks import load_mask, mask_from_image
     from .merging import MergedLora, merge_lora
     from .pipelines import (
@@ -43,7 +44,8 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _MODULES = {
-    "attachment": ("Attachment", "TunerManager", "attach", "detach"),
+    "attachment": ("Attachment", "attach", "detach"),
+    "manager": ("TunerManager",),
     "config": ("BypassConfig", "ControlConfig", "ResConfig", "SkipConfig"),
     "enable": ("enable_restune",),
     "errors": (

@@ -18,8 +18,8 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from .attachment import TunerManager
 from .errors import RestuneError
+from .manager import TunerManager
 from .mixing import Layout
 from .weights import Weight
 

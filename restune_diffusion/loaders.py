@@ -15,9 +15,10 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import nn
 
-from .attachment import TunerManager, attach, is_compiled, uncompiled
+from .attachment import attach
 from .errors import ConditionError, RestuneError, TunerFileError, TunerNameError
 from .fileformat import load_tuner, save_tuner
+from .manager import TunerManager, is_compiled, uncompiled
 from .mixing import Layout
 from .saving import PlainConfigMixin
 from .sources import TUNER_WEIGHT_NAME, local_tuner_file, tuner_file

@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from .attachment import TunerManager
 from .conditions import condition_to_tensor
 from .errors import ConditionError
+from .manager import TunerManager
 from .mixing import Layout
 from .tuners import ControlPart
 

@@ -14,9 +14,9 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from ..attachment import TunerManager
 from ..errors import DataError, RestuneError
 from ..fileformat import read_info
+from ..manager import TunerManager
 from ..training.base import training_resolution
 from ..training.captions import find_examples
 from ..training.data import Sample, load_samples

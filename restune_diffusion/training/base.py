@@ -14,8 +14,8 @@ from diffusers import DiffusionPipeline, StableDiffusionXLPipeline
 from safetensors import SafetensorError
 from torch import nn
 
-from ..attachment import TunerManager
 from ..errors import RestuneError, TrainingError
+from ..manager import TunerManager
 from ..pipelines import RestuneStableDiffusionPipeline, RestuneStableDiffusionXLPipeline
 
 PRECISIONS = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 
 import torch
 
-from ..attachment import TunerManager
 from ..errors import TrainingError
+from ..manager import TunerManager
 from .batches import Batch
 from .checkpoint import latest_checkpoint
 from .run import ATTACHED_NAME, Hook, StepReport, TrainingRun

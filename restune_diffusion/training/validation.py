@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from PIL import Image
 
-from ..attachment import TunerManager
 from ..fileformat import save_tuner
+from ..manager import TunerManager
 from .base import move_encoders, sampling_pipeline
 from .config import ValidationConfig
 from .contact_sheet import labelled_grid

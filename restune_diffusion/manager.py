@@ -1,0 +1,380 @@
+"""One `TunerManager` per base owns the tuners that are attached to it, in plain torch hooks.
+
+It lives in the hooks, outside the base's module tree: the base's state dict and saved files never contain a tuner, and
+a deep copy of an attached base gets its own manager. The hooks add the sum of the active residuals at each site, so
+the order of attaching does not matter.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from .attached import Attached
+from .errors import RestuneError, TunerNameError
+from .mixing import Layout, Pass, check_images
+from .operations import operation_input, show_operation
+from .sites import describe_base, structure_of
+from .tuner import Tuner
+from .tuners import Features, Operation
+from .weights import TunerWeight, Weight, as_weight
+
+
+class TunerManager:
+    """The tuners that are attached to one base, and the hooks that serve them all.
+
+    Use `attach`, or a pipeline with `RestuneLoaderMixin`; ask for the manager itself with `TunerManager.of`.
+    """
+
+    def __init__(self, base: nn.Module) -> None:
+        self._structure = structure_of(base)
+        self.base_info = describe_base(base)
+        self.enabled = True
+        self.layout: Layout | None = None
+        """What the rows of a batch are; a pipeline with `RestuneLoaderMixin` sets it for each call."""
+        self.num_train_timesteps = 1000
+        """Number of time steps of the base's training, by which schedules know how far denoising is."""
+        self.static = False
+        """In a compiled graph, compute every tuner whatever its weight, so that no change of the mix compiles anew."""
+        self._base = base
+        self._tuners: dict[str, Attached] = {}
+        self._writers: dict[str, list[Attached]] = {}
+        self._features = Features()
+        self._pass: Pass | None = None
+        self._quiet = False
+        self._sharing: list[Attached] = []
+        self._traced = False
+        self._operation_handles: dict[str, RemovableHandle] = {}
+        self._handles: list[RemovableHandle]
+        self._install(base)
+
+    @classmethod
+    def of(cls, base: nn.Module) -> TunerManager | None:
+        """Return the manager of a base, compiled or not, or None when no tuner is attached."""
+        for hook in uncompiled(base)._forward_pre_hooks.values():
+            owner = getattr(hook, "__self__", None)
+            if isinstance(owner, cls):
+                return owner
+        return None
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the attached tuners, in the order of attaching."""
+        return list(self._tuners)
+
+    @property
+    def weights(self) -> dict[str, float | tuple[float, ...] | TunerWeight]:
+        """Weight of each attached tuner: its value alone where nothing else is set."""
+        return {name: attached.weight.plain() for name, attached in self._tuners.items()}
+
+    @property
+    def active_names(self) -> list[str]:
+        """Names of the tuners that act: enabled, and of a weight other than zero for at least one image."""
+        return [name for name, attached in self._tuners.items() if attached.weight.acts and self.enabled]
+
+    def tuner(self, name: str) -> Tuner:
+        """Return an attached tuner; raises `TunerNameError` for an unknown name."""
+        self.check_known([name])
+        return self._tuners[name].tuner
+
+    def add(self, name: str, tuner: Tuner, weight: Weight = 1.0) -> None:
+        """Attach a tuner under a name.
+
+        Raises:
+            TunerNameError: if the name is taken.
+            BaseMismatchError: if the tuner was made for a base of another structure.
+        """
+        if name in self._tuners:
+            raise TunerNameError(f"The tuner name `{name}` is taken; choose another or delete the loaded one first.")
+        tuner.base.check_fits(self.base_info)
+        attached = Attached(tuner.copy() if tuner.shared else tuner, as_weight(weight))
+        if not {*self.base_info.stations, *self._operation_handles}.issuperset(attached.sites):
+            refuse_if(self._traced or any(map(is_compiled, self._base.modules())))
+        self._tuners[name] = attached
+        self._refresh()
+
+    def remove(self, name: str) -> None:
+        """Take a tuner off; with the last one go all hooks."""
+        self.check_known([name])
+        del self._tuners[name]
+        self._refresh()
+        self.release()
+
+    def release(self) -> None:
+        """Take the hooks off, if no tuner is attached."""
+        if not self._tuners:
+            for handle in self._handles:
+                handle.remove()
+            self._handles.clear()
+
+    def swap(self, name: str, tuner: Tuner, weight: Weight | None = None) -> None:
+        """Put another tuner of the same config in the place of an attached one, overwriting its parameters.
+
+        Nothing is allocated and a compiled graph stays valid; condition images stay as they are.
+
+        Args:
+            name: name of the attached tuner.
+            tuner: the tuner whose parameters it gets; it may be of another dtype, and is not changed.
+            weight: how strongly the tuner acts from now on; None keeps the weight.
+
+        Raises:
+            TunerNameError: if no tuner of this name is attached.
+            RestuneError: if the tuner has another config.
+            BaseMismatchError: if the tuner was made for a base of another structure.
+        """
+        self.check_known([name])
+        attached = self._tuners[name]
+        checked = attached.weight if weight is None else as_weight(weight)
+        factors = attached.site_factors(checked)
+        attached.swap(tuner)
+        attached.set_weight(checked, factors)
+
+    def check_known(self, names: Iterable[str]) -> None:
+        """Raise `TunerNameError` if one of the names is not attached."""
+        unknown = [name for name in names if name not in self._tuners]
+        if unknown:
+            present = ", ".join(self._tuners) or "none"
+            raise TunerNameError(f"No tuner named {', '.join(map(repr, unknown))} is loaded; loaded: {present}.")
+
+    def set_weights(self, weights: Mapping[str, Weight]) -> None:
+        """Give the named tuners these weights and all others zero; no parameter is touched or copied.
+
+        Raises:
+            TunerNameError: if a name is unknown.
+            RestuneError: if a weight is not valid; no weight has changed then.
+        """
+        self.check_known(weights)
+        checked = {name: as_weight(weight) for name, weight in weights.items()}
+        factors = {name: self._tuners[name].site_factors(weight) for name, weight in checked.items()}
+        for name, attached in self._tuners.items():
+            if name in checked:
+                attached.set_weight(checked[name], factors[name])
+            else:
+                attached.set_weight(TunerWeight(0.0), dict.fromkeys(attached.sites, 1.0))
+
+    def set_conditions(
+        self, name: str, images: Sequence[torch.Tensor | None], weights: Sequence[float] | None = None
+    ) -> None:
+        """Give a tuner with a `control` part its condition images.
+
+        Args:
+            name: name of the tuner.
+            images: for each of its conditions, in their order, `(images or 1, channels, height, width)` with values
+                from 0 to 1, or None to leave it out.
+            weights: factor of each condition; 1 where not given.
+
+        Raises:
+            TunerNameError: if the name is unknown.
+            ConditionError: if the tuner takes no conditions, or another number of them.
+        """
+        self.check_known([name])
+        self._tuners[name].set_conditions(images, weights)
+
+    def encode_conditions(self, size: tuple[int, int]) -> None:
+        """Make the features of all condition images now, and not in the next pass.
+
+        A graph that is compiled in between needs no second form for the passes that find them made.
+
+        Args:
+            size: height and width of the latents.
+        """
+        for attached in self._tuners.values():
+            attached.encode_conditions(size)
+
+    def check_images(self, images: int) -> None:
+        """Raise `RestuneError` if a weight is for another number of images; a compiled graph does not look."""
+        for attached in self._tuners.values():
+            if attached.acts:
+                check_images(attached.weight, images)
+
+    def place(self, device: torch.device) -> None:
+        """Move the tuners that act to a device; a compiled graph cannot do that when it needs them."""
+        for attached in self._tuners.values():
+            if attached.acts or self.static:
+                attached.place(device)
+
+    def clear_conditions(self) -> None:
+        """Forget all condition images."""
+        for attached in self._tuners.values():
+            attached.conditions = None
+
+    @contextlib.contextmanager
+    def one_pass(self, names: Sequence[str]) -> Iterator[None]:
+        """Within, one pass of the base serves several bypass tuners: it returns the rows of one after the other's.
+
+        A bypass changes nothing before the output head, so what it gives here equals what it gives alone. Split
+        the output `(len(names) * batch, ...)` with `chunk(len(names))`.
+
+        Args:
+            names: attached tuners that write at the output head alone, which is the case for the `bypass` part.
+
+        Raises:
+            TunerNameError: if a name is unknown.
+            RestuneError: if a tuner writes elsewhere too, or the base's head cannot take a larger batch.
+        """
+        self.check_known(names)
+        for name in names:
+            if self._tuners[name].sites != ("out",):
+                raise RestuneError(f"Only bypass tuners share a pass of the base, and `{name}` writes to other sites.")
+        if not self._structure.head_takes_any_batch:
+            raise RestuneError(f"The output head of {self._structure.class_name} cannot serve several tuners at once.")
+        self._sharing = [self._tuners[name] for name in names]
+        try:
+            yield
+        finally:
+            self._sharing = []
+
+    def has_conditions(self, name: str) -> bool:
+        """Say whether a tuner was given condition images; raises `TunerNameError` for an unknown name."""
+        self.check_known([name])
+        return self._tuners[name].conditions is not None
+
+    @contextlib.contextmanager
+    def conditions_kept(self) -> Iterator[None]:
+        """Give every tuner the condition images back, at the end, that it had at the start."""
+        before = {name: attached.conditions for name, attached in self._tuners.items()}
+        try:
+            yield
+        finally:
+            for name, attached in self._tuners.items():
+                attached.conditions = before.get(name)
+
+    def _refresh(self) -> None:
+        """Bring the hooks on transformer blocks and the table of writers in line with the attached tuners."""
+        self._writers = {}
+        for attached in self._tuners.values():
+            for site in attached.sites:
+                self._writers.setdefault(site, []).append(attached)
+        wanted = {site for site in self._writers if site not in self.base_info.stations}
+        for site in self._operation_handles.keys() - wanted:
+            self._operation_handles.pop(site).remove()
+        for site in sorted(wanted - self._operation_handles.keys()):
+            # Beside the base's own sites a tuner may write to a linear layer inside one.
+            hook = self._after_operation if site in self.base_info.sites else self._after_linear
+            self._operation_handles[site] = self._structure.module(self._base, site).register_forward_hook(
+                partial(hook, site), with_kwargs=True
+            )
+
+    def _install(self, base: nn.Module) -> None:
+        self._handles = [
+            base.register_forward_pre_hook(self._begin, with_kwargs=True),
+            base.register_forward_hook(self._end, always_call=True),
+            *self._structure.install(base, self),
+        ]
+
+    def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._features = Features()
+        call = self._structure.call(module, args, kwargs)
+        self._pass = Pass(
+            rows=call.rows,
+            size=call.size,
+            device=call.device,
+            timestep=call.timestep,
+            num_train_timesteps=self.num_train_timesteps,
+            layout=self.layout,
+            frames=call.frames,
+        )
+        self._features.size = call.size
+        if torch.compiler.is_compiling():
+            self._traced = True
+        for attached in self._tuners.values():
+            attached.begin(self._pass)
+
+    def _end(self, module: nn.Module, args: Any, output: Any) -> None:
+        self._features = Features()
+        for attached in self._tuners.values():
+            attached.end()
+
+    def active(self) -> bool:
+        """Say whether any tuner takes part in this pass; the base's hooks ask."""
+        return bool(self._active())
+
+    def tap(self, site: str, x: torch.Tensor) -> None:
+        """Keep a feature until the end of this forward, if an active tuner asks for it."""
+        if any(site in attached.taps for attached in self._active()):
+            self._features.by_site[site] = x
+
+    def tuned(self, site: str, x: torch.Tensor) -> torch.Tensor:
+        """Add the active residuals to a feature, all of them made from it as the base made it."""
+        self.tap(site, x)
+        if site == "out" and self._sharing:
+            assert self._pass is not None
+            return torch.cat([a.add_residuals(site, x, self._features, x, self._pass) for a in self._sharing])
+        return self._summed(site, x, x)
+
+    def see(self, *, time: torch.Tensor | None = None, text: torch.Tensor | None = None) -> None:
+        """Keep the time embedding or the text states until the end of this forward."""
+        if time is not None:
+            self._features.time = time
+        if text is not None:
+            self._features.text = text
+
+    def _after_operation(self, site: str, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
+        if not self._active():
+            return None
+        operation = show_operation(module, args, kwargs, self._silence)
+        x = operation_input(args, kwargs)
+        # Attention of transformers returns its weights beside its output.
+        if isinstance(output, tuple):
+            return self._summed(site, x, output[0], operation), *output[1:]
+        return self._summed(site, x, output, operation)
+
+    def _after_linear(
+        self, site: str, module: nn.Module, args: Any, kwargs: dict[str, Any], output: torch.Tensor
+    ) -> torch.Tensor | None:
+        if self._quiet or not self._active():
+            return None
+        return self._summed(site, args[0], output)
+
+    @contextlib.contextmanager
+    def _silence(self) -> Iterator[None]:
+        """Let the base's layers run without tuners: a tuner that calls them must see them frozen."""
+        before, self._quiet = self._quiet, True
+        try:
+            yield
+        finally:
+            self._quiet = before
+
+    def _active(self) -> list[Attached]:
+        """The tuners that take part in this forward; one of weight zero costs nothing."""
+        if not self.enabled:
+            return []
+        if self.static and torch.compiler.is_compiling():
+            return list(self._tuners.values())
+        return [attached for attached in self._tuners.values() if attached.takes_part]
+
+    def _summed(
+        self, site: str, x: torch.Tensor, total: torch.Tensor, operation: Operation | None = None
+    ) -> torch.Tensor:
+        """Add the residuals that active tuners make of `x` to `total`."""
+        writers = [attached for attached in self._active() if attached in self._writers.get(site, ())]
+        if not writers or self._pass is None:
+            return total
+        features = self._features.beside(operation)
+        for attached in writers:
+            total = attached.add_residuals(site, x, features, total, self._pass)
+        return total
+
+
+def uncompiled(base: nn.Module) -> nn.Module:
+    """Return the module that `torch.compile` wrapped, or the module itself."""
+    module: nn.Module = getattr(base, "_orig_mod", base)
+    return module
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Say whether a module is compiled, in place or by a wrapper."""
+    return hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
+
+
+def refuse_if(compiled: bool) -> None:
+    """Raise `RestuneError` for a compiled model."""
+    # A graph that was compiled without the hooks would go on without them, silently.
+    if compiled:
+        raise RestuneError("This model is already compiled; attach the tuners first, then call torch.compile.")
