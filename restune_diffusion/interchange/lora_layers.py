@@ -74,10 +74,8 @@ def lora_tuner(layers: Mapping[str, LoraLayer], base: BaseInfo, metadata: Mappin
     _check(layers, base, source)
     whole = max(layers.values(), key=lambda layer: layer.rank)
     config = _config(layers, base, whole, source)
-    narrow = reduce(
-        torch.promote_types, [tensor.dtype for layer in layers.values() for tensor in (layer.down, layer.up)]
-    )
-    dtype = narrow
+    halves = [half for layer in layers.values() for half in (layer.down, layer.up)]
+    dtype = narrow = reduce(torch.promote_types, [half.dtype for half in halves])
     if any(not folds(layer, whole.factor, narrow) for layer in layers.values()):
         dtype = torch.promote_types(narrow, torch.float32)
     header = {key: value for key, value in metadata.items() if key not in (LAYERS_KEY, DTYPE_KEY)}
@@ -86,15 +84,13 @@ def lora_tuner(layers: Mapping[str, LoraLayer], base: BaseInfo, metadata: Mappin
     notes: dict[str, list[float]] = {}
     for site, lora in _loras(tuner).items():
         layer = layers.get(site)
-        if layer is None or (layer.rank, layer.alpha) != (whole.rank, whole.alpha):
-            notes[site] = [layer.rank, layer.alpha] if layer else [0, 0]
-        down, up = torch.zeros(lora.down.weight.shape), torch.zeros(lora.up.weight.shape)
-        if layer is not None:
-            up = scaled(layer.up, layer.factor / whole.factor, dtype)
-            if not torch.isfinite(up).all():
-                raise TunerFileError(f"{source} has alpha = {layer.alpha} at {site}, beside which {dtype} overflows.")
-            padded = replace(layer, down=layer.down.to(dtype), up=up).padded(whole.rank)
-            down, up = padded.down, padded.up
+        if layer is None:
+            notes[site] = [0, 0]
+            down, up = torch.zeros(lora.down.weight.shape), torch.zeros(lora.up.weight.shape)
+        else:
+            if (layer.rank, layer.alpha) != (whole.rank, whole.alpha):
+                notes[site] = [layer.rank, layer.alpha]
+            down, up = _packed(layer, whole, dtype, f"{source} at {site}")
         state[f"res.{site}.lora.down.weight"] = down.to(dtype)
         state[f"res.{site}.lora.up.weight"] = up.to(dtype)
     if notes:
@@ -105,6 +101,15 @@ def lora_tuner(layers: Mapping[str, LoraLayer], base: BaseInfo, metadata: Mappin
     return tuner
 
 
+def _packed(layer: LoraLayer, whole: LoraLayer, dtype: torch.dtype, where: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Give a layer the rank and the factor of the whole."""
+    up = scaled(layer.up, layer.factor / whole.factor, dtype)
+    if not torch.isfinite(up).all():
+        raise TunerFileError(f"{where} has alpha = {layer.alpha}, beside the others {dtype} overflows.")
+    padded = replace(layer, down=layer.down.to(dtype), up=up).padded(whole.rank)
+    return padded.down, padded.up
+
+
 def lora_layers(tuner: Tuner) -> dict[str, LoraLayer]:
     """Return the LoRA layers of a tuner by the site of their linear layer, as they were read where they were.
 
@@ -113,11 +118,13 @@ def lora_layers(tuner: Tuner) -> dict[str, LoraLayer]:
     """
     notes = read_notes(tuner.metadata)
     narrow = _HALVES.get(tuner.metadata.get(DTYPE_KEY, ""))
+    loras, (config, *_) = _loras(tuner), tuner.configs
+    assert isinstance(config, ResConfig)
+    alpha = float(config.width) if config.alpha is None else config.alpha
     layers = {}
-    for site, lora in _loras(tuner).items():
-        rank = lora.down.weight.shape[0]
-        layer = LoraLayer(lora.down.weight.detach().cpu(), lora.up.weight.detach().cpu(), lora.factor * rank)
-        noted_rank, noted_alpha = notes.get(site, (rank, layer.alpha))
+    for site, lora in loras.items():
+        layer = LoraLayer(lora.down.weight.detach().cpu(), lora.up.weight.detach().cpu(), alpha)
+        noted_rank, noted_alpha = notes.get(site, (layer.rank, alpha))
         as_read = as_noted(layer, noted_rank, noted_alpha, narrow)
         if as_read is not None:
             layers[site] = as_read
