@@ -1,7 +1,11 @@
-.PHONY: install demo test test-fast lint style
+.PHONY: install peers demo test test-fast lint style
 
 install:
 	python -m pip install -c constraints.txt -e ".[dev]"
+
+# Another program whose module is an oracle for ours; what it depends on would collide with what is pinned here.
+peers:
+	python -m pip install --no-deps ms-swift==4.6.0
 
 demo:
 	restune demo

@@ -219,7 +219,7 @@ def _check_version(path: Path, metadata: Mapping[str, str]) -> None:
     if version is None:
         raise TunerFileError(
             f"{path} is a safetensors file but not a tuner of restune-diffusion; "
-            "load a LoRA with load_lora_weights instead."
+            "load a LoRA with load_lora_weights, or convert it first: restune convert."
         )
     if not version.isascii() or not version.isdigit() or len(version) > 9:
         raise TunerFileError(f"{path} has a damaged header (format version {version!r:.40}); get the file again.")

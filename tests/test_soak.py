@@ -229,6 +229,7 @@ def resident_bytes():
     return psutil.Process().memory_info().rss
 
 
+@pytest.mark.slow
 def test_a_thousand_random_operations_leave_nothing(components, tmp_path):
     life = Life(components, tmp_path)
     counts, sizes = [], []

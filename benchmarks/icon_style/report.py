@@ -45,7 +45,8 @@ LEGEND = """\
 - **LPIPS, Inception**: distance and cosine similarity to the artist's own picture of the concept.
 - **nearest tuning**: mean Inception distance to the nearest tuning picture; far below the true pictures' is copying.
 - **drift**: LPIPS between tuned model and base, asked for the styles that the base knows.
-- **seconds**: optimizer time, median step times steps, one CPU thread.
+- **seconds**: processor time of the optimizer's steps (the median times their number) in one thread; what other
+  programs take of the core is not in it. The comparison at the same time is by these seconds.
 """
 
 

@@ -2,8 +2,8 @@
 
 Read in diffusers 0.42.1 (`loaders/lora_base.py`, `loaders/peft.py`) and PEFT 0.21.2. Written is the present form,
 `unet.<module>.lora_A.weight` and `.lora_B.weight`, with ranks and alphas in the header's `lora_adapter_metadata`. Read
-are the older forms too: `<module>.lora.down.weight`, `<attention>.processor.to_q_lora.down.weight`, and PEFT's and
-ms-swift's own files with `adapter_config.json`.
+are the older forms too: `<module>.lora.down.weight`, `<attention>.processor.to_q_lora.down.weight`, and the files of
+PEFT, ms-swift and SCEPTER with `adapter_config.json`; the last name the modules as the original U-Net does.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from ..tuner import Tuner
 from .foreign import ForeignFile, foreign_metadata
 from .lora_folding import LoraLayer
 from .lora_layers import layers_of, lora_layers, lora_tuner
-from .names import linear_paths
+from .names import layers_per_block, linear_paths, sgm_path
 
 _HEADER = "lora_adapter_metadata"
-_ROOTS = ("unet.", "base_model.model.")
+_ROOTS = ("unet.", "base_model.model.", "model.")
 _HALF = {"A": "down", "B": "up", "down": "down", "up": "up"}
 _FORMS = (
     re.compile(r"(?P<module>.+)\.lora_(?P<half>[AB])(?:\.[^.]+)?\.weight"),
@@ -37,7 +37,8 @@ _FORMS = (
 )
 _ALPHA = re.compile(r"(?P<module>.+)\.alpha")
 # Settings of PEFT under which a LoRA is more than a low-rank product, and the value that means it is not.
-_PLAIN = {"use_dora": False, "lora_bias": False, "use_qalora": False, "bias": "none", "modules_to_save": None}
+_PLAIN = {"use_dora": False, "lora_bias": False, "use_qalora": False, "use_qa_lora": False, "use_merged_linear": False,
+          "bias": "none", "modules_to_save": None}  # fmt: skip
 
 
 def recognises(keys: Iterable[str]) -> bool:
@@ -64,6 +65,7 @@ def read(file: ForeignFile, base: BaseInfo, partial: bool = False) -> Tuner:
     known = [key for keys in halves.values() for key in keys.values()] + list(alphas.values())
     file.refuse_others(known, "a LoRA of diffusers")
     sites = linear_paths(base)
+    sites |= {sgm_path(path, layers_per_block(base)[0]): site for path, site in sites.items()}
     settings = _settings(file)
     found = {}
     for module, keys in halves.items():
@@ -148,7 +150,7 @@ def _settings(file: ForeignFile) -> dict[str, Any]:
     for key, plain in _PLAIN.items():
         if settings.get(key) not in (plain, None):
             raise TunerFileError(
-                f"{file.path} was trained with {key} = {settings[key]!r}, which no part here computes."
+                f"{file.path} was trained with {key} = {repr(settings[key])[:40]}, which no part here computes."
             )
     return settings
 
@@ -164,6 +166,7 @@ def _for_module(pattern: dict[str, Any], path: str, default: object, file: Forei
         if path == plain or (not name.startswith("^") and path.endswith(f".{plain}")):
             value = own
             break
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TunerFileError(f"{file.path} is damaged: its alpha is {value!r}.")
+    # Python's integers have no bound, numbers that compute have.
+    if isinstance(value, bool) or not isinstance(value, int | float) or abs(value) > 1e30:
+        raise TunerFileError(f"{file.path} is damaged: its alpha is {repr(value)[:40]}.")
     return float(value)

@@ -21,6 +21,7 @@ _WEIGHT_NAMES = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors"
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _LARGEST_SETTINGS = 1 << 20
+_LARGEST_HEADER = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -131,7 +132,14 @@ def foreign_metadata(file: ForeignFile) -> dict[str, str]:
     """Return the header entries that stay true of the tuner that a file becomes: all but the layout's own."""
     own = ("format", "lora_adapter_metadata", "modelspec.architecture", "modelspec.implementation",
            "modelspec.hash_sha256", "sshs_model_hash", "sshs_legacy_hash")  # fmt: skip
-    return {key: value for key, value in file.metadata.items() if key not in own and not key.startswith("restune.")}
+    kept: dict[str, str] = {}
+    space = _LARGEST_HEADER
+    for key, value in sorted(file.metadata.items(), key=lambda entry: len(entry[1])):
+        space -= len(key) + len(value)
+        # sd-scripts may list every tag of every image; a tuner's header has a bound.
+        if space >= 0 and key not in own and not key.startswith("restune."):
+            kept[key] = value
+    return kept
 
 
 def make_config(kind: type[Config], source: str, **settings: Any) -> Config:

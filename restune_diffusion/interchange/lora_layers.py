@@ -80,7 +80,8 @@ def lora_tuner(layers: Mapping[str, LoraLayer], base: BaseInfo, metadata: Mappin
     dtype = narrow
     if any(not folds(layer, whole.factor, narrow) for layer in layers.values()):
         dtype = torch.promote_types(narrow, torch.float32)
-    tuner = Tuner.empty((config,), base, metadata)
+    header = {key: value for key, value in metadata.items() if key not in (LAYERS_KEY, DTYPE_KEY)}
+    tuner = Tuner.empty((config,), base, header)
     state: dict[str, torch.Tensor] = {}
     notes: dict[str, list[float]] = {}
     for site, lora in _loras(tuner).items():
@@ -90,6 +91,8 @@ def lora_tuner(layers: Mapping[str, LoraLayer], base: BaseInfo, metadata: Mappin
         down, up = torch.zeros(lora.down.weight.shape), torch.zeros(lora.up.weight.shape)
         if layer is not None:
             up = scaled(layer.up, layer.factor / whole.factor, dtype)
+            if not torch.isfinite(up).all():
+                raise TunerFileError(f"{source} has alpha = {layer.alpha} at {site}, beside which {dtype} overflows.")
             padded = replace(layer, down=layer.down.to(dtype), up=up).padded(whole.rank)
             down, up = padded.down, padded.up
         state[f"res.{site}.lora.down.weight"] = down.to(dtype)

@@ -103,7 +103,7 @@ def skip_tuner(layers: Mapping[str, SkipLayer], base: BaseInfo, metadata: Mappin
     widths = {site: (skips[site], layer.width) for site, layer in layers.items()}
     ratio = fit_ratio(widths, our_width, slack=0.5)
     padded = {site: layer.of_width(our_width(ratio, skips[site])) for site, layer in layers.items()}
-    header = dict(metadata)
+    header = {key: value for key, value in metadata.items() if key != WIDTHS_KEY}
     if any(padded[site].width != layer.width for site, layer in layers.items()):
         header[WIDTHS_KEY] = json.dumps({site: layer.width for site, layer in layers.items()})
     sites = tuple(site for site in skips if site in layers)

@@ -70,10 +70,11 @@ def site_of(module: str, base: BaseInfo, file: ForeignFile) -> str:
         for site, reader in readers.items():
             if path == reader:
                 return site
+    how = f" in {mode:.40} mode" if isinstance(mode, str) else ""
     raise TunerFileError(
-        f"{file.path} tunes `{module:.120}`{f' in {mode} mode' if isinstance(mode, str) else ''}, which is no skip "
-        "connection of this base: a tuner of ms-swift can be taken over where it acts on the input of a decoder "
-        f"block ({readers['skip.0']}, decoder mode) or on SCEPTER's lsc_identity; in encoder mode it changes the "
+        f"{file.path} tunes `{module:.120}`{how}, which is no skip connection of this base: a tuner of "
+        "ms-swift can be taken over where it acts on the input of a decoder block "
+        f"({readers['skip.0']}, decoder mode) or on SCEPTER's lsc_identity; in encoder mode it changes the "
         "encoder too."
     )
 

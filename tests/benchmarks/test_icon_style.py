@@ -10,22 +10,26 @@ from benchmarks.icon_style.draw import Artist
 from benchmarks.icon_style.judges import (
     IconClassifier,
     Judges,
-    StyleClassifier,
-    disturb_little,
     disturb_shapes,
     fit_classifier,
+    fit_style_classifier,
     load_judges,
 )
 from benchmarks.icon_style.methods import batch_loss, contestants, held_out_loss, tune
 from benchmarks.icon_style.report import COLUMNS, mean_and_spread, table, write_report
 from benchmarks.icon_style.runner import Settings, StyleRun, read_strip, slug
 from benchmarks.icon_style.scores import Scorer, Yardsticks
+from benchmarks.icon_style.style_features import StyleFeatures, palette
 from benchmarks.icon_style.subject import SubjectRun
 from restune_diffusion.demo import SUBJECTS
 from restune_diffusion.evaluation import InceptionFeatures, Lpips
 from train.prepare_icons import DEMO_CONCEPTS, PRETRAINING_SETS, plain
 
 TINY = Settings(steps=3, batch=2, inference_steps=2, concepts=4, drift_concepts=1, sweep=False)
+
+
+def undisturbed(pictures, generator):
+    return pictures
 
 
 @pytest.fixture(scope="module")
@@ -35,10 +39,10 @@ def judges(icons):
     numbers = torch.arange(len(icons.known))
     sets = [icons.styles[name].pixels(icons.known) for name in styles]
     concept = fit_classifier(
-        IconClassifier, torch.cat(sets[:5])[None], numbers.repeat(5), len(numbers), disturb_little, epochs=12, seed=0
+        IconClassifier, torch.cat(sets[:5])[None], numbers.repeat(5), len(numbers), undisturbed, epochs=12, seed=0
     )
     of_style = torch.arange(7).repeat_interleave(len(icons.known))
-    style = fit_classifier(StyleClassifier, torch.cat(sets)[None], of_style, 7, disturb_little, epochs=6, seed=0)
+    style = fit_style_classifier(torch.cat(sets)[None], of_style, 7)
     return Judges(concept, style, icons.known, styles)
 
 
@@ -104,13 +108,54 @@ def test_ranks_count_the_likelier_classes(icons, judges):
 
 def test_disturbed_pictures_keep_their_range_and_follow_from_the_generator(icons):
     pictures = icons.styles["noto"].pixels(icons.known[:8])
-    for disturb in (disturb_shapes, disturb_little):
-        changed = disturb(pictures, torch.Generator().manual_seed(1))
-        assert changed.shape == pictures.shape
-        assert changed.min() >= 0
-        assert changed.max() <= 1
-        assert torch.equal(changed, disturb(pictures, torch.Generator().manual_seed(1)))
-        assert not torch.equal(changed, disturb(pictures, torch.Generator().manual_seed(2)))
+    changed = disturb_shapes(pictures, torch.Generator().manual_seed(1))
+    assert changed.shape == pictures.shape
+    assert changed.min() >= 0
+    assert changed.max() <= 1
+    assert torch.equal(changed, disturb_shapes(pictures, torch.Generator().manual_seed(1)))
+    assert not torch.equal(changed, disturb_shapes(pictures, torch.Generator().manual_seed(2)))
+
+
+def test_a_palette_is_the_share_of_each_colour():
+    picture = torch.ones(1, 3, 4, 4)
+    picture[:, :, :1] = torch.tensor([1.0, 0.0, 0.5])[None, :, None, None]
+    counts = palette(picture, levels=3)[0].view(3, 3, 3)
+    assert counts[2, 2, 2] == 0.75  # white
+    assert counts[2, 0, 1] == 0.25
+    # Half way between two levels counts for both.
+    between = palette(torch.full((1, 3, 4, 4), 0.25) * torch.tensor([1.0, 0, 0])[:, None, None], levels=3)
+    assert torch.allclose(between[0].view(3, 3, 3)[:2, 0, 0], torch.tensor([0.5, 0.5]))
+    assert torch.allclose(between.sum(), torch.tensor(1.0))
+
+
+def test_style_features_ignore_where_things_are_but_not_colour_or_sharpness(icons):
+    features, picture = StyleFeatures(), icons.styles["noto"].pixels(icons.known[:1])
+    found = features(picture)
+    assert found.shape == (1, StyleFeatures.size)
+
+    def change(other):
+        return float((features(other) - found).norm() / found.norm())
+
+    moved = change(picture.roll((4, 8), (2, 3)))
+    blurred = torch.nn.functional.avg_pool2d(picture, 7, 1, 3, count_include_pad=False)
+    assert moved < 0.2
+    assert change(picture.flip(1)) > 2 * moved
+    assert change(blurred) > 1.5 * moved
+
+
+def test_the_style_judge_tells_styles_of_concepts_that_it_never_saw(icons):
+    names = list(icons.styles)
+    seen, unseen = icons.known[::2], icons.known[1::2]
+    pictures = torch.cat([icons.styles[name].pixels(seen) for name in names])
+    judge = fit_style_classifier(pictures[None], torch.arange(7).repeat_interleave(len(seen)), 7)
+    asked = torch.cat([icons.styles[name].pixels(unseen) for name in names])
+    right = judge(asked).argmax(1) == torch.arange(7).repeat_interleave(len(unseen))
+    assert right.float().mean() > 0.9
+    # Labels that say nothing of the pictures teach nothing.
+    order = torch.randperm(len(pictures), generator=torch.Generator().manual_seed(0))
+    misled = fit_style_classifier(pictures[None], torch.arange(7).repeat_interleave(len(seen))[order], 7)
+    right = misled(asked).argmax(1) == torch.arange(7).repeat_interleave(len(unseen))
+    assert right.float().mean() < 0.4
 
 
 @pytest.mark.slow
@@ -165,7 +210,7 @@ def test_every_method_starts_at_the_base_learns_and_leaves_the_base_alone(icons,
         with torch.no_grad():
             assert torch.allclose(batch_loss(trainable.unet, batch, run.objective), expected, rtol=1e-5)
         fixed = {0: batch, 1: batch, 2: batch, 3: batch, 4: batch, 5: batch}
-        rate = method.learning_rates[1]
+        rate = method.learning_rates[-1]
         course = tune(trainable, fixed, run.objective, steps=6, learning_rate=rate, warmup=0.1)  # type: ignore[arg-type]
         with torch.no_grad():
             assert batch_loss(trainable.unet, batch, run.objective) < 0.98 * expected, method.name
@@ -175,6 +220,17 @@ def test_every_method_starts_at_the_base_learns_and_leaves_the_base_alone(icons,
     assert all(abs(count - budget) < 0.1 * budget for count in equal)
     assert all(torch.equal(value, before[name]) for name, value in tiny_base.unet.state_dict().items())
     assert not tiny_base.unet._forward_pre_hooks
+
+
+def test_only_the_process_own_time_counts(icons, tiny_base, judges, tmp_path, monkeypatch):
+    run = StyleRun(tiny_base, icons, Yardsticks(None, None, judges), "openmoji", 0, TINY, tmp_path)
+    trainable = next(method for method in contestants(tiny_base.unet) if method.name == "biases only").start(
+        tiny_base.unet, 0
+    )
+    readings = iter([0.0, 1.0, 10.0, 12.0, 20.0, 29.0])
+    monkeypatch.setattr("time.process_time", lambda: next(readings))
+    course = tune(trainable, run.batches, run.objective, steps=3, learning_rate=1e-3, warmup=0.1)
+    assert (course.seconds_per_step, course.seconds) == (2, 6)
 
 
 def test_the_same_seed_gives_the_same_start_and_another_seed_another(tiny_base):

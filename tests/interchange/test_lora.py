@@ -24,6 +24,7 @@ from restune_diffusion import (
     save_tuner,
 )
 from restune_diffusion.interchange import export_tuner, import_tuner
+from restune_diffusion.interchange.names import sgm_path
 from restune_diffusion.sites import module_path
 
 from ..conftest import make_inputs, make_unet, randomize
@@ -251,6 +252,29 @@ def test_older_layouts_of_diffusers(unet, base, tmp_path, form):
     assert_same_tensors(tmp_path / "new.safetensors", tmp_path / "out.safetensors")
 
 
+def test_a_lora_that_scepter_trained_through_ms_swift(unet, base, tmp_path):
+    kohya = kohya_tensors(unet, linear_modules(unet, ATTENTION), alpha=2.0)
+    save_file(kohya, tmp_path / "kohya.safetensors")
+    expected = import_tuner(tmp_path / "kohya.safetensors", base).state_dict()
+    tensors = {}
+    for module in linear_modules(unet, ATTENTION):
+        for half, letter in (("down", "A"), ("up", "B")):
+            name = f"model.{sgm_path(module, 2)}.lora_{letter}.0_SwiftLoRA.weight"
+            tensors[name] = kohya[f"lora_unet_{module}".replace(".", "_") + f".lora_{half}.weight"]
+    assert "model.output_blocks.3.1.transformer_blocks.0.attn2.to_out.0.lora_B.0_SwiftLoRA.weight" in tensors
+    folder = tmp_path / "scepter" / "0_SwiftLoRA"
+    folder.mkdir(parents=True)
+    save_file(tensors, folder / "adapter_model.safetensors")
+    settings = {"swift_type": "LORA", "r": 4, "lora_alpha": 2, "bias": "none", "use_dora": False, "alpha_pattern": {}}
+    (folder / "adapter_config.json").write_text(json.dumps(settings))
+    state = import_tuner(tmp_path / "scepter", base).state_dict()
+    assert state.keys() == expected.keys()
+    assert all(torch.equal(value, expected[key]) for key, value in state.items())
+    (folder / "adapter_config.json").write_text(json.dumps({**settings, "use_merged_linear": True}))
+    with pytest.raises(TunerFileError, match="use_merged_linear = True"):
+        import_tuner(tmp_path / "scepter", base)
+
+
 def test_names_of_the_original_unet_in_files_for_xl(tmp_path):
     unet = make_unet(**XL)
     base = describe_base(unet)
@@ -365,7 +389,7 @@ def test_garbled_notes_cost_the_layout_but_never_the_content(unet, base, tmp_pat
 def test_what_a_header_says_about_training_is_kept(unet, base, tmp_path):
     tensors = kohya_tensors(unet, linear_modules(unet, ["attn2.to_v"]))
     header = {"ss_learning_rate": "1e-4", "modelspec.title": "ink", "modelspec.architecture": "sd/lora",
-              "restune.config": "junk", "format": "pt"}  # fmt: skip
+              "restune.config": "junk", "format": "pt", "ss_tag_frequency": "x" * (9 << 20)}  # fmt: skip
     save_file(tensors, tmp_path / "in.safetensors", header)
     tuner = import_tuner(tmp_path / "in.safetensors", base)
     save_tuner(tuner, tmp_path / "ours.safetensors")
