@@ -99,16 +99,17 @@ def test_a_folder_holds_condition_files_under_the_images_names(tmp_path: Path, i
 
 def test_image_and_condition_are_cut_alike(tmp_path: Path) -> None:
     wide = Image.new("RGB", (40, 20), "black")
-    wide.paste("white", (20, 0, 40, 20))
+    wide.paste("white", (15, 0, 40, 20))
     wide.save(tmp_path / "a.png")
     (tmp_path / "c").mkdir()
     wide.resize((80, 40), Image.Resampling.NEAREST).save(tmp_path / "c" / "a.png")
     (tmp_path / "images").mkdir()
     (tmp_path / "a.png").rename(tmp_path / "images" / "a.png")
     (sample,) = samples_of(tmp_path / "images", ControlConfig(), tmp_path / "c")
-    left, right = sample.conditions[0][:, :, 1:6], sample.conditions[0][:, :, 10:15]
-    assert (left.float().mean(), right.float().mean()) == pytest.approx((0, 255), abs=3)
-    assert sample.pixels[:, :, 1:6].mean() == pytest.approx(-1, abs=0.03)
+    # The edge is at 15 of 40 pixels, which is 4 of 16 in the square.
+    for shown in (sample.conditions[0] / 255, (sample.pixels + 1) / 2):
+        assert shown[:, :, :2].mean() == pytest.approx(0, abs=0.05)
+        assert shown[:, :, 5:].mean() == pytest.approx(1, abs=0.05)
 
 
 def test_conditions_that_do_not_fit_are_skipped_and_named(
