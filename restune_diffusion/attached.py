@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -28,6 +28,26 @@ class Conditions:
     """Height and width of the latent that they were encoded for."""
     of_one_pass: bool = False
     """Whether they belong to one pass alone, as its gradients do."""
+
+
+class Residual(NamedTuple):
+    """What a tuner adds to a feature: to all rows of the batch, or to those named."""
+
+    value: torch.Tensor
+    rows: torch.Tensor | None
+
+    @staticmethod
+    def add(total: torch.Tensor, residuals: Sequence[Residual]) -> torch.Tensor:
+        """Add residuals to a feature."""
+        for residual in residuals:
+            if residual.rows is None:
+                total = total + residual.value.to(total.dtype)
+        some = [(residual.rows, residual.value) for residual in residuals if residual.rows is not None]
+        if not some:
+            return total
+        # All at once: each addition copies the whole batch, and there may be a tuner for every image.
+        rows, values = torch.cat([rows for rows, _ in some]), torch.cat([value for _, value in some])
+        return total.index_add(0, rows, values.to(total.dtype))
 
 
 class Attached:
@@ -126,41 +146,37 @@ class Attached:
             self.conditions.encoded, self.conditions.size = self._control.encode(images, size), size
             self.conditions.of_one_pass = False
 
-    def add_residuals(
-        self, site: str, x: torch.Tensor, features: Features, total: torch.Tensor, this: Pass
-    ) -> torch.Tensor:
-        """Add the weighted residuals that the tuner's parts make of the feature `x` to `total`."""
+    def residuals(self, site: str, x: torch.Tensor, features: Features, this: Pass) -> list[Residual]:
+        """Return the weighted residuals that the tuner's parts make of the feature `x`."""
         compiling = torch.compiler.is_compiling()
         if not compiling and self.factors[site] == 0:
-            return total
+            return []
         self.place(x.device)
-        for part in self.tuner.parts():
-            if site in part.writes:
-                seen = self._with_conditions(part, site, features, this)
-                if compiling:
-                    residual = part(site, x, seen)
-                    factors = self.dial.factors(site, self.weight, this).to(x.device)
-                    factors = factors.view(-1, *[1] * (residual.dim() - 1))
-                    total = total + self._masked(site, residual * factors, this).to(total.dtype)
-                else:
-                    total = self._add(part, site, x, seen, total, this)
-        return total
+        made = self._on_all_rows if compiling else self._on_acting_rows
+        return [
+            made(part, site, x, self._with_conditions(part, site, features, this), this)
+            for part in self.tuner.parts()
+            if site in part.writes
+        ]
 
-    def _add(
-        self, part: Part, site: str, x: torch.Tensor, features: Features, total: torch.Tensor, this: Pass
-    ) -> torch.Tensor:
+    def _on_all_rows(self, part: Part, site: str, x: torch.Tensor, features: Features, this: Pass) -> Residual:
+        """Run a part on the whole batch, with factors that a compiled graph reads from a tensor."""
+        residual = part(site, x, features)
+        factors = self.dial.factors(site, self.weight, this).to(x.device).view(-1, *[1] * (residual.dim() - 1))
+        return Residual(self._masked(site, residual * factors, this), None)
+
+    def _on_acting_rows(self, part: Part, site: str, x: torch.Tensor, features: Features, this: Pass) -> Residual:
         """Run a part on the rows on which the tuner acts."""
-        factor = self.factors[site]
-        rows = self._rows
+        factor, rows = self.factors[site], self._rows
         if rows is None:
             residual = self._masked(site, part(site, x, features), this)
             assert isinstance(self._scale, float)
             scale = self._scale * factor
-            return total + (residual if scale == 1 else residual * scale).to(total.dtype)
+            return Residual(residual if scale == 1 else residual * scale, None)
         assert isinstance(self._scale, torch.Tensor)
         residual = part(site, x[rows], features.rows(rows))
         scales = (self._scale * factor).view(-1, *[1] * (residual.dim() - 1))
-        return total.index_add(0, rows, (self._masked(site, residual, this, rows) * scales).to(total.dtype))
+        return Residual(self._masked(site, residual, this, rows) * scales, rows)
 
     def _masked(self, site: str, residual: torch.Tensor, this: Pass, rows: torch.Tensor | None = None) -> torch.Tensor:
         if self.weight.mask is None:

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from .attached import Attached
+from .attached import Attached, Residual
 from .errors import RestuneError, TunerNameError
 from .mixing import Layout, Pass, check_images
 from .operations import operation_input, show_operation
@@ -305,7 +305,8 @@ class TunerManager:
         self.tap(site, x)
         if site == "out" and self._sharing:
             assert self._pass is not None
-            return torch.cat([a.add_residuals(site, x, self._features, x, self._pass) for a in self._sharing])
+            each = [attached.residuals(site, x, self._features, self._pass) for attached in self._sharing]
+            return torch.cat([Residual.add(x, residuals) for residuals in each])
         return self._summed(site, x, x)
 
     def see(self, *, time: torch.Tensor | None = None, text: torch.Tensor | None = None) -> None:
@@ -357,9 +358,8 @@ class TunerManager:
         if not writers or self._pass is None:
             return total
         features = self._features.beside(operation)
-        for attached in writers:
-            total = attached.add_residuals(site, x, features, total, self._pass)
-        return total
+        each = [attached.residuals(site, x, features, self._pass) for attached in writers]
+        return Residual.add(total, [residual for residuals in each for residual in residuals])
 
 
 def uncompiled(base: nn.Module) -> nn.Module:

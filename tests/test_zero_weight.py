@@ -155,5 +155,5 @@ def test_of_several_tuners_only_those_that_act_run():
     latents, step, text = make_inputs(batch=2)
     with torch.no_grad():
         unet(latents, step, text)
-    sites = len(manager.base_info.maps) - len([site for site in manager.base_info.maps if "skip" not in site])
+    sites = len(manager.base_info.stations) - len([site for site in manager.base_info.stations if "skip" not in site])
     assert calls == {"b": sites, "d": sites}
