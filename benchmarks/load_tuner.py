@@ -10,14 +10,9 @@ begins, maps the file and reads none. Copying them, which `load_lora_weights` do
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import platform
-import sys
 import tempfile
 import time
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -28,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from benchmarks.backward_memory import SD15
+from benchmarks.results_file import publish
 from restune_diffusion import SkipConfig, Tuner, load_tuner, read_info, save_tuner
 
 _LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
@@ -91,23 +87,11 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="write OUTPUT.json and OUTPUT.md")
     arguments = parser.parse_args()
     rows = measure(arguments.rounds)
-    machine = f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} thread(s)"
-    versions = {name: version(name) for name in ("torch", "safetensors", "diffusers")}
-    command = " ".join(["python -m benchmarks.load_tuner", *sys.argv[1:]])
-    load = os.getloadavg()[0]
     lines = ["| what | file, MB | median, ms | fastest, ms | median / copying a LoRA |", "|---|---|---|---|---|"]
     lines += [
         f"| {r['what']} | {r['MB']:.1f} | {r['median_ms']:.2f} | {r['min_ms']:.2f} | {r['ratio']:.2f} |" for r in rows
     ]
-    table = "\n".join(lines)
-    print(table)
-    if arguments.output:
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        facts = {"command": command, "machine": machine, "load_average": load, "versions": versions, "rows": rows}
-        arguments.output.with_suffix(".json").write_text(json.dumps(facts, indent=2) + "\n")
-        named = ", ".join(f"{name} {number}" for name, number in versions.items())
-        note = f"`{command}` on {machine}, {arguments.rounds} rounds in turn, load average {load:.1f}; {named}."
-        arguments.output.with_suffix(".md").write_text(f"{table}\n\n{note}\n")
+    publish("benchmarks.load_tuner", rows, lines, f"{arguments.rounds} rounds in turn", arguments.output)
 
 
 if __name__ == "__main__":
