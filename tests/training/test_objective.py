@@ -52,7 +52,7 @@ def test_min_snr_weighs_the_error_of_the_clean_latent_alike(prediction_type: str
     assert snr[0] > gamma > snr[1], "the two steps must lie on either side of the cap"
     # the error of the prediction that one unit of error in the clean latent causes
     error = {"epsilon": alpha / sigma, "v_prediction": 1 / sigma, "sample": torch.ones(2, 1)}[prediction_type]
-    weights = objective(prediction_type).weights(STEPS, gamma)
+    weights = objective(prediction_type, gamma).weights(STEPS)
     torch.testing.assert_close(weights * error.square().squeeze(1), snr.clamp(max=gamma))
     target = torch.zeros(2, 2)
     loss = objective(prediction_type, gamma).loss(target + error, target, STEPS)
