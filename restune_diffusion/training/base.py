@@ -140,7 +140,7 @@ def sampling_pipeline(pipeline: Any, scheduler_changes: Mapping[str, Any] | None
     changes = scheduler_changes or {}
     known = inspect.signature(type(pipeline.scheduler).__init__).parameters
     scheduler_kind = type(pipeline.scheduler) if changes.keys() <= known.keys() else DDIMScheduler
-    scheduler = scheduler_kind.from_config({**pipeline.scheduler.config, **changes})
+    scheduler = scheduler_kind.from_config(pipeline.scheduler.config, **changes)
     sampler = kind(**{**pipeline.components, "scheduler": scheduler}, **settings)
     sampler.set_progress_bar_config(disable=True)
     return sampler

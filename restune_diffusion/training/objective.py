@@ -45,8 +45,7 @@ class Objective:
         if rescale_betas_zero_snr:
             # A sampler must begin at the last timestep, for only there is its noise as in training (section 3.3).
             self.scheduler_changes |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
-        config = {**scheduler.config, **self.scheduler_changes}
-        self.prediction_type: str = config.get("prediction_type", "epsilon")
+        self.prediction_type: str = prediction_type or scheduler.config.get("prediction_type", "epsilon")
         if self.prediction_type not in _PREDICTION_TYPES:
             raise TrainingError(
                 f"The base's scheduler asks for `{self.prediction_type}`, which is not supported; "
@@ -57,7 +56,7 @@ class Objective:
                 "A base that predicts noise learns nothing at zero signal, where the noise is its input; "
                 "leave --rescale-betas-zero-snr out, or use a base that predicts v_prediction or sample."
             )
-        self.noise_scheduler = DDPMScheduler.from_config(config)
+        self.noise_scheduler = DDPMScheduler.from_config(scheduler.config, **self.scheduler_changes)
         self.snr_gamma = snr_gamma
         self.debiased_estimation = debiased_estimation
         if not self.weights(torch.arange(self.timesteps)).isfinite().all():
