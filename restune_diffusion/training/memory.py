@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
 
-_SWITCH, _FUNCTION = "gradient_checkpointing", "_gradient_checkpointing_func"
+# What diffusers sets on each module that can do so.
+_ATTRIBUTES = ("gradient_checkpointing", "_gradient_checkpointing_func")
 
 
 @contextmanager
@@ -18,24 +19,21 @@ def gradient_checkpointing(base: Any, wanted: bool) -> Iterator[None]:
     Tuners inside a block that does so run twice, and give the same both times.
     """
     if not wanted:
-        with nullcontext():
-            yield
+        yield
         return
+    # Some classes have the switch for all their instances, and then an instance has none until it is set.
     before = [
-        (module, getattr(module, _SWITCH), module.__dict__.get(_FUNCTION))
+        (module, {name: module.__dict__[name] for name in _ATTRIBUTES if name in module.__dict__})
         for module in base.modules()
-        if hasattr(module, _SWITCH)
     ]
     base.enable_gradient_checkpointing()
     try:
         yield
     finally:
-        for module, switch, function in before:
-            setattr(module, _SWITCH, switch)
-            if function is not None:
-                setattr(module, _FUNCTION, function)
-            else:
-                module.__dict__.pop(_FUNCTION, None)
+        for module, attributes in before:
+            for name in _ATTRIBUTES:
+                module.__dict__.pop(name, None)
+            module.__dict__.update(attributes)
 
 
 def drop_encoders(pipeline: Any) -> None:

@@ -77,7 +77,8 @@ def test_gradient_checkpointing_changes_no_result(config: MakeConfig, tmp_path: 
 def test_gradient_checkpointing_computes_blocks_again_and_is_taken_off() -> None:
     unet = sd_pipeline().unet.eval()
     calls = []
-    unet.up_blocks[1].resnets[0].register_forward_hook(lambda *_: calls.append(1))
+    # before the block: the second time it stops as soon as the last tensor is there
+    unet.up_blocks[1].resnets[0].register_forward_pre_hook(lambda *_: calls.append(1))
     inputs = (torch.randn(1, 4, 8, 8, requires_grad=True), torch.tensor([5]), torch.randn(1, 3, 32))
     before = [dict(module.__dict__) for module in unet.modules()]
     with gradient_checkpointing(unet, True):

@@ -115,6 +115,7 @@ def workers(process: subprocess.Popen[str]) -> list[psutil.Process]:
     return [child for child in children if any(str(STYLE) in word for word in child.cmdline())]
 
 
+@pytest.mark.slow
 def test_a_signal_to_one_of_two_processes_stops_both_at_the_same_step(
     config: MakeConfig, tmp_path: Path, script: Script
 ) -> None:
