@@ -129,7 +129,7 @@ class TrainConfig(Settings):
     max_timestep: int | None = Field(default=None, gt=0)
     """Where the timesteps to train end; this one itself is not trained. The base's last where not given."""
     gradient_checkpointing: bool = False
-    """Compute the base's activations twice instead of keeping them: less memory, about a third slower."""
+    """Compute the base's activations twice instead of keeping them: less memory, slower."""
     drop_encoders: bool = False
     """Free the memory of the autoencoder and text encoder once the data is encoded; no samples can be drawn then."""
     seed: int = 0
