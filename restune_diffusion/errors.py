@@ -27,3 +27,7 @@ class DataError(RestuneError):
 
 class TrainingError(RestuneError):
     """Training cannot go on."""
+
+
+class TrainingInterrupted(RestuneError):
+    """A training was asked to stop and has saved its state; nothing went wrong."""

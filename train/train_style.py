@@ -13,4 +13,4 @@ from restune_diffusion.training import TrainConfig, train
 
 if __name__ == "__main__":
     config = tyro.cli(TrainConfig, description=__doc__)
-    sys.exit(run_guarded(lambda: train(config)))
+    sys.exit(run_guarded(lambda: train(config, stop_on_signal=True)))

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 
 from ..display import printable
-from ..errors import RestuneError
+from ..errors import RestuneError, TrainingInterrupted
 
 
 def run_guarded(action: Callable[[], object]) -> int:
     """Do something; return the process's exit code, with what went wrong said in one sentence on stderr."""
     try:
         action()
+    except TrainingInterrupted as stopped:
+        # torchrun and accelerate number their processes; one of them is enough to tell.
+        if os.environ.get("RANK", "0") == "0":
+            print("restune:", printable(str(stopped)), file=sys.stderr)
+        return 0
     except KeyboardInterrupt:
         print("restune: stopped; --resume goes on with a training from its newest checkpoint.", file=sys.stderr)
         return 130

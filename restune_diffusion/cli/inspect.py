@@ -79,8 +79,9 @@ def as_text(info: TunerInfo) -> str:
     return "\n".join(f"{name:<12}{printable(str(value), _LINE)}" for name, value in facts)
 
 
-_RECIPE = ("prompt", "learning_rate", "lr_scheduler", "batch_size", "gradient_accumulation_steps", "seed",
-           "mixed_precision", "caption_dropout", "snr_gamma")  # fmt: skip
+_RECIPE = ("prompt", "optimizer", "learning_rate", "lr_scheduler", "batch_size", "gradient_accumulation_steps", "seed",
+           "mixed_precision", "caption_dropout", "snr_gamma",
+           "ema_decay", "prediction_type", "timestep_sampling")  # fmt: skip
 _LINE = 2000
 
 

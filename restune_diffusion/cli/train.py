@@ -15,7 +15,7 @@ def run_train(config: TrainConfig) -> None:
     quiet_libraries()  # before the imports below, which warn
     from ..training import train
 
-    result = train(config)
+    result = train(config, stop_on_signal=True)
     print(f"Trained {result.steps} steps in {result.seconds:.0f} s: {result.path}")
     if result.samples:
         print(f"Samples: {result.samples[-1]}")

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 import warnings
-from collections.abc import Iterator
+import weakref
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from diffusers import DiffusionPipeline, StableDiffusionXLPipeline
+from diffusers import DDIMScheduler, DiffusionPipeline, StableDiffusionXLPipeline
 from safetensors import SafetensorError
 from torch import nn
 
@@ -19,6 +21,8 @@ from ..manager import TunerManager
 from ..pipelines import RestuneStableDiffusionPipeline, RestuneStableDiffusionXLPipeline
 
 PRECISIONS = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+_T = TypeVar("_T")
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _KINDS: dict[str, Any] = {
@@ -105,22 +109,38 @@ def frozen(pipeline: Any) -> Iterator[None]:
         parameter.requires_grad_(False)
     for child in training:
         child.training = False
+    # Weak, so that a model that is taken out of the pipeline meanwhile is freed.
+    parameters, children = [weakref.ref(each) for each in trainable], [weakref.ref(each) for each in training]
+    del modules, trainable, training
     try:
         yield
     finally:
-        for parameter in trainable:
+        for parameter in _alive(parameters):
             parameter.requires_grad_(True)
-        for child in training:
+        for child in _alive(children):
             child.training = True
 
 
-def sampling_pipeline(pipeline: Any) -> Any:
-    """Return a tuner-loading pipeline around the same models, with a scheduler and settings of its own."""
+def _alive(references: Iterable[weakref.ref[_T]]) -> list[_T]:
+    return [each for reference in references if (each := reference()) is not None]
+
+
+def sampling_pipeline(pipeline: Any, scheduler_changes: Mapping[str, Any] | None = None) -> Any:
+    """Return a tuner-loading pipeline around the same models, with a scheduler and settings of its own.
+
+    Args:
+        pipeline: the base.
+        scheduler_changes: settings of the scheduler that differ from the base's; where its kind of scheduler does not
+            have them, DDIM takes its place.
+    """
     sdxl = isinstance(pipeline, StableDiffusionXLPipeline)
     kind = RestuneStableDiffusionXLPipeline if sdxl else RestuneStableDiffusionPipeline
     _, options = kind._get_signature_keys(kind)
     settings = {key: pipeline.config[key] for key in options if key in pipeline.config}
-    scheduler = type(pipeline.scheduler).from_config(pipeline.scheduler.config)
+    changes = scheduler_changes or {}
+    known = inspect.signature(type(pipeline.scheduler).__init__).parameters
+    scheduler_kind = type(pipeline.scheduler) if changes.keys() <= known.keys() else DDIMScheduler
+    scheduler = scheduler_kind.from_config(pipeline.scheduler.config, **changes)
     sampler = kind(**{**pipeline.components, "scheduler": scheduler}, **settings)
     sampler.set_progress_bar_config(disable=True)
     return sampler

@@ -9,6 +9,7 @@ import torch
 
 from .cache import Cache
 from .conditioning import denoiser_inputs
+from .noising import Noising
 from .stream import SampleStream
 
 
@@ -16,6 +17,7 @@ from .stream import SampleStream
 class Batch:
     """Input of one forward pass: clean latents, noise, timesteps, and keyword arguments of the denoiser.
 
+    `perturbation` is added to the noise in the denoiser's input, and not to what it shall predict.
     `conditions` has one tensor for each condition of a control tuner, `(samples, channels, height, width)` in [0, 1].
     """
 
@@ -24,6 +26,12 @@ class Batch:
     timesteps: torch.Tensor
     inputs: dict[str, Any]
     conditions: tuple[torch.Tensor, ...] = ()
+    perturbation: torch.Tensor | None = None
+
+    @property
+    def input_noise(self) -> torch.Tensor:
+        """The noise that is in the denoiser's input."""
+        return self.noise if self.perturbation is None else self.noise + self.perturbation
 
 
 class Batches:
@@ -37,6 +45,10 @@ class Batches:
         caption_dropout: share of the samples that get the empty caption.
         device: where the batches go.
         dtype: dtype of the text states.
+        noising: how noise and timesteps are drawn.
+
+    Raises:
+        TrainingError: if the base has no timesteps in the range that is asked for.
     """
 
     def __init__(
@@ -49,7 +61,10 @@ class Batches:
         caption_dropout: float,
         device: torch.device,
         dtype: torch.dtype,
+        noising: Noising | None = None,
     ) -> None:
+        self._noising = noising or Noising()
+        self._noising.range(timesteps)
         self._cache = cache
         self._stream = SampleStream(len(cache), seed)
         self._size = size
@@ -60,19 +75,26 @@ class Batches:
 
     def __getitem__(self, number: int) -> Batch:
         latents, noise, timesteps, conditionings, geometries, conditions = [], [], [], [], [], []
+        perturbations = []
         for draw in self._stream.draws(number * self._size, self._size):
             latent = self._cache.latents[draw.index].draw(draw.generator)
             latents.append(latent)
             noise.append(torch.randn(latent.shape, generator=draw.generator))
-            timesteps.append(torch.randint(self._timesteps, (), generator=draw.generator))
+            timesteps.append(self._noising.timestep(self._timesteps, draw.generator))
             dropped = torch.rand((), generator=draw.generator).item() < self._caption_dropout
             conditionings.append(self._cache.unconditional if dropped else self._cache.conditioning(draw.index))
             geometries.append(self._cache.geometries[draw.index])
             conditions.append(self._cache.conditions[draw.index] if self._cache.conditions else ())
+            # Drawn last and only if asked, so that what the other draws give does not depend on them.
+            if self._noising.offset:
+                noise[-1] = noise[-1] + self._noising.offset_for(noise[-1], draw.generator)
+            if self._noising.perturbation:
+                perturbations.append(self._noising.perturbation_for(noise[-1], draw.generator))
         return Batch(
             torch.stack(latents).to(self._device),
             torch.stack(noise).to(self._device),
             torch.stack(timesteps).to(self._device),
             denoiser_inputs(conditionings, geometries, self._device, self._dtype),
             tuple(torch.stack(each).to(self._device) / 255 for each in zip(*conditions, strict=True)),
+            torch.stack(perturbations).to(self._device) if perturbations else None,
         )

@@ -10,13 +10,13 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
 from ..errors import TrainingError
 from ..fileformat import atomic_write, load_tuner, save_tuner, sync_directory
 from .facts import library_versions, run_identity
+from .optimizer_state import flatten_state, unflatten_state
 from .run import Hook, StepReport, TrainingRun
 
 logger = logging.getLogger(__name__)
@@ -41,10 +41,18 @@ class Checkpoints(Hook):
         """Save if it is time."""
         every = run.config.checkpoint_every
         if every and (run.step % every == 0 or run.step == run.config.steps):
-            if run.accelerator.is_main_process:
+            self._save(run)
+
+    def on_stop(self, run: TrainingRun) -> None:
+        """Save, so that nothing is lost."""
+        self._save(run)
+
+    def _save(self, run: TrainingRun) -> None:
+        if run.accelerator.is_main_process:
+            if not checkpoint_folder(run).exists():
                 save_checkpoint(run)
-                _prune(run.config.output, run.config.checkpoints_kept)
-            run.accelerator.wait_for_everyone()
+            _prune(run.config.output, run.config.checkpoints_kept)
+        run.accelerator.wait_for_everyone()
 
 
 def list_checkpoints(output: Path) -> list[Path]:
@@ -58,21 +66,30 @@ def latest_checkpoint(output: Path) -> Path | None:
     return next(reversed(list_checkpoints(output)), None)
 
 
+def checkpoint_folder(run: TrainingRun) -> Path:
+    """Return where the run's present step is saved."""
+    return run.config.output / f"checkpoint-{run.step:06d}"
+
+
 def save_checkpoint(run: TrainingRun) -> Path:
     """Write the run's state to `checkpoint-<step>`; the directory appears under this name only when it is whole.
 
     Raises:
         TunerFileError: if it cannot be written, for instance on a full disk.
     """
-    final = run.config.output / f"checkpoint-{run.step:06d}"
+    final = checkpoint_folder(run)
     temporary = run.config.output / f".{final.name}.{os.getpid()}.tmp"
     scaler = run.accelerator.scaler
-    tensors, groups = _flatten_optimizer(run)
+    optimizer = run.optimizer.state_dict()
+    tensors, values = flatten_state(optimizer["state"], _names(run))
+    averages, average_settings = run.average.state() if run.average is not None else ({}, None)
     state = {
         "step": run.step,
         "run": run_identity(run),
         "versions": library_versions(),
-        "optimizer_groups": groups,
+        "optimizer_groups": optimizer["param_groups"],
+        "optimizer_values": values,
+        "average": average_settings,
         "lr_scheduler": run.lr_scheduler.state_dict(),
         "grad_scaler": scaler.state_dict() if scaler is not None else None,
     }
@@ -80,6 +97,9 @@ def save_checkpoint(run: TrainingRun) -> Path:
         save_tuner(run.tuner, temporary / "tuner.safetensors")
         with atomic_write(temporary / "optimizer.safetensors") as file:
             file.write(save(tensors))
+        if averages:
+            with atomic_write(temporary / "average.safetensors") as file:
+                file.write(save(averages))
         with atomic_write(temporary / "state.json") as file:
             file.write(json.dumps(state, indent=2).encode())
         temporary.rename(final)
@@ -98,6 +118,7 @@ def restore_checkpoint(run: TrainingRun, checkpoint: Path) -> None:
     try:
         state = json.loads((checkpoint / "state.json").read_text())
         tensors = load((checkpoint / "optimizer.safetensors").read_bytes())
+        averages = load((checkpoint / "average.safetensors").read_bytes()) if state["average"] else {}
         saved_run, step, versions = state["run"], int(state["step"]), state["versions"]
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise TrainingError(f"{checkpoint} is damaged ({error}); delete it to go on from an older one.") from error
@@ -107,7 +128,10 @@ def restore_checkpoint(run: TrainingRun, checkpoint: Path) -> None:
     if versions != library_versions():
         logger.warning("%s was made with %s; the result may differ in the last digits.", checkpoint, versions)
     run.tuner.load_state_dict(load_tuner(checkpoint / "tuner.safetensors").state_dict())
-    _restore_optimizer(run, tensors, state["optimizer_groups"])
+    entries = unflatten_state({**tensors, **state["optimizer_values"]}, _names(run))
+    run.optimizer.load_state_dict({"state": entries, "param_groups": state["optimizer_groups"]})
+    if run.average is not None:
+        run.average.load_state(averages, state["average"])
     run.lr_scheduler.load_state_dict(state["lr_scheduler"])
     if run.accelerator.scaler is not None:
         run.accelerator.scaler.load_state_dict(state["grad_scaler"])
@@ -123,25 +147,8 @@ def _check_same_run(checkpoint: Path, saved: dict[str, Any], asked: dict[str, An
             )
 
 
-def _flatten_optimizer(run: TrainingRun) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]]:
-    """Split the optimizer's state into tensors by parameter name, and plain settings."""
-    names = [name for name, _ in run.tuner.named_parameters()]
-    state = run.optimizer.state_dict()
-    tensors = {
-        f"{names[index]}:{key}": value.detach().cpu().contiguous()
-        for index, entries in state["state"].items()
-        for key, value in entries.items()
-    }
-    return tensors, state["param_groups"]
-
-
-def _restore_optimizer(run: TrainingRun, tensors: dict[str, torch.Tensor], groups: list[dict[str, Any]]) -> None:
-    indices = {name: index for index, (name, _) in enumerate(run.tuner.named_parameters())}
-    state: dict[int, dict[str, torch.Tensor]] = {}
-    for name_and_key, value in tensors.items():
-        name, key = name_and_key.rsplit(":", 1)
-        state.setdefault(indices[name], {})[key] = value
-    run.optimizer.load_state_dict({"state": state, "param_groups": groups})
+def _names(run: TrainingRun) -> list[str]:
+    return [name for name, _ in run.tuner.named_parameters()]
 
 
 def _prune(output: Path, keep: int) -> None:

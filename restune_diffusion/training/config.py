@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from ..config import BypassConfig, ControlConfig, PartConfig, ResConfig, SkipConfig
+from .settings import Settings
 
 Kind: TypeAlias = Literal["skip", "control", "res", "bypass"]
 _DEFAULTS: dict[Kind, PartConfig] = {
@@ -18,10 +19,8 @@ _DEFAULTS: dict[Kind, PartConfig] = {
 }
 
 
-class ValidationConfig(BaseModel):
+class ValidationConfig(Settings):
     """Sample images that show how training goes."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
 
     prompts: tuple[str, ...] = ()
     """Prompts to draw; without any, no samples are made."""
@@ -38,10 +37,8 @@ class ValidationConfig(BaseModel):
     are condition images, or pictures to make them from where the condition is made."""
 
 
-class TrainConfig(BaseModel):
+class TrainConfig(Settings):
     """Everything that decides a training run. The defaults are the published SCEdit recipe."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
 
     base: str
     """Stable Diffusion checkpoint in diffusers' layout: a directory, or the id of a hub repository."""
@@ -75,14 +72,32 @@ class TrainConfig(BaseModel):
     """Images of one forward pass, per process."""
     gradient_accumulation_steps: int = Field(default=1, gt=0)
     """Forward passes of one optimizer step."""
+    optimizer: Literal["adamw", "adamw8bit", "prodigy", "adafactor", "lion"] = "adamw"
+    """What moves the weights; all but `adamw` and `adafactor` need pip install 'restune-diffusion[optimizers]'."""
     learning_rate: float = Field(default=1e-4, gt=0)
-    """Peak learning rate of AdamW."""
+    """Peak learning rate; `lion` wants a third to a tenth of AdamW's, `prodigy` finds its own and wants 1."""
     weight_decay: float = Field(default=1e-2, ge=0)
-    """Weight decay of AdamW."""
-    lr_scheduler: Literal["constant", "constant_with_warmup", "linear", "cosine", "polynomial"] = "constant"
+    """Weight decay of the optimizer."""
+    lr_scheduler: Literal[
+        "constant",
+        "constant_with_warmup",
+        "linear",
+        "cosine",
+        "cosine_with_restarts",
+        "polynomial",
+        "piecewise_constant",
+    ] = "constant"
     """Course of the learning rate."""
     lr_warmup_steps: int = Field(default=0, ge=0)
-    """Steps of linear warm-up, for every course but `constant`."""
+    """Steps of linear warm-up, for every course but `constant` and `piecewise_constant`."""
+    lr_num_cycles: int = Field(default=1, gt=0)
+    """Cosines of `cosine_with_restarts`."""
+    lr_power: float = Field(default=1.0, gt=0)
+    """Power of `polynomial`."""
+    lr_step_rules: str | None = Field(default=None, pattern=r"^([\d.]+:\d+,)*[\d.]+$")
+    """Factors of `piecewise_constant`, each with the step where it ends: `1:500,0.1:800,0.01`."""
+    ema_decay: float | None = Field(default=None, gt=0, lt=1)
+    """Write and draw with a moving average of the weights that keeps this share in each step; 0.999 is usual."""
     max_grad_norm: float = Field(default=1.0, gt=0)
     """Gradients are clipped to this norm."""
     mixed_precision: Literal["no", "fp16", "bf16"] = "no"
@@ -91,7 +106,32 @@ class TrainConfig(BaseModel):
     caption_dropout: float = Field(default=0.0, ge=0, le=1)
     """Share of the samples that train with an empty caption."""
     snr_gamma: float | None = Field(default=None, gt=0)
-    """Min-SNR weighting of the loss; 5 is usual."""
+    """Min-SNR weighting of the loss; 5 is usual. On a base that predicts v_prediction it leaves hardly any weight to
+    the noisiest steps, where captions matter most."""
+    debiased_estimation: bool = False
+    """Weigh the loss by 1 / sqrt(SNR), which favours noisy steps."""
+    prediction_type: Literal["epsilon", "v_prediction", "sample"] | None = None
+    """What the base predicts, where its scheduler says it wrongly."""
+    rescale_betas_zero_snr: bool = False
+    """Train with a last step of pure noise; generation then needs the same, with timestep spacing `trailing`."""
+    noise_offset: float = Field(default=0.0, ge=0)
+    """Noise that is constant over a channel, for darker and brighter images; 0.05 to 0.1 is usual."""
+    input_perturbation: float = Field(default=0.0, ge=0)
+    """More noise in the input than the target tells, against exposure bias; 0.1 is usual."""
+    timestep_sampling: Literal["uniform", "logit_normal"] = "uniform"
+    """How often each timestep is trained; `logit_normal` favours the middle."""
+    logit_mean: float = 0.0
+    """Mean of `logit_normal`; above 0 noisier steps are favoured."""
+    logit_std: float = Field(default=1.0, gt=0)
+    """Spread of `logit_normal`."""
+    min_timestep: int = Field(default=0, ge=0)
+    """First timestep to train; timestep 0 is nearly free of noise."""
+    max_timestep: int | None = Field(default=None, gt=0)
+    """Where the timesteps to train end; this one itself is not trained. The base's last where not given."""
+    gradient_checkpointing: bool = False
+    """Compute the base's activations twice instead of keeping them: less memory, slower."""
+    drop_encoders: bool = False
+    """Free the memory of the autoencoder and text encoder once the data is encoded; no samples can be drawn then."""
     seed: int = 0
     """Seed of everything that is drawn at random."""
     cpu: bool = False
@@ -116,9 +156,28 @@ class TrainConfig(BaseModel):
                 trained = " and ".join(self.kinds)
                 raise ValueError(f"settings of the {kind} tuner are given, but the tuner to train is {trained}")
         self._check_control()
+        self._check_learning_rate()
+        if self.debiased_estimation and self.snr_gamma is not None:
+            raise ValueError("the loss has one weighting; choose snr_gamma or debiased_estimation")
+        if self.max_timestep is not None and self.max_timestep <= self.min_timestep:
+            raise ValueError("min_timestep must be below max_timestep")
+        if self.drop_encoders and self.validation.prompts:
+            raise ValueError("validation prompts need the encoders; leave drop_encoders or the prompts out")
+        return self
+
+    def _check_learning_rate(self) -> None:
         if self.lr_warmup_steps and self.lr_scheduler == "constant":
             raise ValueError("a constant learning rate has no warm-up; choose constant_with_warmup")
-        return self
+        if self.lr_warmup_steps and self.lr_scheduler == "piecewise_constant":
+            raise ValueError(
+                "a piecewise constant learning rate has no warm-up; begin lr_step_rules with lower factors"
+            )
+        if (self.lr_scheduler == "piecewise_constant") != (self.lr_step_rules is not None):
+            raise ValueError("lr_step_rules are for the course piecewise_constant, which needs them")
+        if self.optimizer == "prodigy" and self.learning_rate < 0.1:
+            raise ValueError(
+                f"prodigy multiplies the rate that it finds by learning_rate = {self.learning_rate:g}; set it to 1"
+            )
 
     def _check_control(self) -> None:
         needed = len(self.validation.prompts) * len(self.control.conditions) if "control" in self.kinds else 0

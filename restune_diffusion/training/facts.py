@@ -9,9 +9,12 @@ from .. import __version__
 from .run import TrainingRun
 
 # Settings that may change when a run is resumed: they do not reach the tuner.
-_IMMATERIAL = {"name", "validation", "checkpoint_every", "checkpoints_kept", "log_with"}
+_IMMATERIAL = {"name", "validation", "checkpoint_every", "checkpoints_kept", "log_with"} | {
+    "gradient_checkpointing",
+    "drop_encoders",
+}
 # Courses of the learning rate that do not depend on the number of steps, so that a run may be prolonged.
-_ENDLESS = ("constant", "constant_with_warmup")
+_ENDLESS = ("constant", "constant_with_warmup", "piecewise_constant")
 
 
 def library_versions() -> dict[str, str]:

@@ -8,27 +8,32 @@ from collections.abc import Sequence
 
 import torch
 
-from ..errors import TrainingError
+from ..errors import TrainingError, TrainingInterrupted
 from ..manager import TunerManager
 from .batches import Batch
 from .checkpoint import latest_checkpoint
+from .optimizers import effective_learning_rate
 from .run import ATTACHED_NAME, Hook, StepReport, TrainingRun
+from .stopping import StopRequest
 
 # So many steps in a row without finite fp16 gradients are no search for a loss scale any more.
 _MAX_SKIPPED_STEPS = 50
 
 
-def run_loop(run: TrainingRun, hooks: Sequence[Hook]) -> None:
+def run_loop(run: TrainingRun, hooks: Sequence[Hook], stop: StopRequest | None = None) -> None:
     """Train until `config.steps`, telling the hooks.
 
     Raises:
         TrainingError: if the loss or the gradient stops being finite; the tuner keeps its last finite state.
+        TrainingInterrupted: if `stop` asks to, between two steps and before the last one is done.
     """
     skipped = 0
     try:
         for hook in hooks:
             hook.on_start(run)
         while run.step < run.config.steps:
+            if stop is not None and stop.agreed(run.accelerator):
+                raise _interrupted(run, hooks)
             report = _step(run)
             skipped = skipped + 1 if run.optimizer.step_was_skipped else 0
             if skipped > _MAX_SKIPPED_STEPS:
@@ -40,6 +45,16 @@ def run_loop(run: TrainingRun, hooks: Sequence[Hook]) -> None:
     finally:
         for hook in hooks:
             hook.close()
+
+
+def _interrupted(run: TrainingRun, hooks: Sequence[Hook]) -> TrainingInterrupted:
+    for hook in hooks:
+        hook.on_stop(run)
+    saved = latest_checkpoint(run.config.output)
+    return TrainingInterrupted(
+        f"Stopped after step {run.step} of {run.config.steps}, as asked; {saved} is saved: "
+        f"the same command with --resume goes on from there."
+    )
 
 
 def _step(run: TrainingRun) -> StepReport:
@@ -57,7 +72,7 @@ def _step(run: TrainingRun) -> StepReport:
             if not math.isfinite(losses[-1]):
                 raise _diverged(run, "loss")
             accelerator.backward(loss)
-    learning_rate = run.lr_scheduler.get_last_lr()[0]
+    learning_rate = effective_learning_rate(run.optimizer, run.lr_scheduler.get_last_lr()[0])
     grad_norm = _update(run)
     run.step += 1
     return StepReport(
@@ -73,7 +88,7 @@ def _step(run: TrainingRun) -> StepReport:
 
 def batch_loss(run: TrainingRun, batch: Batch) -> torch.Tensor:
     """Return the loss of one batch under the run's precision."""
-    noisy = run.objective.add_noise(batch.latents, batch.noise, batch.timesteps)
+    noisy = run.objective.add_noise(batch.latents, batch.input_noise, batch.timesteps)
     target = run.objective.target(batch.latents, batch.noise, batch.timesteps)
     unet = run.pipeline.unet
     manager = TunerManager.of(unet)

@@ -8,6 +8,9 @@ import torch
 from diffusers import DDPMScheduler
 
 from ..errors import TrainingError
+from .weighting import debiased_weights, min_snr_weights
+
+_PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 
 
 class Objective:
@@ -16,19 +19,50 @@ class Objective:
     Args:
         scheduler: the scheduler of the base's pipeline; its noise schedule and prediction type are used.
         snr_gamma: cap of the signal-to-noise ratio in the loss weights (min-SNR, arXiv 2303.09556).
+        debiased_estimation: weigh the loss by `1 / sqrt(snr)` instead (arXiv 2310.08442).
+        prediction_type: what the base predicts, where its scheduler does not say so.
+        rescale_betas_zero_snr: let the last timestep be pure noise (arXiv 2305.08891, algorithm 1).
+
+    Attributes:
+        scheduler_changes: what a scheduler must be told, beyond the base's config, to draw with what is trained here.
 
     Raises:
-        TrainingError: if the base predicts something that is not known here.
+        TrainingError: if the base predicts something that is not known here, or cannot be trained like this.
     """
 
-    def __init__(self, scheduler: Any, snr_gamma: float | None = None) -> None:
-        self.noise_scheduler = DDPMScheduler.from_config(scheduler.config)
-        self.prediction_type: str = self.noise_scheduler.config.prediction_type
-        self.snr_gamma = snr_gamma
-        if self.prediction_type not in ("epsilon", "v_prediction", "sample"):
+    def __init__(
+        self,
+        scheduler: Any,
+        snr_gamma: float | None = None,
+        *,
+        debiased_estimation: bool = False,
+        prediction_type: str | None = None,
+        rescale_betas_zero_snr: bool = False,
+    ) -> None:
+        self.scheduler_changes: dict[str, Any] = {}
+        if prediction_type is not None:
+            self.scheduler_changes["prediction_type"] = prediction_type
+        if rescale_betas_zero_snr:
+            # A sampler must begin at the last timestep, for only there is its noise as in training (section 3.3).
+            self.scheduler_changes |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+        self.prediction_type: str = prediction_type or scheduler.config.get("prediction_type", "epsilon")
+        if self.prediction_type not in _PREDICTION_TYPES:
             raise TrainingError(
                 f"The base's scheduler asks for `{self.prediction_type}`, which is not supported; "
                 f"use a base that predicts epsilon, v_prediction or sample."
+            )
+        if rescale_betas_zero_snr and self.prediction_type == "epsilon":
+            raise TrainingError(
+                "A base that predicts noise learns nothing at zero signal, where the noise is its input; "
+                "leave --rescale-betas-zero-snr out, or use a base that predicts v_prediction or sample."
+            )
+        self.noise_scheduler = DDPMScheduler.from_config(scheduler.config, **self.scheduler_changes)
+        self.snr_gamma = snr_gamma
+        self.debiased_estimation = debiased_estimation
+        if not self.weights(torch.arange(self.timesteps)).isfinite().all():
+            raise TrainingError(
+                "The base's last timestep has no signal, so that its debiased weight is infinite; "
+                "leave --debiased-estimation out."
             )
 
     @property
@@ -53,17 +87,14 @@ class Objective:
     def loss(self, prediction: torch.Tensor, target: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
         """Return the mean squared error in fp32, weighted by timestep if asked."""
         errors = (prediction.float() - target.float()).square().flatten(1).mean(1)
-        if self.snr_gamma is not None:
-            errors = errors * self.weights(timesteps, self.snr_gamma)
-        return errors.mean()
+        return (errors * self.weights(timesteps)).mean()
 
-    def weights(self, timesteps: torch.Tensor, gamma: float) -> torch.Tensor:
-        """Return the min-SNR weight of each timestep, `min(snr, gamma)` in terms of the predicted quantity."""
+    def weights(self, timesteps: torch.Tensor) -> torch.Tensor:
+        """Return the weight of the squared error at each timestep, fp32; ones unless a weighting is asked for."""
         signal = self.noise_scheduler.alphas_cumprod.to(timesteps.device)[timesteps].float()
         snr = signal / (1 - signal)
-        if self.prediction_type == "epsilon":
-            # the same as min(snr, gamma) / snr, but finite where the last step keeps no signal at all
-            return (gamma / snr).clamp(max=1)
-        if self.prediction_type == "v_prediction":
-            return snr.clamp(max=gamma) / (snr + 1)
-        return snr.clamp(max=gamma)
+        if self.snr_gamma is not None:
+            return min_snr_weights(snr, self.prediction_type, self.snr_gamma)
+        if self.debiased_estimation:
+            return debiased_weights(snr, self.prediction_type)
+        return torch.ones_like(snr)

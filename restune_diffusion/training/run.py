@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from accelerate import Accelerator
 
@@ -13,6 +14,9 @@ from .cache import Cache
 from .condition_source import ConditionSource
 from .config import TrainConfig
 from .objective import Objective
+
+if TYPE_CHECKING:
+    from .averaging import TunerAverage
 
 ATTACHED_NAME = "in training"
 """Name of the tuner on the base while it is trained."""
@@ -34,7 +38,13 @@ class TrainingRun:
     resolution: int
     conditions: ConditionSource | None = None
     """Where the images come from that steer a control tuner."""
+    average: TunerAverage | None = None
+    """The average of the tuner's weights, if one is kept."""
     step: int = 0
+
+    def released_weights(self) -> AbstractContextManager[None]:
+        """Return a context in which the tuner has the weights that are written and drawn with: the average, if any."""
+        return nullcontext() if self.average is None else self.average.applied()
 
     @property
     def images_per_step(self) -> int:
@@ -64,6 +74,9 @@ class Hook:
 
     def on_step(self, run: TrainingRun, report: StepReport) -> None:
         """Called after every optimizer step."""
+
+    def on_stop(self, run: TrainingRun) -> None:
+        """Called instead of `on_end` where the run was asked to stop before its last step."""
 
     def on_end(self, run: TrainingRun) -> None:
         """Called once, after the last step."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from ..attachment import attach
 from ..errors import TrainingError
 from ..fileformat import save_tuner
 from ..tuner import Tuner
+from .averaging import TunerAverage, UpdateAverage
 from .base import PRECISIONS, check_trainable, frozen, load_base, move_encoders, training_resolution
 from .batches import Batches
 from .cache import build_cache
@@ -28,9 +30,13 @@ from .config import TrainConfig
 from .data import load_samples
 from .facts import training_facts
 from .loop import run_loop
+from .memory import drop_encoders, gradient_checkpointing
+from .noising import Noising
 from .objective import Objective
+from .optimizers import make_optimizer
 from .reporting import MetricsLog, Progress, ProgressBar, describe_plan
 from .run import ATTACHED_NAME, Hook, StepReport, TrainingRun
+from .stopping import StopRequest
 from .validation import ValidationSamples
 
 
@@ -51,6 +57,7 @@ def train(
     pipeline: Any = None,
     on_progress: Callable[[StepReport], None] | None = None,
     verbose: bool = True,
+    stop_on_signal: bool = False,
 ) -> TrainResult:
     """Train a tuner and write it to `config.file`.
 
@@ -60,6 +67,7 @@ def train(
             training device and otherwise left as it was.
         on_progress: called after every step.
         verbose: whether to print the plan and a progress bar.
+        stop_on_signal: whether SIGTERM and the first Ctrl-C end the training after the step, with a checkpoint.
 
     Returns:
         The file's path and the course of the training.
@@ -67,9 +75,12 @@ def train(
     Raises:
         DataError: if the images or captions cannot be used.
         TrainingError: if the run cannot start, diverges, or does not fit the checkpoint to resume from.
+        TrainingInterrupted: if it was stopped by a signal.
         TunerFileError: if a file cannot be written.
     """
     started = time.perf_counter()
+    if config.drop_encoders and pipeline is not None:
+        raise TrainingError("The encoders of a pipeline that is in use cannot be dropped; leave drop_encoders out.")
     _check_output(config)
     accelerator = _make_accelerator(config)
     examples = find_examples(config.data, config.prompt)
@@ -84,12 +95,14 @@ def train(
     pipeline.to(accelerator.device)
     with frozen(pipeline):
         cache = build_cache(pipeline, load_samples(examples, resolution, conditions))
+        if config.drop_encoders:
+            drop_encoders(pipeline)
         move_encoders(pipeline, torch.device("cpu"))
         try:
             run = _make_run(config, accelerator, pipeline, cache, resolution, conditions)
             losses: list[float] = []
             samples = ValidationSamples(steering)
-            hooks: list[Hook] = [Progress(lambda report: losses.append(report.loss)), MetricsLog()]
+            hooks: list[Hook] = [Progress(lambda report: losses.append(report.loss)), MetricsLog(), UpdateAverage()]
             hooks += [ProgressBar()] if verbose else []
             # Checkpoints come last: whatever a step's hooks write is there, whole, once the step is saved.
             hooks += [FinalFile(), samples, Checkpoints()]
@@ -97,8 +110,13 @@ def train(
             if verbose:
                 accelerator.print(describe_plan(run))
             accelerator.init_trackers("logs")
-            with attach(pipeline.unet, run.tuner, ATTACHED_NAME):
-                run_loop(run, hooks)
+            stop = StopRequest()
+            with (
+                attach(pipeline.unet, run.tuner, ATTACHED_NAME),
+                gradient_checkpointing(pipeline.unet, config.gradient_checkpointing),
+                stop.listening() if stop_on_signal else nullcontext(),
+            ):
+                run_loop(run, hooks, stop)
         finally:
             move_encoders(pipeline, accelerator.device)
             accelerator.end_training()
@@ -112,7 +130,8 @@ class FinalFile(Hook):
     def on_end(self, run: TrainingRun) -> None:
         """Write the file."""
         if run.accelerator.is_main_process:
-            save_tuner(run.tuner, run.config.file, training=training_facts(run))
+            with run.released_weights():
+                save_tuner(run.tuner, run.config.file, training=training_facts(run))
         run.accelerator.wait_for_everyone()
 
 
@@ -162,12 +181,20 @@ def _make_run(
     conditions: ConditionSource | None,
 ) -> TrainingRun:
     """Put the parts of a run together, and restore them from the newest checkpoint if asked."""
-    objective = Objective(pipeline.scheduler, config.snr_gamma)
+    objective = Objective(
+        pipeline.scheduler,
+        config.snr_gamma,
+        debiased_estimation=config.debiased_estimation,
+        prediction_type=config.prediction_type,
+        rescale_betas_zero_snr=config.rescale_betas_zero_snr,
+    )
     tuner = Tuner.for_base(pipeline.unet, *config.parts, generator=torch.Generator().manual_seed(config.seed))
     tuner.to(accelerator.device)
-    optimizer = torch.optim.AdamW(tuner.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
-    lr_scheduler = get_scheduler(
-        config.lr_scheduler, optimizer, num_warmup_steps=config.lr_warmup_steps, num_training_steps=config.steps
+    optimizer = make_optimizer(
+        config.optimizer,
+        tuner.parameters(),
+        learning_rate=config.learning_rate,
+        weight_decay=config.weight_decay,
     )
     run = TrainingRun(
         config=config,
@@ -176,7 +203,7 @@ def _make_run(
         tuner=tuner,
         # Only the optimizer is prepared: the tuner runs in hooks, and the schedule counts steps, not processes.
         optimizer=accelerator.prepare(optimizer),
-        lr_scheduler=lr_scheduler,
+        lr_scheduler=_make_lr_scheduler(config, optimizer),
         cache=cache,
         batches=Batches(
             cache,
@@ -186,12 +213,38 @@ def _make_run(
             caption_dropout=config.caption_dropout,
             device=accelerator.device,
             dtype=pipeline.unet.dtype,
+            noising=_noising(config),
         ),
         objective=objective,
         resolution=resolution,
         conditions=conditions,
+        average=TunerAverage(tuner, config.ema_decay) if config.ema_decay is not None else None,
     )
     checkpoint = latest_checkpoint(config.output) if config.resume else None
     if checkpoint is not None:
         restore_checkpoint(run, checkpoint)
     return run
+
+
+def _make_lr_scheduler(config: TrainConfig, optimizer: torch.optim.Optimizer) -> Any:
+    return get_scheduler(
+        config.lr_scheduler,
+        optimizer,
+        step_rules=config.lr_step_rules,
+        num_warmup_steps=config.lr_warmup_steps,
+        num_training_steps=config.steps,
+        num_cycles=config.lr_num_cycles,
+        power=config.lr_power,
+    )
+
+
+def _noising(config: TrainConfig) -> Noising:
+    return Noising(
+        offset=config.noise_offset,
+        perturbation=config.input_perturbation,
+        sampling=config.timestep_sampling,
+        logit_mean=config.logit_mean,
+        logit_std=config.logit_std,
+        low=config.min_timestep,
+        high=config.max_timestep,
+    )

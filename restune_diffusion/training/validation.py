@@ -53,7 +53,8 @@ class ValidationSamples(Hook):
         if run.config.validation.prompts and run.accelerator.is_main_process:
             with TemporaryDirectory(dir=run.config.output, prefix=".sample-", suffix=".tmp") as folder:
                 file = Path(folder) / "tuner.safetensors"
-                save_tuner(run.tuner, file)
+                with run.released_weights():
+                    save_tuner(run.tuner, file)
                 self._sample(run, file)
         run.accelerator.wait_for_everyone()
 
@@ -61,7 +62,8 @@ class ValidationSamples(Hook):
         if not run.config.validation.prompts or not run.accelerator.is_main_process:
             return
         validation = run.config.validation
-        images = draw_samples(run.pipeline, file, validation, run.accelerator.device, self._steering)
+        changes = run.objective.scheduler_changes
+        images = draw_samples(run.pipeline, file, validation, run.accelerator.device, self._steering, changes)
         folder = run.config.output / "samples" / f"step-{run.step:06d}"
         folder.mkdir(parents=True, exist_ok=True)
         for number, image in enumerate(images):
@@ -79,13 +81,15 @@ def draw_samples(
     config: ValidationConfig,
     device: torch.device,
     steering: Sequence[Mapping[str, Image.Image]] = (),
+    scheduler_changes: Mapping[str, Any] | None = None,
 ) -> list[Image.Image]:
     """Generate one image per prompt with the tuner in a file; tuners on the base are set aside meanwhile.
 
-    `steering` holds the condition images of each prompt, by name, if the tuner takes any. No random state but the
+    `steering` holds the condition images of each prompt, by name, if the tuner takes any, and `scheduler_changes` what
+    the scheduler must have other than in the base. No random state but the
     samples' own is used, so sampling does not change the course of training.
     """
-    sampler = sampling_pipeline(pipeline)
+    sampler = sampling_pipeline(pipeline, scheduler_changes)
     images = []
     with _only_tuner(sampler, file), _encoders_on(pipeline, device):
         for number, prompt in enumerate(config.prompts):

@@ -1,0 +1,73 @@
+"""Optimizers by name, from the libraries that keep them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from importlib import import_module
+from typing import Any
+
+import torch
+
+from ..errors import TrainingError
+
+Parameters = Iterable[torch.nn.Parameter]
+
+
+def make_optimizer(name: str, parameters: Parameters, *, learning_rate: float, weight_decay: float) -> Any:
+    """Return an optimizer of the parameters.
+
+    Args:
+        name: `adamw`, `adamw8bit`, `prodigy`, `adafactor` or `lion`.
+        parameters: what it moves.
+        learning_rate: its rate; for Prodigy a factor on the rate that it finds.
+        weight_decay: decoupled from the gradient in all of them.
+
+    Raises:
+        TrainingError: if the library that has it is not installed.
+    """
+    optimizer: Any = _MAKERS[name](parameters, lr=learning_rate, weight_decay=weight_decay)
+    return optimizer
+
+
+def effective_learning_rate(optimizer: Any, scheduled: float) -> float:
+    """Return the rate of the next step: the scheduled one, times what Prodigy has found (`d`, arXiv 2306.06101)."""
+    return scheduled * float(optimizer.param_groups[0].get("d", 1.0))
+
+
+def _adafactor(parameters: Parameters, **settings: Any) -> Any:
+    adafactor = _library("adafactor", "transformers.optimization", "transformers").Adafactor
+    # Rates relative to a weight's own size would hardly move the weights that start at zero, as each tuner has some.
+    return adafactor(parameters, scale_parameter=False, relative_step=False, warmup_init=False, **settings)
+
+
+def _adamw8bit(parameters: Parameters, **settings: Any) -> Any:
+    return _library("adamw8bit", "bitsandbytes.optim", "bitsandbytes").AdamW8bit(parameters, **settings)
+
+
+def _prodigy(parameters: Parameters, **settings: Any) -> Any:
+    # What its authors advise for diffusion models (README of prodigyopt).
+    advised = {"decouple": True, "use_bias_correction": True, "safeguard_warmup": True}
+    return _library("prodigy", "prodigyopt", "prodigyopt").Prodigy(parameters, **advised, **settings)
+
+
+def _lion(parameters: Parameters, **settings: Any) -> Any:
+    return _library("lion", "lion_pytorch", "lion-pytorch").Lion(parameters, **settings)
+
+
+_MAKERS: dict[str, Callable[..., Any]] = {
+    "adamw": torch.optim.AdamW,
+    "adamw8bit": _adamw8bit,
+    "prodigy": _prodigy,
+    "adafactor": _adafactor,
+    "lion": _lion,
+}
+
+
+def _library(name: str, module: str, package: str) -> Any:
+    try:
+        return import_module(module)
+    except ImportError as error:
+        raise TrainingError(
+            f"The optimizer {name} needs {package}; run pip install 'restune-diffusion[optimizers]', "
+            f"or choose another one."
+        ) from error
