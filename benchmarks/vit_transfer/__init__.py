@@ -1,1 +1,1 @@
-"""Transfer of one small vision transformer to several tasks: the order of methods that the Res-Tuning paper reports."""
+"""Transfer of one small vision transformer to several tasks, by the methods of the Res-Tuning paper's table."""

@@ -66,7 +66,8 @@ class Rows:
     def add(self, row: Row) -> None:
         """Keep a row."""
         self.all.append(row)
-        atomic_write(self._path, json.dumps(self.all).encode())
+        with atomic_write(self._path) as file:
+            file.write(json.dumps(self.all).encode())
 
 
 def transfer(data: IconData, vit: Any, run: Run, rows: Rows) -> dict[str, Served]:
@@ -122,7 +123,8 @@ def describe(data: IconData, model: Any, run: Run, rows: Sequence[Row]) -> dict[
         f"{len(shown)} pictures of five icon styles. Of these concepts it names "
         + ", ".join(f"{100 * share:.0f}% in `{style}`" for style, share in named.items())
         + f" (the last two styles it has not seen). Every method: {run.course.steps} steps of {run.course.batch} "
-        f"pictures, AdamW, the same schedule and order of pictures. Pictures for training / validation / test: {splits}."
+        "pictures, AdamW, the same schedule and order of pictures. "
+        f"Pictures for training / validation / test: {splits}."
     )
     return {"about": about, **environment(" ".join(["python -m benchmarks.vit_transfer", *sys.argv[1:]]))}
 

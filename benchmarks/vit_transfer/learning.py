@@ -106,7 +106,9 @@ def _score(learner: Learner, head: nn.Linear, pictures: Pictures) -> tuple[float
     return accuracy, F.cross_entropy(logits, pictures.labels).item()
 
 
-def choose_rate(vit: Any, method: Method, task: Task, course: Course, seed: int = 0) -> tuple[float, dict[float, float]]:
+def choose_rate(
+    vit: Any, method: Method, task: Task, course: Course, seed: int = 0
+) -> tuple[float, dict[float, float]]:
     """Return the learning rate of the best validation accuracy, the lower loss where that is equal, and all of them."""
     tried = {rate: learn(vit, method, task, rate, seed, course) for rate in method.rates}
     best = max(tried, key=lambda rate: (tried[rate].validation, -tried[rate].validation_loss))

@@ -63,9 +63,11 @@ def write_report(out: Path, facts: dict[str, Any], rows: Sequence[Row], shared: 
         ]
     )
     out.parent.mkdir(parents=True, exist_ok=True)
-    atomic_write(markdown, text.encode())
+    with atomic_write(markdown) as file:
+        file.write(text.encode())
     whole = {**facts, "rows": list(rows), "together": list(shared)}
-    atomic_write(out.with_suffix(".json"), (json.dumps(whole, indent=1) + "\n").encode())
+    with atomic_write(out.with_suffix(".json")) as file:
+        file.write((json.dumps(whole, indent=1) + "\n").encode())
 
 
 NOTE = "## What it says"
