@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,10 +24,10 @@ from restune_diffusion.fileformat import atomic_write
 from train.prepare_icons import DEVELOPMENT_SETS, PRETRAINING_SETS
 
 from .backbone import Shape, concept_rows, load_recognizer, recognized
-from .learning import Course, choose_rate, learn
-from .methods import BYPASS, METHODS
+from .learning import Course, Learnt, learn, sweep
+from .methods import BYPASS, METHODS, Method
 from .report import Row, write_report
-from .tasks import TASKS
+from .tasks import TASKS, Task
 from .together import Served, compare
 
 
@@ -71,37 +71,51 @@ class Rows:
 
 
 def transfer(data: IconData, vit: Any, run: Run, rows: Rows) -> dict[str, Served]:
-    """Train every method on every task and seed; returns the bypass tuners that were trained now or before."""
+    """Train every method on every task and seed; returns the bypass tuners."""
     served: dict[str, Served] = {}
     for name in run.tasks:
         tasks = [TASKS[name](data, run.shape.image, seed) for seed in range(run.seeds)]
         for title, method in METHODS.items():
-            first = rows.find(name, title, 0)
-            rate, tried = (first["rate"], first["tried"]) if first else choose_rate(vit, method, tasks[0], run.course)
-            for seed, task in enumerate(tasks):
-                if title != BYPASS and rows.find(name, title, seed):
-                    continue
-                learnt = learn(vit, method, task, rate, seed, run.course)
-                if learnt.tuner is not None and title == BYPASS:
+            for seed, learnt in _learn_all(vit, title, method, name, tasks, run.course, rows):
+                if title == BYPASS and learnt.tuner is not None:
                     served[f"{name}-{seed}"] = Served(learnt.tuner, learnt.head)
-                if not rows.find(name, title, seed):
-                    rows.add(
-                        {
-                            "task": name,
-                            "method": title,
-                            "seed": seed,
-                            "rate": rate,
-                            "tried": tried,
-                            "validation": learnt.validation,
-                            "test": learnt.test,
-                            "beside_head": learnt.parameters - sum(p.numel() for p in learnt.head.parameters()),
-                            "kept": learnt.kept,
-                            "classes": task.classes,
-                            "pictures": [len(part.labels) for part in (task.train, task.validation, task.test)],
-                        }
-                    )
-                    print(f"{name:8}{title:28} seed {seed}  lr {rate:g}  test {100 * learnt.test:.1f}", flush=True)
     return served
+
+
+def _learn_all(
+    vit: Any, title: str, method: Method, name: str, tasks: Sequence[Task], course: Course, rows: Rows
+) -> Iterator[tuple[int, Learnt]]:
+    """Learn each seed's task at the rate that is best on the first; where there is a row, the bypass alone again."""
+    first, done = rows.find(name, title, 0), {}
+    if first:
+        rate, tried = first["rate"], first["tried"]
+    else:
+        results = sweep(vit, method, tasks[0], course)
+        rate, tried = next(iter(results)), {str(rate): result.validation for rate, result in results.items()}
+        done[0] = results[rate]
+    for seed, task in enumerate(tasks):
+        known = rows.find(name, title, seed)
+        if known and title != BYPASS:
+            continue
+        learnt = done[seed] if seed in done else learn(vit, method, task, rate, seed, course)
+        if not known:
+            rows.add(_row(name, title, seed, task, learnt) | {"rate": rate, "tried": tried})
+        yield seed, learnt
+
+
+def _row(name: str, title: str, seed: int, task: Task, learnt: Learnt) -> Row:
+    print(f"{name:8}{title:28} seed {seed}  test {100 * learnt.test:.1f}", flush=True)
+    return {
+        "task": name,
+        "method": title,
+        "seed": seed,
+        "validation": learnt.validation,
+        "test": learnt.test,
+        "beside_head": learnt.parameters - sum(p.numel() for p in learnt.head.parameters()),
+        "kept": learnt.kept,
+        "classes": task.classes,
+        "pictures": [len(part.labels) for part in (task.train, task.validation, task.test)],
+    }
 
 
 def serve(vit: Any, served: dict[str, Served], data: IconData, run: Run) -> list[Row]:

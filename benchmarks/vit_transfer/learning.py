@@ -106,10 +106,7 @@ def _score(learner: Learner, head: nn.Linear, pictures: Pictures) -> tuple[float
     return accuracy, F.cross_entropy(logits, pictures.labels).item()
 
 
-def choose_rate(
-    vit: Any, method: Method, task: Task, course: Course, seed: int = 0
-) -> tuple[float, dict[float, float]]:
-    """Return the learning rate of the best validation accuracy, the lower loss where that is equal, and all of them."""
+def sweep(vit: Any, method: Method, task: Task, course: Course, seed: int = 0) -> dict[float, Learnt]:
+    """Learn at every rate of a method, the best in front: by validation accuracy, then by the lower loss."""
     tried = {rate: learn(vit, method, task, rate, seed, course) for rate in method.rates}
-    best = max(tried, key=lambda rate: (tried[rate].validation, -tried[rate].validation_loss))
-    return best, {rate: learnt.validation for rate, learnt in tried.items()}
+    return dict(sorted(tried.items(), key=lambda item: (-item[1].validation, item[1].validation_loss)))

@@ -68,13 +68,24 @@ def linear_probe(vit: Any, generator: torch.Generator) -> Iterator[Learner]:
 def layer_mix(vit: Any, generator: torch.Generator) -> Iterator[Learner]:
     """Train the head on a learned average of all layers, through the frozen last norm."""
     mix = LayerMix(vit.config.num_hidden_layers)
+    states: list[Tensor] = []
+
+    # Not `output_hidden_states`, for which transformers puts hooks on the model that stay.
+    def keep(module: nn.Module, args: Any, output: Tensor) -> None:
+        states.append(output)
 
     def features(pictures: Tensor) -> Tensor:
-        states = vit(pictures * 2 - 1, output_hidden_states=True).hidden_states
-        normed: Tensor = vit.layernorm(mix(states))
+        states.clear()
+        vit(pictures * 2 - 1)
+        normed: Tensor = vit.layernorm(mix(tuple(states)))
         return normed.mean(1)
 
-    yield Learner(vit, features, list(mix.parameters()))
+    handles = [module.register_forward_hook(keep) for module in (vit.embeddings, *vit.layers)]
+    try:
+        yield Learner(vit, features, list(mix.parameters()))
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @contextmanager

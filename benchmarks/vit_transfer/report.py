@@ -76,5 +76,6 @@ LEGEND = """\
   parameters left out, counted for the first task.
 - **bypass without tuners**: the paper's chain with H and V the identity: a learned average of all layers.
 - **learning rates**: chosen for each task by validation accuracy at seed 0, out of those in the JSON file.
-- **style**: which of seven icon styles, two of which the backbone has never seen. **novel**: concepts that pretraining
-  left out, learnt in four styles, tested in two unseen ones. **colour**: main colour in `openmoji`, an unseen style."""
+- **style**: which of seven icon styles, two of which the backbone has never seen. **novel**: concepts that
+  pretraining left out, learnt in four styles, tested in two unseen ones.
+  **colour**: main colour of a picture in `openmoji`, an unseen style."""

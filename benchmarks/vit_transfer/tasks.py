@@ -57,7 +57,7 @@ def style_task(data: IconData, side: int, seed: int, shots: int = 12) -> Task:
 
 
 def novel_task(data: IconData, side: int, seed: int) -> Task:
-    """The concepts that pretraining left out: four styles to learn from, a fifth to choose by, two new ones as test."""
+    """The concepts that pretraining left out: learnt in four styles, chosen by a fifth, tested in two new ones."""
     concepts = data.test
     styles = random.Random(seed).sample(PRETRAINING_SETS, len(PRETRAINING_SETS))
 
@@ -101,4 +101,4 @@ def main_colour(pixels: Tensor) -> int:
     return 1 + max(range(4), key=sectors.__getitem__)
 
 
-TASKS = {"style": style_task, "novel": novel_task, "colour": colour_task}
+TASKS = {"style": style_task, "colour": colour_task, "novel": novel_task}
