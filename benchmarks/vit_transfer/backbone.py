@@ -26,7 +26,7 @@ class Shape:
     heads: int = 4
     image: int = 32
     patch: int = 8
-    steps: int = 500
+    steps: int = 1200
     batch: int = 128
 
 
