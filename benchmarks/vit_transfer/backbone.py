@@ -26,7 +26,7 @@ class Shape:
     heads: int = 4
     image: int = 32
     patch: int = 8
-    steps: int = 1200
+    steps: int = 3000
     batch: int = 128
 
 
