@@ -1,0 +1,116 @@
+"""The vision transformer that is transferred: pretrained on the concepts of five icon styles."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import ViTConfig, ViTModel
+
+from benchmarks.icon_style.data import IconData
+from benchmarks.icon_style.judges import disturb_shapes, kept
+from train.prepare_icons import PRETRAINING_SETS
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Size of the backbone and of its pretraining."""
+
+    width: int = 64
+    layers: int = 4
+    heads: int = 4
+    image: int = 32
+    patch: int = 8
+    steps: int = 3000
+    batch: int = 128
+
+
+class Recognizer(nn.Module):
+    """A `ViTModel` with a linear classifier of concepts: N x 3 x S x S in [0, 1] to N x classes."""
+
+    def __init__(self, shape: Shape, classes: int) -> None:
+        super().__init__()
+        config = ViTConfig(
+            hidden_size=shape.width,
+            num_hidden_layers=shape.layers,
+            num_attention_heads=shape.heads,
+            intermediate_size=2 * shape.width,
+            image_size=shape.image,
+            patch_size=shape.patch,
+        )
+        self.vit: Any = ViTModel(config, add_pooling_layer=False)
+        self.head = nn.Linear(shape.width, classes)
+
+    def forward(self, pictures: Tensor) -> Tensor:
+        """Return the logits."""
+        logits: Tensor = self.head(read_out(self.vit, pictures))
+        return logits
+
+
+def read_out(vit: Any, pictures: Tensor) -> Tensor:
+    """Return what every head reads, N x width: the mean of the last hidden state over all tokens.
+
+    The class token alone would hide from a bypass, which mixes no tokens, all that the patches hold.
+    """
+    state: Tensor = vit(pictures * 2 - 1).last_hidden_state
+    return state.mean(1)
+
+
+def shrink(pictures: Tensor, side: int) -> Tensor:
+    """Bring square pictures to another size."""
+    return F.interpolate(pictures, size=(side, side), mode="bilinear", antialias=True, align_corners=False)
+
+
+def concept_rows(data: IconData) -> tuple[list[str], list[tuple[str, str]]]:
+    """Return the concepts of the pretraining, and their (concept, style) pictures; no test concept is among them."""
+    concepts = sorted(set(data.known) - set(data.test))
+    rows = [(c, style) for style in PRETRAINING_SETS for c in concepts if c in data.styles[style].concepts]
+    return concepts, rows
+
+
+def pretrain(data: IconData, shape: Shape, seed: int = 0) -> Recognizer:
+    """Train the backbone to name the concept of a picture, whatever its style, place, size and colours."""
+    concepts, rows = concept_rows(data)
+    pictures = torch.cat([shrink(data.styles[style].pixels([c]), shape.image) for c, style in rows])
+    number = {concept: index for index, concept in enumerate(concepts)}
+    labels = torch.tensor([number[concept] for concept, _ in rows])
+    generator = torch.Generator().manual_seed(seed)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = Recognizer(shape, len(concepts)).train()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.05)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1.5e-3, total_steps=shape.steps, pct_start=0.1)
+        for _ in tqdm(range(shape.steps), desc=f"{len(concepts)} concepts", leave=False):
+            picks = torch.randint(len(labels), (shape.batch,), generator=generator)
+            logits = model(disturb_shapes(pictures[picks], generator))
+            loss = F.cross_entropy(logits, labels[picks], label_smoothing=0.1)
+            optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+    return model.eval().requires_grad_(False)
+
+
+def load_recognizer(data: IconData, shape: Shape, folder: Path) -> Recognizer:
+    """Load the backbone from a folder, or pretrain it and put it there."""
+    concepts, _ = concept_rows(data)
+    facts = {"shape": vars(shape), "classes": concepts}
+    model = kept(folder / "backbone", facts, Recognizer(shape, len(concepts)), lambda: pretrain(data, shape))
+    assert isinstance(model, Recognizer)
+    return model.eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def recognized(model: Recognizer, data: IconData, style: str, shape: Shape) -> float:
+    """Return the share of a style's pictures of pretraining concepts that the backbone names right."""
+    concepts, _ = concept_rows(data)
+    shown = [index for index, concept in enumerate(concepts) if concept in data.styles[style].concepts]
+    pictures = shrink(data.styles[style].pixels([concepts[index] for index in shown]), shape.image)
+    guesses = torch.cat([model(part).argmax(1) for part in pictures.split(128)])
+    return (guesses == torch.tensor(shown)).float().mean().item()

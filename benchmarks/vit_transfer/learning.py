@@ -1,0 +1,112 @@
+"""Learn a task by a method, choose its learning rate on validation pictures, and count what that costs."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from benchmarks.backward_memory import kept_bytes
+from restune_diffusion import Tuner
+
+from .methods import Learner, Method
+from .tasks import Pictures, Task
+
+WARMUP = 0.1
+
+
+@dataclass(frozen=True)
+class Course:
+    """The training that every method gets: AdamW, linear warm-up, cosine decay."""
+
+    steps: int = 100
+    batch: int = 32
+    weight_decay: float = 0.01
+
+
+@dataclass(frozen=True)
+class Learnt:
+    """What came out of one training."""
+
+    head: nn.Linear
+    tuner: Tuner | None
+    validation: float
+    validation_loss: float
+    test: float
+    parameters: int
+    kept: int
+
+
+def learn(vit: Any, method: Method, task: Task, rate: float, seed: int, course: Course) -> Learnt:
+    """Train a method on a task and look at its validation and test pictures.
+
+    Args:
+        vit: the frozen backbone; it is left as it is.
+        method: what is trained.
+        task: the pictures.
+        rate: peak learning rate.
+        seed: seed of the initial parameters and of the order of pictures.
+        course: the training.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    # Zero, so that no method starts from a lucky head.
+    head = nn.Linear(vit.config.hidden_size, task.classes)
+    nn.init.zeros_(head.weight)
+    nn.init.zeros_(head.bias)
+    with method.build(vit, generator) as learner:
+        trained = [*learner.trained, *head.parameters()]
+        kept = _kept(learner, head, task, trained, course.batch)
+        _train(learner, head, task.train, trained, rate, generator, course)
+        validation, loss = _score(learner, head, task.validation)
+        test, _ = _score(learner, head, task.test)
+    return Learnt(head, learner.tuner, validation, loss, test, sum(p.numel() for p in trained), kept)
+
+
+def _train(
+    learner: Learner,
+    head: nn.Linear,
+    pictures: Pictures,
+    trained: list[nn.Parameter],
+    rate: float,
+    generator: torch.Generator,
+    course: Course,
+) -> None:
+    optimizer = torch.optim.AdamW(trained, lr=rate, weight_decay=course.weight_decay)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _factor(step, course.steps))
+    for _ in range(course.steps):
+        picks = torch.randint(len(pictures.labels), (course.batch,), generator=generator)
+        loss = F.cross_entropy(head(learner.features(pictures.pixels[picks])), pictures.labels[picks])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+
+
+def _factor(step: int, steps: int) -> float:
+    warmup = max(1, round(WARMUP * steps))
+    return min((step + 1) / warmup, 0.5 + 0.5 * math.cos(math.pi * max(0, step - warmup) / (steps - warmup)))
+
+
+def _kept(learner: Learner, head: nn.Linear, task: Task, trained: list[nn.Parameter], batch: int) -> int:
+    """Count the bytes that a training batch keeps for backward, leaving out parameters, frozen or not."""
+    pixels = task.train.pixels[:batch]
+    known = {p.untyped_storage().data_ptr() for p in [*trained, *learner.backbone.parameters()]}
+    return kept_bytes(lambda: head(learner.features(pixels)), known)
+
+
+@torch.no_grad()
+def _score(learner: Learner, head: nn.Linear, pictures: Pictures) -> tuple[float, float]:
+    """Return accuracy and cross-entropy."""
+    logits = torch.cat([head(learner.features(part)) for part in pictures.pixels.split(128)])
+    accuracy = (logits.argmax(1) == pictures.labels).float().mean().item()
+    return accuracy, F.cross_entropy(logits, pictures.labels).item()
+
+
+def sweep(vit: Any, method: Method, task: Task, course: Course, seed: int = 0) -> dict[float, Learnt]:
+    """Learn at every rate of a method, the best in front: by validation accuracy, then by the lower loss."""
+    tried = {rate: learn(vit, method, task, rate, seed, course) for rate in method.rates}
+    return dict(sorted(tried.items(), key=lambda item: (-item[1].validation, item[1].validation_loss)))

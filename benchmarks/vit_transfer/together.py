@@ -1,0 +1,93 @@
+"""Several tasks served by one pass of the backbone: that it is exact, and what it saves."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from restune_diffusion import Tuner, TunerManager, attach
+
+from .backbone import read_out
+
+
+@dataclass(frozen=True)
+class Served:
+    """One task: its bypass tuner and its head."""
+
+    tuner: Tuner
+    head: nn.Linear
+
+
+@torch.no_grad()
+def alone(vit: Any, tasks: Mapping[str, Served], pictures: Tensor) -> dict[str, Tensor]:
+    """Run each task by itself, nothing else attached: its logits."""
+    logits: dict[str, Tensor] = {}
+    for name, served in tasks.items():
+        with attach(vit, served.tuner, name):
+            logits[name] = served.head(read_out(vit, pictures))
+    return logits
+
+
+@torch.no_grad()
+def together(vit: Any, tasks: Mapping[str, Served], pictures: Tensor) -> dict[str, Tensor]:
+    """Run the backbone once for all tasks, whose tuners are attached: the logits of each."""
+    manager = TunerManager.of(vit)
+    assert manager is not None
+    with manager.one_pass(list(tasks)):
+        features = read_out(vit, pictures).chunk(len(tasks))
+    return {name: served.head(own) for own, (name, served) in zip(features, tasks.items(), strict=True)}
+
+
+@torch.no_grad()
+def _one_by_one(vit: Any, tasks: Mapping[str, Served], pictures: Tensor) -> None:
+    manager = TunerManager.of(vit)
+    assert manager is not None
+    for name, served in tasks.items():
+        manager.set_weights({name: 1.0})
+        served.head(read_out(vit, pictures))
+    manager.set_weights(dict.fromkeys(tasks, 1.0))
+
+
+def compare(vit: Any, tasks: Mapping[str, Served], pictures: Tensor, repeats: int = 15) -> dict[str, Any]:
+    """Say whether one pass gives every task's logits to the bit, and its processor time over that of a pass for each.
+
+    Both are timed in turns in this process; attaching is left out of both.
+    """
+    expected = alone(vit, tasks, pictures)
+    with attached(vit, tasks):
+        found = together(vit, tasks, pictures)
+        seconds: dict[str, list[float]] = {"one pass": [], "a pass each": []}
+        for _ in range(repeats):
+            seconds["one pass"].append(_seconds(lambda: together(vit, tasks, pictures)))
+            seconds["a pass each"].append(_seconds(lambda: _one_by_one(vit, tasks, pictures)))
+    one, each = (statistics.median(times) for times in seconds.values())
+    return {
+        "tasks": len(tasks),
+        "batch": len(pictures),
+        "equal": all(torch.equal(found[name], logits) for name, logits in expected.items()),
+        "one_pass_ms": 1000 * one,
+        "a_pass_each_ms": 1000 * each,
+        "ratio": one / each,
+    }
+
+
+@contextmanager
+def attached(vit: Any, tasks: Mapping[str, Served]) -> Iterator[None]:
+    """Attach every task's tuner under the task's name."""
+    with ExitStack() as stack:
+        for name, served in tasks.items():
+            stack.enter_context(attach(vit, served.tuner, name))
+        yield
+
+
+def _seconds(run: Callable[[], object]) -> float:
+    start = time.process_time()
+    run()
+    return time.process_time() - start
