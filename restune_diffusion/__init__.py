@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .attachment import Attachment, TunerManager, attach, detach
-    from .config import BypassConfig, ControlConfig, ResConfig, SkipConfig
+    from .config import BypassConfig, ControlConfig, ResConfig, SkipConfig, TextConfig
     from .enable import enable_restune
     from .errors import (
         BaseMismatchError,
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
         RestuneStableDiffusionXLInpaintPipeline,
         RestuneStableDiffusionXLPipeline,
     )
-    from .sites import BaseInfo, Site, describe_base
+    from .sites import BaseInfo, Site, describe_base, text_encoders
     from .tuner import Tuner
     from .tuner_cache import TunerCache
     from .weights import Schedule, TunerWeight, schedule
@@ -44,7 +44,7 @@ __version__ = "0.1.0"
 
 _MODULES = {
     "attachment": ("Attachment", "TunerManager", "attach", "detach"),
-    "config": ("BypassConfig", "ControlConfig", "ResConfig", "SkipConfig"),
+    "config": ("BypassConfig", "ControlConfig", "ResConfig", "SkipConfig", "TextConfig"),
     "enable": ("enable_restune",),
     "errors": (
         "BaseMismatchError",
@@ -71,7 +71,7 @@ _MODULES = {
         "RestuneStableDiffusionXLInpaintPipeline",
         "RestuneStableDiffusionXLPipeline",
     ),
-    "sites": ("BaseInfo", "Site", "describe_base"),
+    "sites": ("BaseInfo", "Site", "describe_base", "text_encoders"),
     "tuner": ("Tuner",),
     "tuner_cache": ("TunerCache",),
     "weights": ("Schedule", "TunerWeight", "schedule"),
@@ -101,6 +101,7 @@ __all__ = [
     "Schedule",
     "Site",
     "SkipConfig",
+    "TextConfig",
     "TrainingError",
     "Tuner",
     "TunerCache",
@@ -121,6 +122,7 @@ __all__ = [
     "read_info",
     "save_tuner",
     "schedule",
+    "text_encoders",
 ]
 
 
