@@ -132,10 +132,10 @@ Token: TypeAlias = Annotated[str, StringConstraints(pattern=r"^\S{1,64}$")]
 
 
 class TextConfig(_PartConfig):
-    """New words for the text encoders (Textual Inversion, arXiv 2208.01618) and LoRA on their layers (arXiv 2106.09685).
+    """New words for text encoders (Textual Inversion, arXiv 2208.01618), and LoRA on their layers (arXiv 2106.09685).
 
-    Neither touches the encoder or the tokenizer: the vectors of the words replace embeddings as they are looked up, and
-    LoRA adds `(alpha / rank) B A x` to what a linear layer returns.
+    Neither touches the encoder or the tokenizer: the vectors of the words replace embeddings as they are looked up,
+    and LoRA adds `(alpha / rank) B A x` to what a linear layer returns.
     """
 
     part: Literal["text"] = "text"

@@ -96,7 +96,7 @@ class EncoderHooks:
 
     @contextmanager
     def reading(self, manager: TunerManager | None, encoder: TextEncoder) -> Iterator[Words | None]:
-        """Within, the encoder reads prompts for one base: only the tuners of its manager act, and their words are known.
+        """Within, the encoder reads prompts for one base: the tuners of its manager act alone, with their words.
 
         Yields:
             The words, if there are any.
@@ -195,11 +195,13 @@ def check_text(tuner: Tuner, encoders: Mapping[str, TextEncoder] | None) -> None
         return
     if encoders is None:
         raise RestuneError(
-            "This tuner has a `text` part, which acts on the text encoders: load it with load_tuner_weights, or attach "
-            "it with text=text_encoders(pipe)."
+            "This tuner has a `text` part, which acts on the text encoders: load it with load_tuner_weights, or "
+            "attach it with text=text_encoders(pipe)."
         )
-    tuner.base.check_text_fits(describe_text({name: encoders[name] for name in part.encoders if name in encoders}))
-    for name in part.encoders:
+    tuner.base.check_text_fits(
+        describe_text({name: encoders[name] for name in part.text_encoders if name in encoders})
+    )
+    for name in part.text_encoders:
         if getattr(encoders[name].module, "_compiled_call_impl", None) is not None:
             raise RestuneError(f"The {name} is already compiled; load the tuners first, then call torch.compile.")
 
@@ -220,7 +222,7 @@ def attach_text(
     """
     part = text_part(attached.tuner)
     touched = []
-    for encoder in part.encoders if part is not None else ():
+    for encoder in part.text_encoders if part is not None else ():
         assert encoders is not None
         module = encoders[encoder].module
         hooks = EncoderHooks.of(module) or EncoderHooks(encoder, module)
@@ -246,14 +248,14 @@ def prompt_factors(name: str, values: Sequence[float], rows: int, layout: Layout
     images, prompts = (layout.images, layout.prompts) if layout is not None else (rows, rows)
     if len(values) != images or rows % prompts:
         raise RestuneError(
-            f"The weights of the tuner {name!r} are for {len(values)} images, but the text encoder reads {rows} prompts "
-            f"for {images} images; give one weight for each image."
+            f"The weights of the tuner {name!r} are for {len(values)} images, but the text encoder reads {rows} "
+            f"prompts for {images} images; give one weight for each image."
         )
     each = images // prompts
     by_prompt = [values[start : start + each] for start in range(0, images, each)]
     if any(len(set(of_one)) > 1 for of_one in by_prompt):
         raise RestuneError(
-            f"The tuner {name!r} has a `text` part, and the images of one prompt share its text; give them one weight, "
-            "or repeat the prompt for each image."
+            f"The tuner {name!r} has a `text` part, and the images of one prompt share its text; give them one "
+            "weight, or repeat the prompt for each image."
         )
     return tuple(by_prompt[row % prompts][0] for row in range(rows))

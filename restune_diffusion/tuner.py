@@ -56,7 +56,7 @@ class Tuner(nn.Module):
             self.add_module(config.part, _build_part(config, base))
         self.base = base.narrowed(
             (site for part in self.parts() for site in part.needs),
-            (encoder for part in self.parts() for encoder in part.encoders),
+            (encoder for part in self.parts() for encoder in part.text_encoders),
         )
 
     @classmethod

@@ -97,7 +97,7 @@ class BaseInfo(BaseModel):
             )
 
     def check_text_fits(self, encoders: Mapping[str, TextInfo]) -> None:
-        """Raise `BaseMismatchError` naming the first difference to the text encoders of a pipeline, if there is one."""
+        """Raise `BaseMismatchError` naming the first difference to a pipeline's text encoders, if there is one."""
         for name, ours in self.text.items():
             if name not in encoders:
                 raise BaseMismatchError(
@@ -108,8 +108,8 @@ class BaseInfo(BaseModel):
                 theirs = getattr(encoders[name], key)
                 if theirs != value:
                     raise BaseMismatchError(
-                        f"This tuner was made for a {name} with {key} = {value}, but the one here has {key} = {theirs}; "
-                        f"use it with {self.name or 'a checkpoint of the structure that it was trained on'}."
+                        f"This tuner was made for a {name} with {key} = {value}, but the one here has {key} = "
+                        f"{theirs}; use it with {self.name or 'a checkpoint of the structure that it was trained on'}."
                     )
 
     def _differences(self, other: BaseInfo) -> Iterator[tuple[str, object, object]]:

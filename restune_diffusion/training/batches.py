@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from .cache import Cache
-from .conditioning import denoiser_inputs
+from .conditioning import Conditioning, denoiser_inputs
 from .stream import SampleStream
 
 
@@ -37,6 +38,8 @@ class Batches:
         caption_dropout: share of the samples that get the empty caption.
         device: where the batches go.
         dtype: dtype of the text states.
+        encode: makes the text states of a batch's captions, None being a dropped one, where they are not those of the
+            cache.
     """
 
     def __init__(
@@ -49,6 +52,7 @@ class Batches:
         caption_dropout: float,
         device: torch.device,
         dtype: torch.dtype,
+        encode: Callable[[Sequence[str | None]], Sequence[Conditioning]] | None = None,
     ) -> None:
         self._cache = cache
         self._stream = SampleStream(len(cache), seed)
@@ -57,22 +61,27 @@ class Batches:
         self._caption_dropout = caption_dropout
         self._device = device
         self._dtype = dtype
+        self._encode = encode if encode is not None else self._cached
 
     def __getitem__(self, number: int) -> Batch:
-        latents, noise, timesteps, conditionings, geometries, conditions = [], [], [], [], [], []
+        latents, noise, timesteps, captions, geometries, conditions = [], [], [], [], [], []
         for draw in self._stream.draws(number * self._size, self._size):
             latent = self._cache.latents[draw.index].draw(draw.generator)
             latents.append(latent)
             noise.append(torch.randn(latent.shape, generator=draw.generator))
             timesteps.append(torch.randint(self._timesteps, (), generator=draw.generator))
             dropped = torch.rand((), generator=draw.generator).item() < self._caption_dropout
-            conditionings.append(self._cache.unconditional if dropped else self._cache.conditioning(draw.index))
+            captions.append(None if dropped else self._cache.captions[draw.index])
             geometries.append(self._cache.geometries[draw.index])
             conditions.append(self._cache.conditions[draw.index] if self._cache.conditions else ())
         return Batch(
             torch.stack(latents).to(self._device),
             torch.stack(noise).to(self._device),
             torch.stack(timesteps).to(self._device),
-            denoiser_inputs(conditionings, geometries, self._device, self._dtype),
+            denoiser_inputs(self._encode(captions), geometries, self._device, self._dtype),
             tuple(torch.stack(each).to(self._device) / 255 for each in zip(*conditions, strict=True)),
         )
+
+    def _cached(self, captions: Sequence[str | None]) -> list[Conditioning]:
+        cache = self._cache
+        return [cache.unconditional if caption is None else cache.conditionings[caption] for caption in captions]

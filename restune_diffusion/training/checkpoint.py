@@ -17,6 +17,7 @@ from safetensors.torch import load, save
 from ..errors import TrainingError
 from ..fileformat import atomic_write, load_tuner, save_tuner, sync_directory
 from .facts import library_versions, run_identity
+from .optimizer import optimized_names
 from .run import Hook, StepReport, TrainingRun
 
 logger = logging.getLogger(__name__)
@@ -125,7 +126,7 @@ def _check_same_run(checkpoint: Path, saved: dict[str, Any], asked: dict[str, An
 
 def _flatten_optimizer(run: TrainingRun) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]]:
     """Split the optimizer's state into tensors by parameter name, and plain settings."""
-    names = [name for name, _ in run.tuner.named_parameters()]
+    names = optimized_names(run.optimizer, run.tuner)
     state = run.optimizer.state_dict()
     tensors = {
         f"{names[index]}:{key}": value.detach().cpu().contiguous()
@@ -136,7 +137,7 @@ def _flatten_optimizer(run: TrainingRun) -> tuple[dict[str, torch.Tensor], list[
 
 
 def _restore_optimizer(run: TrainingRun, tensors: dict[str, torch.Tensor], groups: list[dict[str, Any]]) -> None:
-    indices = {name: index for index, (name, _) in enumerate(run.tuner.named_parameters())}
+    indices = {name: index for index, name in enumerate(optimized_names(run.optimizer, run.tuner))}
     state: dict[int, dict[str, torch.Tensor]] = {}
     for name_and_key, value in tensors.items():
         name, key = name_and_key.rsplit(":", 1)

@@ -7,14 +7,15 @@ from typing import Any, Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from ..config import BypassConfig, ControlConfig, PartConfig, ResConfig, SkipConfig
+from ..config import BypassConfig, ControlConfig, PartConfig, ResConfig, SkipConfig, TextConfig
 
-Kind: TypeAlias = Literal["skip", "control", "res", "bypass"]
+Kind: TypeAlias = Literal["skip", "control", "res", "bypass", "text"]
 _DEFAULTS: dict[Kind, PartConfig] = {
     "skip": SkipConfig(),
     "control": ControlConfig(),
     "res": ResConfig(),
     "bypass": BypassConfig(),
+    "text": TextConfig(),
 }
 
 
@@ -57,11 +58,13 @@ class TrainConfig(BaseModel):
 
     tuner: Kind | tuple[Kind, ...] = "skip"
     """Kind of tuner: `skip` learns most, `bypass` is fastest and needs the least memory, `control` is steered by
-    images, `res` acts inside the transformer blocks. Several make one tuner of several parts."""
+    images, `res` acts inside the transformer blocks, `text` teaches the text encoders new words. Several make one
+    tuner of several parts: `text` with another is for one subject."""
     skip: SkipConfig = SkipConfig()
     control: ControlConfig = ControlConfig()
     res: ResConfig = ResConfig()
     bypass: BypassConfig = BypassConfig()
+    text: TextConfig = TextConfig()
     control_data: Path | None = None
     """Folder of condition images for a control tuner, named as the training images; for several conditions a folder
     of such folders, named as the conditions. Without it the files that `metadata.jsonl` names under `condition` are
@@ -77,6 +80,8 @@ class TrainConfig(BaseModel):
     """Forward passes of one optimizer step."""
     learning_rate: float = Field(default=1e-4, gt=0)
     """Peak learning rate of AdamW."""
+    text_learning_rate: float | None = Field(default=None, gt=0)
+    """Peak learning rate of the `text` part; that of the others where not given. New words alone want more, say 5e-3."""
     weight_decay: float = Field(default=1e-2, ge=0)
     """Weight decay of AdamW."""
     lr_scheduler: Literal["constant", "constant_with_warmup", "linear", "cosine", "polynomial"] = "constant"
@@ -116,6 +121,8 @@ class TrainConfig(BaseModel):
                 trained = " and ".join(self.kinds)
                 raise ValueError(f"settings of the {kind} tuner are given, but the tuner to train is {trained}")
         self._check_control()
+        if self.text_learning_rate is not None and "text" not in self.kinds:
+            raise ValueError("a text learning rate is given, but the tuner to train has no text part")
         if self.lr_warmup_steps and self.lr_scheduler == "constant":
             raise ValueError("a constant learning rate has no warm-up; choose constant_with_warmup")
         return self

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,18 +17,22 @@ from diffusers.optimization import get_scheduler
 from ..attachment import attach
 from ..errors import TrainingError
 from ..fileformat import save_tuner
+from ..sites import text_encoders
 from ..tuner import Tuner
-from .base import PRECISIONS, check_trainable, frozen, load_base, move_encoders, training_resolution
+from ..words import holds_word
+from .base import PRECISIONS, check_trainable, frozen, load_base, move_encoders, sampling_pipeline, training_resolution
 from .batches import Batches
 from .cache import build_cache
-from .captions import find_examples
+from .captions import Example, find_examples
 from .checkpoint import Checkpoints, latest_checkpoint, restore_checkpoint
 from .condition_source import ConditionSource
+from .conditioning import LiveEncoder
 from .config import TrainConfig
 from .data import load_samples
 from .facts import training_facts
 from .loop import run_loop
 from .objective import Objective
+from .optimizer import make_optimizer
 from .reporting import MetricsLog, Progress, ProgressBar, describe_plan
 from .run import ATTACHED_NAME, Hook, StepReport, TrainingRun
 from .validation import ValidationSamples
@@ -73,6 +77,7 @@ def train(
     _check_output(config)
     accelerator = _make_accelerator(config)
     examples = find_examples(config.data, config.prompt)
+    _check_words(config, examples)
     conditions = ConditionSource(config.control, config.control_data) if "control" in config.kinds else None
     if conditions is not None:
         examples = conditions.paired(examples, config.data)
@@ -84,7 +89,7 @@ def train(
     pipeline.to(accelerator.device)
     with frozen(pipeline):
         cache = build_cache(pipeline, load_samples(examples, resolution, conditions))
-        move_encoders(pipeline, torch.device("cpu"))
+        move_encoders(pipeline, torch.device("cpu"), keep=text_encoders(pipeline) if "text" in config.kinds else ())
         try:
             run = _make_run(config, accelerator, pipeline, cache, resolution, conditions)
             losses: list[float] = []
@@ -97,7 +102,7 @@ def train(
             if verbose:
                 accelerator.print(describe_plan(run))
             accelerator.init_trackers("logs")
-            with attach(pipeline.unet, run.tuner, ATTACHED_NAME):
+            with attach(pipeline.unet, run.tuner, ATTACHED_NAME, text=text_encoders(pipeline)):
                 run_loop(run, hooks)
         finally:
             move_encoders(pipeline, accelerator.device)
@@ -127,6 +132,16 @@ def _check_output(config: TrainConfig) -> None:
         raise TrainingError(
             f"{config.output} holds {found.name} of an earlier run; add --resume to go on from it, "
             f"or choose another output folder."
+        )
+
+
+def _check_words(config: TrainConfig, examples: Sequence[Example]) -> None:
+    words = config.text.tokens if "text" in config.kinds else ()
+    missing = [word for word in words if not any(holds_word(example.caption, [word]) for example in examples)]
+    if missing:
+        raise TrainingError(
+            f"No caption has the new word {missing[0]}, which could learn nothing then; write it into the captions, for "
+            f'instance --prompt "a picture of {missing[0]}".'
         )
 
 
@@ -163,9 +178,9 @@ def _make_run(
 ) -> TrainingRun:
     """Put the parts of a run together, and restore them from the newest checkpoint if asked."""
     objective = Objective(pipeline.scheduler, config.snr_gamma)
-    tuner = Tuner.for_base(pipeline.unet, *config.parts, generator=torch.Generator().manual_seed(config.seed))
+    tuner = Tuner.for_pipeline(pipeline, *config.parts, generator=torch.Generator().manual_seed(config.seed))
     tuner.to(accelerator.device)
-    optimizer = torch.optim.AdamW(tuner.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
+    optimizer = make_optimizer(config, tuner)
     lr_scheduler = get_scheduler(
         config.lr_scheduler, optimizer, num_warmup_steps=config.lr_warmup_steps, num_training_steps=config.steps
     )
@@ -186,6 +201,7 @@ def _make_run(
             caption_dropout=config.caption_dropout,
             device=accelerator.device,
             dtype=pipeline.unet.dtype,
+            encode=LiveEncoder(sampling_pipeline(pipeline)) if "text" in config.kinds else None,
         ),
         objective=objective,
         resolution=resolution,

@@ -1,4 +1,4 @@
-"""New words for text encoders (Textual Inversion, arXiv 2208.01618) and LoRA beside their layers (arXiv 2106.09685)."""
+"""New words for text encoders (Textual Inversion, arXiv 2208.01618), and LoRA beside layers (arXiv 2106.09685)."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ class TextPart(Part):
         """For each new word the words that it starts as."""
         self.vectors_per_token = config.vectors_per_token
         """Number of vectors of a new word."""
-        self.encoders = tuple(match_sites(config.encoders, base.text, "text encoder"))
-        for encoder in self.encoders:
+        self.text_encoders = tuple(match_sites(config.encoders, base.text, "text encoder"))
+        for encoder in self.text_encoders:
             info = base.text[encoder]
             if config.tokens:
                 shape = (config.vectors_per_token, info.hidden_size)
@@ -88,7 +88,7 @@ def initialize_tokens(part: TextPart, encoders: Mapping[str, TextEncoder]) -> No
     Raises:
         RestuneError: if an initializer holds no word.
     """
-    for name in part.encoders if part.tokens else ():
+    for name in part.text_encoders if part.tokens else ():
         tokenizer, module = encoders[name].tokenizer, encoders[name].module
         embedding = module.get_input_embeddings()  # type: ignore[operator]
         for token, words, vectors in zip(part.tokens, part.initializers, part._vectors(name), strict=True):
