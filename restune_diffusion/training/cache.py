@@ -46,6 +46,10 @@ class Cache:
     def __len__(self) -> int:
         return len(self.latents)
 
+    def conditioning(self, index: int) -> Conditioning:
+        """Return the text states of an image's caption."""
+        return self.conditionings[self.captions[index]]
+
     @property
     def bytes(self) -> int:
         """Memory that the cache takes."""

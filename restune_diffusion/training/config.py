@@ -81,7 +81,8 @@ class TrainConfig(BaseModel):
     learning_rate: float = Field(default=1e-4, gt=0)
     """Peak learning rate of AdamW."""
     text_learning_rate: float | None = Field(default=None, gt=0)
-    """Peak learning rate of the `text` part; that of the others where not given. New words alone want more, say 5e-3."""
+    """Peak learning rate of the `text` part; that of the others where not given. New words alone want
+    more, say 5e-3."""
     weight_decay: float = Field(default=1e-2, ge=0)
     """Weight decay of AdamW."""
     lr_scheduler: Literal["constant", "constant_with_warmup", "linear", "cosine", "polynomial"] = "constant"

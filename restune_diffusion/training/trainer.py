@@ -140,8 +140,8 @@ def _check_words(config: TrainConfig, examples: Sequence[Example]) -> None:
     missing = [word for word in words if not any(holds_word(example.caption, [word]) for example in examples)]
     if missing:
         raise TrainingError(
-            f"No caption has the new word {missing[0]}, which could learn nothing then; write it into the captions, for "
-            f'instance --prompt "a picture of {missing[0]}".'
+            f"No caption has the new word {missing[0]}, which could learn nothing then; write it into the captions, "
+            f'for instance --prompt "a picture of {missing[0]}".'
         )
 
 
