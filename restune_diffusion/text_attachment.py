@@ -38,6 +38,8 @@ class _Reader:
     manager: TunerManager
     attached: Attached
     part: TextPart
+    paths: frozenset[str]
+    """Linear layers that get its LoRA."""
 
     def factors(self, rows: int) -> tuple[float, ...]:
         """Return how strongly the tuner acts on each of several prompts, or one number where that is the same."""
@@ -82,7 +84,7 @@ class EncoderHooks:
 
     def add(self, name: str, manager: TunerManager, attached: Attached, part: TextPart) -> None:
         """Let a tuner act on the encoder."""
-        self._readers.append(_Reader(name, manager, attached, part))
+        self._readers.append(_Reader(name, manager, attached, part, frozenset(part.linears(self.name))))
         self._refresh()
 
     def remove(self, attached: Attached) -> None:
@@ -121,7 +123,7 @@ class EncoderHooks:
 
     def _refresh(self) -> None:
         """Bring the hooks on linear layers in line with the tuners."""
-        wanted = {path for reader in self._readers for path in reader.part.linears(self.name)}
+        wanted = {path for reader in self._readers for path in reader.paths}
         for path in self._linears.keys() - wanted:
             self._linears.pop(path).remove()
         for path in sorted(wanted - self._linears.keys()):
@@ -164,7 +166,7 @@ class EncoderHooks:
 
     def _after_linear(self, path: str, module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
         for reader, factors in self._factors.items():
-            if any(factors) and path in reader.part.linears(self.name):
+            if any(factors) and path in reader.paths:
                 reader.attached.place(output.device)
                 residual = reader.part(f"{self.name}.{path}", args[0])
                 if len(factors) > 1:

@@ -76,7 +76,8 @@ class Words:
                 )
         if not acting:
             return prompt
-        return _pattern(acting).sub(lambda match: acting[match[0].lower()][1], prompt)
+        # Some letters, such as a dotless i, match one whose lower case they are not; their word is another.
+        return _pattern(acting).sub(lambda match: acting.get(match[0].lower(), ("", match[0]))[1], prompt)
 
 
 def holds_word(text: str, tokens: Sequence[str]) -> bool:

@@ -76,11 +76,16 @@ def tiny_unet() -> UNet2DConditionModel:
     )
 
 
+def tiny_text() -> dict[str, TextEncoder]:
+    """Build a text encoder to go with it."""
+    words = tokenizer()
+    return {"text_encoder": TextEncoder(CLIPTextModel(text_config(len(words))), words)}
+
+
 def make_seeds(folder: Path) -> list[Seed]:
     """Write one good file for each entry of `SEEDS`."""
     unet, seeds = tiny_unet(), []
-    words = tokenizer()
-    text = {"text_encoder": TextEncoder(CLIPTextModel(text_config(len(words))), words)}
+    text = tiny_text()
     for name, (configs, dtype) in SEEDS.items():
         tuner = Tuner.for_base(unet, *configs, text=text)
         randomize(tuner)
