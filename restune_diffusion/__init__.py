@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .attachment import Attachment, attach, detach
-    from .config import BypassConfig, ControlConfig, ResConfig, SkipConfig
+    from .config import BypassConfig, ControlConfig, ResConfig, SkipConfig, TextConfig
     from .enable import enable_restune
     from .errors import (
         BaseMismatchError,
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
         RestuneStableDiffusionXLInpaintPipeline,
         RestuneStableDiffusionXLPipeline,
     )
-    from .sites import BaseInfo, Site, describe_base
+    from .sites import BaseInfo, Site, describe_base, text_encoders
     from .tuner import Tuner
     from .tuner_cache import TunerCache
     from .weights import Schedule, TunerWeight, schedule
@@ -46,7 +46,7 @@ __version__ = "0.1.0"
 _MODULES = {
     "attachment": ("Attachment", "attach", "detach"),
     "manager": ("TunerManager",),
-    "config": ("BypassConfig", "ControlConfig", "ResConfig", "SkipConfig"),
+    "config": ("BypassConfig", "ControlConfig", "ResConfig", "SkipConfig", "TextConfig"),
     "enable": ("enable_restune",),
     "errors": (
         "BaseMismatchError",
@@ -73,7 +73,7 @@ _MODULES = {
         "RestuneStableDiffusionXLInpaintPipeline",
         "RestuneStableDiffusionXLPipeline",
     ),
-    "sites": ("BaseInfo", "Site", "describe_base"),
+    "sites": ("BaseInfo", "Site", "describe_base", "text_encoders"),
     "tuner": ("Tuner",),
     "tuner_cache": ("TunerCache",),
     "weights": ("Schedule", "TunerWeight", "schedule"),
@@ -103,6 +103,7 @@ __all__ = [
     "Schedule",
     "Site",
     "SkipConfig",
+    "TextConfig",
     "TrainingError",
     "Tuner",
     "TunerCache",
@@ -123,6 +124,7 @@ __all__ = [
     "read_info",
     "save_tuner",
     "schedule",
+    "text_encoders",
 ]
 
 

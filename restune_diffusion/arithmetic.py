@@ -18,7 +18,7 @@ from typing import Literal, TypeAlias
 
 import torch
 
-from .config import ResConfig
+from .config import ResConfig, TextConfig
 from .errors import RestuneError
 from .interchange.lora_folding import LoraLayer
 from .interchange.lora_layers import lora_layers, lora_tuner
@@ -107,6 +107,7 @@ def _check_same_structure(one: Tuner, other: Tuner) -> None:
     """Raise `BaseMismatchError` unless two tuners are for bases of one structure, at the sites that both know."""
     known = one.base.sites.keys() & other.base.sites.keys()
     one.base.narrowed(known).check_fits(other.base)
+    one.base.check_text_fits(other.base.text)
 
 
 def _is_lora(tuner: Tuner) -> bool:
@@ -155,7 +156,8 @@ def _mean_of_weights(tuners: Sequence[Tuner], factors: Sequence[float]) -> Tuner
     for config, other in ((config, other) for tuner in tuners for config, other in _paired(first, tuner)):
         if config != other:
             raise RestuneError(f"Only tuners with the same config can be averaged, but {_difference(config, other)}.")
-        if isinstance(config, ResConfig) and "lora" in config.operations.values():
+        lora = isinstance(config, ResConfig) and "lora" in config.operations.values()
+        if lora or (isinstance(config, TextConfig) and config.rank):
             raise RestuneError("The average of lora is that of its products, which needs tuners of lora alone.")
     states = [tuner.state_dict() for tuner in tuners]
     merged = Tuner.empty(first.configs, first.base)

@@ -124,6 +124,7 @@ class Attached:
         """Overwrite the parameters with those of a tuner of the same config."""
         _check_same_config(tuner, self.tuner)
         tuner.base.check_fits(self.tuner.base)
+        tuner.base.check_text_fits(self.tuner.base.text)
         with torch.no_grad():
             for mine, other in zip(self.tuner.parameters(), tuner.parameters(), strict=True):
                 mine.copy_(other)

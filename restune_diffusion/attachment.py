@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from types import TracebackType
 
 from torch import nn
 
 from .errors import TunerNameError
 from .manager import TunerManager, is_compiled, refuse_if, uncompiled
-from .sites import describe_base
+from .sites import TextEncoder, describe_base
 from .tuner import Tuner
 from .weights import Weight
 
@@ -33,7 +34,14 @@ class Attachment:
         self.detach()
 
 
-def attach(base: nn.Module, tuner: Tuner, name: str = "default", weight: Weight = 1.0) -> Attachment:
+def attach(
+    base: nn.Module,
+    tuner: Tuner,
+    name: str = "default",
+    weight: Weight = 1.0,
+    *,
+    text: Mapping[str, TextEncoder] | None = None,
+) -> Attachment:
     """Attach a tuner to a base, changing no parameter of it.
 
     Args:
@@ -43,12 +51,15 @@ def attach(base: nn.Module, tuner: Tuner, name: str = "default", weight: Weight 
         tuner: a tuner that was made for a base of this structure.
         name: name of the tuner on this base.
         weight: how strongly it acts: a factor, one for each image of a batch, or any other form of `Weight`.
+        text: what a `text` part acts on, as `text_encoders(pipeline)` returns it. New words are known to prompts that
+            a pipeline with `RestuneLoaderMixin` encodes.
 
     Returns:
         A handle that detaches the tuner, also as a context manager.
 
     Raises:
         TunerNameError: if the name is taken.
+        RestuneError: if the tuner has a `text` part and the text encoders are not given.
         BaseMismatchError: if the tuner was made for a base of another structure.
     """
     manager = TunerManager.of(base)
@@ -57,7 +68,7 @@ def attach(base: nn.Module, tuner: Tuner, name: str = "default", weight: Weight 
         tuner.base.check_fits(describe_base(base))
         manager = TunerManager(base)
     try:
-        manager.add(name, tuner, weight)
+        manager.add(name, tuner, weight, text)
     finally:
         manager.release()
     return Attachment(uncompiled(base), name)

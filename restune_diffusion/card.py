@@ -16,6 +16,7 @@ _PARTS = {
     "control": "CSC-Tuners on the skip connections, steered by images ([SCEdit](https://arxiv.org/abs/2312.11392))",
     "res": "tuners beside operations of the transformer blocks ([Res-Tuning](https://arxiv.org/abs/2310.19859))",
     "bypass": "a side network on detached features ([Res-Tuning](https://arxiv.org/abs/2310.19859))",
+    "text": "new words ([Textual Inversion](https://arxiv.org/abs/2208.01618)) and LoRA for the text encoders",
 }
 _RECIPE = ("learning_rate", "lr_scheduler", "batch_size", "mixed_precision", "seed")
 

@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from .config import parts_to_json
+from .config import TextConfig, parts_to_json
 from .display import printable
 from .errors import TunerFileError
 from .header import (
@@ -107,6 +107,9 @@ def save_tuner(
         CONFIG_KEY: parts_to_json(tuner.configs),
         BASE_KEY: tuner.base.model_dump_json(exclude_defaults=True),
     }
+    words = [token for config in tuner.configs if isinstance(config, TextConfig) for token in config.tokens]
+    if words:
+        header.setdefault("modelspec.trigger_phrase", ", ".join(words))
     if training is not None:
         header[TRAINING_KEY] = json.dumps(training)
     data = _serialized(tensors, header, path)

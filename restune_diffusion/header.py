@@ -267,6 +267,13 @@ def _check_base(base: BaseInfo) -> None:
     for name in base.sites:
         if not _SITE_NAME.fullmatch(name):
             raise ValueError(f"`{printable(name, 40)}` is no name of a site")
+    for name, encoder in base.text.items():
+        for step in (name, *encoder.linears):
+            if not _SITE_NAME.fullmatch(step):
+                raise ValueError(f"`{printable(step, 40)}` is no name of a text encoder or its layers")
+    layers = sum(encoder.num_hidden_layers * len(encoder.linears) for encoder in base.text.values())
+    if layers > _MAX_SITES:
+        raise ValueError(f"the text encoders have {layers} linear layers, where {_MAX_SITES} is the most")
     # Lists are shown by `repr`, which escapes what they hold.
     shown = [base.denoiser, *base.structure, *(each for each in base.structure.values() if isinstance(each, str))]
     if not all(map(str.isprintable, shown)):

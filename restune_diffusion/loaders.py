@@ -13,19 +13,24 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 import torch
+from diffusers.loaders import TextualInversionLoaderMixin
 from torch import nn
 
 from .attachment import attach
+from .encoding import converted_prompt, prompts_read
 from .errors import ConditionError, RestuneError, TunerFileError, TunerNameError
 from .fileformat import load_tuner, save_tuner
 from .manager import TunerManager, is_compiled, uncompiled
 from .mixing import Layout
 from .saving import PlainConfigMixin
+from .sites import text_encoders
 from .sources import TUNER_WEIGHT_NAME, local_tuner_file, tuner_file
 from .steering import TunerImage, TunerScale, steered
+from .text_attachment import text_part
 from .tuner import Tuner
 from .tuner_cache import TunerCache
 from .weights import TunerWeight, Weight, as_weight
+from .words import Words
 
 MixPerImage: TypeAlias = Sequence[str | Mapping[str, float] | None]
 
@@ -43,6 +48,7 @@ class RestuneLoaderMixin(PlainConfigMixin):
     scheduler: Any
     _execution_device: torch.device
     _tuner_hotswap = False
+    _new_words: tuple[Words, ...] = ()
 
     def __call__(
         self,
@@ -132,7 +138,14 @@ class RestuneLoaderMixin(PlainConfigMixin):
             raise RestuneError("There are no branches to draw; give `tuners` an entry for each.")
         names = _weights_by_name([*tuners, trunk], 1)
         if names:
-            self._manager_of(names)
+            manager = self._manager_of(names)
+            shared = _weights_by_name([*tuners, trunk] if share_steps else tuners, 1)
+            for name, weights in shared.items():
+                if len(set(weights)) > 1 and text_part(manager.tuner(name)) is not None:
+                    raise RestuneError(
+                        f"The tuner {name!r} has a `text` part, and all branches of a prompt share its text; give it "
+                        "one weight in all of them and in the trunk, or draw them in calls of their own."
+                    )
         before = self.get_list_tuners()
         fork = Fork(
             images=layout.images,
@@ -148,6 +161,17 @@ class RestuneLoaderMixin(PlainConfigMixin):
             forked(self, self._tuner_base, fork, arguments) as forked_arguments,
         ):
             return self(**forked_arguments)
+
+    def encode_prompt(self, *args: Any, **kwargs: Any) -> Any:
+        """Encode prompts as the pipeline does, with the new words of its tuners that have a `text` part."""
+        base = getattr(self, "unet", None)
+        with prompts_read(self, TunerManager.of(base) if isinstance(base, nn.Module) else None):
+            return super().encode_prompt(*args, **kwargs)  # type: ignore[misc]
+
+    def maybe_convert_prompt(self, prompt: str | list[str], tokenizer: Any) -> str | list[str]:
+        """Write new words, those of Textual Inversion too, as the tokenizer that is used knows them."""
+        prompt = super().maybe_convert_prompt(prompt, tokenizer)  # type: ignore[misc]
+        return converted_prompt(prompt, tokenizer, self._new_words)
 
     def load_tuner_weights(
         self,
@@ -211,7 +235,10 @@ class RestuneLoaderMixin(PlainConfigMixin):
         if tuner is not source:
             tuner = tuner.copy() if tuner.shared else tuner
             tuner.to(base.dtype).requires_grad_(False)
-        attach(self.unet, tuner, name, 1.0 if weight is None else weight)
+        part = text_part(tuner)
+        if part is not None and part.tokens and not isinstance(self, TextualInversionLoaderMixin):
+            raise RestuneError(f"The tuner {name!r} has new words, which a {type(self).__name__} cannot read.")
+        attach(self.unet, tuner, name, 1.0 if weight is None else weight, text=text_encoders(self))
         if self._tuner_hotswap:
             self._manager_of([name]).static = True
 

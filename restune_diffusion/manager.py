@@ -20,7 +20,8 @@ from .attached import Attached, Residual
 from .errors import RestuneError, TunerNameError
 from .mixing import Layout, Pass, check_images
 from .operations import operation_input, show_operation
-from .sites import describe_base, structure_of
+from .sites import TextEncoder, describe_base, structure_of
+from .text_attachment import EncoderHooks, attach_text, check_text
 from .tuner import Tuner
 from .tuners import Features, Operation
 from .weights import TunerWeight, Weight, as_weight
@@ -44,6 +45,7 @@ class TunerManager:
         """In a compiled graph, compute every tuner whatever its weight, so that no change of the mix compiles anew."""
         self._base = base
         self._tuners: dict[str, Attached] = {}
+        self._text: dict[str, list[EncoderHooks]] = {}
         self._writers: dict[str, list[Attached]] = {}
         self._features = Features()
         self._pass: Pass | None = None
@@ -83,25 +85,32 @@ class TunerManager:
         self.check_known([name])
         return self._tuners[name].tuner
 
-    def add(self, name: str, tuner: Tuner, weight: Weight = 1.0) -> None:
-        """Attach a tuner under a name.
+    def add(
+        self, name: str, tuner: Tuner, weight: Weight = 1.0, text: Mapping[str, TextEncoder] | None = None
+    ) -> None:
+        """Attach a tuner under a name; see `attach`.
 
         Raises:
             TunerNameError: if the name is taken.
+            RestuneError: if the tuner has a `text` part and the text encoders are not given.
             BaseMismatchError: if the tuner was made for a base of another structure.
         """
         if name in self._tuners:
             raise TunerNameError(f"The tuner name `{name}` is taken; choose another or delete the loaded one first.")
         tuner.base.check_fits(self.base_info)
+        check_text(tuner, text)
         attached = Attached(tuner.copy() if tuner.shared else tuner, as_weight(weight))
         if not {*self.base_info.stations, *self._operation_handles}.issuperset(attached.sites):
             refuse_if(self._traced or any(map(is_compiled, self._base.modules())))
         self._tuners[name] = attached
+        self._text[name] = attach_text(name, self, attached, text)
         self._refresh()
 
     def remove(self, name: str) -> None:
         """Take a tuner off; with the last one go all hooks."""
         self.check_known([name])
+        for hooks in self._text.pop(name):
+            hooks.remove(self._tuners[name])
         del self._tuners[name]
         self._refresh()
         self.release()

@@ -89,7 +89,7 @@ def _only_loras(tuner: Tuner) -> dict[str, ResLora]:
     loras: dict[str, ResLora] = {}
     for part in tuner.parts():
         found = part.loras() if isinstance(part, ResPart) else {}
-        others = [site for site in part.writes if site not in found]
+        others = [site for site in (*part.writes, *part.text_encoders) if site not in found]
         if others:
             raise RestuneError(
                 f"Only lora merges into the weights, but this tuner acts otherwise at {others[0]}; attach it instead."

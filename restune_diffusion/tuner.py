@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import nn
 
-from .config import BypassConfig, ControlConfig, PartConfig, ResConfig, SkipConfig
+from .config import BypassConfig, ControlConfig, PartConfig, ResConfig, SkipConfig, TextConfig
 from .errors import RestuneError
-from .sites import BaseInfo, describe_base
-from .tuners import BypassPart, ControlPart, Part, ResPart, SkipPart
+from .sites import BaseInfo, TextEncoder, describe_base, describe_text, text_encoders
+from .tuners import BypassPart, ControlPart, Part, ResPart, SkipPart, TextPart, initialize_tokens
 
 
 def _build_part(config: PartConfig, base: BaseInfo) -> Part:
@@ -24,6 +25,8 @@ def _build_part(config: PartConfig, base: BaseInfo) -> Part:
             return ResPart(config, base)
         case ControlConfig():
             return ControlPart(config, base)
+        case TextConfig():
+            return TextPart(config, base)
 
 
 class Tuner(nn.Module):
@@ -51,23 +54,42 @@ class Tuner(nn.Module):
         """Whether others rely on these parameters, as a `TunerCache` does; attaching takes a copy then."""
         for config in configs:
             self.add_module(config.part, _build_part(config, base))
-        self.base = base.narrowed(site for part in self.parts() for site in part.needs)
+        self.base = base.narrowed(
+            (site for part in self.parts() for site in part.needs),
+            (encoder for part in self.parts() for encoder in part.text_encoders),
+        )
 
     @classmethod
-    def for_base(cls, base: nn.Module, *configs: PartConfig, generator: torch.Generator | None = None) -> Tuner:
+    def for_base(
+        cls,
+        base: nn.Module,
+        *configs: PartConfig,
+        generator: torch.Generator | None = None,
+        text: Mapping[str, TextEncoder] | None = None,
+    ) -> Tuner:
         """Build a fresh tuner for a base; attached, it leaves the base's output as it is.
 
         Args:
             base: a `UNet2DConditionModel`.
             configs: one config for each part.
             generator: source of the initial parameters, on the CPU.
+            text: for a `text` part the text encoders by name, as `text_encoders(pipeline)` returns them.
 
         Returns:
             A tuner with fp32 parameters on the CPU.
         """
-        tuner = cls.empty(configs, describe_base(base)).to_empty(device="cpu")
+        described = describe_base(base).model_copy(update={"text": describe_text(text or {})})
+        tuner = cls.empty(configs, described).to_empty(device="cpu")
         tuner.reset_parameters(generator)
+        for part in tuner.parts():
+            if isinstance(part, TextPart):
+                initialize_tokens(part, text or {})
         return tuner
+
+    @classmethod
+    def for_pipeline(cls, pipeline: Any, *configs: PartConfig, generator: torch.Generator | None = None) -> Tuner:
+        """Build a fresh tuner for a pipeline's U-Net and text encoders; see `for_base`."""
+        return cls.for_base(pipeline.unet, *configs, generator=generator, text=text_encoders(pipeline))
 
     @classmethod
     def empty(

@@ -17,11 +17,14 @@ from typing import Any, Literal
 import torch
 from diffusers import UNet2DConditionModel
 from safetensors.torch import save
+from transformers import CLIPTextModel
 
 from restune_diffusion import BypassConfig, SkipConfig, Tuner, save_tuner
-from restune_diffusion.config import ControlConfig, ResConfig
+from restune_diffusion.config import ControlConfig, ResConfig, TextConfig
+from restune_diffusion.sites import TextEncoder
 
 from .conftest import make_unet, randomize
+from .training.tiny import text_config, tokenizer
 
 # Every kind of part, in every dtype. A new kind of part joins the fuzzing by a line here.
 SEEDS: dict[str, tuple[tuple[Any, ...], torch.dtype]] = {
@@ -31,6 +34,7 @@ SEEDS: dict[str, tuple[tuple[Any, ...], torch.dtype]] = {
     "skip and bypass": ((SkipConfig(), BypassConfig(taps=("up.*",))), torch.float32),
     "res": ((ResConfig(width=2, cross_attention="lora", sites=("mid.*",)),), torch.float32),
     "control": ((ControlConfig(ratio=0.25),), torch.bfloat16),
+    "text": ((TextConfig(tokens=("<dog>",), rank=1, linears=("self_attn.*",)),), torch.float32),
 }
 
 Outcome = Literal["same", "refused", "either"]
@@ -72,11 +76,18 @@ def tiny_unet() -> UNet2DConditionModel:
     )
 
 
+def tiny_text() -> dict[str, TextEncoder]:
+    """Build a text encoder to go with it."""
+    words = tokenizer()
+    return {"text_encoder": TextEncoder(CLIPTextModel(text_config(len(words))), words)}
+
+
 def make_seeds(folder: Path) -> list[Seed]:
     """Write one good file for each entry of `SEEDS`."""
     unet, seeds = tiny_unet(), []
+    text = tiny_text()
     for name, (configs, dtype) in SEEDS.items():
-        tuner = Tuner.for_base(unet, *configs)
+        tuner = Tuner.for_base(unet, *configs, text=text)
         randomize(tuner)
         path = folder / f"{name}.safetensors"
         training = {"steps": 3, "images": 2, "data_hash": "ab" * 32, "config": {"prompt": "ink", "seed": 1}}

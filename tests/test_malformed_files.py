@@ -21,7 +21,7 @@ from restune_diffusion.cli.inspect import InspectOptions
 from restune_diffusion.config import parts_from_json
 
 from .conftest import make_inputs
-from .malformed import CONTROL, MUTATIONS, SEEDS, Mutant, big_mutants, make_seeds, mutants, tiny_unet
+from .malformed import CONTROL, MUTATIONS, SEEDS, Mutant, big_mutants, make_seeds, mutants, tiny_text, tiny_unet
 
 MIB = 2**20
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -130,7 +130,7 @@ class Memory:
 
 @pytest.mark.timeout(600)
 def test_ten_thousand_malformed_files(seeds, tmp_path):
-    unet, inputs = tiny_unet(), make_inputs(size=8)
+    unet, text, inputs = tiny_unet(), tiny_text(), make_inputs(size=8)
     path = tmp_path / "mutant.safetensors"
     outcomes: dict[str, Counter[str]] = {name: Counter() for name in MUTATIONS}
     ran = 0
@@ -151,7 +151,7 @@ def test_ten_thousand_malformed_files(seeds, tmp_path):
             and not hasattr(tuner, "control")
         ):
             # What loads also runs; a control part asks for a condition first.
-            with attach(unet, tuner), torch.no_grad():
+            with attach(unet, tuner, text=text), torch.no_grad():
                 unet(*inputs)
             ran += 1
     assert memory.growth() < 64 * MIB

@@ -1,8 +1,9 @@
 """Find the places on a base where a tuner can read a feature or add a residual, and describe the base."""
 
 from .bases import describe_base, site_module, structure_of
-from .description import BaseInfo, Site
+from .description import BaseInfo, Site, TextInfo
 from .structure import Call, SiteHooks, Structure
+from .text import TextEncoder, describe_text, text_encoders, text_stack
 from .unet import module_path, text_states
 
 __all__ = [
@@ -11,9 +12,14 @@ __all__ = [
     "Site",
     "SiteHooks",
     "Structure",
+    "TextEncoder",
+    "TextInfo",
     "describe_base",
+    "describe_text",
     "module_path",
     "site_module",
     "structure_of",
+    "text_encoders",
+    "text_stack",
     "text_states",
 ]

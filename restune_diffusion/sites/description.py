@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -38,6 +38,21 @@ class Site(BaseModel):
         return self.linears.get(f"to_{which}") or self.linears[f"{which}_proj"]
 
 
+class TextInfo(BaseModel):
+    """The structure of a text encoder, in transformers' words."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    hidden_size: int = Field(gt=0, le=1 << 16)
+    """Width of its states and of its words' vectors."""
+    num_hidden_layers: int = Field(gt=0, le=1 << 8)
+    """Number of its layers."""
+    vocab_size: int = Field(gt=0, le=1 << 24)
+    """Number of words that it knows by itself."""
+    linears: dict[str, tuple[int, int]] = Field(max_length=64)
+    """Linear layers of each of its layers by their path in it: input and output width."""
+
+
 class BaseInfo(BaseModel):
     """The structure of a base: what a tuner file records and is checked against."""
 
@@ -53,6 +68,8 @@ class BaseInfo(BaseModel):
     transformer: `block.0` to `block.N`, its `.self`, `.cross`, `.ff` and `.block`, and `out`."""
     time_channels: int = Field(ge=0, le=1 << 16)
     """Width of the time embedding; 0 where the base knows no time."""
+    text: dict[str, TextInfo] = Field(default={}, max_length=4)
+    """Text encoders by their name in a pipeline, where a tuner acts on them."""
     name: str = ""
     """The base's hub id or folder name; informative, never compared."""
 
@@ -61,11 +78,15 @@ class BaseInfo(BaseModel):
         """Names of the sites between the base's blocks: all but those of operations."""
         return [name for name, site in self.sites.items() if site.operation is None]
 
-    def narrowed(self, operations: Iterable[str]) -> BaseInfo:
-        """Leave out the sites of transformer blocks but those named: a tuner asks of a base no more than it uses."""
+    def narrowed(self, operations: Iterable[str], encoders: Iterable[str] = ()) -> BaseInfo:
+        """Leave out the sites of transformer blocks and the text encoders but those named.
+
+        A tuner asks of a base no more than it uses.
+        """
         kept = set(operations)
+        text = {name: self.text[name] for name in encoders}
         sites = {name: site for name, site in self.sites.items() if site.operation is None or name in kept}
-        return self.model_copy(update={"sites": sites})
+        return self.model_copy(update={"sites": sites, "text": text})
 
     def check_fits(self, other: BaseInfo) -> None:
         """Raise `BaseMismatchError` naming the first difference to another base's structure, if there is one."""
@@ -74,6 +95,22 @@ class BaseInfo(BaseModel):
                 f"This tuner was made for a base with {what} = {ours}, but the base here has {what} = {theirs}; "
                 f"use it with {self.name or 'a checkpoint of the structure that it was trained on'}."
             )
+
+    def check_text_fits(self, encoders: Mapping[str, TextInfo]) -> None:
+        """Raise `BaseMismatchError` naming the first difference to a pipeline's text encoders, if there is one."""
+        for name, ours in self.text.items():
+            if name not in encoders:
+                raise BaseMismatchError(
+                    f"This tuner acts on `{name}`, which the pipeline has not; "
+                    f"use it with {self.name or 'a checkpoint of the structure that it was trained on'}."
+                )
+            for key, value in ours:
+                theirs = getattr(encoders[name], key)
+                if theirs != value:
+                    raise BaseMismatchError(
+                        f"This tuner was made for a {name} with {key} = {value}, but the one here has {key} = "
+                        f"{theirs}; use it with {self.name or 'a checkpoint of the structure that it was trained on'}."
+                    )
 
     def _differences(self, other: BaseInfo) -> Iterator[tuple[str, object, object]]:
         if self.denoiser != other.denoiser:

@@ -146,8 +146,14 @@ def sampling_pipeline(pipeline: Any, scheduler_changes: Mapping[str, Any] | None
     return sampler
 
 
-def move_encoders(pipeline: Any, device: torch.device) -> None:
-    """Move every model but the denoiser; training needs them only to fill the cache and to draw samples."""
+def move_encoders(pipeline: Any, device: torch.device, keep: Iterable[str] = ()) -> None:
+    """Move every model but the denoiser; training needs them only to fill the cache and to draw samples.
+
+    Args:
+        pipeline: the pipeline.
+        device: where to.
+        keep: names of models that stay, because a part in training acts on them.
+    """
     for name, component in pipeline.components.items():
-        if isinstance(component, nn.Module) and name != "unet":
+        if isinstance(component, nn.Module) and name not in ("unet", *keep):
             component.to(device)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from .cache import Cache
-from .conditioning import denoiser_inputs
+from .conditioning import Conditioning, denoiser_inputs
 from .noising import Noising
 from .stream import SampleStream
 
@@ -46,6 +47,8 @@ class Batches:
         device: where the batches go.
         dtype: dtype of the text states.
         noising: how noise and timesteps are drawn.
+        encode: makes the text states of a batch's captions, None being a dropped one, where they are not those of the
+            cache.
 
     Raises:
         TrainingError: if the base has no timesteps in the range that is asked for.
@@ -62,6 +65,7 @@ class Batches:
         device: torch.device,
         dtype: torch.dtype,
         noising: Noising | None = None,
+        encode: Callable[[Sequence[str | None]], Sequence[Conditioning]] | None = None,
     ) -> None:
         self._noising = noising or Noising()
         self._noising.range(timesteps)
@@ -72,9 +76,10 @@ class Batches:
         self._caption_dropout = caption_dropout
         self._device = device
         self._dtype = dtype
+        self._encode = encode if encode is not None else self._cached
 
     def __getitem__(self, number: int) -> Batch:
-        latents, noise, timesteps, conditionings, geometries, conditions = [], [], [], [], [], []
+        latents, noise, timesteps, captions, geometries, conditions = [], [], [], [], [], []
         perturbations = []
         for draw in self._stream.draws(number * self._size, self._size):
             latent = self._cache.latents[draw.index].draw(draw.generator)
@@ -82,7 +87,7 @@ class Batches:
             noise.append(torch.randn(latent.shape, generator=draw.generator))
             timesteps.append(self._noising.timestep(self._timesteps, draw.generator))
             dropped = torch.rand((), generator=draw.generator).item() < self._caption_dropout
-            conditionings.append(self._cache.unconditional if dropped else self._cache.conditioning(draw.index))
+            captions.append(None if dropped else self._cache.captions[draw.index])
             geometries.append(self._cache.geometries[draw.index])
             conditions.append(self._cache.conditions[draw.index] if self._cache.conditions else ())
             # Drawn last and only if asked, so that what the other draws give does not depend on them.
@@ -94,7 +99,11 @@ class Batches:
             torch.stack(latents).to(self._device),
             torch.stack(noise).to(self._device),
             torch.stack(timesteps).to(self._device),
-            denoiser_inputs(conditionings, geometries, self._device, self._dtype),
+            denoiser_inputs(self._encode(captions), geometries, self._device, self._dtype),
             tuple(torch.stack(each).to(self._device) / 255 for each in zip(*conditions, strict=True)),
             torch.stack(perturbations).to(self._device) if perturbations else None,
         )
+
+    def _cached(self, captions: Sequence[str | None]) -> list[Conditioning]:
+        cache = self._cache
+        return [cache.unconditional if caption is None else cache.conditionings[caption] for caption in captions]

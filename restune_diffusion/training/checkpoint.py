@@ -17,6 +17,7 @@ from ..errors import TrainingError
 from ..fileformat import atomic_write, load_tuner, save_tuner, sync_directory
 from .facts import library_versions, run_identity
 from .optimizer_state import flatten_state, unflatten_state
+from .parameter_groups import optimized_names
 from .run import Hook, StepReport, TrainingRun
 
 logger = logging.getLogger(__name__)
@@ -81,7 +82,7 @@ def save_checkpoint(run: TrainingRun) -> Path:
     temporary = run.config.output / f".{final.name}.{os.getpid()}.tmp"
     scaler = run.accelerator.scaler
     optimizer = run.optimizer.state_dict()
-    tensors, values = flatten_state(optimizer["state"], _names(run))
+    tensors, values = flatten_state(optimizer["state"], optimized_names(run.optimizer, run.tuner))
     averages, average_settings = run.average.state() if run.average is not None else ({}, None)
     state = {
         "step": run.step,
@@ -128,7 +129,7 @@ def restore_checkpoint(run: TrainingRun, checkpoint: Path) -> None:
     if versions != library_versions():
         logger.warning("%s was made with %s; the result may differ in the last digits.", checkpoint, versions)
     run.tuner.load_state_dict(load_tuner(checkpoint / "tuner.safetensors").state_dict())
-    entries = unflatten_state({**tensors, **state["optimizer_values"]}, _names(run))
+    entries = unflatten_state({**tensors, **state["optimizer_values"]}, optimized_names(run.optimizer, run.tuner))
     run.optimizer.load_state_dict({"state": entries, "param_groups": state["optimizer_groups"]})
     if run.average is not None:
         run.average.load_state(averages, state["average"])
@@ -145,10 +146,6 @@ def _check_same_run(checkpoint: Path, saved: dict[str, Any], asked: dict[str, An
                 f"{checkpoint} cannot be resumed with {key} = {asked.get(key)}, because it was made with "
                 f"{saved.get(key)}; use the same settings and images, or another output folder."
             )
-
-
-def _names(run: TrainingRun) -> list[str]:
-    return [name for name, _ in run.tuner.named_parameters()]
 
 
 def _prune(output: Path, keep: int) -> None:

@@ -13,7 +13,7 @@ from .pictures import Geometry
 
 @dataclass(frozen=True)
 class Conditioning:
-    """Text states of one caption, on the CPU; `pooled` is what SDXL adds to the time embedding."""
+    """Text states of one caption; `pooled` is what SDXL adds to the time embedding."""
 
     states: torch.Tensor
     pooled: torch.Tensor | None = None
@@ -31,6 +31,35 @@ def encode_caption(pipeline: Any, caption: str) -> Conditioning:
     # SD 1.x and 2.x return (positive, negative), SDXL (positive, negative, pooled, negative pooled).
     pooled = encoded[2][0].cpu() if len(encoded) == 4 else None
     return Conditioning(encoded[0][0].cpu(), pooled)
+
+
+class LiveEncoder:
+    """Encodes the captions of a batch anew, with gradient: for a tuner that acts on the text encoders.
+
+    Args:
+        pipeline: a pipeline with `RestuneLoaderMixin`, to whose base the tuner is attached.
+    """
+
+    def __init__(self, pipeline: Any) -> None:
+        self._pipeline = pipeline
+        self._zeros = bool(pipeline.config.get("force_zeros_for_empty_prompt", False))
+
+    def __call__(self, captions: Sequence[str | None]) -> list[Conditioning]:
+        """Return the text states of captions, on the device; None is the unconditional half of guidance."""
+        encoded = self._pipeline.encode_prompt(
+            prompt=[caption or "" for caption in captions],
+            device=self._pipeline.unet.device,
+            num_images_per_prompt=1,
+            do_classifier_free_guidance=False,
+        )
+        pooled = encoded[2] if len(encoded) == 4 else [None] * len(captions)
+        return [
+            # Not new zeros: a batch in which every caption is dropped has a gradient too.
+            Conditioning(states * 0, each * 0)
+            if caption is None and self._zeros and each is not None
+            else Conditioning(states, each)
+            for caption, states, each in zip(captions, encoded[0], pooled, strict=True)
+        ]
 
 
 def encode_nothing(pipeline: Any) -> Conditioning:

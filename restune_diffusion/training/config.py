@@ -7,15 +7,16 @@ from typing import Any, Literal, TypeAlias
 
 from pydantic import Field, model_validator
 
-from ..config import BypassConfig, ControlConfig, PartConfig, ResConfig, SkipConfig
+from ..config import BypassConfig, ControlConfig, PartConfig, ResConfig, SkipConfig, TextConfig
 from .settings import Settings
 
-Kind: TypeAlias = Literal["skip", "control", "res", "bypass"]
+Kind: TypeAlias = Literal["skip", "control", "res", "bypass", "text"]
 _DEFAULTS: dict[Kind, PartConfig] = {
     "skip": SkipConfig(),
     "control": ControlConfig(),
     "res": ResConfig(),
     "bypass": BypassConfig(),
+    "text": TextConfig(),
 }
 
 
@@ -54,11 +55,13 @@ class TrainConfig(Settings):
 
     tuner: Kind | tuple[Kind, ...] = "skip"
     """Kind of tuner: `skip` learns most, `bypass` is fastest and needs the least memory, `control` is steered by
-    images, `res` acts inside the transformer blocks. Several make one tuner of several parts."""
+    images, `res` acts inside the transformer blocks, `text` teaches the text encoders new words. Several make one
+    tuner of several parts: `text` with another is for one subject."""
     skip: SkipConfig = SkipConfig()
     control: ControlConfig = ControlConfig()
     res: ResConfig = ResConfig()
     bypass: BypassConfig = BypassConfig()
+    text: TextConfig = TextConfig()
     control_data: Path | None = None
     """Folder of condition images for a control tuner, named as the training images; for several conditions a folder
     of such folders, named as the conditions. Without it the files that `metadata.jsonl` names under `condition` are
@@ -76,6 +79,9 @@ class TrainConfig(Settings):
     """What moves the weights; all but `adamw` and `adafactor` need pip install 'restune-diffusion[optimizers]'."""
     learning_rate: float = Field(default=1e-4, gt=0)
     """Peak learning rate; `lion` wants a third to a tenth of AdamW's, `prodigy` finds its own and wants 1."""
+    text_learning_rate: float | None = Field(default=None, gt=0)
+    """Peak learning rate of the `text` part; that of the others where not given. New words alone want
+    more, say 5e-3."""
     weight_decay: float = Field(default=1e-2, ge=0)
     """Weight decay of the optimizer."""
     lr_scheduler: Literal[
@@ -166,6 +172,10 @@ class TrainConfig(Settings):
         return self
 
     def _check_learning_rate(self) -> None:
+        if self.text_learning_rate is not None and "text" not in self.kinds:
+            raise ValueError("a text learning rate is given, but the tuner to train has no text part")
+        if self.drop_encoders and "text" in self.kinds:
+            raise ValueError("a text part is trained in the text encoders; leave drop_encoders out")
         if self.lr_warmup_steps and self.lr_scheduler == "constant":
             raise ValueError("a constant learning rate has no warm-up; choose constant_with_warmup")
         if self.lr_warmup_steps and self.lr_scheduler == "piecewise_constant":

@@ -46,6 +46,7 @@ def training_facts(run: TrainingRun) -> dict[str, Any]:
         "data_hash": run.cache.data_hash,
         "resolution": run.resolution,
         "prediction_type": run.objective.prediction_type,
+        **({"trigger_words": list(run.config.text.tokens)} if "text" in run.config.kinds else {}),
         "versions": library_versions(),
         "config": run.config.recorded(),
     }

@@ -10,7 +10,7 @@ import torch
 
 from ..errors import TrainingError
 
-Parameters = Iterable[torch.nn.Parameter]
+Parameters = Iterable[torch.nn.Parameter] | Iterable[dict[str, Any]]
 
 
 def make_optimizer(name: str, parameters: Parameters, *, learning_rate: float, weight_decay: float) -> Any:
@@ -18,7 +18,7 @@ def make_optimizer(name: str, parameters: Parameters, *, learning_rate: float, w
 
     Args:
         name: `adamw`, `adamw8bit`, `prodigy`, `adafactor` or `lion`.
-        parameters: what it moves.
+        parameters: what it moves, or groups of it with rates of their own.
         learning_rate: its rate; for Prodigy a factor on the rate that it finds.
         weight_decay: decoupled from the gradient in all of them.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,14 +18,17 @@ from diffusers.optimization import get_scheduler
 from ..attachment import attach
 from ..errors import TrainingError
 from ..fileformat import save_tuner
+from ..sites import text_encoders
 from ..tuner import Tuner
+from ..words import holds_word
 from .averaging import TunerAverage, UpdateAverage
-from .base import PRECISIONS, check_trainable, frozen, load_base, move_encoders, training_resolution
+from .base import PRECISIONS, check_trainable, frozen, load_base, move_encoders, sampling_pipeline, training_resolution
 from .batches import Batches
 from .cache import build_cache
-from .captions import find_examples
+from .captions import Example, find_examples
 from .checkpoint import Checkpoints, latest_checkpoint, restore_checkpoint
 from .condition_source import ConditionSource
+from .conditioning import LiveEncoder
 from .config import TrainConfig
 from .data import load_samples
 from .facts import training_facts
@@ -34,6 +37,7 @@ from .memory import drop_encoders, gradient_checkpointing
 from .noising import Noising
 from .objective import Objective
 from .optimizers import make_optimizer
+from .parameter_groups import parameter_groups
 from .reporting import MetricsLog, Progress, ProgressBar, describe_plan
 from .run import ATTACHED_NAME, Hook, StepReport, TrainingRun
 from .stopping import StopRequest
@@ -84,6 +88,7 @@ def train(
     _check_output(config)
     accelerator = _make_accelerator(config)
     examples = find_examples(config.data, config.prompt)
+    _check_words(config, examples)
     conditions = ConditionSource(config.control, config.control_data) if "control" in config.kinds else None
     if conditions is not None:
         examples = conditions.paired(examples, config.data)
@@ -97,7 +102,7 @@ def train(
         cache = build_cache(pipeline, load_samples(examples, resolution, conditions))
         if config.drop_encoders:
             drop_encoders(pipeline)
-        move_encoders(pipeline, torch.device("cpu"))
+        move_encoders(pipeline, torch.device("cpu"), keep=text_encoders(pipeline) if "text" in config.kinds else ())
         try:
             run = _make_run(config, accelerator, pipeline, cache, resolution, conditions)
             losses: list[float] = []
@@ -112,7 +117,7 @@ def train(
             accelerator.init_trackers("logs")
             stop = StopRequest()
             with (
-                attach(pipeline.unet, run.tuner, ATTACHED_NAME),
+                attach(pipeline.unet, run.tuner, ATTACHED_NAME, text=text_encoders(pipeline)),
                 gradient_checkpointing(pipeline.unet, config.gradient_checkpointing),
                 stop.listening() if stop_on_signal else nullcontext(),
             ):
@@ -146,6 +151,16 @@ def _check_output(config: TrainConfig) -> None:
         raise TrainingError(
             f"{config.output} holds {found.name} of an earlier run; add --resume to go on from it, "
             f"or choose another output folder."
+        )
+
+
+def _check_words(config: TrainConfig, examples: Sequence[Example]) -> None:
+    words = config.text.tokens if "text" in config.kinds else ()
+    missing = [word for word in words if not any(holds_word(example.caption, [word]) for example in examples)]
+    if missing:
+        raise TrainingError(
+            f"No caption has the new word {missing[0]}, which could learn nothing then; write it into the captions, "
+            f'for instance --prompt "a picture of {missing[0]}".'
         )
 
 
@@ -188,11 +203,11 @@ def _make_run(
         prediction_type=config.prediction_type,
         rescale_betas_zero_snr=config.rescale_betas_zero_snr,
     )
-    tuner = Tuner.for_base(pipeline.unet, *config.parts, generator=torch.Generator().manual_seed(config.seed))
+    tuner = Tuner.for_pipeline(pipeline, *config.parts, generator=torch.Generator().manual_seed(config.seed))
     tuner.to(accelerator.device)
     optimizer = make_optimizer(
         config.optimizer,
-        tuner.parameters(),
+        parameter_groups(config, tuner),
         learning_rate=config.learning_rate,
         weight_decay=config.weight_decay,
     )
@@ -214,6 +229,7 @@ def _make_run(
             device=accelerator.device,
             dtype=pipeline.unet.dtype,
             noising=_noising(config),
+            encode=LiveEncoder(sampling_pipeline(pipeline)) if "text" in config.kinds else None,
         ),
         objective=objective,
         resolution=resolution,

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from PIL import Image
+from torch import nn
 
 from ..fileformat import save_tuner
 from ..manager import TunerManager
@@ -122,8 +123,11 @@ def _only_tuner(sampler: Any, file: Path) -> Iterator[None]:
 @contextmanager
 def _encoders_on(pipeline: Any, device: torch.device) -> Iterator[None]:
     """Bring the models that training itself does not need to the device, for as long as they are needed."""
+    models = {name: model for name, model in pipeline.components.items() if isinstance(model, nn.Module)}
+    before = {name: next(model.parameters()).device for name, model in models.items()}
     move_encoders(pipeline, device)
     try:
         yield
     finally:
-        move_encoders(pipeline, torch.device("cpu"))
+        for name, model in models.items():
+            model.to(before[name])

@@ -7,6 +7,7 @@ from .control import ControlPart
 from .lora import ResLora
 from .res import ResPart
 from .skip import SkipPart, SkipTuner
+from .text import TextPart, initialize_tokens
 
 __all__ = [
     "BypassPart",
@@ -20,6 +21,8 @@ __all__ = [
     "ResPart",
     "SkipPart",
     "SkipTuner",
+    "TextPart",
     "init_linear",
+    "initialize_tokens",
     "pointwise",
 ]

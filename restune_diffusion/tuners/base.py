@@ -105,6 +105,8 @@ class Part(nn.Module):
     output."""
     needs: tuple[str, ...] = ()
     """Sites of transformer blocks whose description the part was built from."""
+    text_encoders: tuple[str, ...] = ()
+    """Text encoders that the part acts on."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,0 +1,72 @@
+"""The text encoders of a pipeline: what a tuner must know of them, and where it acts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from ..errors import RestuneError
+from .description import TextInfo
+from .transformer_block import linear_layers
+
+_NAMES = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
+
+
+@dataclass(frozen=True)
+class TextEncoder:
+    """A text encoder with its tokenizer.
+
+    Args:
+        module: transformers' `CLIPTextModel` or `CLIPTextModelWithProjection`.
+        tokenizer: the tokenizer whose ids it takes.
+        tokenizer_name: name of the tokenizer in a pipeline.
+    """
+
+    module: nn.Module
+    tokenizer: Any
+    tokenizer_name: str = "tokenizer"
+
+
+def text_encoders(pipeline: Any) -> dict[str, TextEncoder]:
+    """Return the text encoders that a pipeline has loaded, by name."""
+    found = {}
+    for name, tokenizer_name in _NAMES.items():
+        module, tokenizer = getattr(pipeline, name, None), getattr(pipeline, tokenizer_name, None)
+        if isinstance(module, nn.Module) and tokenizer is not None:
+            found[name] = TextEncoder(getattr(module, "_orig_mod", module), tokenizer, tokenizer_name)
+    return found
+
+
+def describe_text(encoders: Mapping[str, TextEncoder]) -> dict[str, TextInfo]:
+    """Read the structure off text encoders.
+
+    Raises:
+        RestuneError: if one is not CLIP's.
+    """
+    described = {}
+    for name, encoder in encoders.items():
+        layers = text_stack(encoder.module, name).encoder.layers
+        described[name] = TextInfo(
+            hidden_size=encoder.module.config.hidden_size,  # type: ignore[union-attr, arg-type]
+            num_hidden_layers=len(layers),
+            # Without the words that Textual Inversion has added to tokenizer and encoder.
+            vocab_size=encoder.tokenizer.vocab_size,
+            linears=dict(linear_layers(layers[0])),
+        )
+    return described
+
+
+def text_stack(encoder: nn.Module, name: str = "text_encoder") -> Any:
+    """Return the module inside a text encoder that has `embeddings` and `encoder.layers`.
+
+    Raises:
+        RestuneError: if there is none.
+    """
+    # Which of transformers' classes wrap it depends on its version.
+    stack = getattr(encoder, "text_model", encoder)
+    if not hasattr(stack, "embeddings") or not hasattr(getattr(stack, "encoder", None), "layers"):
+        raise RestuneError(f"Tuners act on CLIP's text encoders, but `{name}` is a {type(encoder).__name__}.")
+    return stack

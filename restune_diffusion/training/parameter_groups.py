@@ -1,0 +1,23 @@
+"""Which of a tuner's parameters learn at which rate, and by which number the optimizer knows them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..tuner import Tuner
+from .config import TrainConfig
+
+
+def parameter_groups(config: TrainConfig, tuner: Tuner) -> list[dict[str, Any]]:
+    """Split a tuner's parameters for an optimizer; those of the `text` part may have a learning rate of their own."""
+    named = list(tuner.named_parameters())
+    text = [parameter for name, parameter in named if name.startswith("text.")]
+    others = [parameter for name, parameter in named if not name.startswith("text.")]
+    rates = (config.learning_rate, config.text_learning_rate or config.learning_rate)
+    return [{"params": chosen, "lr": rate} for chosen, rate in zip((others, text), rates, strict=True) if chosen]
+
+
+def optimized_names(optimizer: Any, tuner: Tuner) -> list[str]:
+    """Return the names of a tuner's parameters, in the order in which the optimizer's state numbers them."""
+    names = {id(parameter): name for name, parameter in tuner.named_parameters()}
+    return [names[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]]

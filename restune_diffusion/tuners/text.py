@@ -1,0 +1,101 @@
+"""New words for text encoders (Textual Inversion, arXiv 2208.01618), and LoRA beside layers (arXiv 2106.09685)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+from ..config import TextConfig, match_sites
+from ..errors import RestuneError
+from ..sites import BaseInfo, TextEncoder
+from .base import Features, Part
+from .lora import ResLora
+
+# The standard deviation from which CLIP's own token embeddings are drawn.
+_STD = 0.02
+
+
+class TextPart(Part):
+    """For each text encoder the vectors of new words, and a low-rank product beside linear layers.
+
+    It writes to no site of the denoiser. Its own sites are `<encoder>.layers.<n>.<path of the linear layer>`.
+    """
+
+    def __init__(self, config: TextConfig, base: BaseInfo) -> None:
+        super().__init__()
+        if not base.text:
+            raise RestuneError(
+                "A `text` part needs to know the text encoders; make the tuner with Tuner.for_pipeline(pipe, ...)."
+            )
+        self.taps = ()
+        self.writes = ()
+        self.tokens = config.tokens
+        """The new words."""
+        self.initializers = config.initializers or ("",) * len(config.tokens)
+        """For each new word the words that it starts as."""
+        self.vectors_per_token = config.vectors_per_token
+        """Number of vectors of a new word."""
+        self.text_encoders = tuple(match_sites(config.encoders, base.text, "text encoder"))
+        for encoder in self.text_encoders:
+            info = base.text[encoder]
+            if config.tokens:
+                shape = (config.vectors_per_token, info.hidden_size)
+                vectors = nn.ParameterList(nn.Parameter(torch.empty(shape)) for _ in config.tokens)
+                self._register_site(f"{encoder}.token", vectors)
+            paths = match_sites(config.linears, info.linears, "linear layer") if config.rank else []
+            for layer in range(info.num_hidden_layers):
+                for path in paths:
+                    lora = ResLora(*info.linears[path], config.rank, config.alpha)
+                    self._register_site(f"{encoder}.layers.{layer}.{path}.lora", lora)
+
+    def linears(self, encoder: str) -> list[str]:
+        """Return the paths of an encoder's linear layers that get LoRA: `layers.<n>.<path>`."""
+        prefix = f"{encoder}.layers."
+        return [
+            site.removeprefix(f"{encoder}.").removesuffix(".lora") for site in self._at_site if site.startswith(prefix)
+        ]
+
+    def vectors(self, encoder: str) -> torch.Tensor:
+        """Return the vectors of all new words, `(tokens * vectors_per_token, hidden_size)`."""
+        return torch.cat(list(self._vectors(encoder)))
+
+    def forward(self, site: str, x: torch.Tensor, features: Features | None = None) -> torch.Tensor:
+        """Return the residual of a linear layer, from its input `x`, in the part's dtype."""
+        residual: torch.Tensor = self._at_site[f"{site}.lora"](x)
+        return residual
+
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Draw small vectors for the words, and LoRA that adds nothing."""
+        for module in self._at_site.values():
+            if isinstance(module, ResLora):
+                module.reset_parameters(generator)
+            else:
+                for vectors in module.parameters():
+                    nn.init.normal_(vectors, std=_STD, generator=generator)
+
+    def _vectors(self, encoder: str) -> nn.ParameterList:
+        vectors = self._at_site[f"{encoder}.token"]
+        assert isinstance(vectors, nn.ParameterList)
+        return vectors
+
+
+@torch.no_grad()
+def initialize_tokens(part: TextPart, encoders: Mapping[str, TextEncoder]) -> None:
+    """Give every vector of a new word the mean of the vectors of its initializer's words, where it has one.
+
+    Raises:
+        RestuneError: if an initializer holds no word.
+    """
+    for name in part.text_encoders if part.tokens else ():
+        tokenizer, module = encoders[name].tokenizer, encoders[name].module
+        embedding = module.get_input_embeddings()  # type: ignore[operator]
+        for token, words, vectors in zip(part.tokens, part.initializers, part._vectors(name), strict=True):
+            if not words:
+                continue
+            ids = tokenizer(words, add_special_tokens=False).input_ids
+            if not ids:
+                raise RestuneError(f"The initializer {words!r} of {token} holds no word; give one that is known.")
+            known = embedding.weight[torch.tensor(ids, device=embedding.weight.device)]
+            vectors.copy_(known.float().mean(0))
