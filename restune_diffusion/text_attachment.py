@@ -204,7 +204,7 @@ def check_text(tuner: Tuner, encoders: Mapping[str, TextEncoder] | None) -> None
         describe_text({name: encoders[name] for name in part.text_encoders if name in encoders})
     )
     for name in part.text_encoders:
-        if getattr(encoders[name].module, "_compiled_call_impl", None) is not None:
+        if encoders[name].compiled:
             raise RestuneError(f"The {name} is already compiled; load the tuners first, then call torch.compile.")
 
 

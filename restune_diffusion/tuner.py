@@ -78,7 +78,10 @@ class Tuner(nn.Module):
         Returns:
             A tuner with fp32 parameters on the CPU.
         """
-        described = describe_base(base).model_copy(update={"text": describe_text(text or {})})
+        described = describe_base(base)
+        # Encoders of other kinds are no obstacle to tuners without such a part.
+        if any(isinstance(config, TextConfig) for config in configs):
+            described = described.model_copy(update={"text": describe_text(text or {})})
         tuner = cls.empty(configs, described).to_empty(device="cpu")
         tuner.reset_parameters(generator)
         for part in tuner.parts():

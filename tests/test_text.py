@@ -101,7 +101,7 @@ def assert_same_fingerprint(one: tuple[Any, ...], two: tuple[Any, ...]) -> None:
 
 
 def test_lora_equals_peft_on_the_same_weights(pipe: Any) -> None:
-    tuner = acting(pipe, LORA)
+    tuner = acting(pipe, LORA, std=0.2)
     model = copy.deepcopy(pipe.text_encoder)
     targets = ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"]
     peft = get_peft_model(model, LoraConfig(r=3, lora_alpha=6.0, target_modules=targets))
@@ -118,7 +118,7 @@ def test_lora_equals_peft_on_the_same_weights(pipe: Any) -> None:
             ours_out = pipe.text_encoder(ids)
     for key in ("last_hidden_state", "pooler_output"):
         assert (expected[key] - plain[key]).abs().max() > 0.1
-        assert (ours_out[key] - expected[key]).abs().max() < 1e-5
+        assert (ours_out[key] - expected[key]).abs().max() < 2e-6
     assert torch.equal(pipe.text_encoder(ids).last_hidden_state, plain.last_hidden_state)
 
 
@@ -331,6 +331,11 @@ def test_another_encoder_is_refused_by_name(parts: dict[str, Any], pipe: Any, xl
         attach(xl.unet, both, text={"text_encoder": text_encoders(xl)["text_encoder"]})
     with pytest.raises(RestuneError, match="load it with load_tuner_weights, or attach it with text="):
         attach(pipe.unet, tuner)
+    compiled: Any = SD.make(RestuneStableDiffusionPipeline, {**parts, "text_encoder": CLIPTextModel(config)})
+    deeper_tuner = Tuner.for_pipeline(compiled, LORA)
+    compiled.text_encoder.compile()
+    with pytest.raises(RestuneError, match="The text_encoder is already compiled; load the tuners first"):
+        compiled.load_tuner_weights(deeper_tuner)
     with pytest.raises(RestuneError, match="Only lora merges"):
         merge_lora(pipe.unet, acting(pipe, LORA))
     with pytest.raises(RestuneError, match=r"Tuner\.for_pipeline"):

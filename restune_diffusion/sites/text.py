@@ -23,11 +23,13 @@ class TextEncoder:
         module: transformers' `CLIPTextModel` or `CLIPTextModelWithProjection`.
         tokenizer: the tokenizer whose ids it takes.
         tokenizer_name: name of the tokenizer in a pipeline.
+        compiled: whether the encoder is compiled, so that hooks that come later do nothing.
     """
 
     module: nn.Module
     tokenizer: Any
     tokenizer_name: str = "tokenizer"
+    compiled: bool = False
 
 
 def text_encoders(pipeline: Any) -> dict[str, TextEncoder]:
@@ -36,7 +38,9 @@ def text_encoders(pipeline: Any) -> dict[str, TextEncoder]:
     for name, tokenizer_name in _NAMES.items():
         module, tokenizer = getattr(pipeline, name, None), getattr(pipeline, tokenizer_name, None)
         if isinstance(module, nn.Module) and tokenizer is not None:
-            found[name] = TextEncoder(getattr(module, "_orig_mod", module), tokenizer, tokenizer_name)
+            inside = getattr(module, "_orig_mod", module)
+            compiled = inside is not module or getattr(module, "_compiled_call_impl", None) is not None
+            found[name] = TextEncoder(inside, tokenizer, tokenizer_name, compiled)
     return found
 
 

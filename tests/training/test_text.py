@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from pydantic import ValidationError
+from safetensors.torch import load_file
 
 from benchmarks.icon_style import character
 from restune_diffusion import RestuneStableDiffusionPipeline, TextConfig, Tuner, load_tuner, read_info, text_encoders
@@ -25,7 +26,7 @@ MakeConfig = Callable[..., TrainConfig]
 
 TEXT = TextConfig(tokens=("<zorp>",), initializers=("creature",), rank=2)
 SETTINGS: dict[str, Any] = {
-    "tuner": ("skip", "text"),
+    "tuner": ("text", "skip"),
     "text": TEXT,
     "text_learning_rate": 5e-3,
     "caption_dropout": 0.3,
@@ -44,7 +45,13 @@ def zorps(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_resumed_training_equals_the_uninterrupted(config: MakeConfig, zorps: Path, tmp_path: Path) -> None:
     common = {**SETTINGS, "data": zorps, "steps": 6, "batch_size": 1, "gradient_accumulation_steps": 2}
     part = config(output=tmp_path / "part", **{**common, "steps": 3, "checkpoint_every": 3})
-    train(part, verbose=False)
+    shapes = {key: value.shape for key, value in load_tuner(train(part, verbose=False).path).state_dict().items()}
+    moments = load_file(tmp_path / "part" / "checkpoint-000003" / "optimizer.safetensors")
+    assert {
+        key.removesuffix(":exp_avg"): value.shape
+        for key, value in moments.items()
+        if "exp_avg" in key and not key.endswith("_sq")
+    } == shapes
     resumed = train(config(output=tmp_path / "part", **common, checkpoint_every=3, resume=True), verbose=False)
     whole = train(config(output=tmp_path / "whole", **common), verbose=False)
     assert whole.losses[3:] == resumed.losses
