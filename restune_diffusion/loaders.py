@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
 import os
 import re
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal
 
 import torch
 from diffusers.loaders import TextualInversionLoaderMixin
 from torch import nn
 
 from .attachment import attach
+from .calls import MixPerImage, call_layout, listed, mix_of_call, mixed, named_weights, weights_by_name
 from .encoding import converted_prompt, prompts_read
 from .errors import ConditionError, RestuneError, TunerFileError, TunerNameError
 from .fileformat import load_tuner, save_tuner
@@ -29,10 +28,8 @@ from .steering import TunerImage, TunerScale, steered
 from .text_attachment import text_part
 from .tuner import Tuner
 from .tuner_cache import TunerCache
-from .weights import TunerWeight, Weight, as_weight
+from .weights import TunerWeight, Weight
 from .words import Words
-
-MixPerImage: TypeAlias = Sequence[str | Mapping[str, float] | None]
 
 _NAME = re.compile(r"[^./\\\x00-\x1f][^/\\\x00-\x1f]*")
 
@@ -82,10 +79,10 @@ class RestuneLoaderMixin(PlainConfigMixin):
         manager = TunerManager.of(self._tuner_base)
         if manager is None:
             # Says which names are not loaded, if the call asks for any.
-            self.set_tuners(_weights_by_name(tuners or [], 1))
+            self.set_tuners(weights_by_name(tuners or [], 1))
             with self._steered([], tuner_image, tuner_conditioning_scale, None):
                 return call(*args, **kwargs)
-        layout = self._layout(call, args, kwargs)
+        layout = call_layout(call, args, kwargs, self._tuner_base)
         with (
             self._mixed(manager, tuners, layout),
             self._steered(manager.active_names, tuner_image, tuner_conditioning_scale, layout),
@@ -130,16 +127,16 @@ class RestuneLoaderMixin(PlainConfigMixin):
 
         call = super().__call__  # type: ignore[misc]
         kwargs = {"prompt": prompt, **kwargs}
-        layout = self._layout(call, (), kwargs)
+        layout = call_layout(call, (), kwargs, self._tuner_base)
         if layout is None:
             # Says what is wrong with the arguments.
             return call(**kwargs)
         if not tuners:
             raise RestuneError("There are no branches to draw; give `tuners` an entry for each.")
-        names = _weights_by_name([*tuners, trunk], 1)
+        names = weights_by_name([*tuners, trunk], 1)
         if names:
             manager = self._manager_of(names)
-            shared = _weights_by_name([*tuners, trunk] if share_steps else tuners, 1)
+            shared = weights_by_name([*tuners, trunk] if share_steps else tuners, 1)
             for name, weights in shared.items():
                 if len(set(weights)) > 1 and text_part(manager.tuner(name)) is not None:
                     raise RestuneError(
@@ -151,8 +148,8 @@ class RestuneLoaderMixin(PlainConfigMixin):
             images=layout.images,
             branches=len(tuners),
             share_steps=share_steps,
-            trunk=_mix_of_call([trunk], None, before),
-            mixes=_mix_of_call([*tuners] * layout.images, None, before),
+            trunk=mix_of_call([trunk], None, before),
+            mixes=mix_of_call([*tuners] * layout.images, None, before),
         )
         arguments = arguments_of_branches(call, kwargs, fork)
         acting = [name for name, weights in names.items() if any(weights)]
@@ -307,7 +304,7 @@ class RestuneLoaderMixin(PlainConfigMixin):
                 for each image of a batch, factors by site (`{"skip.0-3": 0.2}`), a `schedule(...)` over the denoising
                 steps, or a `TunerWeight` of all these with a mask.
         """
-        chosen = _named_weights(tuner_names, weights)
+        chosen = named_weights(tuner_names, weights)
         if chosen or self.get_list_tuners():
             self._manager_of(chosen).set_weights(chosen)
 
@@ -331,7 +328,7 @@ class RestuneLoaderMixin(PlainConfigMixin):
 
     def delete_tuners(self, tuner_names: str | Sequence[str]) -> None:
         """Unload the named tuners; with the last one go all hooks."""
-        names = _listed(tuner_names)
+        names = listed(tuner_names)
         if names:
             manager = self._manager_of(names)
             for name in dict.fromkeys(names):
@@ -343,7 +340,7 @@ class RestuneLoaderMixin(PlainConfigMixin):
 
     def set_tuner_device(self, tuner_names: str | Sequence[str], device: torch.device | str) -> None:
         """Move loaded tuners; one that acts is moved back to its feature's device when it is next needed."""
-        names = _listed(tuner_names)
+        names = listed(tuner_names)
         for name in names:
             self._manager_of(names).tuner(name).to(device)
 
@@ -353,21 +350,6 @@ class RestuneLoaderMixin(PlainConfigMixin):
         if not isinstance(base, nn.Module):
             raise RestuneError(f"Tuners need a pipeline with a U-Net, but {type(self).__name__} has none loaded.")
         return uncompiled(base)
-
-    def _layout(self, call: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Layout | None:
-        """Read off a call's arguments how many images it draws, and whether with guidance."""
-        try:
-            bound = inspect.signature(call).bind(*args, **kwargs)
-        except TypeError:
-            # The call itself says what is wrong with its arguments.
-            return None
-        bound.apply_defaults()
-        asked = bound.arguments
-        prompt, embeds = asked.get("prompt"), asked.get("prompt_embeds")
-        prompts = len(prompt) if isinstance(prompt, list) else 1 if embeds is None else len(embeds)
-        guided = asked.get("guidance_scale", 1) > 1 and self._tuner_base.config.get("time_cond_proj_dim") is None
-        drawn = asked.get("num_images_per_prompt") or asked.get("num_videos_per_prompt") or 1
-        return Layout(prompts * drawn, guided, prompts)
 
     def _steered(
         self, names: Iterable[str], images: TunerImage | None, scale: TunerScale, layout: Layout | None
@@ -380,24 +362,11 @@ class RestuneLoaderMixin(PlainConfigMixin):
             raise ConditionError("There is an image for a control tuner, but no tuner is loaded.")
         return contextlib.nullcontext()
 
-    @contextlib.contextmanager
-    def _mixed(self, manager: TunerManager, tuners: MixPerImage | None, layout: Layout | None) -> Iterator[None]:
-        before = manager.weights
-        manager.layout = layout
-        manager.num_train_timesteps = self.scheduler.config.num_train_timesteps
-        try:
-            if tuners is not None:
-                manager.set_weights(_mix_of_call(tuners, layout, before))
-            # In a compiled graph neither can be looked after.
-            if layout is not None:
-                manager.check_images(layout.images)
-            manager.place(self._execution_device)
-            yield
-        finally:
-            manager.layout = None
-            if tuners is not None:
-                # What a callback has set, for a call without a mix of its own, stays; what it has deleted is gone.
-                manager.set_weights({name: before[name] for name in manager.names if name in before})
+    def _mixed(
+        self, manager: TunerManager, tuners: MixPerImage | None, layout: Layout | None
+    ) -> contextlib.AbstractContextManager[None]:
+        timesteps = self.scheduler.config.num_train_timesteps
+        return mixed(manager, tuners, layout, self._execution_device, timesteps)
 
     def _manager_of(self, names: Iterable[str]) -> TunerManager:
         """Return the manager that has all these tuners, or say which it has not."""
@@ -411,43 +380,3 @@ class RestuneLoaderMixin(PlainConfigMixin):
         manager = TunerManager.of(self._tuner_base)
         if manager is not None:
             manager.enabled = on
-
-
-def _mix_of_call(tuners: MixPerImage, layout: Layout | None, before: Mapping[str, Weight]) -> dict[str, Weight]:
-    """Give each tuner its weights by image, and leave the rest of what `set_tuners` said of it as it is."""
-    if layout is not None and layout.prompts != len(tuners):
-        raise RestuneError(
-            f"There are {len(tuners)} entries in `tuners` for {layout.prompts} prompts; give one for each."
-        )
-    by_name = _weights_by_name(tuners, layout.images // layout.prompts if layout is not None else 1)
-    settings = {name: as_weight(weight) for name, weight in before.items()}
-    return {name: replace(settings.get(name, TunerWeight()), value=tuple(values)) for name, values in by_name.items()}
-
-
-def _weights_by_name(tuners: MixPerImage, images_per_prompt: int) -> dict[str, list[float]]:
-    """Turn one mix for each prompt into one list of weights, by image, for each tuner."""
-    mixes: list[Mapping[str, float]] = [
-        {} if mix is None else {mix: 1.0} if isinstance(mix, str) else mix for mix in tuners
-    ]
-    names = dict.fromkeys(name for mix in mixes for name in mix)
-    # diffusers puts the images of one prompt side by side
-    return {name: [mix.get(name, 0.0) for mix in mixes for _ in range(images_per_prompt)] for name in names}
-
-
-def _listed(names: str | Sequence[str]) -> list[str]:
-    return [names] if isinstance(names, str) else list(names)
-
-
-def _named_weights(
-    names: str | Sequence[str] | Mapping[str, Weight], weights: float | Sequence[float] | None
-) -> dict[str, Weight]:
-    if isinstance(names, Mapping):
-        if weights is not None:
-            raise RestuneError("Give the weights in the mapping or as `weights`, not both.")
-        return dict(names)
-    names = _listed(names)
-    weights = 1.0 if weights is None else weights
-    values = [weights] * len(names) if isinstance(weights, int | float) else list(weights)
-    if len(values) != len(names):
-        raise RestuneError(f"There are {len(names)} tuner names but {len(values)} weights.")
-    return dict(zip(names, values, strict=True))
