@@ -8,6 +8,7 @@ from typing import Any, Literal, TypeAlias
 from pydantic import Field, model_validator
 
 from ..config import BypassConfig, ControlConfig, PartConfig, ResConfig, SkipConfig, TextConfig
+from ..words import holds_word
 from .settings import Settings
 
 Kind: TypeAlias = Literal["skip", "control", "res", "bypass", "text"]
@@ -33,6 +34,9 @@ class ValidationConfig(Settings):
     """Classifier-free guidance of a sample."""
     seed: int = 0
     """Seed of every sample, so that the images of two steps differ by the training alone."""
+    leak_prompts: tuple[str, ...] | None = None
+    """Prompts without the subject, for which the drift from the base is told as `leak`, in percent; --class-prompt
+    where not given."""
     control_images: tuple[Path, ...] = ()
     """What steers the samples of a control tuner: for each prompt one image for each condition. As in training, these
     are condition images, or pictures to make them from where the condition is made."""
@@ -66,6 +70,19 @@ class TrainConfig(Settings):
     """Folder of condition images for a control tuner, named as the training images; for several conditions a folder
     of such folders, named as the conditions. Without it the files that `metadata.jsonl` names under `condition` are
     used, or the condition is made from the image if it is called canny, palette, blur or mask."""
+
+    class_prompt: str | None = None
+    """What the subject is one of, said without its word: `a dog` where the captions say `a <dog>`."""
+    preservation: Literal["none", "prior", "output"] = "none"
+    """What keeps other things of the class from looking like the subject: `prior` trains on class images beside the
+    subject's, `output` keeps the base's own predictions for --class-prompt and needs no images."""
+    prior_loss_weight: float = Field(default=1.0, gt=0)
+    """Weight of the loss that preserves."""
+    class_data: Path | None = None
+    """Folder of class images for `prior`, OUTPUT/class-images where not given. The base draws what is missing, as many
+    steps and with the guidance of the validation samples. Images of your own in it are used as they are."""
+    num_class_images: int | None = Field(default=None, gt=0)
+    """Number of class images; 100 where not given, or those of your own where the folder has any."""
 
     resolution: int | None = Field(default=None, gt=0)
     """Side of the square training images in pixels; the base's own size where not given."""
@@ -162,6 +179,7 @@ class TrainConfig(Settings):
                 trained = " and ".join(self.kinds)
                 raise ValueError(f"settings of the {kind} tuner are given, but the tuner to train is {trained}")
         self._check_control()
+        self._check_preservation()
         self._check_learning_rate()
         if self.debiased_estimation and self.snr_gamma is not None:
             raise ValueError("the loss has one weighting; choose snr_gamma or debiased_estimation")
@@ -200,6 +218,30 @@ class TrainConfig(Settings):
         if self.control_data is not None and "control" not in self.kinds:
             raise ValueError("condition images are given, but the tuner to train is not a control tuner")
 
+    def _check_preservation(self) -> None:
+        if self.preservation == "none" and (self.class_data, self.num_class_images, self.prior_loss_weight) != (
+            None, None, 1.0,
+        ):  # fmt: skip
+            raise ValueError("settings of preservation are given; choose one, `--preservation prior` or `output`")
+        if self.preservation == "output" and (self.class_data, self.num_class_images) != (None, None):
+            raise ValueError("output preservation needs no class images; leave them out, or choose `prior`")
+        if self.preservation != "none" and not (self.class_prompt and self.class_prompt.strip()):
+            raise ValueError('preservation needs to know the class; give --class-prompt, for instance "a dog"')
+        if self.preservation == "prior" and "control" in self.kinds:
+            raise ValueError("class images have no condition images for a control tuner; choose output preservation")
+        if self.validation.leak_prompts and "control" in self.kinds:
+            raise ValueError("a control tuner draws nothing without its images, so that no leak can be told")
+        if self.class_prompt and "text" in self.kinds and holds_word(self.class_prompt, self.text.tokens):
+            raise ValueError(f"the class prompt {self.class_prompt!r} has the subject's own word; leave it out there")
+
+    @property
+    def leak_prompts(self) -> tuple[str, ...]:
+        """Prompts for which the drift from the base is told."""
+        asked = self.validation.leak_prompts
+        if "control" in self.kinds:
+            return ()
+        return asked if asked is not None else (self.class_prompt,) if self.class_prompt else ()
+
     @property
     def kinds(self) -> tuple[Kind, ...]:
         """Kinds of the parts that the tuner is made of."""
@@ -221,7 +263,7 @@ class TrainConfig(Settings):
         Left out are the settings of the kinds of tuner that are not trained, and paths, which say more about a
         person's machine than about the tuner.
         """
-        paths = {"data", "output", "control_data", "resume", "cpu"}
+        paths = {"data", "output", "control_data", "class_data", "resume", "cpu"}
         settings = self.model_dump(mode="json", exclude=paths | (_DEFAULTS.keys() - set(self.kinds)))
         del settings["validation"]["control_images"]
         if Path(self.base).exists():

@@ -31,6 +31,8 @@ def run_identity(run: TrainingRun) -> dict[str, Any]:
     del settings["prompt"]
     settings["resolution"] = run.resolution
     settings["images and captions"] = run.cache.data_hash
+    if run.preservation is not None:
+        settings["class images or prompt"] = run.preservation.identity
     settings["number of processes"] = run.accelerator.num_processes
     if run.config.lr_scheduler not in _ENDLESS:
         settings["steps"] = steps

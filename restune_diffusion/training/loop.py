@@ -9,11 +9,11 @@ from collections.abc import Sequence
 import torch
 
 from ..errors import TrainingError, TrainingInterrupted
-from ..manager import TunerManager
 from .batches import Batch
 from .checkpoint import latest_checkpoint
 from .optimizers import effective_learning_rate
-from .run import ATTACHED_NAME, Hook, StepReport, TrainingRun
+from .prediction import predict
+from .run import Hook, StepReport, TrainingRun
 from .stopping import StopRequest
 
 # So many steps in a row without finite fp16 gradients are no search for a loss scale any more.
@@ -61,10 +61,11 @@ def _step(run: TrainingRun) -> StepReport:
     """Do one optimizer step."""
     started = time.perf_counter()
     config, accelerator = run.config, run.accelerator
-    losses = []
+    losses, kept = [], []
     for micro_step in range(config.gradient_accumulation_steps):
         number = run.step * config.gradient_accumulation_steps + micro_step
-        batch = run.batches[number * accelerator.num_processes + accelerator.process_index]
+        number = number * accelerator.num_processes + accelerator.process_index
+        batch = run.batches[number]
         with accelerator.accumulate():
             loss = batch_loss(run, batch)
             # The mean over all processes is what every one of them checks, so that they stop together.
@@ -72,6 +73,14 @@ def _step(run: TrainingRun) -> StepReport:
             if not math.isfinite(losses[-1]):
                 raise _diverged(run, "loss")
             accelerator.backward(loss)
+            if run.preservation is not None:
+                # After the backward pass of the images, so that no more memory is needed than without.
+                loss = run.preservation.loss(run, batch, number)
+                kept.append(accelerator.reduce(loss.detach(), reduction="mean").item())
+                losses[-1] += config.prior_loss_weight * kept[-1]
+                if not math.isfinite(losses[-1]):
+                    raise _diverged(run, "loss")
+                accelerator.backward(config.prior_loss_weight * loss)
     learning_rate = effective_learning_rate(run.optimizer, run.lr_scheduler.get_last_lr()[0])
     grad_norm = _update(run)
     run.step += 1
@@ -83,19 +92,14 @@ def _step(run: TrainingRun) -> StepReport:
         learning_rate=learning_rate,
         seconds=time.perf_counter() - started,
         images=run.images_per_step,
+        preservation_loss=sum(kept) / len(kept) if kept else None,
     )
 
 
 def batch_loss(run: TrainingRun, batch: Batch) -> torch.Tensor:
     """Return the loss of one batch under the run's precision."""
-    noisy = run.objective.add_noise(batch.latents, batch.input_noise, batch.timesteps)
+    prediction = predict(run, batch)
     target = run.objective.target(batch.latents, batch.noise, batch.timesteps)
-    unet = run.pipeline.unet
-    manager = TunerManager.of(unet)
-    if manager is not None and batch.conditions:
-        manager.set_conditions(ATTACHED_NAME, batch.conditions)
-    with run.accelerator.autocast():
-        prediction = unet(noisy.to(unet.dtype), batch.timesteps, return_dict=False, **batch.inputs)[0]
     return run.objective.loss(prediction, target, batch.timesteps)
 
 

@@ -29,6 +29,7 @@ def describe_plan(run: TrainingRun) -> str:
         f"images      {len(cache)} at {run.resolution} x {run.resolution}, {len(cache.conditionings)} captions",
         f"tuner       {' + '.join(config.kinds)}, {run.tuner.num_parameters():,} parameters",
         *([f"steered by  {run.conditions.describe()}"] if run.conditions is not None else []),
+        *([f"preserved   {run.preservation.describe()}"] if run.preservation is not None else []),
         f"training    {config.steps} steps of {images} images = {config.steps * images / len(cache):.1f} epochs",
         f"memory      U-Net {_readable(base_memory)}, tuner and optimizer {_readable(tuner_memory)}, "
         f"cached data {_readable(cache.bytes)} (in main memory), and activations",
@@ -75,7 +76,7 @@ class MetricsLog(Hook):
         """Open the log; a resumed run forgets the steps that it is about to repeat."""
         if run.accelerator.is_main_process:
             path = run.config.output / "metrics.jsonl"
-            _keep_until(path, run.step)
+            _keep_until(path, run.step or -1)
             self._file = path.open("a", encoding="utf-8")
 
     def on_step(self, run: TrainingRun, report: StepReport) -> None:
@@ -86,10 +87,16 @@ class MetricsLog(Hook):
             "learning_rate": report.learning_rate,
             "images_per_second": report.images / report.seconds,
         }
+        if report.preservation_loss is not None:
+            values["preservation_loss"] = report.preservation_loss
+        self.note(run, values)
+
+    def note(self, run: TrainingRun, values: dict[str, float]) -> None:
+        """Log figures for the present step, on a line of their own."""
         if self._file is not None:
-            self._file.write(json.dumps({"step": report.step, **values}) + "\n")
+            self._file.write(json.dumps({"step": run.step, **values}) + "\n")
             self._file.flush()
-        run.accelerator.log(values, step=report.step)
+        run.accelerator.log(values, step=run.step)
 
     def close(self) -> None:
         """Close the log."""

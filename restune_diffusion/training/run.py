@@ -17,6 +17,7 @@ from .objective import Objective
 
 if TYPE_CHECKING:
     from .averaging import TunerAverage
+    from .preservation import Preservation
 
 ATTACHED_NAME = "in training"
 """Name of the tuner on the base while it is trained."""
@@ -40,6 +41,8 @@ class TrainingRun:
     """Where the images come from that steer a control tuner."""
     average: TunerAverage | None = None
     """The average of the tuner's weights, if one is kept."""
+    preservation: Preservation | None = None
+    """What keeps the class as the base draws it, if anything."""
     step: int = 0
 
     def released_weights(self) -> AbstractContextManager[None]:
@@ -64,6 +67,8 @@ class StepReport:
     learning_rate: float
     seconds: float
     images: int
+    preservation_loss: float | None = None
+    """What `prior_loss_weight` multiplies, already part of the loss; None where nothing is preserved."""
 
 
 class Hook:

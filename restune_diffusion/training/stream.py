@@ -48,7 +48,12 @@ class SampleStream:
         return self._order[place]
 
     def _generator(self, purpose: str, number: int) -> torch.Generator:
-        # A hash, because neighbouring seeds of the same purpose would overlap between runs: (seed 0, position 1)
-        # and (seed 1, position 0).
-        digest = hashlib.blake2b(f"{self._seed}/{purpose}/{number}".encode(), digest_size=8).digest()
-        return torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
+        return torch.Generator().manual_seed(derived_seed(self._seed, purpose, number))
+
+
+def derived_seed(seed: int, purpose: str, number: int = 0) -> int:
+    """Return a seed that depends on the run's, on what it is for, and on a number."""
+    # A hash, because neighbouring seeds of the same purpose would overlap between runs: (seed 0, position 1)
+    # and (seed 1, position 0).
+    digest = hashlib.blake2b(f"{seed}/{purpose}/{number}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1

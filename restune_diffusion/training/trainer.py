@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import is_tensorboard_available
 from diffusers.optimization import get_scheduler
+from tqdm.auto import tqdm
 
 from ..attachment import attach
 from ..errors import TrainingError
@@ -24,23 +26,26 @@ from ..words import holds_word
 from .averaging import TunerAverage, UpdateAverage
 from .base import PRECISIONS, check_trainable, frozen, load_base, move_encoders, sampling_pipeline, training_resolution
 from .batches import Batches
-from .cache import build_cache
+from .cache import Cache, build_cache
 from .captions import Example, find_examples
 from .checkpoint import Checkpoints, latest_checkpoint, restore_checkpoint
 from .condition_source import ConditionSource
-from .conditioning import LiveEncoder
+from .conditioning import Conditioning, LiveEncoder
 from .config import TrainConfig
 from .data import load_samples
 from .facts import training_facts
+from .leak import LeakProbe, draw_leak_prompts
 from .loop import run_loop
 from .memory import drop_encoders, gradient_checkpointing
 from .noising import Noising
 from .objective import Objective
 from .optimizers import make_optimizer
 from .parameter_groups import parameter_groups
+from .preservation import know_class, make_preservation
 from .reporting import MetricsLog, Progress, ProgressBar, describe_plan
 from .run import ATTACHED_NAME, Hook, StepReport, TrainingRun
 from .stopping import StopRequest
+from .stream import derived_seed
 from .validation import ValidationSamples
 
 
@@ -100,15 +105,19 @@ def train(
     pipeline.to(accelerator.device)
     with frozen(pipeline):
         cache = build_cache(pipeline, load_samples(examples, resolution, conditions))
+        known = know_class(config, accelerator, pipeline, resolution, verbose=verbose)
+        leak_prompts = draw_leak_prompts(config, pipeline, resolution) if accelerator.is_main_process else []
         if config.drop_encoders:
             drop_encoders(pipeline)
         move_encoders(pipeline, torch.device("cpu"), keep=text_encoders(pipeline) if "text" in config.kinds else ())
         try:
-            run = _make_run(config, accelerator, pipeline, cache, resolution, conditions)
+            run = _make_run(config, accelerator, pipeline, cache, resolution, conditions, known)
             losses: list[float] = []
             samples = ValidationSamples(steering)
-            hooks: list[Hook] = [Progress(lambda report: losses.append(report.loss)), MetricsLog(), UpdateAverage()]
+            log = MetricsLog()
+            hooks: list[Hook] = [Progress(lambda report: losses.append(report.loss)), log, UpdateAverage()]
             hooks += [ProgressBar()] if verbose else []
+            hooks += [LeakProbe(leak_prompts, log.note, tqdm.write if verbose else None)]
             # Checkpoints come last: whatever a step's hooks write is there, whole, once the step is saved.
             hooks += [FinalFile(), samples, Checkpoints()]
             hooks += [Progress(on_progress)] if on_progress else []
@@ -194,6 +203,7 @@ def _make_run(
     cache: Any,
     resolution: int,
     conditions: ConditionSource | None,
+    known: Cache | Conditioning | None,
 ) -> TrainingRun:
     """Put the parts of a run together, and restore them from the newest checkpoint if asked."""
     objective = Objective(
@@ -211,6 +221,18 @@ def _make_run(
         learning_rate=config.learning_rate,
         weight_decay=config.weight_decay,
     )
+    encode = LiveEncoder(sampling_pipeline(pipeline)) if "text" in config.kinds else None
+    draw = partial(
+        Batches,
+        size=config.batch_size,
+        timesteps=objective.timesteps,
+        caption_dropout=config.caption_dropout,
+        device=accelerator.device,
+        dtype=pipeline.unet.dtype,
+        noising=_noising(config),
+        encode=encode,
+    )
+    class_draw = partial(draw, seed=derived_seed(config.seed, "class"))
     run = TrainingRun(
         config=config,
         accelerator=accelerator,
@@ -220,20 +242,11 @@ def _make_run(
         optimizer=accelerator.prepare(optimizer),
         lr_scheduler=_make_lr_scheduler(config, optimizer),
         cache=cache,
-        batches=Batches(
-            cache,
-            seed=config.seed,
-            size=config.batch_size,
-            timesteps=objective.timesteps,
-            caption_dropout=config.caption_dropout,
-            device=accelerator.device,
-            dtype=pipeline.unet.dtype,
-            noising=_noising(config),
-            encode=LiveEncoder(sampling_pipeline(pipeline)) if "text" in config.kinds else None,
-        ),
+        batches=draw(cache, seed=config.seed),
         objective=objective,
         resolution=resolution,
         conditions=conditions,
+        preservation=make_preservation(config.class_prompt, known, class_draw, encode),
         average=TunerAverage(tuner, config.ema_decay) if config.ema_decay is not None else None,
     )
     checkpoint = latest_checkpoint(config.output) if config.resume else None

@@ -1,0 +1,40 @@
+"""What the denoiser predicts for a training batch, with the tuner or by the base alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from ..manager import TunerManager
+from .batches import Batch
+from .run import ATTACHED_NAME, TrainingRun
+
+
+def predict(run: TrainingRun, batch: Batch) -> torch.Tensor:
+    """Return the prediction for a batch's noisy latents under the run's precision, in the shape of the latents."""
+    unet = run.pipeline.unet
+    noisy = run.objective.add_noise(batch.latents, batch.input_noise, batch.timesteps)
+    manager = TunerManager.of(unet)
+    if manager is not None and batch.conditions:
+        manager.set_conditions(ATTACHED_NAME, batch.conditions)
+    with run.accelerator.autocast():
+        prediction: torch.Tensor = unet(noisy.to(unet.dtype), batch.timesteps, return_dict=False, **batch.inputs)[0]
+    return prediction
+
+
+@contextmanager
+def base_alone(unet: Any) -> Iterator[None]:
+    """Within, the base predicts as if no tuner were attached, and without gradient."""
+    manager = TunerManager.of(unet)
+    before = manager.enabled if manager is not None else True
+    if manager is not None:
+        manager.enabled = False
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        if manager is not None:
+            manager.enabled = before
