@@ -96,7 +96,7 @@ def batch_loss(run: TrainingRun, batch: Batch) -> torch.Tensor:
         manager.set_conditions(ATTACHED_NAME, batch.conditions)
     with run.accelerator.autocast():
         prediction = unet(noisy.to(unet.dtype), batch.timesteps, return_dict=False, **batch.inputs)[0]
-    return run.objective.loss(prediction, target, batch.timesteps)
+    return run.objective.loss(prediction, target, batch.timesteps, batch.mask)
 
 
 def _update(run: TrainingRun) -> float:
