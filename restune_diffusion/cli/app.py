@@ -11,6 +11,7 @@ import tyro
 
 from ..training.config import TrainConfig
 from .convert import ConvertOptions
+from .data import DataOptions
 from .demo import DemoOptions
 from .evaluate import EvaluateOptions
 from .generate import GenerateOptions
@@ -33,6 +34,7 @@ Command: TypeAlias = (
     | Annotated[GenerateOptions, tyro.conf.subcommand("generate")]
     | Annotated[GridOptions, tyro.conf.subcommand("grid")]
     | Annotated[EvaluateOptions, tyro.conf.subcommand("evaluate")]
+    | Annotated[DataOptions, tyro.conf.subcommand("data")]
     | Annotated[InspectOptions, tyro.conf.subcommand("inspect")]
     | Annotated[ConvertOptions, tyro.conf.subcommand("convert")]
     | Annotated[MergeOptions, tyro.conf.subcommand("merge")]

@@ -13,6 +13,7 @@ import torch
 from ..errors import DataError
 from .conditioning import Conditioning, encode_caption, encode_nothing
 from .data import Sample
+from .loss_masks import latent_mask
 from .pictures import Geometry
 
 
@@ -30,9 +31,11 @@ class Latent:
 
 @dataclass(frozen=True)
 class Cache:
-    """The encoded training data: one entry per image, one conditioning per distinct caption.
+    """The encoded training data: one entry per view of an image, one conditioning per distinct caption.
 
-    `conditions` holds for each image those that steer it, uint8, in the order of the tuner's conditions.
+    `conditions` holds for each entry those that steer it, uint8, in the order of the tuner's conditions, and `masks`
+    what of it to train on, 1 x height x width of the latent; both may be empty. `views` are the entries of each image:
+    one, unless images are cut or mirrored at random. `repeats` says how often an epoch shows each image.
     """
 
     latents: list[Latent]
@@ -42,12 +45,15 @@ class Cache:
     unconditional: Conditioning
     data_hash: str
     conditions: list[tuple[torch.Tensor, ...]] = field(default_factory=list)
+    masks: list[torch.Tensor] = field(default_factory=list)
+    views: list[list[int]] = field(default_factory=list)
+    repeats: list[int] = field(default_factory=list)
 
     def __len__(self) -> int:
-        return len(self.latents)
+        return len(self.views)
 
     def conditioning(self, index: int) -> Conditioning:
-        """Return the text states of an image's caption."""
+        """Return the text states of an entry's caption."""
         return self.conditionings[self.captions[index]]
 
     @property
@@ -56,6 +62,7 @@ class Cache:
         tensors = [tensor for latent in self.latents for tensor in (latent.mean, latent.std)]
         tensors += [conditioning.states for conditioning in self.conditionings.values()]
         tensors += [condition for conditions in self.conditions for condition in conditions]
+        tensors += self.masks
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
@@ -66,6 +73,9 @@ def build_cache(pipeline: Any, samples: Iterable[Sample]) -> Cache:
         DataError: if there is no sample.
     """
     latents, captions, geometries, conditions = [], [], [], []
+    masks: list[torch.Tensor] = []
+    views: list[list[int]] = []
+    repeats: list[int] = []
     content = hashlib.sha256()
     with _in_fp32(pipeline.vae):
         for sample in samples:
@@ -73,6 +83,14 @@ def build_cache(pipeline: Any, samples: Iterable[Sample]) -> Cache:
             captions.append(sample.caption)
             geometries.append(sample.geometry)
             conditions.append(sample.conditions)
+            if sample.mask is not None:
+                masks.append(latent_mask(sample.mask, latents[-1].mean.shape))
+                content.update(masks[-1].numpy().tobytes())
+            if sample.further:
+                views[-1].append(len(latents) - 1)
+                continue
+            views.append([len(latents) - 1])
+            repeats.append(sample.repeats)
             content.update(sample.digest + sample.caption.encode() + b"\0")
             for condition in sample.conditions:
                 content.update(condition.numpy().tobytes())
@@ -80,7 +98,8 @@ def build_cache(pipeline: Any, samples: Iterable[Sample]) -> Cache:
         raise DataError("None of the images can be read; check that the files are whole PNG, JPEG or WebP images.")
     conditionings = {caption: encode_caption(pipeline, caption) for caption in dict.fromkeys(captions)}
     nothing = encode_nothing(pipeline)
-    return Cache(latents, captions, geometries, conditionings, nothing, content.hexdigest(), conditions)
+    data_hash = content.hexdigest()
+    return Cache(latents, captions, geometries, conditionings, nothing, data_hash, conditions, masks, views, repeats)
 
 
 @torch.no_grad()

@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 
 from ..config import BypassConfig, ControlConfig, PartConfig, ResConfig, SkipConfig, TextConfig
 from ..words import holds_word
+from .data_config import DataConfig
 from .settings import Settings
 
 Kind: TypeAlias = Literal["skip", "control", "res", "bypass", "text"]
@@ -42,20 +43,15 @@ class ValidationConfig(Settings):
     are condition images, or pictures to make them from where the condition is made."""
 
 
-class TrainConfig(Settings):
+class TrainConfig(DataConfig):
     """Everything that decides a training run. The defaults are the published SCEdit recipe."""
 
     base: str
     """Stable Diffusion checkpoint in diffusers' layout: a directory, or the id of a hub repository."""
-    data: Path
-    """Folder of images. Captions: `metadata.jsonl` (file_name, text), or a `.txt` beside each image, or --prompt.
-    An image that cannot be read is left out, with a warning that names it."""
     output: Path
     """Folder for the tuner, the checkpoints, the samples and `metrics.jsonl`."""
     name: str = Field(default="tuner", pattern=r"^[\w][\w.\- ]*$")
     """Name of the tuner; its file is OUTPUT/NAME.safetensors."""
-    prompt: str | None = None
-    """Caption of every image that has none of its own."""
 
     tuner: Kind | tuple[Kind, ...] = "skip"
     """Kind of tuner: `skip` learns most, `bypass` is fastest and needs the least memory, `control` is steered by
@@ -84,8 +80,6 @@ class TrainConfig(Settings):
     num_class_images: int | None = Field(default=None, gt=0)
     """Number of class images; 100 where not given, or those of your own where the folder has any."""
 
-    resolution: int | None = Field(default=None, gt=0)
-    """Side of the square training images in pixels; the base's own size where not given."""
     steps: int = Field(default=2000, gt=0)
     """Optimizer steps."""
     batch_size: int = Field(default=1, gt=0)
@@ -263,7 +257,7 @@ class TrainConfig(Settings):
         Left out are the settings of the kinds of tuner that are not trained, and paths, which say more about a
         person's machine than about the tuner.
         """
-        paths = {"data", "output", "control_data", "class_data", "resume", "cpu"}
+        paths = {"data", "mask_data", "output", "control_data", "class_data", "resume", "cpu"}
         settings = self.model_dump(mode="json", exclude=paths | (_DEFAULTS.keys() - set(self.kinds)))
         del settings["validation"]["control_images"]
         if Path(self.base).exists():

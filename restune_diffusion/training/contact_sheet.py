@@ -56,6 +56,25 @@ def labelled_grid(
     return sheet
 
 
+def captioned(image: Image.Image, text: str, cell: int) -> Image.Image:
+    """Fit an image into a square and write its caption below, on as many lines as there is room for, and then cut.
+
+    Args:
+        image: the image.
+        text: the caption.
+        cell: side of the square, and width of the text, in pixels.
+    """
+    font = ImageFont.load_default(size=_FONT)
+    fitted = _fitted(image, cell)
+    sheet = Image.new("RGB", (cell, cell + _MARGIN // 2 + _LINE * _HEADLINES), _PAPER)
+    sheet.paste(fitted, ((cell - fitted.width) // 2, (cell - fitted.height) // 2))
+    draw = ImageDraw.Draw(sheet)
+    for number, line in enumerate(_wrapped(text, font, cell, _HEADLINES)):
+        place = (cell / 2, cell + _MARGIN // 2 + _LINE * number)
+        draw.text(place, line, fill=_INK, font=font, anchor="ma")
+    return sheet
+
+
 def fitting_cell(rows: int, columns: int, side: int) -> int:
     """Choose the cell for a grid: the images' own size or a multiple of it, or less on a large page.
 

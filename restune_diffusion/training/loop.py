@@ -100,7 +100,7 @@ def batch_loss(run: TrainingRun, batch: Batch) -> torch.Tensor:
     """Return the loss of one batch under the run's precision."""
     prediction = predict(run, batch)
     target = run.objective.target(batch.latents, batch.noise, batch.timesteps)
-    return run.objective.loss(prediction, target, batch.timesteps)
+    return run.objective.loss(prediction, target, batch.timesteps, batch.mask)
 
 
 def _update(run: TrainingRun) -> float:

@@ -21,21 +21,39 @@ def describe_plan(run: TrainingRun) -> str:
     """Say in a few lines what the run is about to do."""
     config, cache = run.config, run.cache
     images = run.images_per_step
+    epochs = config.steps * images / sum(cache.repeats)
     precision = {"no": "fp32", "fp16": "fp16", "bf16": "bf16"}[config.mixed_precision]
     # weight, gradient and two moments of Adam, four bytes each
     tuner_memory, base_memory = run.tuner.num_parameters() * 16, _size(run.pipeline.unet)
     lines = [
         f"base        {config.base} ({run.objective.prediction_type}, {precision}, {run.accelerator.device})",
-        f"images      {len(cache)} at {run.resolution} x {run.resolution}, {len(cache.conditionings)} captions",
+        *_describe_data(run),
         f"tuner       {' + '.join(config.kinds)}, {run.tuner.num_parameters():,} parameters",
         *([f"steered by  {run.conditions.describe()}"] if run.conditions is not None else []),
         *([f"preserved   {run.preservation.describe()}"] if run.preservation is not None else []),
-        f"training    {config.steps} steps of {images} images = {config.steps * images / len(cache):.1f} epochs",
+        f"training    {config.steps} steps of {images} images = {epochs:.1f} epochs",
         f"memory      U-Net {_readable(base_memory)}, tuner and optimizer {_readable(tuner_memory)}, "
         f"cached data {_readable(cache.bytes)} (in main memory), and activations",
         f"output      {config.file}",
     ]
     return "\n".join(lines)
+
+
+def _describe_data(run: TrainingRun) -> list[str]:
+    if run.data is None:
+        return [f"images      {len(run.cache)} at {run.resolution} x {run.resolution}"]
+    notes = run.data.notes()
+    lines = [f"images      {run.data.images_line(run.resolution)}"]
+    return lines + [f"{'' if number else 'left out':<12}{note}" for number, note in enumerate(notes)]
+
+
+class SheetFile(Hook):
+    """Writes `data.json`: what is trained on, and what is left out and why."""
+
+    def on_start(self, run: TrainingRun) -> None:
+        """Write the file."""
+        if run.data is not None and run.accelerator.is_main_process:
+            run.data.write(run.config.output)
 
 
 class ProgressBar(Hook):

@@ -17,6 +17,7 @@ from .objective import Objective
 
 if TYPE_CHECKING:
     from .averaging import TunerAverage
+    from .data_sheet import DataSheet
     from .preservation import Preservation
 
 ATTACHED_NAME = "in training"
@@ -39,6 +40,8 @@ class TrainingRun:
     resolution: int
     conditions: ConditionSource | None = None
     """Where the images come from that steer a control tuner."""
+    data: DataSheet | None = None
+    """What is trained on and what is left out."""
     average: TunerAverage | None = None
     """The average of the tuner's weights, if one is kept."""
     preservation: Preservation | None = None

@@ -26,14 +26,16 @@ from ..words import holds_word
 from .averaging import TunerAverage, UpdateAverage
 from .base import PRECISIONS, check_trainable, frozen, load_base, move_encoders, sampling_pipeline, training_resolution
 from .batches import Batches
+from .buckets import bucket_step
 from .cache import Cache, build_cache
-from .captions import Example, find_examples
+from .captions import Example, read_examples
 from .checkpoint import Checkpoints, latest_checkpoint, restore_checkpoint
 from .condition_source import ConditionSource
 from .conditioning import Conditioning, LiveEncoder
 from .config import TrainConfig
 from .data import load_samples
-from .facts import training_facts
+from .data_sheet import DataSheet
+from .facts import training_facts, trigger_words
 from .leak import LeakProbe, draw_leak_prompts
 from .loop import run_loop
 from .memory import drop_encoders, gradient_checkpointing
@@ -41,8 +43,9 @@ from .noising import Noising
 from .objective import Objective
 from .optimizers import make_optimizer
 from .parameter_groups import parameter_groups
+from .preparation import Preparation
 from .preservation import know_class, make_preservation
-from .reporting import MetricsLog, Progress, ProgressBar, describe_plan
+from .reporting import MetricsLog, Progress, ProgressBar, SheetFile, describe_plan
 from .run import ATTACHED_NAME, Hook, StepReport, TrainingRun
 from .stopping import StopRequest
 from .stream import derived_seed
@@ -92,7 +95,8 @@ def train(
         raise TrainingError("The encoders of a pipeline that is in use cannot be dropped; leave drop_encoders out.")
     _check_output(config)
     accelerator = _make_accelerator(config)
-    examples = find_examples(config.data, config.prompt)
+    sheet = DataSheet(config.data, [])
+    examples = read_examples(config, sheet.refused)
     _check_words(config, examples)
     conditions = ConditionSource(config.control, config.control_data) if "control" in config.kinds else None
     if conditions is not None:
@@ -104,7 +108,10 @@ def train(
     steering = conditions.samples(config.validation.control_images, resolution) if conditions is not None else []
     pipeline.to(accelerator.device)
     with frozen(pipeline):
-        cache = build_cache(pipeline, load_samples(examples, resolution, conditions))
+        preparation = Preparation.of(config, resolution, bucket_step(pipeline), config.seed)
+        images = load_samples(examples, resolution, conditions, preparation=preparation, refused=sheet.refused)
+        cache = build_cache(pipeline, sheet.watched(images))
+        sheet.count_tokens([encoder.tokenizer for encoder in text_encoders(pipeline).values()])
         known = know_class(config, accelerator, pipeline, resolution, verbose=verbose)
         leak_prompts = draw_leak_prompts(config, pipeline, resolution) if accelerator.is_main_process else []
         if config.drop_encoders:
@@ -112,10 +119,12 @@ def train(
         move_encoders(pipeline, torch.device("cpu"), keep=text_encoders(pipeline) if "text" in config.kinds else ())
         try:
             run = _make_run(config, accelerator, pipeline, cache, resolution, conditions, known)
+            run.data = sheet
             losses: list[float] = []
             samples = ValidationSamples(steering)
             log = MetricsLog()
             hooks: list[Hook] = [Progress(lambda report: losses.append(report.loss)), log, UpdateAverage()]
+            hooks += [SheetFile()]
             hooks += [ProgressBar()] if verbose else []
             hooks += [LeakProbe(leak_prompts, log.note, tqdm.write if verbose else None)]
             # Checkpoints come last: whatever a step's hooks write is there, whole, once the step is saved.
@@ -123,6 +132,8 @@ def train(
             hooks += [Progress(on_progress)] if on_progress else []
             if verbose:
                 accelerator.print(describe_plan(run))
+            else:
+                sheet.warn()
             accelerator.init_trackers("logs")
             stop = StopRequest()
             with (
@@ -145,7 +156,9 @@ class FinalFile(Hook):
         """Write the file."""
         if run.accelerator.is_main_process:
             with run.released_weights():
-                save_tuner(run.tuner, run.config.file, training=training_facts(run))
+                words = trigger_words(run.config)
+                metadata = {"modelspec.trigger_phrase": ", ".join(words)} if words else {}
+                save_tuner(run.tuner, run.config.file, training=training_facts(run), metadata=metadata)
         run.accelerator.wait_for_everyone()
 
 
@@ -231,6 +244,8 @@ def _make_run(
         dtype=pipeline.unet.dtype,
         noising=_noising(config),
         encode=encode,
+        step_size=config.batch_size * config.gradient_accumulation_steps * accelerator.num_processes,
+        unmasked_weight=config.unmasked_weight,
     )
     class_draw = partial(draw, seed=derived_seed(config.seed, "class"))
     run = TrainingRun(
