@@ -9,7 +9,7 @@ from .. import __version__
 from .run import TrainingRun
 
 # Settings that may change when a run is resumed: they do not reach the tuner.
-_IMMATERIAL = {"name", "validation", "checkpoint_every", "checkpoints_kept", "log_with"} | {
+_IMMATERIAL = {"name", "preset", "validation", "checkpoint_every", "checkpoints_kept", "log_with"} | {
     "gradient_checkpointing",
     "drop_encoders",
 }

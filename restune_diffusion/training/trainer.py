@@ -30,6 +30,7 @@ from .checkpoint import Checkpoints, latest_checkpoint, restore_checkpoint
 from .condition_source import ConditionSource
 from .conditioning import LiveEncoder
 from .config import TrainConfig
+from .config_record import ConfigFile
 from .data import load_samples
 from .facts import training_facts
 from .loop import run_loop
@@ -108,6 +109,7 @@ def train(
             losses: list[float] = []
             samples = ValidationSamples(steering)
             hooks: list[Hook] = [Progress(lambda report: losses.append(report.loss)), MetricsLog(), UpdateAverage()]
+            hooks += [ConfigFile()]
             hooks += [ProgressBar()] if verbose else []
             # Checkpoints come last: whatever a step's hooks write is there, whole, once the step is saved.
             hooks += [FinalFile(), samples, Checkpoints()]
