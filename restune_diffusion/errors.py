@@ -21,6 +21,10 @@ class ConditionError(RestuneError, ValueError):
     """A condition image is missing, or of the wrong kind."""
 
 
+class SettingsError(RestuneError, ValueError):
+    """A setting is unknown, or its value is not allowed."""
+
+
 class DataError(RestuneError):
     """Training images or captions cannot be used."""
 

@@ -9,11 +9,8 @@ of the training images, or are made from these where the condition is called can
 
 import sys
 
-import tyro
-
 from restune_diffusion.cli.guard import run_guarded
-from restune_diffusion.training import TrainConfig, train
+from restune_diffusion.cli.train import parse_train_options
 
 if __name__ == "__main__":
-    config = tyro.cli(TrainConfig, description=__doc__, args=["--tuner", "control", *sys.argv[1:]])
-    sys.exit(run_guarded(lambda: train(config, stop_on_signal=True)))
+    sys.exit(run_guarded(lambda: parse_train_options(__doc__, defaults={"tuner": "control"}).run()))

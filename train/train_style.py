@@ -6,11 +6,8 @@ On several devices:  accelerate launch train/train_style.py --base BASE --data I
 
 import sys
 
-import tyro
-
 from restune_diffusion.cli.guard import run_guarded
-from restune_diffusion.training import TrainConfig, train
+from restune_diffusion.cli.train import parse_train_options
 
 if __name__ == "__main__":
-    config = tyro.cli(TrainConfig, description=__doc__)
-    sys.exit(run_guarded(lambda: train(config, stop_on_signal=True)))
+    sys.exit(run_guarded(lambda: parse_train_options(__doc__).run()))

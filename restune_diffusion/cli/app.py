@@ -9,7 +9,6 @@ from typing import Annotated, TypeAlias
 
 import tyro
 
-from ..training.config import TrainConfig
 from .convert import ConvertOptions
 from .data import DataOptions
 from .demo import DemoOptions
@@ -19,18 +18,13 @@ from .grid import GridOptions
 from .guard import run_guarded
 from .inspect import InspectOptions
 from .merge import MergeOptions
+from .train import TRAIN_HELP, TrainOptions, parse_train_options
 
 # tyro shows pydantic's message when a value is refused; the link to pydantic's manual helps nobody here.
 os.environ.setdefault("PYDANTIC_ERRORS_INCLUDE_URL", "0")
 
-_TRAIN_HELP = """Train a tuner on a folder of images.
-
-Example: restune train --base ./stable-diffusion-v1-5 --data ./watercolors --output ./out
---steps 2000 --mixed-precision fp16 --validation.prompts "a fox" "a lighthouse"
-"""
-
 Command: TypeAlias = (
-    Annotated[TrainConfig, tyro.conf.subcommand("train", description=_TRAIN_HELP)]
+    Annotated[TrainOptions, tyro.conf.subcommand("train", description=TRAIN_HELP)]
     | Annotated[GenerateOptions, tyro.conf.subcommand("generate")]
     | Annotated[GridOptions, tyro.conf.subcommand("grid")]
     | Annotated[EvaluateOptions, tyro.conf.subcommand("evaluate")]
@@ -48,21 +42,13 @@ def main(args: Sequence[str] | None = None) -> None:
     Args:
         args: the arguments; those of the process by default.
     """
-    command = tyro.cli(
-        Command,
-        prog="restune",
-        description="Customize Stable Diffusion with detachable tuners.",
-        args=args,
+    sys.exit(run_guarded(lambda: parse(sys.argv[1:] if args is None else args).run()))
+
+
+def parse(args: Sequence[str]) -> Command:
+    """Parse the command line; a training's may name a file with its settings."""
+    if args[:1] == ["train"]:
+        return parse_train_options(TRAIN_HELP, args[1:], prog="restune train")
+    return tyro.cli(
+        Command, prog="restune", description="Customize Stable Diffusion with detachable tuners.", args=args
     )
-    sys.exit(run_guarded(lambda: run(command)))
-
-
-def run(command: Command) -> None:
-    """Run one command."""
-    # The commands import torch and diffusers, which `--help` must not wait for.
-    if isinstance(command, TrainConfig):
-        from .train import run_train
-
-        run_train(command)
-    else:
-        command.run()

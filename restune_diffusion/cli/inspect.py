@@ -11,6 +11,8 @@ import tyro
 from pydantic import BaseModel, ConfigDict
 
 from ..display import printable
+from ..errors import TunerFileError
+from ..training.config_file import recorded_yaml
 
 if TYPE_CHECKING:
     from ..fileformat import TunerInfo
@@ -28,13 +30,19 @@ class InspectOptions(BaseModel):
     """The tuner file."""
     json_output: Annotated[bool, tyro.conf.arg(name="json"), tyro.conf.FlagCreatePairsOff] = False
     """Print JSON for other programs."""
+    config_output: Annotated[bool, tyro.conf.arg(name="config"), tyro.conf.FlagCreatePairsOff] = False
+    """Print the settings that it was trained with as YAML, for `restune train --config`; data, output and, if it was
+    a folder, the base are to be given anew."""
 
     def run(self) -> None:
         """Print the facts."""
         from ..fileformat import read_info
 
         info = read_info(self.file)
-        text = json.dumps(as_json(info), indent=2) if self.json_output else as_text(info)
+        if self.config_output:
+            text = as_config(info)
+        else:
+            text = json.dumps(as_json(info), indent=2) if self.json_output else as_text(info)
         encoding = sys.stdout.encoding or "utf-8"
         print(text.encode(encoding, "backslashreplace").decode(encoding))
 
@@ -51,6 +59,18 @@ def as_json(info: TunerInfo) -> dict[str, Any]:
         "training": info.training,
         "metadata": {key: value for key, value in info.metadata.items() if not key.startswith("restune.")},
     }
+
+
+def as_config(info: TunerInfo) -> str:
+    """Return the settings that a tuner was trained with as YAML.
+
+    Raises:
+        TunerFileError: if the file records none.
+    """
+    recorded = _mapping(info.training.get("config"))
+    if not recorded:
+        raise TunerFileError(f"{info.path} does not say with which settings it was trained.")
+    return recorded_yaml(recorded).rstrip("\n")
 
 
 def as_text(info: TunerInfo) -> str:

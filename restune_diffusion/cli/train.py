@@ -1,21 +1,83 @@
-"""`restune train`."""
+"""`restune train`, and the command line of the scripts in `train/`: flags over a YAML file over a preset."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from argparse import ArgumentParser
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
 
+import tyro
+
+from ..training.config import TrainConfig
+from ..training.config_file import given_settings
+from ..training.presets import PRESETS
 from .quiet import quiet_libraries
 
-if TYPE_CHECKING:
-    from ..training import TrainConfig
+TRAIN_HELP = """Train a tuner on a folder of images.
+
+Example: restune train --base ./stable-diffusion-v1-5 --data ./watercolors --output ./out
+--steps 2000 --mixed-precision fp16 --validation.prompts "a fox" "a lighthouse"
+
+Example: restune train --config run.yaml --steps 500 --output ./shorter
+"""
 
 
-def run_train(config: TrainConfig) -> None:
-    """Train a tuner and say where it is."""
-    quiet_libraries()  # before the imports below, which warn
-    from ..training import train
+class TrainOptions(TrainConfig):
+    """The flags of a training: its settings, and the file that they may come from."""
 
-    result = train(config, stop_on_signal=True)
-    print(f"Trained {result.steps} steps in {result.seconds:.0f} s: {result.path}")
-    if result.samples:
-        print(f"Samples: {result.samples[-1]}")
+    config: Annotated[Path | None, tyro.conf.arg(metavar="YAML")] = None
+    """File with any of these settings, under the same names with `_` for `-`; flags win over it. A run writes such a
+    file to OUTPUT/config.yaml."""
+
+    def settings(self) -> TrainConfig:
+        """Return the settings of the run."""
+        return TrainConfig(**{name: getattr(self, name) for name in TrainConfig.model_fields})
+
+    def run(self) -> None:
+        """Train a tuner and say where it is."""
+        quiet_libraries()  # before the import below, which warns
+        from ..training import train
+
+        result = train(self.settings(), stop_on_signal=True)
+        print(f"Trained {result.steps} steps in {result.seconds:.0f} s: {result.path}")
+        if result.samples:
+            print(f"Samples: {result.samples[-1]}")
+
+
+def parse_train_options(
+    description: str | None,
+    args: Sequence[str] | None = None,
+    *,
+    prog: str | None = None,
+    defaults: Mapping[str, Any] | None = None,
+) -> TrainOptions:
+    """Parse the command line of a training, which ends the process where flags cannot be used.
+
+    Args:
+        description: what `--help` says before the flags and the presets.
+        args: the arguments; those of the process by default.
+        prog: name of the program.
+        defaults: settings that a file or flags may change, and that win over a preset.
+
+    Raises:
+        SettingsError: if the file of `--config`, or a setting in it, cannot be used.
+    """
+    # Read before all others, which have other defaults then; what is wrong with these two is told with the others.
+    first = ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--config", type=Path, nargs="?")
+    first.add_argument("--preset", nargs="?")
+    known, _ = first.parse_known_args(args)
+    settings = given_settings(known.config, known.preset if known.preset in PRESETS else None, defaults)
+    required = {name: tyro.MISSING for name, field in TrainConfig.model_fields.items() if field.is_required()}
+    return tyro.cli(
+        TrainOptions,
+        prog=prog,
+        description="\n\n".join([description or "", _presets_help()]),
+        args=args,
+        default=TrainOptions.model_construct(**{**required, **settings}),
+    )
+
+
+def _presets_help() -> str:
+    return "\n\n".join(["Presets:", *(f"{name}, {preset.describe()}" for name, preset in PRESETS.items())])

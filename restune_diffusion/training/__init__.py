@@ -4,12 +4,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from .config import TrainConfig, ValidationConfig
+from .config_file import read_config
 
 if TYPE_CHECKING:
     from .run import StepReport
     from .trainer import TrainResult, train
 
-__all__ = ["StepReport", "TrainConfig", "TrainResult", "ValidationConfig", "train"]
+__all__ = ["StepReport", "TrainConfig", "TrainResult", "ValidationConfig", "read_config", "train"]
 
 _HOME = {"StepReport": "run", "TrainResult": "trainer", "train": "trainer"}
 

@@ -10,6 +10,8 @@ from pydantic import Field, model_validator
 from ..config import BypassConfig, ControlConfig, PartConfig, ResConfig, SkipConfig, TextConfig
 from ..words import holds_word
 from .data_config import DataConfig
+from .layers import checked_fields, layered
+from .presets import PRESETS, PresetName
 from .settings import Settings
 
 Kind: TypeAlias = Literal["skip", "control", "res", "bypass", "text"]
@@ -52,6 +54,8 @@ class TrainConfig(DataConfig):
     """Folder for the tuner, the checkpoints, the samples and `metrics.jsonl`."""
     name: str = Field(default="tuner", pattern=r"^[\w][\w.\- ]*$")
     """Name of the tuner; its file is OUTPUT/NAME.safetensors."""
+    preset: PresetName | None = None
+    """Settings for a purpose, which all others given win over; the manual, docs/training.md, lists them."""
 
     tuner: Kind | tuple[Kind, ...] = "skip"
     """Kind of tuner: `skip` learns most, `bypass` is fastest and needs the least memory, `control` is steered by
@@ -164,12 +168,19 @@ class TrainConfig(DataConfig):
     log_with: Literal["tensorboard"] | None = None
     """Log to TensorBoard too; `metrics.jsonl` is always written."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _on_preset(cls, values: Any) -> Any:
+        name = values.get("preset") if isinstance(values, dict) else None
+        # An unknown one is refused with the other fields.
+        return layered(PRESETS[name].settings, values) if isinstance(name, str) and name in PRESETS else values
+
     @model_validator(mode="after")
     def _settings_fit_together(self) -> TrainConfig:
         if not self.kinds or len(set(self.kinds)) != len(self.kinds):
             raise ValueError("a tuner needs one or more kinds of parts, each once")
-        for kind, default in _DEFAULTS.items():
-            if kind not in self.kinds and getattr(self, kind) != default:
+        for kind in self.untrained:
+            if getattr(self, kind) != _DEFAULTS[kind] and not self._is_from_preset(kind):
                 trained = " and ".join(self.kinds)
                 raise ValueError(f"settings of the {kind} tuner are given, but the tuner to train is {trained}")
         self._check_control()
@@ -184,7 +195,8 @@ class TrainConfig(DataConfig):
         return self
 
     def _check_learning_rate(self) -> None:
-        if self.text_learning_rate is not None and "text" not in self.kinds:
+        given = self.text_learning_rate is not None and not self._is_from_preset("text_learning_rate")
+        if given and "text" not in self.kinds:
             raise ValueError("a text learning rate is given, but the tuner to train has no text part")
         if self.drop_encoders and "text" in self.kinds:
             raise ValueError("a text part is trained in the text encoders; leave drop_encoders out")
@@ -236,10 +248,20 @@ class TrainConfig(DataConfig):
             return ()
         return asked if asked is not None else (self.class_prompt,) if self.class_prompt else ()
 
+    def _is_from_preset(self, name: str) -> bool:
+        """Tell whether a preset says the same; it may set what another kind of tuner does not need."""
+        settings = PRESETS[self.preset].settings if self.preset is not None else {}
+        return name in settings and checked_fields(TrainConfig, {name: settings[name]})[name] == getattr(self, name)
+
     @property
     def kinds(self) -> tuple[Kind, ...]:
         """Kinds of the parts that the tuner is made of."""
         return (self.tuner,) if isinstance(self.tuner, str) else self.tuner
+
+    @property
+    def untrained(self) -> tuple[Kind, ...]:
+        """Kinds of parts that the tuner does not have; their settings mean nothing."""
+        return tuple(kind for kind in _DEFAULTS if kind not in self.kinds)
 
     @property
     def parts(self) -> tuple[PartConfig, ...]:
@@ -258,7 +280,7 @@ class TrainConfig(DataConfig):
         person's machine than about the tuner.
         """
         paths = {"data", "mask_data", "output", "control_data", "class_data", "resume", "cpu"}
-        settings = self.model_dump(mode="json", exclude=paths | (_DEFAULTS.keys() - set(self.kinds)))
+        settings = self.model_dump(mode="json", exclude=paths | set(self.untrained))
         del settings["validation"]["control_images"]
         if Path(self.base).exists():
             settings["base"] = Path(self.base).resolve().name

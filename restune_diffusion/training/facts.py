@@ -10,7 +10,7 @@ from .config import TrainConfig
 from .run import TrainingRun
 
 # Settings that may change when a run is resumed: they do not reach the tuner.
-_IMMATERIAL = {"name", "validation", "checkpoint_every", "checkpoints_kept", "log_with"} | {
+_IMMATERIAL = {"name", "preset", "validation", "checkpoint_every", "checkpoints_kept", "log_with"} | {
     "gradient_checkpointing",
     "drop_encoders",
 }

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from difflib import get_close_matches
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, model_validator
+
+from .layers import first_unknown
 
 
 class Settings(BaseModel):
@@ -16,9 +17,7 @@ class Settings(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _known_names(cls, values: Any) -> Any:
-        for name in values if isinstance(values, dict) else ():
-            if name not in cls.model_fields:
-                near = get_close_matches(str(name), cls.model_fields, n=1)
-                meant = f"did you mean {near[0]}?" if near else f"there are {', '.join(cls.model_fields)}"
-                raise ValueError(f"there is no setting {name}; {meant}")
+        unknown = first_unknown(cls, values) if isinstance(values, dict) else None
+        if unknown is not None:
+            raise ValueError(unknown[1])
         return values

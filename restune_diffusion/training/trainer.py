@@ -33,6 +33,7 @@ from .checkpoint import Checkpoints, latest_checkpoint, restore_checkpoint
 from .condition_source import ConditionSource
 from .conditioning import Conditioning, LiveEncoder
 from .config import TrainConfig
+from .config_record import ConfigFile
 from .data import load_samples
 from .data_sheet import DataSheet
 from .facts import training_facts, trigger_words
@@ -124,7 +125,7 @@ def train(
             samples = ValidationSamples(steering)
             log = MetricsLog()
             hooks: list[Hook] = [Progress(lambda report: losses.append(report.loss)), log, UpdateAverage()]
-            hooks += [SheetFile()]
+            hooks += [ConfigFile(), SheetFile()]
             hooks += [ProgressBar()] if verbose else []
             hooks += [LeakProbe(leak_prompts, log.note, tqdm.write if verbose else None)]
             # Checkpoints come last: whatever a step's hooks write is there, whole, once the step is saved.
