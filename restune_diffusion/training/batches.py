@@ -11,7 +11,7 @@ import torch
 from .cache import Cache
 from .conditioning import Conditioning, denoiser_inputs
 from .noising import Noising
-from .stream import SampleStream
+from .stream import Draw, SampleStream
 
 
 @dataclass(frozen=True)
@@ -20,6 +20,7 @@ class Batch:
 
     `perturbation` is added to the noise in the denoiser's input, and not to what it shall predict.
     `conditions` has one tensor for each condition of a control tuner, `(samples, channels, height, width)` in [0, 1].
+    `inpainting` is what an inpainting base takes beside the noisy latents, `(samples, channels, height, width)`.
     """
 
     latents: torch.Tensor
@@ -28,6 +29,11 @@ class Batch:
     inputs: dict[str, Any]
     conditions: tuple[torch.Tensor, ...] = ()
     perturbation: torch.Tensor | None = None
+    inpainting: torch.Tensor | None = None
+
+    def denoiser_sample(self, noisy: torch.Tensor) -> torch.Tensor:
+        """Return what the denoiser takes as its sample, in diffusers' order: noisy latents, mask, masked latents."""
+        return noisy if self.inpainting is None else torch.cat([noisy, self.inpainting], dim=1)
 
     @property
     def input_noise(self) -> torch.Tensor:
@@ -49,6 +55,8 @@ class Batches:
         noising: how noise and timesteps are drawn.
         encode: makes the text states of a batch's captions, None being a dropped one, where they are not those of the
             cache.
+        inpainting: makes the further channels of an inpainting base from the numbers of a batch's images and the
+            generators of its samples.
 
     Raises:
         TrainingError: if the base has no timesteps in the range that is asked for.
@@ -66,6 +74,7 @@ class Batches:
         dtype: torch.dtype,
         noising: Noising | None = None,
         encode: Callable[[Sequence[str | None]], Sequence[Conditioning]] | None = None,
+        inpainting: Callable[[Sequence[int], Sequence[torch.Generator]], torch.Tensor] | None = None,
     ) -> None:
         self._noising = noising or Noising()
         self._noising.range(timesteps)
@@ -77,11 +86,13 @@ class Batches:
         self._device = device
         self._dtype = dtype
         self._encode = encode if encode is not None else self._cached
+        self._inpainting = inpainting
 
     def __getitem__(self, number: int) -> Batch:
         latents, noise, timesteps, captions, geometries, conditions = [], [], [], [], [], []
         perturbations = []
-        for draw in self._stream.draws(number * self._size, self._size):
+        draws = list(self._stream.draws(number * self._size, self._size))
+        for draw in draws:
             latent = self._cache.latents[draw.index].draw(draw.generator)
             latents.append(latent)
             noise.append(torch.randn(latent.shape, generator=draw.generator))
@@ -102,7 +113,13 @@ class Batches:
             denoiser_inputs(self._encode(captions), geometries, self._device, self._dtype),
             tuple(torch.stack(each).to(self._device) / 255 for each in zip(*conditions, strict=True)),
             torch.stack(perturbations).to(self._device) if perturbations else None,
+            self._inpainting_inputs(draws),
         )
+
+    def _inpainting_inputs(self, draws: Sequence[Draw]) -> torch.Tensor | None:
+        if self._inpainting is None:
+            return None
+        return self._inpainting([draw.index for draw in draws], [draw.generator for draw in draws])
 
     def _cached(self, captions: Sequence[str | None]) -> list[Conditioning]:
         cache = self._cache

@@ -95,7 +95,8 @@ def batch_loss(run: TrainingRun, batch: Batch) -> torch.Tensor:
     if manager is not None and batch.conditions:
         manager.set_conditions(ATTACHED_NAME, batch.conditions)
     with run.accelerator.autocast():
-        prediction = unet(noisy.to(unet.dtype), batch.timesteps, return_dict=False, **batch.inputs)[0]
+        sample = batch.denoiser_sample(noisy).to(unet.dtype)
+        prediction = unet(sample, batch.timesteps, return_dict=False, **batch.inputs)[0]
     return run.objective.loss(prediction, target, batch.timesteps)
 
 

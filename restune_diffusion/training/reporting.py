@@ -28,6 +28,7 @@ def describe_plan(run: TrainingRun) -> str:
         f"base        {config.base} ({run.objective.prediction_type}, {precision}, {run.accelerator.device})",
         f"images      {len(cache)} at {run.resolution} x {run.resolution}, {len(cache.conditionings)} captions",
         f"tuner       {' + '.join(config.kinds)}, {run.tuner.num_parameters():,} parameters",
+        *(["masks       drawn anew in each step"] if cache.pictures else []),
         *([f"steered by  {run.conditions.describe()}"] if run.conditions is not None else []),
         f"training    {config.steps} steps of {images} images = {config.steps * images / len(cache):.1f} epochs",
         f"memory      U-Net {_readable(base_memory)}, tuner and optimizer {_readable(tuner_memory)}, "

@@ -25,6 +25,7 @@ from .averaging import TunerAverage, UpdateAverage
 from .base import PRECISIONS, check_trainable, frozen, load_base, move_encoders, sampling_pipeline, training_resolution
 from .batches import Batches
 from .cache import build_cache
+from .cache_shards import build_together
 from .captions import Example, find_examples
 from .checkpoint import Checkpoints, latest_checkpoint, restore_checkpoint
 from .condition_source import ConditionSource
@@ -32,6 +33,7 @@ from .conditioning import LiveEncoder
 from .config import TrainConfig
 from .data import load_samples
 from .facts import training_facts
+from .inpainting import InpaintingInputs, is_inpainting
 from .loop import run_loop
 from .memory import drop_encoders, gradient_checkpointing
 from .noising import Noising
@@ -67,8 +69,8 @@ def train(
 
     Args:
         config: all settings.
-        pipeline: a loaded text-to-image pipeline to train on instead of loading `config.base`; it is moved to the
-            training device and otherwise left as it was.
+        pipeline: a loaded text-to-image or inpainting pipeline to train on instead of loading `config.base`; it is
+            moved to the training device and otherwise left as it was.
         on_progress: called after every step.
         verbose: whether to print the plan and a progress bar.
         stop_on_signal: whether SIGTERM and the first Ctrl-C end the training after the step, with a checkpoint.
@@ -95,14 +97,22 @@ def train(
     if pipeline is None:
         pipeline = load_base(config.base, PRECISIONS[config.mixed_precision])
     check_trainable(pipeline)
+    if config.drop_encoders and is_inpainting(pipeline):
+        raise TrainingError("An inpainting base encodes masked images in each step; leave drop_encoders out.")
     resolution = training_resolution(pipeline, config.resolution)
     steering = conditions.samples(config.validation.control_images, resolution) if conditions is not None else []
     pipeline.to(accelerator.device)
     with frozen(pipeline):
-        cache = build_cache(pipeline, load_samples(examples, resolution, conditions))
+        inpainting = is_inpainting(pipeline)
+        cache = build_together(
+            accelerator,
+            examples,
+            lambda share: build_cache(pipeline, load_samples(share, resolution, conditions), inpainting),
+        )
         if config.drop_encoders:
             drop_encoders(pipeline)
-        move_encoders(pipeline, torch.device("cpu"), keep=text_encoders(pipeline) if "text" in config.kinds else ())
+        kept = (*(text_encoders(pipeline) if "text" in config.kinds else ()), *(["vae"] if inpainting else ()))
+        move_encoders(pipeline, torch.device("cpu"), keep=kept)
         try:
             run = _make_run(config, accelerator, pipeline, cache, resolution, conditions)
             losses: list[float] = []
@@ -230,6 +240,7 @@ def _make_run(
             dtype=pipeline.unet.dtype,
             noising=_noising(config),
             encode=LiveEncoder(sampling_pipeline(pipeline)) if "text" in config.kinds else None,
+            inpainting=InpaintingInputs(pipeline.vae, cache.pictures) if cache.pictures else None,
         ),
         objective=objective,
         resolution=resolution,
