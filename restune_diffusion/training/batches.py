@@ -21,6 +21,7 @@ class Batch:
     `perturbation` is added to the noise in the denoiser's input, and not to what it shall predict.
     `conditions` has one tensor for each condition of a control tuner, `(samples, channels, height, width)` in [0, 1].
     `mask` is how much each place counts in the loss, `(samples, 1, height, width)`; None where all count the same.
+    `inpainting` is what an inpainting base takes beside the noisy latents, `(samples, channels, height, width)`.
     """
 
     latents: torch.Tensor
@@ -30,6 +31,11 @@ class Batch:
     conditions: tuple[torch.Tensor, ...] = ()
     perturbation: torch.Tensor | None = None
     mask: torch.Tensor | None = None
+    inpainting: torch.Tensor | None = None
+
+    def denoiser_sample(self, noisy: torch.Tensor) -> torch.Tensor:
+        """Return what the denoiser takes as its sample, in diffusers' order: noisy latents, mask, masked latents."""
+        return noisy if self.inpainting is None else torch.cat([noisy, self.inpainting], dim=1)
 
     @property
     def input_noise(self) -> torch.Tensor:
@@ -54,6 +60,8 @@ class Batches:
         step_size: samples of an optimizer step, over all its batches and processes, which are of one size where the
             cache has images of several; those of a batch where not given.
         unmasked_weight: least weight of the loss where the cache has masks.
+        inpainting: makes the further channels of an inpainting base from the numbers of a batch's images and the
+            generators of its samples.
 
     Raises:
         TrainingError: if the base has no timesteps in the range that is asked for.
@@ -73,6 +81,7 @@ class Batches:
         encode: Callable[[Sequence[str | None]], Sequence[Conditioning]] | None = None,
         step_size: int | None = None,
         unmasked_weight: float = 0.0,
+        inpainting: Callable[[Sequence[int], Sequence[torch.Generator]], torch.Tensor] | None = None,
     ) -> None:
         self._noising = noising or Noising()
         self._noising.range(timesteps)
@@ -88,12 +97,14 @@ class Batches:
         self._device = device
         self._dtype = dtype
         self._encode = encode if encode is not None else self._cached
+        self._inpainting = inpainting
 
     def __getitem__(self, number: int) -> Batch:
         latents, noise, timesteps, captions, geometries, conditions = [], [], [], [], [], []
         perturbations, masks = [], []
-        for draw in self._stream.draws(number * self._size, self._size):
-            entry = self._entry(draw)
+        draws = list(self._stream.draws(number * self._size, self._size))
+        entries = [self._entry(draw) for draw in draws]
+        for draw, entry in zip(draws, entries, strict=True):
             latent = self._cache.latents[entry].draw(draw.generator)
             latents.append(latent)
             noise.append(torch.randn(latent.shape, generator=draw.generator))
@@ -116,6 +127,7 @@ class Batches:
             tuple(torch.stack(each).to(self._device) / 255 for each in zip(*conditions, strict=True)),
             torch.stack(perturbations).to(self._device) if perturbations else None,
             torch.stack(masks).to(self._device) if masks else None,
+            self._inpainting_inputs(entries, draws),
         )
 
     def _make_stream(self, seed: int, step_size: int) -> SampleStream:
@@ -130,6 +142,11 @@ class Batches:
         """Choose the view of an image."""
         views = self._shown[draw.index]
         return views[int(torch.randint(len(views), (), generator=draw.view))] if len(views) > 1 else views[0]
+
+    def _inpainting_inputs(self, entries: Sequence[int], draws: Sequence[Draw]) -> torch.Tensor | None:
+        if self._inpainting is None:
+            return None
+        return self._inpainting(entries, [draw.generator for draw in draws])
 
     def _cached(self, captions: Sequence[str | None]) -> list[Conditioning]:
         cache = self._cache

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from ..errors import DataError
+from ..errors import NoImageError
 from .conditioning import Conditioning, encode_caption, encode_nothing
 from .data import Sample
 from .loss_masks import latent_mask
 from .pictures import Geometry
+from .precision import in_fp32
 
 
 @dataclass(frozen=True)
@@ -33,9 +33,11 @@ class Latent:
 class Cache:
     """The encoded training data: one entry per view of an image, one conditioning per distinct caption.
 
-    `conditions` holds for each entry those that steer it, uint8, in the order of the tuner's conditions, and `masks`
-    what of it to train on, 1 x height x width of the latent; both may be empty. `views` are the entries of each image:
-    one, unless images are cut or mirrored at random. `repeats` says how often an epoch shows each image.
+    `conditions` holds for each entry those that steer it, uint8, in the order of the tuner's conditions, `masks` what
+    of it to train on, 1 x height x width of the latent, and `pictures` the view itself, uint8, where a base needs it in
+    each step; all three may be empty. `views` are the entries of each image: one, unless images are cut or mirrored at
+    random. `repeats` says how often an epoch shows each image. `digests` tell each entry with all that belongs to it
+    from any other.
     """
 
     latents: list[Latent]
@@ -43,11 +45,12 @@ class Cache:
     geometries: list[Geometry]
     conditionings: dict[str, Conditioning]
     unconditional: Conditioning
-    data_hash: str
+    digests: list[bytes]
     conditions: list[tuple[torch.Tensor, ...]] = field(default_factory=list)
     masks: list[torch.Tensor] = field(default_factory=list)
     views: list[list[int]] = field(default_factory=list)
     repeats: list[int] = field(default_factory=list)
+    pictures: list[torch.Tensor] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.views)
@@ -57,27 +60,37 @@ class Cache:
         return self.conditionings[self.captions[index]]
 
     @property
+    def data_hash(self) -> str:
+        """What tells this data, in this order, from any other."""
+        return hashlib.sha256(b"".join(self.digests)).hexdigest()
+
+    @property
     def bytes(self) -> int:
         """Memory that the cache takes."""
         tensors = [tensor for latent in self.latents for tensor in (latent.mean, latent.std)]
         tensors += [conditioning.states for conditioning in self.conditionings.values()]
         tensors += [condition for conditions in self.conditions for condition in conditions]
-        tensors += self.masks
+        tensors += self.masks + self.pictures
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
-def build_cache(pipeline: Any, samples: Iterable[Sample]) -> Cache:
+def build_cache(pipeline: Any, samples: Iterable[Sample], keep_pictures: bool = False) -> Cache:
     """Encode images and captions with the pipeline's frozen encoders.
 
+    Args:
+        pipeline: the base.
+        samples: the training data.
+        keep_pictures: whether the images themselves are needed in training.
+
     Raises:
-        DataError: if there is no sample.
+        NoImageError: if there is no sample.
     """
     latents, captions, geometries, conditions = [], [], [], []
     masks: list[torch.Tensor] = []
     views: list[list[int]] = []
     repeats: list[int] = []
-    content = hashlib.sha256()
-    with _in_fp32(pipeline.vae):
+    digests, pictures = [], []
+    with in_fp32(pipeline.vae):
         for sample in samples:
             latents.append(encode_image(pipeline.vae, sample.pixels))
             captions.append(sample.caption)
@@ -85,21 +98,40 @@ def build_cache(pipeline: Any, samples: Iterable[Sample]) -> Cache:
             conditions.append(sample.conditions)
             if sample.mask is not None:
                 masks.append(latent_mask(sample.mask, latents[-1].mean.shape))
-                content.update(masks[-1].numpy().tobytes())
+            if keep_pictures:
+                pictures.append(((sample.pixels + 1) * 127.5).round().to(torch.uint8))
+            digests.append(_digest(sample, masks[-1] if sample.mask is not None else None))
             if sample.further:
                 views[-1].append(len(latents) - 1)
-                continue
-            views.append([len(latents) - 1])
-            repeats.append(sample.repeats)
-            content.update(sample.digest + sample.caption.encode() + b"\0")
-            for condition in sample.conditions:
-                content.update(condition.numpy().tobytes())
+            else:
+                views.append([len(latents) - 1])
+                repeats.append(sample.repeats)
     if not latents:
-        raise DataError("None of the images can be read; check that the files are whole PNG, JPEG or WebP images.")
+        raise NoImageError("None of the images can be read; check that the files are whole PNG, JPEG or WebP images.")
     conditionings = {caption: encode_caption(pipeline, caption) for caption in dict.fromkeys(captions)}
     nothing = encode_nothing(pipeline)
-    data_hash = content.hexdigest()
-    return Cache(latents, captions, geometries, conditionings, nothing, data_hash, conditions, masks, views, repeats)
+    return Cache(
+        latents,
+        captions,
+        geometries,
+        conditionings,
+        nothing,
+        digests,
+        conditions,
+        masks,
+        views,
+        repeats,
+        pictures,
+    )
+
+
+def _digest(sample: Sample, mask: torch.Tensor | None) -> bytes:
+    content = hashlib.sha256(sample.digest + sample.caption.encode() + b"\0")
+    if mask is not None:
+        content.update(mask.numpy().tobytes())
+    for condition in sample.conditions:
+        content.update(condition.numpy().tobytes())
+    return content.digest()
 
 
 @torch.no_grad()
@@ -108,17 +140,3 @@ def encode_image(vae: Any, pixels: torch.Tensor) -> Latent:
     posterior = vae.encode(pixels[None].to(vae.device)).latent_dist
     shift, scale = vae.config.get("shift_factor") or 0.0, vae.config.scaling_factor
     return Latent(((posterior.mean[0] - shift) * scale).cpu(), (posterior.std[0] * scale).cpu())
-
-
-@contextmanager
-def _in_fp32(vae: Any) -> Iterator[None]:
-    # SDXL's autoencoder, and some of SD 1.5's, overflow to black in fp16.
-    dtype = vae.dtype
-    if dtype == torch.float32:
-        yield
-        return
-    vae.to(torch.float32)
-    try:
-        yield
-    finally:
-        vae.to(dtype)

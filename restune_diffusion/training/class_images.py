@@ -18,6 +18,7 @@ from ..fileformat import atomic_write
 from .base import sampling_pipeline
 from .captions import Example, list_images
 from .config import TrainConfig
+from .inpainting import is_inpainting
 from .settings import Settings
 from .stream import derived_seed
 
@@ -96,6 +97,11 @@ def _draw_missing(
     if accelerator.is_main_process:
         with atomic_write(folder / RECIPE_FILE) as file:
             file.write(recipe.model_dump_json(indent=2).encode())
+    if missing and is_inpainting(pipeline):
+        raise DataError(
+            f"An inpainting base draws no class images from a prompt alone; put images of the class into {folder}, or "
+            f"choose output preservation."
+        )
     if missing:
         changes = {"prediction_type": recipe.prediction_type} if recipe.prediction_type else {}
         sampler = sampling_pipeline(pipeline, changes)

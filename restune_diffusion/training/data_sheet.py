@@ -59,14 +59,19 @@ class DataSheet:
     beyond_limit: dict[str, int] = field(default_factory=dict)
 
     def watched(self, samples: Iterable[Sample]) -> Iterator[Sample]:
-        """Pass samples on and write down what they are.
-
-        Raises:
-            DataError: if there is none.
-        """
+        """Pass samples on and write down what they are."""
         for sample in samples:
             self._note(sample)
             yield sample
+
+    def add(self, shares: Iterable[DataSheet]) -> None:
+        """Take over what is written down of the data's shares, in their order."""
+        for share in shares:
+            self.entries += share.entries
+            self.refused += share.refused
+
+    def check(self) -> None:
+        """Raise `DataError`, naming a reason, if there is nothing to train on."""
         if not self.entries:
             raise nothing_usable(self.folder, self.refused)
 

@@ -85,6 +85,7 @@ def inspect_data(config: DataConfig, frame: Frame, sheet: DataSheet, seed: int =
     thumbnails = Thumbnails(config.unmasked_weight)
     for _ in thumbnails.watched(sheet.watched(samples)):
         pass
+    sheet.check()
     sheet.count_tokens(frame.tokenizers)
     return thumbnails.sheet(sheet)
 
@@ -110,7 +111,8 @@ class Thumbnails:
 
     def sheet(self, data: DataSheet) -> Image.Image:
         """Lay them out, the sizes one below the other."""
-        rows, labels = [], []
+        rows: list[list[Image.Image]] = []
+        labels: list[str] = []
         sizes = data.buckets[:_ROWS]
         for place, (size, count) in enumerate(sizes):
             # Every size gets a row, and the commonest what is left.

@@ -17,10 +17,12 @@ from typing import Any
 
 import torch
 
+from ..errors import TrainingError
 from .base import sampling_pipeline
 from .batches import Batch
 from .conditioning import Conditioning, LiveEncoder, denoiser_inputs, encode_caption
 from .config import TrainConfig
+from .inpainting import is_inpainting
 from .pictures import Geometry
 from .prediction import base_alone, predict
 from .run import Hook, StepReport, TrainingRun
@@ -46,8 +48,15 @@ def draw_leak_prompts(config: TrainConfig, pipeline: Any, resolution: int) -> li
         config: the settings.
         pipeline: the base, without tuners.
         resolution: side of the training images in pixels.
+
+    Raises:
+        TrainingError: if prompts are given for a base that does not draw from prompts alone.
     """
     prompts = config.leak_prompts
+    if prompts and is_inpainting(pipeline):
+        if config.validation.leak_prompts:
+            raise TrainingError("An inpainting base draws nothing from a prompt alone; leave the leak prompts out.")
+        prompts = ()
     if not prompts:
         return []
     validation = config.validation

@@ -21,7 +21,8 @@ def predict(run: TrainingRun, batch: Batch) -> torch.Tensor:
     if manager is not None and batch.conditions:
         manager.set_conditions(ATTACHED_NAME, batch.conditions)
     with run.accelerator.autocast():
-        prediction: torch.Tensor = unet(noisy.to(unet.dtype), batch.timesteps, return_dict=False, **batch.inputs)[0]
+        sample = batch.denoiser_sample(noisy).to(unet.dtype)
+        prediction: torch.Tensor = unet(sample, batch.timesteps, return_dict=False, **batch.inputs)[0]
     return prediction
 
 

@@ -23,6 +23,7 @@ from .class_images import class_examples
 from .conditioning import Conditioning, encode_caption
 from .config import TrainConfig
 from .data import load_samples
+from .inpainting import is_inpainting
 from .prediction import base_alone, predict
 from .run import TrainingRun
 
@@ -132,7 +133,7 @@ def know_class(
     """
     if config.preservation == "prior":
         examples = class_examples(config, accelerator, pipeline, resolution, verbose=verbose)
-        return build_cache(pipeline, load_samples(examples, resolution))
+        return build_cache(pipeline, load_samples(examples, resolution), is_inpainting(pipeline))
     if config.preservation == "output" and config.class_prompt is not None:
         return encode_caption(pipeline, config.class_prompt)
     return None

@@ -29,6 +29,7 @@ def describe_plan(run: TrainingRun) -> str:
         f"base        {config.base} ({run.objective.prediction_type}, {precision}, {run.accelerator.device})",
         *_describe_data(run),
         f"tuner       {' + '.join(config.kinds)}, {run.tuner.num_parameters():,} parameters",
+        *(["masks       drawn anew in each step"] if cache.pictures else []),
         *([f"steered by  {run.conditions.describe()}"] if run.conditions is not None else []),
         *([f"preserved   {run.preservation.describe()}"] if run.preservation is not None else []),
         f"training    {config.steps} steps of {images} images = {epochs:.1f} epochs",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import is_tensorboard_available
+from accelerate.utils import gather_object, is_tensorboard_available
 from diffusers.optimization import get_scheduler
 from tqdm.auto import tqdm
 
 from ..attachment import attach
-from ..errors import TrainingError
+from ..errors import NoImageError, TrainingError
 from ..fileformat import save_tuner
 from ..sites import text_encoders
 from ..tuner import Tuner
@@ -28,6 +28,7 @@ from .base import PRECISIONS, check_trainable, frozen, load_base, move_encoders,
 from .batches import Batches
 from .buckets import bucket_step
 from .cache import Cache, build_cache
+from .cache_shards import build_together
 from .captions import Example, read_examples
 from .checkpoint import Checkpoints, latest_checkpoint, restore_checkpoint
 from .condition_source import ConditionSource
@@ -37,6 +38,7 @@ from .config_record import ConfigFile
 from .data import load_samples
 from .data_sheet import DataSheet
 from .facts import training_facts, trigger_words
+from .inpainting import InpaintingInputs, is_inpainting
 from .leak import LeakProbe, draw_leak_prompts
 from .loop import run_loop
 from .memory import drop_encoders, gradient_checkpointing
@@ -76,8 +78,8 @@ def train(
 
     Args:
         config: all settings.
-        pipeline: a loaded text-to-image pipeline to train on instead of loading `config.base`; it is moved to the
-            training device and otherwise left as it was.
+        pipeline: a loaded text-to-image or inpainting pipeline to train on instead of loading `config.base`; it is
+            moved to the training device and otherwise left as it was.
         on_progress: called after every step.
         verbose: whether to print the plan and a progress bar.
         stop_on_signal: whether SIGTERM and the first Ctrl-C end the training after the step, with a checkpoint.
@@ -105,19 +107,20 @@ def train(
     if pipeline is None:
         pipeline = load_base(config.base, PRECISIONS[config.mixed_precision])
     check_trainable(pipeline)
+    if config.drop_encoders and is_inpainting(pipeline):
+        raise TrainingError("An inpainting base encodes masked images in each step; leave drop_encoders out.")
     resolution = training_resolution(pipeline, config.resolution)
     steering = conditions.samples(config.validation.control_images, resolution) if conditions is not None else []
     pipeline.to(accelerator.device)
     with frozen(pipeline):
-        preparation = Preparation.of(config, resolution, bucket_step(pipeline), config.seed)
-        images = load_samples(examples, resolution, conditions, preparation=preparation, refused=sheet.refused)
-        cache = build_cache(pipeline, sheet.watched(images))
-        sheet.count_tokens([encoder.tokenizer for encoder in text_encoders(pipeline).values()])
+        inpainting = is_inpainting(pipeline)
+        cache = _encode(config, accelerator, pipeline, examples, resolution, conditions, sheet)
         known = know_class(config, accelerator, pipeline, resolution, verbose=verbose)
         leak_prompts = draw_leak_prompts(config, pipeline, resolution) if accelerator.is_main_process else []
         if config.drop_encoders:
             drop_encoders(pipeline)
-        move_encoders(pipeline, torch.device("cpu"), keep=text_encoders(pipeline) if "text" in config.kinds else ())
+        kept = (*(text_encoders(pipeline) if "text" in config.kinds else ()), *(["vae"] if inpainting else ()))
+        move_encoders(pipeline, torch.device("cpu"), keep=kept)
         try:
             run = _make_run(config, accelerator, pipeline, cache, resolution, conditions, known)
             run.data = sheet
@@ -148,6 +151,33 @@ def train(
             accelerator.end_training()
     seconds = time.perf_counter() - started
     return TrainResult(config.file, run.step, seconds, tuple(losses), tuple(samples.folders))
+
+
+def _encode(
+    config: TrainConfig,
+    accelerator: Accelerator,
+    pipeline: Any,
+    examples: Sequence[Example],
+    resolution: int,
+    conditions: ConditionSource | None,
+    sheet: DataSheet,
+) -> Cache:
+    """Encode the data, each process a share, and write down what it is."""
+    preparation = Preparation.of(config, resolution, bucket_step(pipeline), config.seed)
+    own = DataSheet(config.data, [])
+
+    def build(share: Sequence[Example]) -> Cache:
+        samples = load_samples(share, resolution, conditions, preparation=preparation, refused=own.refused)
+        return build_cache(pipeline, own.watched(samples), is_inpainting(pipeline))
+
+    cache: Cache | None = None
+    with suppress(NoImageError):
+        cache = build_together(accelerator, examples, build)
+    sheet.add(gather_object([own]))
+    sheet.check()
+    assert cache is not None
+    sheet.count_tokens([encoder.tokenizer for encoder in text_encoders(pipeline).values()])
+    return cache
 
 
 class FinalFile(Hook):
@@ -236,18 +266,23 @@ def _make_run(
         weight_decay=config.weight_decay,
     )
     encode = LiveEncoder(sampling_pipeline(pipeline)) if "text" in config.kinds else None
-    draw = partial(
-        Batches,
-        size=config.batch_size,
-        timesteps=objective.timesteps,
-        caption_dropout=config.caption_dropout,
-        device=accelerator.device,
-        dtype=pipeline.unet.dtype,
-        noising=_noising(config),
-        encode=encode,
-        step_size=config.batch_size * config.gradient_accumulation_steps * accelerator.num_processes,
-        unmasked_weight=config.unmasked_weight,
-    )
+
+    def draw(data: Cache, seed: int) -> Batches:
+        return Batches(
+            data,
+            seed=seed,
+            size=config.batch_size,
+            timesteps=objective.timesteps,
+            caption_dropout=config.caption_dropout,
+            device=accelerator.device,
+            dtype=pipeline.unet.dtype,
+            noising=_noising(config),
+            encode=encode,
+            step_size=config.batch_size * config.gradient_accumulation_steps * accelerator.num_processes,
+            unmasked_weight=config.unmasked_weight,
+            inpainting=InpaintingInputs(pipeline.vae, data.pictures) if data.pictures else None,
+        )
+
     class_draw = partial(draw, seed=derived_seed(config.seed, "class"))
     run = TrainingRun(
         config=config,
@@ -258,7 +293,7 @@ def _make_run(
         optimizer=accelerator.prepare(optimizer),
         lr_scheduler=_make_lr_scheduler(config, optimizer),
         cache=cache,
-        batches=draw(cache, seed=config.seed),
+        batches=draw(cache, config.seed),
         objective=objective,
         resolution=resolution,
         conditions=conditions,
