@@ -34,8 +34,8 @@ class Cache:
     """The encoded training data: one entry per view of an image, one conditioning per distinct caption.
 
     `conditions` holds for each entry those that steer it, uint8, in the order of the tuner's conditions, `masks` what
-    of it to train on, 1 x height x width of the latent, and `pictures` the view itself, uint8, where a base needs it in
-    each step; all three may be empty. `views` are the entries of each image: one, unless images are cut or mirrored at
+    of it to train on, 1 x height x width of the latent, and `pictures` the view itself, uint8, where a base needs it
+    in each step; all three may be empty. `views` are the entries of each image: one, unless images are cut or mirrored at
     random. `repeats` says how often an epoch shows each image. `digests` tell each entry with all that belongs to it
     from any other.
     """
