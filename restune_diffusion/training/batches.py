@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
 from .cache import Cache
 from .conditioning import Conditioning, denoiser_inputs
 from .noising import Noising
-from .stream import SampleStream
+from .stream import Draw, SampleStream
+from .tap_features import TapFeatures
 
 
 @dataclass(frozen=True)
@@ -28,11 +29,20 @@ class Batch:
     inputs: dict[str, Any]
     conditions: tuple[torch.Tensor, ...] = ()
     perturbation: torch.Tensor | None = None
+    features: TapFeatures | None = None
+    """What the base makes of this batch on the way to its output head, where that is known without another pass."""
 
     @property
     def input_noise(self) -> torch.Tensor:
         """The noise that is in the denoiser's input."""
         return self.noise if self.perturbation is None else self.noise + self.perturbation
+
+
+class BatchSource(Protocol):
+    """Batches by their number."""
+
+    def __getitem__(self, number: int) -> Batch:
+        """Return a batch."""
 
 
 class Batches:
@@ -49,6 +59,7 @@ class Batches:
         noising: how noise and timesteps are drawn.
         encode: makes the text states of a batch's captions, None being a dropped one, where they are not those of the
             cache.
+        stream: which sample is drawn at which position; a stream of all images in random order where not given.
 
     Raises:
         TrainingError: if the base has no timesteps in the range that is asked for.
@@ -66,11 +77,12 @@ class Batches:
         dtype: torch.dtype,
         noising: Noising | None = None,
         encode: Callable[[Sequence[str | None]], Sequence[Conditioning]] | None = None,
+        stream: SampleStream | None = None,
     ) -> None:
         self._noising = noising or Noising()
         self._noising.range(timesteps)
         self._cache = cache
-        self._stream = SampleStream(len(cache), seed)
+        self._stream = stream if stream is not None else SampleStream(len(cache), seed)
         self._size = size
         self._timesteps = timesteps
         self._caption_dropout = caption_dropout
@@ -79,9 +91,13 @@ class Batches:
         self._encode = encode if encode is not None else self._cached
 
     def __getitem__(self, number: int) -> Batch:
+        return self.of(self._stream.draws(number * self._size, self._size))
+
+    def of(self, draws: Iterable[Draw]) -> Batch:
+        """Put the batch of these draws together."""
         latents, noise, timesteps, captions, geometries, conditions = [], [], [], [], [], []
         perturbations = []
-        for draw in self._stream.draws(number * self._size, self._size):
+        for draw in draws:
             latent = self._cache.latents[draw.index].draw(draw.generator)
             latents.append(latent)
             noise.append(torch.randn(latent.shape, generator=draw.generator))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 
@@ -15,13 +15,20 @@ from .checkpoint import latest_checkpoint
 from .optimizers import effective_learning_rate
 from .run import ATTACHED_NAME, Hook, StepReport, TrainingRun
 from .stopping import StopRequest
+from .tap_features import predict_from_features
 
 # So many steps in a row without finite fp16 gradients are no search for a loss scale any more.
 _MAX_SKIPPED_STEPS = 50
 
 
 def run_loop(run: TrainingRun, hooks: Sequence[Hook], stop: StopRequest | None = None) -> None:
-    """Train until `config.steps`, telling the hooks.
+    """Train until `config.steps`, telling the hooks; see `steps_of`."""
+    for _ in steps_of(run, hooks, stop):
+        pass
+
+
+def steps_of(run: TrainingRun, hooks: Sequence[Hook], stop: StopRequest | None = None) -> Iterator[int]:
+    """Train until `config.steps`, telling the hooks, and pause after every step to yield its number.
 
     Raises:
         TrainingError: if the loss or the gradient stops being finite; the tuner keeps its last finite state.
@@ -40,6 +47,7 @@ def run_loop(run: TrainingRun, hooks: Sequence[Hook], stop: StopRequest | None =
                 raise _diverged(run, "gradient")
             for hook in hooks:
                 hook.on_step(run, report)
+            yield run.step
         for hook in hooks:
             hook.on_end(run)
     finally:
@@ -95,7 +103,10 @@ def batch_loss(run: TrainingRun, batch: Batch) -> torch.Tensor:
     if manager is not None and batch.conditions:
         manager.set_conditions(ATTACHED_NAME, batch.conditions)
     with run.accelerator.autocast():
-        prediction = unet(noisy.to(unet.dtype), batch.timesteps, return_dict=False, **batch.inputs)[0]
+        if batch.features is not None:
+            prediction = predict_from_features(unet, run.tuner, batch.features)
+        else:
+            prediction = unet(noisy.to(unet.dtype), batch.timesteps, return_dict=False, **batch.inputs)[0]
     return run.objective.loss(prediction, target, batch.timesteps)
 
 

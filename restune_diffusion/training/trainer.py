@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import is_tensorboard_available
 from diffusers.optimization import get_scheduler
+from PIL import Image
 
 from ..attachment import attach
 from ..errors import TrainingError
@@ -22,9 +23,10 @@ from ..sites import text_encoders
 from ..tuner import Tuner
 from ..words import holds_word
 from .averaging import TunerAverage, UpdateAverage
+from .bank import bank_stream, hash_of_models, use_bank
 from .base import PRECISIONS, check_trainable, frozen, load_base, move_encoders, sampling_pipeline, training_resolution
 from .batches import Batches
-from .cache import build_cache
+from .cache import Cache, build_cache
 from .captions import Example, find_examples
 from .checkpoint import Checkpoints, latest_checkpoint, restore_checkpoint
 from .condition_source import ConditionSource
@@ -55,6 +57,53 @@ class TrainResult:
     samples: tuple[Path, ...]
 
 
+@dataclass(frozen=True)
+class Ground:
+    """What training runs stand on, and what several of them may share: the base and the encoded data."""
+
+    pipeline: Any
+    cache: Cache
+    resolution: int
+    conditions: ConditionSource | None
+    steering: Sequence[Mapping[str, Image.Image]]
+    """What steers the validation samples of a control tuner."""
+    models: str | None
+    """Hash of the models, if a feature bank asks for it."""
+
+
+@contextmanager
+def prepared(config: TrainConfig, accelerator: Accelerator, pipeline: Any = None) -> Iterator[Ground]:
+    """Load the base and encode the data, and give the pipeline back at the end as it was.
+
+    Raises:
+        DataError: if the images or captions cannot be used.
+        TrainingError: if the pipeline cannot be trained on.
+    """
+    if config.drop_encoders and pipeline is not None:
+        raise TrainingError("The encoders of a pipeline that is in use cannot be dropped; leave drop_encoders out.")
+    examples = find_examples(config.data, config.prompt)
+    _check_words(config, examples)
+    conditions = ConditionSource(config.control, config.control_data) if "control" in config.kinds else None
+    if conditions is not None:
+        examples = conditions.paired(examples, config.data)
+    if pipeline is None:
+        pipeline = load_base(config.base, PRECISIONS[config.mixed_precision])
+    check_trainable(pipeline)
+    resolution = training_resolution(pipeline, config.resolution)
+    steering = conditions.samples(config.validation.control_images, resolution) if conditions is not None else []
+    pipeline.to(accelerator.device)
+    with frozen(pipeline):
+        cache = build_cache(pipeline, load_samples(examples, resolution, conditions))
+        models = hash_of_models(pipeline) if config.feature_bank is not None else None
+        if config.drop_encoders:
+            drop_encoders(pipeline)
+        move_encoders(pipeline, torch.device("cpu"), keep=text_encoders(pipeline) if "text" in config.kinds else ())
+        try:
+            yield Ground(pipeline, cache, resolution, conditions, steering, models)
+        finally:
+            move_encoders(pipeline, accelerator.device)
+
+
 def train(
     config: TrainConfig,
     *,
@@ -83,30 +132,13 @@ def train(
         TunerFileError: if a file cannot be written.
     """
     started = time.perf_counter()
-    if config.drop_encoders and pipeline is not None:
-        raise TrainingError("The encoders of a pipeline that is in use cannot be dropped; leave drop_encoders out.")
-    _check_output(config)
-    accelerator = _make_accelerator(config)
-    examples = find_examples(config.data, config.prompt)
-    _check_words(config, examples)
-    conditions = ConditionSource(config.control, config.control_data) if "control" in config.kinds else None
-    if conditions is not None:
-        examples = conditions.paired(examples, config.data)
-    if pipeline is None:
-        pipeline = load_base(config.base, PRECISIONS[config.mixed_precision])
-    check_trainable(pipeline)
-    resolution = training_resolution(pipeline, config.resolution)
-    steering = conditions.samples(config.validation.control_images, resolution) if conditions is not None else []
-    pipeline.to(accelerator.device)
-    with frozen(pipeline):
-        cache = build_cache(pipeline, load_samples(examples, resolution, conditions))
-        if config.drop_encoders:
-            drop_encoders(pipeline)
-        move_encoders(pipeline, torch.device("cpu"), keep=text_encoders(pipeline) if "text" in config.kinds else ())
+    check_output(config)
+    accelerator = make_accelerator(config)
+    with prepared(config, accelerator, pipeline) as ground:
         try:
-            run = _make_run(config, accelerator, pipeline, cache, resolution, conditions)
+            run = make_run(config, accelerator, ground)
             losses: list[float] = []
-            samples = ValidationSamples(steering)
+            samples = ValidationSamples(ground.steering)
             hooks: list[Hook] = [Progress(lambda report: losses.append(report.loss)), MetricsLog(), UpdateAverage()]
             hooks += [ProgressBar()] if verbose else []
             # Checkpoints come last: whatever a step's hooks write is there, whole, once the step is saved.
@@ -115,18 +147,29 @@ def train(
             if verbose:
                 accelerator.print(describe_plan(run))
             accelerator.init_trackers("logs")
+            if config.feature_bank is not None:
+                use_bank([run], ground.models, verbose)
             stop = StopRequest()
-            with (
-                attach(pipeline.unet, run.tuner, ATTACHED_NAME, text=text_encoders(pipeline)),
-                gradient_checkpointing(pipeline.unet, config.gradient_checkpointing),
-                stop.listening() if stop_on_signal else nullcontext(),
-            ):
+            with acting(run), stop.listening() if stop_on_signal else nullcontext():
                 run_loop(run, hooks, stop)
         finally:
-            move_encoders(pipeline, accelerator.device)
             accelerator.end_training()
     seconds = time.perf_counter() - started
     return TrainResult(config.file, run.step, seconds, tuple(losses), tuple(samples.folders))
+
+
+@contextmanager
+def acting(run: TrainingRun) -> Iterator[None]:
+    """Attach a run's tuner to the base meanwhile, unless it is trained on features that are known."""
+    unet, config = run.pipeline.unet, run.config
+    if config.feature_bank is not None:
+        yield
+        return
+    with (
+        attach(unet, run.tuner, ATTACHED_NAME, text=text_encoders(run.pipeline)),
+        gradient_checkpointing(unet, config.gradient_checkpointing),
+    ):
+        yield
 
 
 class FinalFile(Hook):
@@ -140,7 +183,8 @@ class FinalFile(Hook):
         run.accelerator.wait_for_everyone()
 
 
-def _check_output(config: TrainConfig) -> None:
+def check_output(config: TrainConfig) -> None:
+    """Raise `TrainingError` if the output folder is among the images, or holds a run that would be overwritten."""
     if config.output.resolve().is_relative_to(config.data.resolve()):
         raise TrainingError(
             f"{config.output} lies inside the image folder, where the samples would become training images; "
@@ -164,7 +208,8 @@ def _check_words(config: TrainConfig, examples: Sequence[Example]) -> None:
         )
 
 
-def _make_accelerator(config: TrainConfig) -> Accelerator:
+def make_accelerator(config: TrainConfig) -> Accelerator:
+    """Make what places the run on its devices; raises `TrainingError` if it cannot run here."""
     if config.log_with == "tensorboard" and not is_tensorboard_available():
         # accelerate would only leave the log out
         raise TrainingError(
@@ -187,15 +232,9 @@ def _make_accelerator(config: TrainConfig) -> Accelerator:
     return accelerator
 
 
-def _make_run(
-    config: TrainConfig,
-    accelerator: Accelerator,
-    pipeline: Any,
-    cache: Any,
-    resolution: int,
-    conditions: ConditionSource | None,
-) -> TrainingRun:
+def make_run(config: TrainConfig, accelerator: Accelerator, ground: Ground) -> TrainingRun:
     """Put the parts of a run together, and restore them from the newest checkpoint if asked."""
+    pipeline, cache, resolution, conditions = ground.pipeline, ground.cache, ground.resolution, ground.conditions
     objective = Objective(
         pipeline.scheduler,
         config.snr_gamma,
@@ -230,6 +269,7 @@ def _make_run(
             dtype=pipeline.unet.dtype,
             noising=_noising(config),
             encode=LiveEncoder(sampling_pipeline(pipeline)) if "text" in config.kinds else None,
+            stream=bank_stream(config, cache),
         ),
         objective=objective,
         resolution=resolution,
