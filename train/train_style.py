@@ -9,8 +9,8 @@ import sys
 import tyro
 
 from restune_diffusion.cli.guard import run_guarded
-from restune_diffusion.training import TrainConfig, train
+from restune_diffusion.training import TrainConfig, sweep, train
 
 if __name__ == "__main__":
     config = tyro.cli(TrainConfig, description=__doc__)
-    sys.exit(run_guarded(lambda: train(config, stop_on_signal=True)))
+    sys.exit(run_guarded(lambda: (train if config.sweep is None else sweep)(config, stop_on_signal=True)))

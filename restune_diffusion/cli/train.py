@@ -11,10 +11,17 @@ if TYPE_CHECKING:
 
 
 def run_train(config: TrainConfig) -> None:
-    """Train a tuner and say where it is."""
+    """Train a tuner, or those of a sweep, and say where they are."""
     quiet_libraries()  # before the imports below, which warn
-    from ..training import train
+    from ..training import sweep, train
 
+    if config.sweep is not None:
+        swept = sweep(config, stop_on_signal=True)
+        print(f"Trained {len(swept.rows)} tuners in {swept.seconds:.0f} s: {swept.summary}")
+        print(swept.table())
+        if swept.sheet is not None:
+            print(f"Samples: {swept.sheet}")
+        return
     result = train(config, stop_on_signal=True)
     print(f"Trained {result.steps} steps in {result.seconds:.0f} s: {result.path}")
     if result.samples:

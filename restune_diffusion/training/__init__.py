@@ -7,11 +7,29 @@ from .config import TrainConfig, ValidationConfig
 
 if TYPE_CHECKING:
     from .run import StepReport
+    from .sweep import sweep
+    from .sweep_report import SweepResult, SweepRow
     from .trainer import TrainResult, train
 
-__all__ = ["StepReport", "TrainConfig", "TrainResult", "ValidationConfig", "train"]
+__all__ = [
+    "StepReport",
+    "SweepResult",
+    "SweepRow",
+    "TrainConfig",
+    "TrainResult",
+    "ValidationConfig",
+    "sweep",
+    "train",
+]
 
-_HOME = {"StepReport": "run", "TrainResult": "trainer", "train": "trainer"}
+_HOME = {
+    "StepReport": "run",
+    "SweepResult": "sweep_report",
+    "SweepRow": "sweep_report",
+    "TrainResult": "trainer",
+    "sweep": "sweep",
+    "train": "trainer",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -17,8 +17,9 @@ from .cache import Cache
 from .config import TrainConfig
 from .feature_bank import FeatureBank, models_hash
 from .run import TrainingRun
+from .shared_pass import features_of, tapped_by
 from .shared_settings import batch_settings
-from .tap_features import TapFeatures, record_features
+from .tap_features import TapFeatures
 
 _FORMAT = 1
 # The batches of a run may differ in these, and the bank is the same.
@@ -52,8 +53,7 @@ def use_bank(runs: Sequence[TrainingRun], models: str | None, verbose: bool = Tr
     stream = bank_stream(config, run.cache)
     assert stream is not None
     assert isinstance(batches, Batches)
-    taps = {site for each in runs for part in each.tuner.parts() for site in part.taps}
-    bank = _open_bank(run, taps, models)
+    bank = _open_bank(run, tapped_by(runs), models)
     if verbose:
         accelerator.print(f"features    {bank.describe()}")
     bank.check_space()
@@ -90,14 +90,11 @@ def _open_bank(run: TrainingRun, taps: set[str], models: str | None) -> FeatureB
 
 
 def _complete(bank: FeatureBank, run: TrainingRun, batches: Batches, stream: BankStream, verbose: bool) -> None:
-    accelerator, unet = run.accelerator, run.pipeline.unet
+    accelerator = run.accelerator
 
     def compute(shard: Shard) -> TapFeatures:
         draws = [stream.draw(shard.image, shard.first + number) for number in range(shard.count)]
-        batch = batches.of(draws)
-        noisy = run.objective.add_noise(batch.latents, batch.input_noise, batch.timesteps).to(unet.dtype)
-        with accelerator.autocast():
-            return record_features(unet, bank.layout.taps, noisy, batch.timesteps, batch.inputs)
+        return features_of(run, bank.layout.taps, batches.of(draws))
 
     share, shares = accelerator.process_index, accelerator.num_processes
     shown = verbose and accelerator.is_main_process and bool(bank.missing())

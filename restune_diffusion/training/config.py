@@ -143,6 +143,9 @@ class TrainConfig(Settings):
     """Precision of the feature bank on the disk."""
     feature_bank_dir: Path | None = None
     """Folder for feature banks, which several runs may share; OUTPUT/feature-bank where not given."""
+    sweep: str | None = None
+    """Train a tuner for each combination of settings, on one set of encoded images: "ratio=0.1,0.25 lr=1e-4,5e-4".
+    Each is a run of its own in OUTPUT/NAME-ratio0.1-lr1e-4; bypass tuners share every pass of the base."""
     drop_encoders: bool = False
     """Free the memory of the autoencoder and text encoder once the data is encoded; no samples can be drawn then."""
     seed: int = 0
@@ -233,7 +236,7 @@ class TrainConfig(Settings):
         Left out are the settings of the kinds of tuner that are not trained, and paths, which say more about a
         person's machine than about the tuner.
         """
-        paths = {"data", "output", "control_data", "feature_bank_dir", "resume", "cpu"}
+        paths = {"data", "output", "control_data", "feature_bank_dir", "sweep", "resume", "cpu"}
         settings = self.model_dump(mode="json", exclude=paths | (_DEFAULTS.keys() - set(self.kinds)))
         del settings["validation"]["control_images"]
         if Path(self.base).exists():

@@ -107,7 +107,7 @@ class FeatureBank:
         except (OSError, SafetensorError) as error:
             reason = str(error).strip().splitlines()[0]
             raise TrainingError(
-                f"{path} cannot be read ({reason}); delete it, the next start makes it anew."
+                f"{path} cannot be read ({reason}); delete it, and the next start makes it anew."
             ) from error
 
     def _write(self, shard: Shard, features: TapFeatures) -> None:
@@ -125,7 +125,9 @@ class FeatureBank:
 
     def _is_there(self, shard: Shard) -> bool:
         try:
-            return (self.folder / shard.name).stat().st_size > self.layout.bytes_of(shard)
+            with (self.folder / shard.name).open("rb") as file:
+                header = int.from_bytes(file.read(8), "little")
+                return file.seek(0, 2) == 8 + header + self.layout.bytes_of(shard)
         except OSError:
             return False
 

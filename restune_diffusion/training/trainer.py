@@ -132,6 +132,8 @@ def train(
         TunerFileError: if a file cannot be written.
     """
     started = time.perf_counter()
+    if config.sweep is not None:
+        raise TrainingError("This config is of a sweep, which trains several tuners; call `sweep` instead of `train`.")
     check_output(config)
     accelerator = make_accelerator(config)
     with prepared(config, accelerator, pipeline) as ground:
@@ -139,10 +141,8 @@ def train(
             run = make_run(config, accelerator, ground)
             losses: list[float] = []
             samples = ValidationSamples(ground.steering)
-            hooks: list[Hook] = [Progress(lambda report: losses.append(report.loss)), MetricsLog(), UpdateAverage()]
-            hooks += [ProgressBar()] if verbose else []
-            # Checkpoints come last: whatever a step's hooks write is there, whole, once the step is saved.
-            hooks += [FinalFile(), samples, Checkpoints()]
+            hooks: list[Hook] = [Progress(lambda report: losses.append(report.loss))]
+            hooks += run_hooks(samples, [ProgressBar()] if verbose else [])
             hooks += [Progress(on_progress)] if on_progress else []
             if verbose:
                 accelerator.print(describe_plan(run))
@@ -156,6 +156,12 @@ def train(
             accelerator.end_training()
     seconds = time.perf_counter() - started
     return TrainResult(config.file, run.step, seconds, tuple(losses), tuple(samples.folders))
+
+
+def run_hooks(samples: ValidationSamples, shown: Sequence[Hook]) -> list[Hook]:
+    """Return what watches every run, with what shows its progress in between."""
+    # Checkpoints come last: whatever a step's hooks write is there, whole, once the step is saved.
+    return [MetricsLog(), UpdateAverage(), *shown, FinalFile(), samples, Checkpoints()]
 
 
 @contextmanager

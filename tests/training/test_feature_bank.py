@@ -273,7 +273,9 @@ def test_a_damaged_file_is_named(bypass: MakeConfig) -> None:
     pipeline = sd_pipeline()
     train(settings, pipeline=pipeline, verbose=False)
     for file in shards(bank_of(settings)):
-        file.write_bytes(b"\xff" * file.stat().st_size)
+        content = file.read_bytes()
+        header = int.from_bytes(content[:8], "little")
+        file.write_bytes(content[:8] + b"\xff" * header + content[8 + header :])
     with pytest.raises(TrainingError, match=r"\.safetensors cannot be read \(.*\); delete it, and the next start"):
         train(bypass(checkpoint_every=1, steps=4, resume=True), pipeline=pipeline, verbose=False)
 
@@ -289,7 +291,7 @@ def test_features_beyond_the_range_of_fp16_are_refused(bypass: MakeConfig) -> No
 @pytest.mark.parametrize("tuner", ["skip", ("bypass", "text"), ("skip", "bypass")])
 def test_a_bank_is_for_a_bypass_alone(bypass: MakeConfig, tuner: Any) -> None:
     with pytest.raises(ValueError, match="a feature bank is for a tuner of a bypass part alone"):
-        bypass(tuner=tuner, text={"rank": 2})
+        bypass(tuner=tuner, **({"text": {"rank": 2}} if "text" in tuner else {}))
 
 
 def test_a_resumed_run_equals_the_uninterrupted_one(bypass: MakeConfig, tmp_path: Path) -> None:
