@@ -11,12 +11,9 @@ For a new word instead of `sks`: --tuner skip text --text.tokens "<dog>" --text.
 
 import sys
 
-import tyro
-
 from restune_diffusion.cli.diffusers_flags import from_diffusers
 from restune_diffusion.cli.guard import run_guarded
-from restune_diffusion.training import TrainConfig, train
+from restune_diffusion.cli.train import parse_train_options
 
 if __name__ == "__main__":
-    config = tyro.cli(TrainConfig, description=__doc__, args=from_diffusers(sys.argv[1:]))
-    sys.exit(run_guarded(lambda: train(config, stop_on_signal=True)))
+    sys.exit(run_guarded(lambda: parse_train_options(__doc__, from_diffusers(sys.argv[1:])).run()))

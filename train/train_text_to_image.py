@@ -9,12 +9,9 @@ starts. The names of diffusers' script are known too: --train_data_dir, --max_tr
 
 import sys
 
-import tyro
-
 from restune_diffusion.cli.diffusers_flags import from_diffusers
 from restune_diffusion.cli.guard import run_guarded
-from restune_diffusion.training import TrainConfig, train
+from restune_diffusion.cli.train import parse_train_options
 
 if __name__ == "__main__":
-    config = tyro.cli(TrainConfig, description=__doc__, args=from_diffusers(sys.argv[1:]))
-    sys.exit(run_guarded(lambda: train(config, stop_on_signal=True)))
+    sys.exit(run_guarded(lambda: parse_train_options(__doc__, from_diffusers(sys.argv[1:])).run()))

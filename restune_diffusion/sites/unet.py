@@ -84,6 +84,19 @@ def module_path(site: str) -> str:
     return ".".join(step for step in path if step)
 
 
+def run_head(base: Any, x: torch.Tensor) -> torch.Tensor:
+    """Return what a `UNet2DConditionModel` predicts from the feature at its site `out`.
+
+    Args:
+        base: the U-Net; none of its blocks runs.
+        x: `(batch, channels, height, width)`, in the U-Net's dtype.
+    """
+    if base.conv_norm_out is not None:
+        x = base.conv_act(base.conv_norm_out(x))
+    predicted: torch.Tensor = base.conv_out(x)
+    return predicted
+
+
 def text_states(states: Any) -> torch.Tensor | None:
     """Return the text states alone: an IP-Adapter puts image states beside them."""
     return states[0] if isinstance(states, tuple) else states

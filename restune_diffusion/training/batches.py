@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -12,6 +12,7 @@ from .cache import Cache
 from .conditioning import Conditioning, denoiser_inputs
 from .noising import Noising
 from .stream import BucketedStream, Draw, SampleStream
+from .tap_features import TapFeatures
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,8 @@ class Batch:
     perturbation: torch.Tensor | None = None
     mask: torch.Tensor | None = None
     inpainting: torch.Tensor | None = None
+    features: TapFeatures | None = None
+    """What the base makes of this batch on the way to its output head, where that is known without another pass."""
 
     def denoiser_sample(self, noisy: torch.Tensor) -> torch.Tensor:
         """Return what the denoiser takes as its sample, in diffusers' order: noisy latents, mask, masked latents."""
@@ -41,6 +44,13 @@ class Batch:
     def input_noise(self) -> torch.Tensor:
         """The noise that is in the denoiser's input."""
         return self.noise if self.perturbation is None else self.noise + self.perturbation
+
+
+class BatchSource(Protocol):
+    """Batches by their number."""
+
+    def __getitem__(self, number: int) -> Batch:
+        """Return a batch."""
 
 
 class Batches:
@@ -62,6 +72,7 @@ class Batches:
         unmasked_weight: least weight of the loss where the cache has masks.
         inpainting: makes the further channels of an inpainting base from the numbers of a batch's images and the
             generators of its samples.
+        stream: which sample is drawn at which position; a stream of all images in random order where not given.
 
     Raises:
         TrainingError: if the base has no timesteps in the range that is asked for.
@@ -82,14 +93,13 @@ class Batches:
         step_size: int | None = None,
         unmasked_weight: float = 0.0,
         inpainting: Callable[[Sequence[int], Sequence[torch.Generator]], torch.Tensor] | None = None,
+        stream: SampleStream | None = None,
     ) -> None:
         self._noising = noising or Noising()
         self._noising.range(timesteps)
         self._cache = cache
-        self._shown = [
-            views for views, repeats in zip(cache.views, cache.repeats, strict=True) for _ in range(repeats)
-        ]
-        self._stream = self._make_stream(seed, step_size or size)
+        self._shown = cache.shown
+        self._stream = stream if stream is not None else self._make_stream(seed, step_size or size)
         self._unmasked_weight = unmasked_weight
         self._size = size
         self._timesteps = timesteps
@@ -100,9 +110,13 @@ class Batches:
         self._inpainting = inpainting
 
     def __getitem__(self, number: int) -> Batch:
+        return self.of(self._stream.draws(number * self._size, self._size))
+
+    def of(self, draws: Iterable[Draw]) -> Batch:
+        """Put the batch of these draws together."""
+        draws = list(draws)
         latents, noise, timesteps, captions, geometries, conditions = [], [], [], [], [], []
         perturbations, masks = [], []
-        draws = list(self._stream.draws(number * self._size, self._size))
         entries = [self._entry(draw) for draw in draws]
         for draw, entry in zip(draws, entries, strict=True):
             latent = self._cache.latents[entry].draw(draw.generator)

@@ -35,9 +35,9 @@ class Cache:
 
     `conditions` holds for each entry those that steer it, uint8, in the order of the tuner's conditions, `masks` what
     of it to train on, 1 x height x width of the latent, and `pictures` the view itself, uint8, where a base needs it
-    in each step; all three may be empty. `views` are the entries of each image: one, unless images are cut or mirrored at
-    random. `repeats` says how often an epoch shows each image. `digests` tell each entry with all that belongs to it
-    from any other.
+    in each step; all three may be empty. `views` are the entries of each image: one, unless images are cut or mirrored
+    at random. `repeats` says how often an epoch shows each image. `digests` tell each entry, with all that belongs to
+    it, from any other.
     """
 
     latents: list[Latent]
@@ -58,6 +58,11 @@ class Cache:
     def conditioning(self, index: int) -> Conditioning:
         """Return the text states of an entry's caption."""
         return self.conditionings[self.captions[index]]
+
+    @property
+    def shown(self) -> list[list[int]]:
+        """The views of what an epoch shows, each image as often as it is repeated."""
+        return [views for views, repeats in zip(self.views, self.repeats, strict=True) for _ in range(repeats)]
 
     @property
     def data_hash(self) -> str:

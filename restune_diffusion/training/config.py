@@ -151,6 +151,16 @@ class TrainConfig(DataConfig):
     """Where the timesteps to train end; this one itself is not trained. The base's last where not given."""
     gradient_checkpointing: bool = False
     """Compute the base's activations twice instead of keeping them: less memory, slower."""
+    feature_bank: int | None = Field(default=None, gt=0)
+    """For a `bypass` tuner: compute what the base makes of so many draws of noise and timestep per image once, keep it
+    on the disk, and train from there without the base. Fewer draws cost quality; the disk use is said before."""
+    feature_bank_dtype: Literal["fp16", "bf16", "fp32"] = "fp16"
+    """Precision of the feature bank on the disk."""
+    feature_bank_dir: Path | None = None
+    """Folder for feature banks, which several runs may share; OUTPUT/feature-bank where not given."""
+    sweep: str | None = None
+    """Train a tuner for each combination of settings, on one set of encoded images: "ratio=0.1,0.25 lr=1e-4,5e-4".
+    Each is a run of its own in OUTPUT/NAME-ratio0.1-lr1e-4; bypass tuners share every pass of the base."""
     drop_encoders: bool = False
     """Free the memory of the autoencoder and text encoder once the data is encoded; no samples can be drawn then."""
     seed: int = 0
@@ -190,6 +200,13 @@ class TrainConfig(DataConfig):
             raise ValueError("the loss has one weighting; choose snr_gamma or debiased_estimation")
         if self.max_timestep is not None and self.max_timestep <= self.min_timestep:
             raise ValueError("min_timestep must be below max_timestep")
+        if self.feature_bank is not None and self.kinds != ("bypass",):
+            raise ValueError(
+                "a feature bank is for a tuner of a bypass part alone, whose gradient never enters the base; "
+                "leave feature_bank out, or train a bypass"
+            )
+        if self.feature_bank is not None and (self.bucketing or self.preservation != "none"):
+            raise ValueError("a feature bank is for images of one size without preservation; leave one of them out")
         if self.drop_encoders and self.validation.prompts:
             raise ValueError("validation prompts need the encoders; leave drop_encoders or the prompts out")
         return self
@@ -279,7 +296,17 @@ class TrainConfig(DataConfig):
         Left out are the settings of the kinds of tuner that are not trained, and paths, which say more about a
         person's machine than about the tuner.
         """
-        paths = {"data", "mask_data", "output", "control_data", "class_data", "resume", "cpu"}
+        paths = {
+            "data",
+            "mask_data",
+            "output",
+            "control_data",
+            "class_data",
+            "feature_bank_dir",
+            "sweep",
+            "resume",
+            "cpu",
+        }
         settings = self.model_dump(mode="json", exclude=paths | set(self.untrained))
         del settings["validation"]["control_images"]
         if Path(self.base).exists():

@@ -24,7 +24,7 @@ from .conditioning import Conditioning, LiveEncoder, denoiser_inputs, encode_cap
 from .config import TrainConfig
 from .inpainting import is_inpainting
 from .pictures import Geometry
-from .prediction import base_alone, predict
+from .prediction import base_alone, predict, tuner_at_hand
 from .run import Hook, StepReport, TrainingRun
 from .stream import derived_seed
 
@@ -121,7 +121,7 @@ class LeakProbe(Hook):
 
     def _tell(self, run: TrainingRun) -> None:
         if self._prompts and run.accelerator.is_main_process:
-            with run.released_weights():
+            with run.released_weights(), tuner_at_hand(run):
                 leaks = self.measure(run)
             mean = sum(leaks) / len(leaks)
             self._log(run, {"leak": mean})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 
 import torch
 
@@ -21,7 +21,13 @@ _MAX_SKIPPED_STEPS = 50
 
 
 def run_loop(run: TrainingRun, hooks: Sequence[Hook], stop: StopRequest | None = None) -> None:
-    """Train until `config.steps`, telling the hooks.
+    """Train until `config.steps`, telling the hooks; see `steps_of`."""
+    for _ in steps_of(run, hooks, stop):
+        pass
+
+
+def steps_of(run: TrainingRun, hooks: Sequence[Hook], stop: StopRequest | None = None) -> Generator[int, None, None]:
+    """Train until `config.steps`, telling the hooks, and pause after every step to yield its number.
 
     Raises:
         TrainingError: if the loss or the gradient stops being finite; the tuner keeps its last finite state.
@@ -40,6 +46,7 @@ def run_loop(run: TrainingRun, hooks: Sequence[Hook], stop: StopRequest | None =
                 raise _diverged(run, "gradient")
             for hook in hooks:
                 hook.on_step(run, report)
+            yield run.step
         for hook in hooks:
             hook.on_end(run)
     finally:

@@ -10,6 +10,7 @@ from typing import IO, Any
 
 from tqdm.auto import tqdm
 
+from ..display import readable_size
 from ..fileformat import atomic_write
 from .run import Hook, StepReport, TrainingRun
 
@@ -33,8 +34,8 @@ def describe_plan(run: TrainingRun) -> str:
         *([f"steered by  {run.conditions.describe()}"] if run.conditions is not None else []),
         *([f"preserved   {run.preservation.describe()}"] if run.preservation is not None else []),
         f"training    {config.steps} steps of {images} images = {epochs:.1f} epochs",
-        f"memory      U-Net {_readable(base_memory)}, tuner and optimizer {_readable(tuner_memory)}, "
-        f"cached data {_readable(cache.bytes)} (in main memory), and activations",
+        f"memory      U-Net {readable_size(base_memory)}, tuner and optimizer {readable_size(tuner_memory)}, "
+        f"cached data {readable_size(cache.bytes)} (in main memory), and activations",
         f"output      {config.file}",
     ]
     return "\n".join(lines)
@@ -149,7 +150,3 @@ def _keep_until(path: Path, step: int) -> None:
 
 def _size(module: Any) -> int:
     return sum(parameter.numel() * parameter.element_size() for parameter in module.parameters())
-
-
-def _readable(size: float) -> str:
-    return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"

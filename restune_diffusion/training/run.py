@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from accelerate import Accelerator
 
 from ..tuner import Tuner
-from .batches import Batches
+from .batches import BatchSource
 from .cache import Cache
 from .condition_source import ConditionSource
 from .config import TrainConfig
@@ -35,7 +35,7 @@ class TrainingRun:
     optimizer: Any
     lr_scheduler: Any
     cache: Cache
-    batches: Batches
+    batches: BatchSource
     objective: Objective
     resolution: int
     conditions: ConditionSource | None = None
