@@ -179,8 +179,8 @@ def test_output_preservation_by_hand(pictures: Path, kind: str, make: Callable[[
         manager = TunerManager.of(pipeline.unet)
         assert manager is not None
         assert manager.enabled
-        torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-7)
-        assert loss > 1e-4
+        torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-9)
+        assert loss > 1e-5
         expected_gradient = torch.autograd.grad(expected, list(tuner.parameters()), allow_unused=True)
         gradient = torch.autograd.grad(loss, list(tuner.parameters()), allow_unused=True)
     for one, other in zip(gradient, expected_gradient, strict=True):
@@ -226,9 +226,8 @@ def test_resumed_training_equals_the_uninterrupted(
     train(subject(output=tmp_path / "part", **{**common, "steps": 2, "checkpoint_every": 2}), verbose=False)
     resumed = train(subject(output=tmp_path / "part", **common, checkpoint_every=2, resume=True), verbose=False)
     whole = train(subject(output=tmp_path / "whole", **{**common, "gradient_checkpointing": False}), verbose=False)
-    assert whole.losses[2:] == pytest.approx(resumed.losses, rel=0 if kind == "text" else 1e-6)
-    if kind == "text":
-        assert_same(resumed.path, whole.path)
+    assert whole.losses[2:] == resumed.losses
+    assert_same(resumed.path, whole.path)
     logs = [
         [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
         for name in ("part", "whole")
