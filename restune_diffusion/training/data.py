@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from ..errors import DataError
 from ..images import to_rgb
@@ -67,6 +67,8 @@ def load_samples(
             raise
         except DataError as error:
             _refuse(Refused(str(example.path), str(error).rstrip(".")), refused)
+        except UnidentifiedImageError:
+            _refuse(Refused(str(example.path), "is no image of a known kind"), refused)
         except Exception as error:  # Pillow's decoders raise almost anything on a broken file
             reason = " ".join(str(error).split()) or type(error).__name__
             _refuse(Refused(str(example.path), f"cannot be read as an image ({reason})"), refused)

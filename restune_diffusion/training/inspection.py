@@ -3,28 +3,24 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 from PIL import Image
 
 from ..errors import RestuneError
 from .base import training_resolution
 from .buckets import bucket_step
 from .captions import read_examples
-from .contact_sheet import captioned, labelled_grid
-from .data import Sample, load_samples
+from .data import load_samples
 from .data_config import DataConfig
 from .data_sheet import DataSheet, counted
 from .preparation import Preparation
+from .thumbnails import Thumbnails
 
 # Stable Diffusion 1.x at its own size, for whoever gives no base.
 _RESOLUTION, _STEP = 512, 64
-_COLUMNS, _ROWS = 6, 10
-_CELL = 192
 
 
 @dataclass(frozen=True)
@@ -87,50 +83,7 @@ def inspect_data(config: DataConfig, frame: Frame, sheet: DataSheet, seed: int =
         pass
     sheet.check()
     sheet.count_tokens(frame.tokenizers)
-    return thumbnails.sheet(sheet)
-
-
-class Thumbnails:
-    """Keeps small pictures of what is trained on.
-
-    Args:
-        unmasked_weight: least weight of what a mask leaves out, which is shown so much fainter.
-    """
-
-    def __init__(self, unmasked_weight: float) -> None:
-        self._unmasked_weight = unmasked_weight
-        self._cells: dict[tuple[int, int], list[Image.Image]] = {}
-
-    def watched(self, samples: Iterable[Sample]) -> Iterator[Sample]:
-        """Pass samples on and keep the first of each size."""
-        for sample in samples:
-            cells = self._cells.setdefault((sample.pixels.shape[2], sample.pixels.shape[1]), [])
-            if not sample.further and len(cells) < _COLUMNS * _ROWS:
-                cells.append(captioned(self._shown(sample), sample.caption, _CELL))
-            yield sample
-
-    def sheet(self, data: DataSheet) -> Image.Image:
-        """Lay them out, the sizes one below the other."""
-        rows: list[list[Image.Image]] = []
-        labels: list[str] = []
-        sizes = data.buckets[:_ROWS]
-        for place, (size, count) in enumerate(sizes):
-            # Every size gets a row, and the commonest what is left.
-            room = _ROWS - len(rows) - (len(sizes) - place - 1)
-            cells = self._cells[size][: _COLUMNS * max(1, room)]
-            lines = [cells[start : start + _COLUMNS] for start in range(0, len(cells), _COLUMNS)]
-            shown = f", {len(cells)} shown" if len(cells) < count else ""
-            labels += [f"{size[0]} x {size[1]}: {counted(count, 'image')}{shown}"] + [""] * (len(lines) - 1)
-            rows += lines
-        return labelled_grid(rows, labels, cell=max(max(cell.size) for line in rows for cell in line))
-
-    def _shown(self, sample: Sample) -> Image.Image:
-        pixels = (sample.pixels.permute(1, 2, 0).numpy() + 1) * 127.5
-        if sample.mask is not None:
-            weights = np.maximum(sample.mask[0].numpy(), self._unmasked_weight)[..., None]
-            # Towards grey, which pictures have less of than of black and white.
-            pixels = pixels * weights + 128 * (1 - weights)
-        return Image.fromarray(pixels.round().clip(0, 255).astype(np.uint8))
+    return thumbnails.sheet()
 
 
 def describe_data(sheet: DataSheet, most: int = 5) -> str:

@@ -9,7 +9,8 @@ from pathlib import Path
 
 from PIL import Image, ImageOps
 
-from ..images import has_transparency, to_rgb
+from ..errors import DataError
+from ..images import has_transparency, to_rgb, to_rgba
 
 
 @dataclass(frozen=True)
@@ -70,11 +71,16 @@ def decode_layer(content: bytes) -> tuple[Image.Image, bytes]:
     """Read an encoded image upright, as RGBA if it is transparent and else as RGB, and the SHA-256 of its bytes.
 
     Of an animated image it is the first frame.
+
+    Raises:
+        DataError: if it holds floating-point numbers; said as the rest of a sentence that begins with the image.
     """
     with Image.open(BytesIO(content)) as image:
         image.load()
         upright = ImageOps.exif_transpose(image)
-    layer = upright.convert("RGBA") if has_transparency(upright) else to_rgb(upright)
+    if upright.mode == "F":
+        raise DataError("holds floating-point numbers, of which none is known to be white; save it with 8 or 16 bits")
+    layer = to_rgba(upright) if has_transparency(upright) else to_rgb(upright)
     return layer, hashlib.sha256(content).digest()
 
 
