@@ -83,6 +83,7 @@ def _step(run: TrainingRun) -> StepReport:
         learning_rate=learning_rate,
         seconds=time.perf_counter() - started,
         images=run.images_per_step,
+        band_losses=run.bands.take(accelerator),
     )
 
 
@@ -96,7 +97,9 @@ def batch_loss(run: TrainingRun, batch: Batch) -> torch.Tensor:
         manager.set_conditions(ATTACHED_NAME, batch.conditions)
     with run.accelerator.autocast():
         prediction = unet(noisy.to(unet.dtype), batch.timesteps, return_dict=False, **batch.inputs)[0]
-    return run.objective.loss(prediction, target, batch.timesteps)
+    losses = run.objective.sample_losses(prediction, target, batch.timesteps)
+    run.bands.add(losses, batch.timesteps)
+    return losses.mean()
 
 
 def _update(run: TrainingRun) -> float:

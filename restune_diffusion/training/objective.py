@@ -86,8 +86,12 @@ class Objective:
 
     def loss(self, prediction: torch.Tensor, target: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
         """Return the mean squared error in fp32, weighted by timestep if asked."""
+        return self.sample_losses(prediction, target, timesteps).mean()
+
+    def sample_losses(self, prediction: torch.Tensor, target: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        """Return the loss of each sample, `(samples,)` in fp32; their mean is the loss."""
         errors = (prediction.float() - target.float()).square().flatten(1).mean(1)
-        return (errors * self.weights(timesteps)).mean()
+        return errors * self.weights(timesteps)
 
     def weights(self, timesteps: torch.Tensor) -> torch.Tensor:
         """Return the weight of the squared error at each timestep, fp32; ones unless a weighting is asked for."""

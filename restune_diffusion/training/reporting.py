@@ -12,6 +12,7 @@ from tqdm.auto import tqdm
 
 from ..fileformat import atomic_write
 from .run import Hook, StepReport, TrainingRun
+from .usage import peak_memory
 
 # Losses of single steps differ by the timestep that was drawn far more than by learning.
 _WINDOW = 50
@@ -38,7 +39,7 @@ def describe_plan(run: TrainingRun) -> str:
 
 
 class ProgressBar(Hook):
-    """Shows the smoothed loss and the speed on the terminal."""
+    """Shows the smoothed loss, the speed, the time left and the peak memory of the main process on the terminal."""
 
     def __init__(self) -> None:
         self._recent: deque[StepReport] = deque(maxlen=_WINDOW)
@@ -56,7 +57,9 @@ class ProgressBar(Hook):
         self._recent.append(report)
         loss = sum(recent.loss for recent in self._recent) / len(self._recent)
         speed = sum(recent.images for recent in self._recent) / sum(recent.seconds for recent in self._recent)
-        self._bar.set_postfix_str(f"loss {loss:.4f}, {speed:.1f} images/s", refresh=False)
+        memory = peak_memory(run.accelerator.device)
+        used = f", {_readable(memory)}" if memory is not None else ""
+        self._bar.set_postfix_str(f"loss {loss:.4f}, {speed:.1f} images/s{used}", refresh=False)
         self._bar.update()
 
     def close(self) -> None:
@@ -85,7 +88,11 @@ class MetricsLog(Hook):
             "grad_norm": report.grad_norm,
             "learning_rate": report.learning_rate,
             "images_per_second": report.images / report.seconds,
+            **{f"loss_by_timestep/{band}": loss for band, loss in report.band_losses.items()},
         }
+        memory = peak_memory(run.accelerator.device)
+        if memory is not None:
+            values["peak_memory_mib"] = memory / 2**20
         if self._file is not None:
             self._file.write(json.dumps({"step": report.step, **values}) + "\n")
             self._file.flush()

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from accelerate import Accelerator
 
 from ..tuner import Tuner
+from .bands import BandLosses
 from .batches import Batches
 from .cache import Cache
 from .condition_source import ConditionSource
@@ -42,6 +44,9 @@ class TrainingRun:
     """The average of the tuner's weights, if one is kept."""
     step: int = 0
 
+    def __post_init__(self) -> None:
+        self.bands = BandLosses(self.objective.timesteps)
+
     def released_weights(self) -> AbstractContextManager[None]:
         """Return a context in which the tuner has the weights that are written and drawn with: the average, if any."""
         return nullcontext() if self.average is None else self.average.applied()
@@ -64,6 +69,9 @@ class StepReport:
     learning_rate: float
     seconds: float
     images: int
+    band_losses: Mapping[str, float] = field(default_factory=dict)
+    """Mean loss of the samples in each band of timesteps, by its first and last one; bands without samples are left
+    out."""
 
 
 class Hook:

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import is_tensorboard_available
 from diffusers.optimization import get_scheduler
 
 from ..attachment import attach
@@ -42,6 +41,7 @@ from .parameter_groups import parameter_groups
 from .reporting import MetricsLog, Progress, ProgressBar, describe_plan
 from .run import ATTACHED_NAME, Hook, StepReport, TrainingRun
 from .stopping import StopRequest
+from .tracking import start_trackers, tracker_name
 from .validation import ValidationSamples
 
 
@@ -116,7 +116,7 @@ def train(
             hooks += [Progress(on_progress)] if on_progress else []
             if verbose:
                 accelerator.print(describe_plan(run))
-            accelerator.init_trackers("logs")
+            start_trackers(accelerator, config)
             stop = StopRequest()
             with (
                 attach(pipeline.unet, run.tuner, ATTACHED_NAME, text=text_encoders(pipeline)),
@@ -167,11 +167,7 @@ def _check_words(config: TrainConfig, examples: Sequence[Example]) -> None:
 
 
 def _make_accelerator(config: TrainConfig) -> Accelerator:
-    if config.log_with == "tensorboard" and not is_tensorboard_available():
-        # accelerate would only leave the log out
-        raise TrainingError(
-            "TensorBoard is not installed; run pip install 'restune-diffusion[tensorboard]', or leave --log-with out."
-        )
+    tracker = tracker_name(config)
     # Two runs of one process may differ in precision, which accelerate keeps in a state of the whole process.
     AcceleratorState._reset_state()
     try:
@@ -179,7 +175,7 @@ def _make_accelerator(config: TrainConfig) -> Accelerator:
             mixed_precision=config.mixed_precision,
             gradient_accumulation_steps=config.gradient_accumulation_steps,
             cpu=config.cpu,
-            log_with=config.log_with,
+            log_with=tracker,
             project_dir=config.output,
         )
     except (ValueError, ImportError) as error:
