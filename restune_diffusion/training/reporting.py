@@ -87,6 +87,7 @@ class MetricsLog(Hook):
             "loss": report.loss,
             "grad_norm": report.grad_norm,
             "learning_rate": report.learning_rate,
+            "seconds": report.seconds,
             "images_per_second": report.images / report.seconds,
             **{f"loss_by_timestep/{band}": loss for band, loss in report.band_losses.items()},
         }
