@@ -77,6 +77,7 @@ def _recipe(kind: Literal["skip", "bypass"], output: Path, steps: int, seed: int
         checkpoint_every=0,
         seed=seed,
         cpu=True,
+        log_with="none",
     )
 
 

@@ -18,6 +18,7 @@ from .grid import GridOptions
 from .guard import run_guarded
 from .inspect import InspectOptions
 from .merge import MergeOptions
+from .report import ReportOptions
 from .train import TRAIN_HELP, TrainOptions, parse_train_options
 
 # tyro shows pydantic's message when a value is refused; the link to pydantic's manual helps nobody here.
@@ -28,6 +29,7 @@ Command: TypeAlias = (
     | Annotated[GenerateOptions, tyro.conf.subcommand("generate")]
     | Annotated[GridOptions, tyro.conf.subcommand("grid")]
     | Annotated[EvaluateOptions, tyro.conf.subcommand("evaluate")]
+    | Annotated[ReportOptions, tyro.conf.subcommand("report")]
     | Annotated[DataOptions, tyro.conf.subcommand("data")]
     | Annotated[InspectOptions, tyro.conf.subcommand("inspect")]
     | Annotated[ConvertOptions, tyro.conf.subcommand("convert")]

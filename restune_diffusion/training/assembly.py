@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import is_tensorboard_available
 from diffusers.optimization import get_scheduler
 
 from ..errors import TrainingError
@@ -30,15 +29,12 @@ from .parameter_groups import parameter_groups
 from .preservation import make_preservation
 from .run import TrainingRun
 from .stream import derived_seed
+from .tracking import tracker_name
 
 
 def make_accelerator(config: TrainConfig) -> Accelerator:
     """Make what places the run on its devices; raises `TrainingError` if it cannot run here."""
-    if config.log_with == "tensorboard" and not is_tensorboard_available():
-        # accelerate would only leave the log out
-        raise TrainingError(
-            "TensorBoard is not installed; run pip install 'restune-diffusion[tensorboard]', or leave --log-with out."
-        )
+    tracker = tracker_name(config)
     # Two runs of one process may differ in precision, which accelerate keeps in a state of the whole process.
     AcceleratorState._reset_state()
     try:
@@ -46,7 +42,7 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
             mixed_precision=config.mixed_precision,
             gradient_accumulation_steps=config.gradient_accumulation_steps,
             cpu=config.cpu,
-            log_with=config.log_with,
+            log_with=tracker,
             project_dir=config.output,
         )
     except (ValueError, ImportError) as error:

@@ -175,8 +175,9 @@ class TrainConfig(DataConfig):
     """Number of checkpoints that are kept."""
     resume: bool = False
     """Go on from the newest checkpoint in OUTPUT; the result is the same as without the break."""
-    log_with: Literal["tensorboard"] | None = None
-    """Log to TensorBoard too; `metrics.jsonl` is always written."""
+    log_with: Literal["auto", "tensorboard", "wandb", "none"] = "auto"
+    """Where to log beside `metrics.jsonl`: to TensorBoard in OUTPUT/logs, where it is installed (`auto`), or to
+    Weights & Biases, which sends the log over the network."""
 
     @model_validator(mode="before")
     @classmethod

@@ -100,6 +100,7 @@ def _step(run: TrainingRun) -> StepReport:
         seconds=time.perf_counter() - started,
         images=run.images_per_step,
         preservation_loss=sum(kept) / len(kept) if kept else None,
+        band_losses=run.bands.take(accelerator),
     )
 
 
@@ -107,7 +108,9 @@ def batch_loss(run: TrainingRun, batch: Batch) -> torch.Tensor:
     """Return the loss of one batch under the run's precision."""
     prediction = predict(run, batch)
     target = run.objective.target(batch.latents, batch.noise, batch.timesteps)
-    return run.objective.loss(prediction, target, batch.timesteps, batch.mask)
+    losses = run.objective.sample_losses(prediction, target, batch.timesteps, batch.mask)
+    run.bands.add(losses, batch.timesteps)
+    return losses.mean()
 
 
 def _update(run: TrainingRun) -> float:

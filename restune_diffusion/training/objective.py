@@ -91,7 +91,17 @@ class Objective:
         timesteps: torch.Tensor,
         mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Return the mean squared error in fp32, weighted by timestep if asked.
+        """Return the mean squared error in fp32, weighted by timestep if asked; see `sample_losses`."""
+        return self.sample_losses(prediction, target, timesteps, mask).mean()
+
+    def sample_losses(
+        self,
+        prediction: torch.Tensor,
+        target: torch.Tensor,
+        timesteps: torch.Tensor,
+        mask: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Return the loss of each sample, `(samples,)` in fp32; their mean is the loss.
 
         With a mask, samples x 1 x height x width, it is the weighted mean `sum(mask * error) / sum(mask)` of each
         sample, so that a small mask counts as much as a large one.
@@ -102,7 +112,7 @@ class Objective:
         else:
             weights = mask.float().expand_as(squares)
             errors = (weights * squares).flatten(1).sum(1) / weights.flatten(1).sum(1)
-        return (errors * self.weights(timesteps)).mean()
+        return errors * self.weights(timesteps)
 
     def weights(self, timesteps: torch.Tensor) -> torch.Tensor:
         """Return the weight of the squared error at each timestep, fp32; ones unless a weighting is asked for."""

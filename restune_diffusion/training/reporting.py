@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 from ..display import readable_size
 from ..fileformat import atomic_write
 from .run import Hook, StepReport, TrainingRun
+from .usage import peak_memory
 
 # Losses of single steps differ by the timestep that was drawn far more than by learning.
 _WINDOW = 50
@@ -59,7 +60,7 @@ class SheetFile(Hook):
 
 
 class ProgressBar(Hook):
-    """Shows the smoothed loss and the speed on the terminal."""
+    """Shows the smoothed loss, the speed, the time left and the peak memory of the main process on the terminal."""
 
     def __init__(self) -> None:
         self._recent: deque[StepReport] = deque(maxlen=_WINDOW)
@@ -77,7 +78,9 @@ class ProgressBar(Hook):
         self._recent.append(report)
         loss = sum(recent.loss for recent in self._recent) / len(self._recent)
         speed = sum(recent.images for recent in self._recent) / sum(recent.seconds for recent in self._recent)
-        self._bar.set_postfix_str(f"loss {loss:.4f}, {speed:.1f} images/s", refresh=False)
+        memory = peak_memory(run.accelerator.device)
+        used = f", {_readable(memory)}" if memory is not None else ""
+        self._bar.set_postfix_str(f"loss {loss:.4f}, {speed:.1f} images/s{used}", refresh=False)
         self._bar.update()
 
     def close(self) -> None:
@@ -105,10 +108,15 @@ class MetricsLog(Hook):
             "loss": report.loss,
             "grad_norm": report.grad_norm,
             "learning_rate": report.learning_rate,
+            "seconds": report.seconds,
             "images_per_second": report.images / report.seconds,
+            **{f"loss_by_timestep/{band}": loss for band, loss in report.band_losses.items()},
         }
         if report.preservation_loss is not None:
             values["preservation_loss"] = report.preservation_loss
+        memory = peak_memory(run.accelerator.device)
+        if memory is not None:
+            values["peak_memory_mib"] = memory / 2**20
         self.note(run, values)
 
     def note(self, run: TrainingRun, values: dict[str, float]) -> None:

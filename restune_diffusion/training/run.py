@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from accelerate import Accelerator
 
 from ..tuner import Tuner
+from .bands import BandLosses
 from .batches import BatchSource
 from .cache import Cache
 from .condition_source import ConditionSource
@@ -48,6 +50,9 @@ class TrainingRun:
     """What keeps the class as the base draws it, if anything."""
     step: int = 0
 
+    def __post_init__(self) -> None:
+        self.bands = BandLosses(self.objective.timesteps)
+
     def released_weights(self) -> AbstractContextManager[None]:
         """Return a context in which the tuner has the weights that are written and drawn with: the average, if any."""
         return nullcontext() if self.average is None else self.average.applied()
@@ -72,6 +77,9 @@ class StepReport:
     images: int
     preservation_loss: float | None = None
     """What `prior_loss_weight` multiplies, already part of the loss; None where nothing is preserved."""
+    band_losses: Mapping[str, float] = field(default_factory=dict)
+    """Mean loss of the samples in each band of timesteps, by its first and last one; bands without samples are left
+    out."""
 
 
 class Hook:

@@ -26,6 +26,7 @@ from .shared_settings import batch_settings
 from .stopping import StopRequest
 from .sweep_grid import Variant, parse_sweep
 from .sweep_report import SweepResult, SweepRow, comparison, final_loss, write_summary
+from .tracking import start_trackers
 from .trainer import acting, check_output, run_hooks
 from .validation import ValidationSamples
 
@@ -93,7 +94,7 @@ def sweep(
             name = member.run.config.name
             watching = [Progress(partial(on_progress, name))] if on_progress is not None else []
             member.hooks = [*run_hooks(ground, member.samples, [Progress(partial(_advance, bar, name))]), *watching]
-            member.run.accelerator.init_trackers("logs")
+            start_trackers(member.run.accelerator, member.run.config)
         stop = StopRequest()
         with stop.listening() if stop_on_signal else nullcontext():
             for group in groups:

@@ -29,6 +29,7 @@ from .memory import gradient_checkpointing
 from .reporting import MetricsLog, Progress, ProgressBar, SheetFile, describe_plan
 from .run import ATTACHED_NAME, Hook, StepReport, TrainingRun
 from .stopping import StopRequest
+from .tracking import start_trackers
 from .validation import ValidationSamples
 
 
@@ -87,7 +88,7 @@ def train(
                 accelerator.print(describe_plan(run))
             else:
                 ground.data.warn()
-            accelerator.init_trackers("logs")
+            start_trackers(accelerator, config)
             if config.feature_bank is not None:
                 use_bank([run], ground.models, verbose)
             stop = StopRequest()

@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 from restune_diffusion.fileformat import load_tuner
 from restune_diffusion.training import TrainConfig, train
@@ -27,6 +30,11 @@ def test_two_processes_train_as_one_with_twice_the_batch(
     first, second = load_tuner(one.path).state_dict(), load_tuner(shared.file).state_dict()
     for key in first:
         assert (first[key] - second[key]).norm() <= 1e-2 * first[key].norm(), key
+    logs = [(folder / "metrics.jsonl").read_text().splitlines() for folder in (tmp_path / "one", shared.output)]
+    for alone, together in zip(*(map(json.loads, lines) for lines in logs), strict=True):
+        bands = {key: value for key, value in alone.items() if key.startswith("loss")}
+        assert {key: together.get(key) for key in bands} == pytest.approx(bands, rel=1e-3)
+        assert together.keys() == alone.keys()
 
 
 def test_the_script_runs_under_accelerate_launch(

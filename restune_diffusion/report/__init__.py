@@ -1,0 +1,5 @@
+"""One page about a training run: `write_report("out")`."""
+
+from .page import write_report
+
+__all__ = ["write_report"]

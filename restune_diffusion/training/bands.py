@@ -1,0 +1,49 @@
+"""The loss by timestep: noisy and nearly clean latents have losses of other sizes, which one mean hides."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Any
+
+import torch
+
+
+class BandLosses:
+    """Sums the losses of single samples in equal bands of the base's timesteps.
+
+    Args:
+        timesteps: number of timesteps of the base.
+        bands: number of bands.
+    """
+
+    def __init__(self, timesteps: int, bands: int = 5) -> None:
+        self._timesteps = timesteps
+        self._bands = min(bands, timesteps)
+        self._sums: torch.Tensor | None = None
+
+    @property
+    def names(self) -> list[str]:
+        """First and last timestep of each band, for instance `0-199`."""
+        edges = [-(-band * self._timesteps // self._bands) for band in range(self._bands + 1)]
+        return [f"{first}-{end - 1}" for first, end in pairwise(edges)]
+
+    def add(self, losses: torch.Tensor, timesteps: torch.Tensor) -> None:
+        """Add samples.
+
+        Args:
+            losses: one for each sample, `(samples,)`.
+            timesteps: those of the samples, `(samples,)`, integers.
+        """
+        if self._sums is None:
+            self._sums = torch.zeros(2, self._bands, device=losses.device)
+        bands = timesteps * self._bands // self._timesteps
+        self._sums[0].index_add_(0, bands, losses.detach().float())
+        self._sums[1].index_add_(0, bands, torch.ones_like(losses, dtype=torch.float32))
+
+    def take(self, accelerator: Any) -> dict[str, float]:
+        """Return the mean of each band that has samples of any process, and begin anew; all processes must call it."""
+        if self._sums is None:
+            return {}
+        sums, counts = accelerator.reduce(self._sums, reduction="sum").tolist()
+        self._sums = None
+        return {name: total / count for name, total, count in zip(self.names, sums, counts, strict=True) if count}
