@@ -7,8 +7,8 @@ from .config import TrainConfig, ValidationConfig
 
 if TYPE_CHECKING:
     from .run import StepReport
-    from .sweep import sweep
     from .sweep_report import SweepResult, SweepRow
+    from .sweeping import sweep
     from .trainer import TrainResult, train
 
 __all__ = [
@@ -27,7 +27,7 @@ _HOME = {
     "SweepResult": "sweep_report",
     "SweepRow": "sweep_report",
     "TrainResult": "trainer",
-    "sweep": "sweep",
+    "sweep": "sweeping",
     "train": "trainer",
 }
 

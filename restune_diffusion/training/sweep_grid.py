@@ -79,7 +79,7 @@ def _axis(config: TrainConfig, text: str) -> tuple[str, list[str], list[str]]:
     name, given, values = text.partition("=")
     chosen = [value for value in values.split(",") if value]
     if not given or not chosen:
-        raise TrainingError(f'The sweep's "{text}" names no values; write them as NAME=VALUE,VALUE.')
+        raise TrainingError(f"The sweep names no values in `{text}`; write them as NAME=VALUE,VALUE.")
     return name, _path(config, name), chosen
 
 
@@ -131,7 +131,6 @@ def _variant(config: TrainConfig, paths: list[list[str]], settings: dict[str, st
         first = error.errors()[0]
         place = " ".join([".".join(map(str, first["loc"])), first["msg"].removeprefix("Value error, ")]).strip()
         raise TrainingError(f"The tuner {name} of the sweep is refused: {place}.") from error
-
 
 
 def _value(text: str, now: Any) -> Any:
