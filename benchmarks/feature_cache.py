@@ -16,7 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import mean, median, stdev
@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
+from PIL import Image
 
 from benchmarks.backward_memory import SD15
 from benchmarks.icon_style.data import IconData, write_tuning_images
@@ -42,6 +43,8 @@ from restune_diffusion.training.captions import find_examples
 from restune_diffusion.training.data import load_samples
 from restune_diffusion.training.loop import steps_of
 from restune_diffusion.training.run import TrainingRun
+from restune_diffusion.training.shared_pass import share_passes
+from restune_diffusion.training.sweep_grid import parse_sweep
 from restune_diffusion.training.tap_features import TapFeatures, predict_from_features, record_features
 from restune_diffusion.training.trainer import Ground, acting, make_accelerator, make_run, prepared
 
@@ -172,6 +175,41 @@ def time_of_steps(unet: Any, what: str, batch: int, size: int, rounds: int) -> l
     return [{"part": "time", **shape, "seconds": seconds, "ratio": ratio}]
 
 
+def time_of_sweep(ratios: Sequence[str], rounds: int, work: Path) -> list[Row]:
+    """Relate a step of several bypass tuners that share a pass of the base to a step of each of them alone."""
+    pictures = work / "pictures"
+    pictures.mkdir()
+    for number in range(8):
+        Image.effect_noise((64, 64), 60 + number).convert("RGB").save(pictures / f"{number}.png")
+    config = settings(
+        pictures, work / "out", prompt="noise", steps=rounds + 1, sweep=f"ratio={','.join(ratios)}", batch_size=8
+    )
+    seconds: dict[str, list[float]] = {"alone": [], "together": []}
+    with ground_of(config) as (accelerator, ground):
+        configs = [variant.config for variant in parse_sweep(config)]
+        alone = [make_run(each, accelerator, ground) for each in configs]
+        for run in alone:
+            with acting(run):
+                seconds["alone"].append(train_on(run))
+        runs = [make_run(each, accelerator, ground) for each in configs]
+        share_passes(runs)
+        courses = [steps_of(run, []) for run in runs]
+        for number in range(rounds + 1):
+            started = time.process_time()
+            for course in courses:
+                next(course)
+            if number:
+                seconds["together"].append(time.process_time() - started)
+        same = all(
+            torch.equal(mine, other)
+            for one, two in zip(alone, runs, strict=True)
+            for mine, other in zip(one.tuner.parameters(), two.tuner.parameters(), strict=True)
+        )
+    each, together = sum(seconds["alone"]), median(seconds["together"])
+    what = {"what": "restune-tiny", "tuners": len(ratios), "batch": 8, "equal": same}
+    return [{"part": "sweep", **what, "alone": each, "together": together, "ratio": together / each}]
+
+
 def merged(path: Path, rows: list[Row], part: str) -> list[Row]:
     """Put the rows of a part in the place of those that the file has of it."""
     known = json.loads(path.read_text())["rows"] if path.exists() else []
@@ -218,13 +256,25 @@ def table(rows: list[Row]) -> list[str]:
                 f"{row['ratio']:.3f} | {row['bytes_per_draw'] / 2**20:.2f} MiB |"
             )
         lines.append("")
+    swept = [row for row in rows if row["part"] == "sweep"]
+    if swept:
+        lines += [
+            "| base | bypass tuners | batch | each alone, s a step | all together, s a step | ratio | equal bits |",
+            "|---|---|---|---|---|---|---|",
+        ]
+        for row in swept:
+            lines.append(
+                f"| {row['what']} | {row['tuners']} | {row['batch']} | {row['alone']:.3f} | {row['together']:.3f} | "
+                f"{row['ratio']:.3f} | {'yes' if row['equal'] else 'no'} |"
+            )
+        lines.append("")
     return lines
 
 
 def main() -> None:
     """Measure one part, and write it beside the others."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("part", choices=["quality", "time", "size"])
+    parser.add_argument("part", choices=["quality", "time", "size", "sweep"])
     parser.add_argument("--icons", type=Path, default=Path("data/icons"), help="what prepare_icons wrote")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=200, help="optimizer steps (default: 200)")
@@ -244,6 +294,9 @@ def main() -> None:
     elif arguments.part == "time":
         tiny = UNet2DConditionModel.from_pretrained(TINY / "unet")
         add(time_of_steps(tiny, "restune-tiny", 8, tiny.config.sample_size, arguments.rounds))
+    elif arguments.part == "sweep":
+        with TemporaryDirectory() as work:
+            add(time_of_sweep(("0.0625", "0.125", "0.25", "0.5"), arguments.rounds, Path(work)))
     else:
         torch.manual_seed(0)
         add(time_of_steps(UNet2DConditionModel(**SD15), "SD 1.5's size", 1, 32, arguments.rounds))

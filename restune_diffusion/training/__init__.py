@@ -8,8 +8,8 @@ from .config_file import read_config
 
 if TYPE_CHECKING:
     from .run import StepReport
-    from .sweep import sweep
     from .sweep_report import SweepResult, SweepRow
+    from .sweeping import sweep
     from .trainer import TrainResult, train
 
 __all__ = [
@@ -29,7 +29,7 @@ _HOME = {
     "SweepResult": "sweep_report",
     "SweepRow": "sweep_report",
     "TrainResult": "trainer",
-    "sweep": "sweep",
+    "sweep": "sweeping",
     "train": "trainer",
 }
 

@@ -71,7 +71,9 @@ class FeatureBank:
                 f"on another disk by --feature-bank-dir."
             )
 
-    def build(self, compute: Compute, share: int = 0, shares: int = 1, watch: Callable[[], object] = int) -> None:
+    def build(
+        self, compute: Compute, share: int = 0, shares: int = 1, watch: Callable[[], object] | None = None
+    ) -> None:
         """Make the missing files of one share; `watch` is called after each file of the share.
 
         Raises:
@@ -84,7 +86,8 @@ class FeatureBank:
         for shard in list(self.layout.shards())[share::shares]:
             if not self._is_there(shard):
                 self._write(shard, compute(shard))
-            watch()
+            if watch is not None:
+                watch()
 
     def read(self, entries: Sequence[tuple[int, int]]) -> TapFeatures:
         """Return the features of draws, each an image and the number of the draw, on the CPU in the bank's dtype.

@@ -79,7 +79,7 @@ class ProgressBar(Hook):
         loss = sum(recent.loss for recent in self._recent) / len(self._recent)
         speed = sum(recent.images for recent in self._recent) / sum(recent.seconds for recent in self._recent)
         memory = peak_memory(run.accelerator.device)
-        used = f", {_readable(memory)}" if memory is not None else ""
+        used = f", {readable_size(memory)}" if memory is not None else ""
         self._bar.set_postfix_str(f"loss {loss:.4f}, {speed:.1f} images/s{used}", refresh=False)
         self._bar.update()
 

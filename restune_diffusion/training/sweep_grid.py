@@ -79,7 +79,7 @@ def _axis(config: TrainConfig, text: str) -> tuple[str, list[str], list[str]]:
     name, given, values = text.partition("=")
     chosen = [value for value in values.split(",") if value]
     if not given or not chosen:
-        raise TrainingError(f'"{text}" of the sweep names no values; write them as NAME=VALUE,VALUE.')
+        raise TrainingError(f"The sweep names no values in `{text}`; write them as NAME=VALUE,VALUE.")
     return name, _path(config, name), chosen
 
 

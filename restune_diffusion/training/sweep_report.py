@@ -20,7 +20,10 @@ _WINDOW = 50
 
 @dataclass(frozen=True)
 class SweepRow:
-    """One tuner of a sweep; `loss` is the mean of its last 50 steps, `error` says why it stopped early."""
+    """One tuner of a sweep; `error` says why it stopped early.
+
+    `loss` is the mean of its last 50 steps; only the main process knows it.
+    """
 
     name: str
     settings: dict[str, str]
@@ -45,11 +48,11 @@ class SweepResult:
 
     def table(self) -> str:
         """Lay the rows out as text, the lowest loss first."""
-        ordered = sorted(self.rows, key=lambda row: (row.loss is None, row.loss))
+        ordered = sorted(self.rows, key=lambda row: (row.loss is None, row.loss or 0.0))
         names = list(ordered[0].settings)
         cells = [[*names, "loss", "file"]]
         for row in ordered:
-            loss = "stopped" if row.loss is None else f"{row.loss:.4f}"
+            loss = "stopped" if row.error is not None else "" if row.loss is None else f"{row.loss:.4f}"
             cells.append([*row.settings.values(), loss, str(row.file or row.error)])
         widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
         return "\n".join(
@@ -57,10 +60,10 @@ class SweepResult:
         )
 
 
-def final_loss(metrics: Path) -> float:
-    """Return the mean loss of the last 50 steps of a run's `metrics.jsonl`."""
+def final_loss(metrics: Path) -> float | None:
+    """Return the mean loss of the last 50 steps in a run's `metrics.jsonl`, or None where there are none."""
     lines = metrics.read_text(encoding="utf-8").splitlines()[-_WINDOW:]
-    return mean(float(json.loads(line)["loss"]) for line in lines)
+    return mean(float(json.loads(line)["loss"]) for line in lines) if lines else None
 
 
 def write_summary(result: SweepResult) -> None:

@@ -173,12 +173,12 @@ def _take_turns(group: Sequence[_Member], stop: StopRequest) -> None:
 
 def _row(member: _Member) -> SweepRow:
     config = member.run.config
-    done = member.error is None
+    done, knows = member.error is None, member.run.accelerator.is_main_process
     return SweepRow(
         name=config.name,
         settings=member.variant.settings,
         steps=member.run.step,
-        loss=final_loss(config.output / "metrics.jsonl") if done else None,
+        loss=final_loss(config.output / "metrics.jsonl") if done and knows else None,
         file=config.file if done else None,
         error=member.error,
     )
