@@ -40,6 +40,7 @@ from .noising import Noising
 from .objective import Objective
 from .optimizers import make_optimizer
 from .parameter_groups import parameter_groups
+from .processes import check_distribution
 from .reporting import MetricsLog, Progress, ProgressBar, describe_plan
 from .run import ATTACHED_NAME, Hook, StepReport, TrainingRun
 from .stopping import StopRequest
@@ -192,6 +193,7 @@ def _make_accelerator(config: TrainConfig) -> Accelerator:
         )
     except (ValueError, ImportError) as error:
         raise TrainingError(f"Training cannot start: {str(error).strip().splitlines()[0]}") from error
+    check_distribution(accelerator)
     if config.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         raise TrainingError("fp16 needs a GPU; train on the CPU in fp32 (mixed precision `no`) or bf16.")
     return accelerator
