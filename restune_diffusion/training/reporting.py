@@ -11,6 +11,7 @@ from typing import IO, Any
 from tqdm.auto import tqdm
 
 from ..fileformat import atomic_write
+from .quantization import parameter_bytes
 from .run import Hook, StepReport, TrainingRun
 
 # Losses of single steps differ by the timestep that was drawn far more than by learning.
@@ -23,7 +24,7 @@ def describe_plan(run: TrainingRun) -> str:
     images = run.images_per_step
     precision = {"no": "fp32", "fp16": "fp16", "bf16": "bf16"}[config.mixed_precision]
     # weight, gradient and two moments of Adam, four bytes each
-    tuner_memory, base_memory = run.tuner.num_parameters() * 16, _size(run.pipeline.unet)
+    tuner_memory, base_memory = run.tuner.num_parameters() * 16, parameter_bytes(run.pipeline.unet)
     lines = [
         f"base        {config.base} ({run.objective.prediction_type}, {precision}, {run.accelerator.device})",
         f"images      {len(cache)} at {run.resolution} x {run.resolution}, {len(cache.conditionings)} captions",
@@ -120,10 +121,6 @@ def _keep_until(path: Path, step: int) -> None:
             continue
     with atomic_write(path) as file:
         file.write("".join(kept).encode())
-
-
-def _size(module: Any) -> int:
-    return sum(parameter.numel() * parameter.element_size() for parameter in module.parameters())
 
 
 def _readable(size: float) -> str:

@@ -41,6 +41,7 @@ from .objective import Objective
 from .optimizers import make_optimizer
 from .parameter_groups import parameter_groups
 from .processes import check_distribution
+from .quantization import quantize_base
 from .reporting import MetricsLog, Progress, ProgressBar, describe_plan
 from .run import ATTACHED_NAME, Hook, StepReport, TrainingRun
 from .stopping import StopRequest
@@ -88,6 +89,8 @@ def train(
     started = time.perf_counter()
     if config.drop_encoders and pipeline is not None:
         raise TrainingError("The encoders of a pipeline that is in use cannot be dropped; leave drop_encoders out.")
+    if config.base_quantization is not None and pipeline is not None:
+        raise TrainingError("A pipeline that is in use is not quantised; leave base_quantization out.")
     _check_output(config)
     accelerator = _make_accelerator(config)
     examples = find_examples(config.data, config.prompt)
@@ -97,6 +100,9 @@ def train(
         examples = conditions.paired(examples, config.data)
     if pipeline is None:
         pipeline = load_base(config.base, PRECISIONS[config.mixed_precision])
+        if config.base_quantization is not None:
+            # Before it goes to the device, which never holds it in full.
+            quantize_base(pipeline.unet)
     check_trainable(pipeline)
     if config.drop_encoders and is_inpainting(pipeline):
         raise TrainingError("An inpainting base encodes masked images in each step; leave drop_encoders out.")

@@ -1,4 +1,4 @@
-"""Two processes at batch N do what one does at batch 2N, for every kind of tuner; one start of them is for all tests."""
+"""Two processes at batch N do what one does at batch 2N, for every kind of tuner; all tests share one start."""
 
 from __future__ import annotations
 
