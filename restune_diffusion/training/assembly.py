@@ -27,6 +27,7 @@ from .objective import Objective
 from .optimizers import make_optimizer
 from .parameter_groups import parameter_groups
 from .preservation import make_preservation
+from .processes import check_distribution
 from .run import TrainingRun
 from .stream import derived_seed
 from .tracking import tracker_name
@@ -47,6 +48,7 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
         )
     except (ValueError, ImportError) as error:
         raise TrainingError(f"Training cannot start: {str(error).strip().splitlines()[0]}") from error
+    check_distribution(accelerator)
     if config.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         raise TrainingError("fp16 needs a GPU; train on the CPU in fp32 (mixed precision `no`) or bf16.")
     return accelerator

@@ -124,6 +124,9 @@ class TrainConfig(DataConfig):
     mixed_precision: Literal["no", "fp16", "bf16"] = "no"
     """Precision of the base; the tuner's own weights and the image encoder stay in fp32. fp16 is usual
     on a GPU."""
+    base_quantization: Literal["int8"] | None = None
+    """Hold the linear layers of the base in 8 bits, the tuner in fp32 as ever; needs
+    pip install 'restune-diffusion[quantization]'."""
     caption_dropout: float = Field(default=0.0, ge=0, le=1)
     """Share of the samples that train with an empty caption."""
     snr_gamma: float | None = Field(default=None, gt=0)

@@ -31,6 +31,7 @@ from .leak import LeakPrompt, draw_leak_prompts
 from .memory import drop_encoders
 from .preparation import Preparation
 from .preservation import know_class
+from .quantization import quantize_base
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,8 @@ def prepared(
     """
     if config.drop_encoders and pipeline is not None:
         raise TrainingError("The encoders of a pipeline that is in use cannot be dropped; leave drop_encoders out.")
+    if config.base_quantization is not None and pipeline is not None:
+        raise TrainingError("A pipeline that is in use is not quantised; leave base_quantization out.")
     sheet = DataSheet(config.data, [])
     examples = read_examples(config, sheet.refused)
     _check_words(config, examples)
@@ -79,6 +82,9 @@ def prepared(
         examples = conditions.paired(examples, config.data)
     if pipeline is None:
         pipeline = load_base(config.base, PRECISIONS[config.mixed_precision])
+        if config.base_quantization is not None:
+            # Before it goes to the device, which never holds it in full.
+            quantize_base(pipeline.unet)
     check_trainable(pipeline)
     inpainting = is_inpainting(pipeline)
     if config.drop_encoders and inpainting:

@@ -13,6 +13,7 @@ from .batches import Batch
 from .checkpoint import latest_checkpoint
 from .optimizers import effective_learning_rate
 from .prediction import predict
+from .processes import average_gradients
 from .run import Hook, StepReport, TrainingRun
 from .stopping import StopRequest
 
@@ -116,10 +117,7 @@ def batch_loss(run: TrainingRun, batch: Batch) -> torch.Tensor:
 def _update(run: TrainingRun) -> float:
     """Move the tuner along the gradient of all processes and return the gradient's norm before clipping."""
     accelerator, parameters = run.accelerator, list(run.tuner.parameters())
-    if accelerator.num_processes > 1:
-        # The tuner runs inside the base's hooks, where DistributedDataParallel could not see its forward.
-        for parameter in parameters:
-            parameter.grad = accelerator.reduce(parameter.grad, reduction="mean")
+    average_gradients(accelerator, parameters)
     grad_norm = float(accelerator.clip_grad_norm_(parameters, run.config.max_grad_norm))
     if not math.isfinite(grad_norm) and accelerator.scaler is None:
         raise _diverged(run, "gradient")

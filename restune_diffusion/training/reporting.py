@@ -12,6 +12,7 @@ from tqdm.auto import tqdm
 
 from ..display import readable_size
 from ..fileformat import atomic_write
+from .quantization import parameter_bytes
 from .run import Hook, StepReport, TrainingRun
 from .usage import peak_memory
 
@@ -26,7 +27,7 @@ def describe_plan(run: TrainingRun) -> str:
     epochs = config.steps * images / sum(cache.repeats)
     precision = {"no": "fp32", "fp16": "fp16", "bf16": "bf16"}[config.mixed_precision]
     # weight, gradient and two moments of Adam, four bytes each
-    tuner_memory, base_memory = run.tuner.num_parameters() * 16, _size(run.pipeline.unet)
+    tuner_memory, base_memory = run.tuner.num_parameters() * 16, parameter_bytes(run.pipeline.unet)
     lines = [
         f"base        {config.base} ({run.objective.prediction_type}, {precision}, {run.accelerator.device})",
         *_describe_data(run),
@@ -154,7 +155,3 @@ def _keep_until(path: Path, step: int) -> None:
             continue
     with atomic_write(path) as file:
         file.write("".join(kept).encode())
-
-
-def _size(module: Any) -> int:
-    return sum(parameter.numel() * parameter.element_size() for parameter in module.parameters())
