@@ -70,7 +70,8 @@ def load_samples(
         except UnidentifiedImageError:
             _refuse(Refused(str(example.path), "is no image of a known kind"), refused)
         except Exception as error:  # Pillow's decoders raise almost anything on a broken file
-            reason = " ".join(str(error).split()) or type(error).__name__
+            told = getattr(error, "strerror", None) or str(error)
+            reason = " ".join(told.split()) or type(error).__name__
             _refuse(Refused(str(example.path), f"cannot be read as an image ({reason})"), refused)
         else:
             yield from samples
