@@ -24,7 +24,7 @@ _MOST_STEPS = 6
 _MOST_PROMPTS = 16
 _BAND = "loss_by_timestep/"
 # Figures with a place of their own on the page.
-_PLACED = {"loss", "learning_rate", "images_per_second", "seconds", "peak_memory_mib", "leak"}
+_PLACED = {"loss", "learning_rate", "images_per_second", "seconds", "peak_memory_mib", "grad_norm", "leak"}
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ def render(run: RunFolder) -> str:
         facts=_facts(run),
         strips=_strips(run, steps),
         steps_left_out=len(run.samples) - len(steps),
-        charts=_charts(run.series),
+        charts=_charts(run.config, run.series),
         settings=_changed_settings(run.config),
         all_settings=recorded_yaml(run.config.recorded()),
         usage=_usage(run),
@@ -137,7 +137,7 @@ def _strips(run: RunFolder, steps: list[int]) -> list[Strip]:
     ]
 
 
-def _charts(series: Mapping[str, Series]) -> list[Chart]:
+def _charts(config: TrainConfig, series: Mapping[str, Series]) -> list[Chart]:
     charts = []
     if loss := series.get("loss"):
         window = smoothing_window(len(loss))
@@ -151,6 +151,9 @@ def _charts(series: Mapping[str, Series]) -> list[Chart]:
         charts.append(Chart("Leak", Markup(plain(leak, "leak by step")), note))
     if rate := series.get("learning_rate"):
         charts.append(Chart("Learning rate", Markup(plain(rate, "learning rate by step"))))
+    if norm := series.get("grad_norm"):
+        note = f"Before clipping to {config.max_grad_norm:g}."
+        charts.append(Chart("Gradient norm", Markup(raw_and_smooth(norm, "gradient norm by step")), note))
     for name, each in series.items():
         if name not in _PLACED and not name.startswith(_BAND):
             drawn = raw_and_smooth(each, "a logged figure by step")
@@ -187,7 +190,7 @@ def _flat(settings: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]
 
 
 def _shown(value: Any) -> str:
-    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+    return "; ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def _usage(run: RunFolder) -> dict[str, Any] | None:

@@ -1,0 +1,129 @@
+"""Count what each preset needs in memory while it trains, on the structures of SD 1.5, SD 2.1 and SDXL.
+
+    python benchmarks/preset_memory.py --output benchmarks/results/preset_memory
+
+A count, not a measurement: weights of the U-Net (and of the text encoders where they are trained), sixteen bytes for
+each parameter of the tuner (weight, gradient, two moments), and what one forward pass keeps for backward, each once.
+Nothing is computed: the tensors have shapes and no values (`FakeTensorMode`), so that it runs anywhere. Not in it
+are what kernels need meanwhile, the CUDA context, the activations of trained text encoders, and the autoencoder, which
+is on the device only before the first step and for samples.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import UNet2DConditionModel
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from benchmarks.backward_memory import SD15
+from restune_diffusion import Tuner, attach
+from restune_diffusion.training import TrainConfig
+from restune_diffusion.training.presets import PRESETS
+
+_SD21 = {**SD15, "cross_attention_dim": 1024, "attention_head_dim": (5, 10, 20, 20), "use_linear_projection": True}
+_SDXL = {
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    "block_out_channels": (320, 640, 1280),
+    "layers_per_block": 2,
+    "cross_attention_dim": 2048,
+    "transformer_layers_per_block": (1, 2, 10),
+    "attention_head_dim": (5, 10, 20),
+    "use_linear_projection": True,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256,
+    "projection_class_embeddings_input_dim": 2816,
+}
+# U-Net, side of the images, parameters of the text encoders: CLIP ViT-L; OpenCLIP ViT-H without its last layer; ViT-L
+# and OpenCLIP ViT-bigG.
+BASES: dict[str, tuple[dict[str, Any], int, int]] = {
+    "SD 1.5": (SD15, 512, 123_060_480),
+    "SD 2.1": (_SD21, 768, 340_387_840),
+    "SDXL": (_SDXL, 1024, 123_060_480 + 694_659_840),
+}
+_DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def kept_bytes(unet: Any, config: TrainConfig, side: int) -> int:
+    """Sum the storages that autograd keeps during one forward pass of a batch, each once, parameters left out."""
+    held = {parameter.untyped_storage()._cdata: parameter for parameter in unet.parameters()}
+    storages: dict[int, torch.UntypedStorage] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in held:
+            storages[storage._cdata] = storage  # held, so that no other takes its place
+        return tensor
+
+    dtype, batch = _DTYPES[config.mixed_precision], config.batch_size
+    added = {}
+    if unet.config.addition_embed_type == "text_time":
+        pooled = unet.config.projection_class_embeddings_input_dim - 6 * unet.config.addition_time_embed_dim
+        added = {
+            "text_embeds": torch.randn(batch, pooled, dtype=dtype),
+            "time_ids": torch.randn(batch, 6, dtype=dtype),
+        }
+    latents = torch.randn(batch, 4, side // 8, side // 8, dtype=dtype)
+    text = torch.randn(batch, 77, unet.config.cross_attention_dim, dtype=dtype)
+    timesteps = torch.zeros(batch, dtype=torch.long)
+    autocast = torch.autocast("cpu", dtype, enabled=config.mixed_precision == "bf16")
+    with autocast, torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        unet(latents, timesteps, text, added_cond_kwargs=added or None)
+    return sum(storage.nbytes() for storage in storages.values())
+
+
+def count(base: str, preset: Any) -> dict[str, Any]:
+    """Return the bytes that a preset needs on a base, by what they are for."""
+    structure, side, text_parameters = BASES[base]
+    config = TrainConfig(base=base, data=Path("data"), output=Path("out"), preset=preset)
+    dtype = _DTYPES[config.mixed_precision]
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        unet = UNet2DConditionModel(**structure).to(dtype).eval().requires_grad_(False)
+        tuner = Tuner.for_base(unet, *[part for part in config.parts if part.part != "text"])
+        with attach(unet, tuner):
+            kept = kept_bytes(unet, config, side)
+        weights = sum(parameter.numel() for parameter in unet.parameters()) * dtype.itemsize
+        trained = tuner.num_parameters() * 16
+    text = text_parameters * dtype.itemsize if "text" in config.kinds else 0
+    return {
+        "base": base, "side": side, "preset": preset, "batch": config.batch_size,
+        "precision": {"no": "fp32"}.get(config.mixed_precision, config.mixed_precision),
+        "weights": weights + text, "tuner": trained, "kept": kept, "sum": weights + text + trained + kept,
+    }  # fmt: skip
+
+
+def main() -> None:
+    """Count, print a table and write it with the facts that it depends on."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--output", type=Path, help="write OUTPUT.json and OUTPUT.md")
+    arguments = parser.parse_args()
+    rows = [count(base, preset) for preset in PRESETS for base in BASES]
+    lines = [
+        "| preset | base | image | batch | precision | frozen weights, GiB | tuner and optimizer | kept for backward "
+        "| sum |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        figures = " | ".join(f"{row[name] / 2**30:.2f}" for name in ("weights", "tuner", "kept", "sum"))
+        lines.append(
+            f"| {row['preset']} | {row['base']} | {row['side']} px | {row['batch']} | {row['precision']} | {figures} |"
+        )
+    table = "\n".join(lines)
+    print(table)
+    if arguments.output:
+        versions = {name: version(name) for name in ("torch", "diffusers")}
+        facts = {"command": " ".join(["python", *sys.argv]), "versions": versions, "rows": rows}
+        arguments.output.with_suffix(".json").write_text(json.dumps(facts, indent=2) + "\n")
+        what = "Counted, not measured; " + ", ".join(f"{name} {number}" for name, number in versions.items())
+        arguments.output.with_suffix(".md").write_text(f"{table}\n\n{what}.\n")
+
+
+if __name__ == "__main__":
+    main()
