@@ -94,7 +94,7 @@ def _draw_missing(
     missing = [number for number in numbers if not (folder / _name(number)).is_file()]
     # All processes must see the same gaps before any of them fills one.
     accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
+    if missing and accelerator.is_main_process:
         with atomic_write(folder / RECIPE_FILE) as file:
             file.write(recipe.model_dump_json(indent=2).encode())
     if missing and is_inpainting(pipeline):
