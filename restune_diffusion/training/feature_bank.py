@@ -71,7 +71,9 @@ class FeatureBank:
                 f"on another disk by --feature-bank-dir."
             )
 
-    def build(self, compute: Compute, share: int = 0, shares: int = 1, watch: Callable[[], object] | None = None) -> None:
+    def build(
+        self, compute: Compute, share: int = 0, shares: int = 1, watch: Callable[[], object] | None = None
+    ) -> None:
         """Make the missing files of one share; `watch` is called after each file of the share.
 
         Raises:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 
 import torch
 
@@ -27,7 +27,7 @@ def run_loop(run: TrainingRun, hooks: Sequence[Hook], stop: StopRequest | None =
         pass
 
 
-def steps_of(run: TrainingRun, hooks: Sequence[Hook], stop: StopRequest | None = None) -> Iterator[int]:
+def steps_of(run: TrainingRun, hooks: Sequence[Hook], stop: StopRequest | None = None) -> Generator[int, None, None]:
     """Train until `config.steps`, telling the hooks, and pause after every step to yield its number.
 
     Raises:

@@ -129,8 +129,10 @@ def _variant(config: TrainConfig, paths: list[list[str]], settings: dict[str, st
         return Variant(TrainConfig.model_validate(values), settings)
     except ValidationError as error:
         first = error.errors()[0]
-        place = " ".join([".".join(map(str, first["loc"])), first["msg"].removeprefix("Value error, ")]).strip()
-        raise TrainingError(f"The tuner {name} of the sweep is refused: {place}.") from error
+        where, reason = ".".join(map(str, first["loc"])), first["msg"].removeprefix("Value error, ")
+        raise TrainingError(
+            f"The tuner {name} of the sweep is refused: {where} {reason}.".replace("  ", " ")
+        ) from error
 
 
 def _value(text: str, now: Any) -> Any:
