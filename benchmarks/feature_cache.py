@@ -85,7 +85,7 @@ def train_on(run: TrainingRun, batches: BatchSource | None = None) -> float:
     """Train to the end and return the median processor time of a step."""
     if batches is not None:
         run.batches = batches
-    seconds = []
+    seconds: list[float] = []
     steps = steps_of(run, [])
     while True:
         started = time.process_time()
