@@ -62,7 +62,7 @@ def _json_rows(metadata: Path, refused: list[Refused]) -> Iterator[Row]:
 
 
 def _csv_rows(metadata: Path, refused: list[Refused]) -> Iterator[Row]:
-    reader = csv.DictReader(io.StringIO(read_text(metadata)))
+    reader = csv.DictReader(io.StringIO(read_text(metadata)), strict=True)
     try:
         if "file_name" not in (reader.fieldnames or ()):
             raise DataError(

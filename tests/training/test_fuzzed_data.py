@@ -160,6 +160,20 @@ def test_any_folder_is_read_or_told_what_is_wrong_with_it(
         check(folder, DataConfig.model_validate({"data": folder, **options}))
 
 
+@pytest.mark.parametrize("file", ["metadata.jsonl", "metadata.csv"])
+def test_every_faulty_row_is_named_and_the_others_are_used(tmp_path: Path, file: str) -> None:
+    (tmp_path / "a.png").write_bytes(GOOD)
+    good = '{"file_name": "a.png", "text": "a"}' if file.endswith("l") else "file_name,text\na.png,a"
+    for row in ROWS[1:]:
+        (tmp_path / file).write_text(f"{good}\n{row}")
+        sheet = DataSheet(tmp_path, [])
+        inspect_data(DataConfig(data=tmp_path), Frame(16, 16), sheet)
+        extra = row in ("", "a.png,a") if file.endswith("v") else row == ""
+        assert len(sheet.entries) == 1 + (extra and bool(row)), row[:80]
+        assert len(sheet.faults) == (not extra), row[:80]
+        assert all(file in each.name for each in sheet.faults)
+
+
 @pytest.mark.parametrize("name", sorted(CONTENTS))
 def test_each_kind_of_file_is_used_or_named(tmp_path: Path, name: str) -> None:
     (tmp_path / "good.png").write_bytes(GOOD)

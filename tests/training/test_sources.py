@@ -191,3 +191,21 @@ def test_a_saved_dataset_without_the_library_names_the_extra(tmp_path: Path, mon
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(DataError, match=r"pip install 'restune-diffusion\[datasets\]'"):
         read(tmp_path)
+
+
+def test_the_plan_lists_what_is_left_out(
+    config: MakeConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = write_images(tmp_path / "data", ["red", "blue"])
+    (folder / "red.png").write_bytes(b"no image")
+    with (folder / "metadata.jsonl").open("a") as file:
+        file.write('{"file_name": "gone.png", "text": "x"}\n{"fil')
+    train(config(data=folder, steps=1))
+    shown = capsys.readouterr().out
+    assert "images      1 at 16 x 16, 1 captions" in shown
+    assert "left out    metadata.jsonl line 3 names gone.png" in shown
+    assert "            metadata.jsonl line 4 is not valid JSON" in shown
+    assert "            red.png is no image of a known kind." in shown
+    (folder / "blue.png").write_bytes(b"no image")
+    with pytest.raises(DataError, match=r"None of the images in .* can be used: .* 3 more are left out too"):
+        train(config(data=folder, steps=1, output=tmp_path / "other"))
