@@ -27,6 +27,9 @@ class SkipConfig(_PartConfig):
     """Width of the bottleneck over the width of the skip feature."""
     sites: tuple[str, ...] = ("skip.*",)
     """Patterns of the sites that get a tuner, as `fnmatch` reads them."""
+    grad_depth: int | None = Field(default=None, ge=1, le=64)
+    """Of these only the skips that the last so many up blocks take; gradients end there (as the late layers of SHERL,
+    ECCV 2024). Beside a bypass it is the dial from least memory (bypass alone) to most capacity (no limit)."""
 
 
 class BypassConfig(_PartConfig):

@@ -1,4 +1,4 @@
-"""Show text that a stranger wrote."""
+"""Show text that a stranger wrote, and sizes."""
 
 from __future__ import annotations
 
@@ -14,3 +14,8 @@ def printable(text: str, limit: int | None = None) -> str:
     if cut.isprintable():
         return cut
     return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in cut)
+
+
+def readable_size(size: float) -> str:
+    """Say a number of bytes in MiB, or in GiB from one on."""
+    return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"

@@ -29,6 +29,10 @@ class DataError(RestuneError):
     """Training images or captions cannot be used."""
 
 
+class NoImageError(DataError):
+    """No training image can be read."""
+
+
 class TrainingError(RestuneError):
     """Training cannot go on."""
 

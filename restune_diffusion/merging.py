@@ -101,9 +101,11 @@ def _only_loras(tuner: Tuner) -> dict[str, ResLora]:
 def _mergeable_weight(base: nn.Module, site: str) -> nn.Parameter:
     weight = site_module(base, site).weight
     assert isinstance(weight, nn.Parameter)
+    # torchao's tensors say that they are of the dtype that they stand for.
+    name = type(weight.detach()).__name__
     # Floats of one byte are a storage format of quantised models, without arithmetic of their own.
-    if not weight.is_floating_point() or weight.element_size() == 1 or weight.is_meta:
-        kind = "offloaded" if weight.is_meta else f"quantised ({weight.dtype})"
+    if not weight.is_floating_point() or weight.element_size() == 1 or weight.is_meta or name != "Tensor":
+        kind = "offloaded" if weight.is_meta else f"quantised ({weight.dtype if name == 'Tensor' else name})"
         raise RestuneError(f"The weight at {site} is {kind} and cannot be changed; attach the tuner instead.")
     return weight
 

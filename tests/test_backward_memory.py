@@ -5,7 +5,7 @@ from collections import Counter
 import pytest
 import torch
 
-from restune_diffusion import BypassConfig, SkipConfig, Tuner, attach
+from restune_diffusion import BypassConfig, RestuneError, SkipConfig, Tuner, attach
 
 from .conftest import make_inputs, make_unet, randomize
 
@@ -115,3 +115,47 @@ def test_bypass_keeps_a_small_fraction_of_what_the_skip_tuner_keeps():
         with attach(unet, Tuner.for_base(unet, config)):
             totals[config.part] = sum(forward_and_count(unet, inputs)[1].values())
     assert totals["bypass"] < 0.5 * totals["skip"]
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3])
+def test_gradients_end_at_the_last_up_blocks_that_are_asked_for(depth):
+    unet, inputs = make_unet(), make_inputs()
+    tuner = Tuner.for_base(unet, BypassConfig(ratio=0.25), SkipConfig(grad_depth=depth))
+    # Each up block of this structure takes three skips, the last the shallowest ones.
+    assert list(tuner.skip.writes) == [f"skip.{number}" for number in range(3 * depth)]
+    randomize(tuner)
+    reached = []
+    for number, block in enumerate(unet.up_blocks):
+        block.register_forward_hook(
+            lambda m, a, out, number=number: reached.append(number) if out.requires_grad else None
+        )
+    with attach(unet, tuner):
+        out = unet(*inputs).sample
+    assert reached == list(range(4 - depth, 4))
+    out.square().mean().backward()
+    assert all(parameter.grad is not None and parameter.grad.any() for parameter in tuner.skip.parameters())
+
+
+def test_all_up_blocks_are_the_whole_skip_tuner():
+    unet = make_unet()
+    whole = Tuner.for_base(unet, SkipConfig(), generator=torch.Generator().manual_seed(0))
+    all_blocks = Tuner.for_base(unet, SkipConfig(grad_depth=4), generator=torch.Generator().manual_seed(0))
+    assert whole.state_dict().keys() == all_blocks.state_dict().keys()
+    assert all(torch.equal(value, all_blocks.state_dict()[key]) for key, value in whole.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("config", "fault"),
+    [
+        (SkipConfig(grad_depth=5), "This base has 4 up blocks, but a grad_depth of 5"),
+        (SkipConfig(grad_depth=1, sites=("skip.7",)), "None of the chosen skips reaches the last 1 up blocks"),
+    ],
+)
+def test_a_depth_that_leaves_nothing_is_refused(config, fault):
+    with pytest.raises(RestuneError, match=fault):
+        Tuner.for_base(make_unet(), config)
+
+
+def test_blocks_of_different_depth_take_different_numbers_of_skips():
+    unet = make_unet(layers_per_block=(1, 2, 1, 3))
+    assert list(Tuner.for_base(unet, SkipConfig(grad_depth=2)).skip.writes) == [f"skip.{n}" for n in range(5)]

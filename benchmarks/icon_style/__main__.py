@@ -3,6 +3,7 @@
     python train/prepare_icons.py data/icons --download --benchmark
     python -m benchmarks.icon_style base --icons data/icons --work work
     python -m benchmarks.icon_style style openmoji --icons data/icons --work work
+    python -m benchmarks.icon_style style openmoji --icons data/icons --work work --study
     python -m benchmarks.icon_style subject --icons data/icons --work work
     python -m benchmarks.icon_style report --icons data/icons --work work
 
@@ -100,14 +101,20 @@ class StyleCommand(Common):
     """Compute only the methods of this shard; run it again when all are done, for the rows at the same time."""
     shards: int = 1
     """Number of processes that share the methods."""
+    only: tuple[str, ...] = ("*",)
+    """Patterns of the names of the methods to run."""
+    study: bool = False
+    """Compare the bypass's variants instead of the contestants."""
 
     def run(self) -> None:
         """Compute the rows that are missing."""
         started, pipeline = time.time(), self.pipeline()
         yardsticks = Yardsticks(InceptionFeatures(), Lpips(), self.judges(pipeline))
         run = StyleRun(pipeline, self.data(), yardsticks, self.style, self.seed, self.settings, self.work)
-        run.run(
+        compute = run.study if self.study else run.run
+        compute(
             lambda text: print(f"{time.strftime('%H:%M:%S')} {text}", flush=True),
+            only=self.only,
             shard=self.shard,
             shards=self.shards,
         )
@@ -158,6 +165,8 @@ class ReportCommand(Common):
         for style in dict.fromkeys(row["style"] for row in rows):
             folder = self.work / f"{style}-seed0"
             methods = [r["method"] for r in rows if (r["style"], r["seed"], r["table"]) == (style, 0, "steps")]
+            if not methods:
+                continue
             _save(style_grid(data, folder, style, concepts, methods), self.out / f"grid-{style}.png")
         subject: list[dict[str, Any]] = []
         for path in sorted(self.work.glob("subject-seed*/rows.json")):
@@ -192,7 +201,7 @@ class ReportCommand(Common):
 
 def _order(row: dict[str, Any]) -> tuple[int, float]:
     """Ceiling, floor, then the methods in the order in which they were run."""
-    first = ("true pictures", "base, not tuned", "skip", "bypass", "LoRA", "full", "biases")
+    first = ("true pictures", "base, not tuned", "skip", "res", "bypass", "LoRA", "full", "biases")
     place = next(number for number, name in enumerate(first) if row["method"].startswith(name))
     wide = 0.5 if "feed-forward" in row["method"] else 0.0
     return place, wide + row.get("parameters", 0) / 1e9

@@ -14,7 +14,7 @@ from diffusers.optimization import get_scheduler
 from peft import LoraConfig
 from torch import nn
 
-from restune_diffusion import BypassConfig, SkipConfig, Tuner, attach
+from restune_diffusion import BypassConfig, ResConfig, SkipConfig, Tuner, attach
 from restune_diffusion.config import PartConfig
 from restune_diffusion.sites import describe_base
 from restune_diffusion.training.batches import Batch, Batches
@@ -24,6 +24,7 @@ from restune_diffusion.training.objective import Objective
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 FEED_FORWARD = ("ff.net.0.proj", "ff.net.2")
 CUSTOMARY_RANK = 16
+TUNER_RATES = (5e-4, 1e-3, 2e-3)
 
 
 @dataclass
@@ -102,6 +103,16 @@ def bypass_ratio(unet: Any, budget: int) -> float:
     return min((step / 16 for step in range(2, 33)), key=miss)
 
 
+def res_width(unet: Any, budget: int) -> int:
+    """The width of the dual form's adapters whose number of parameters is nearest to a budget."""
+    base = describe_base(unet)
+
+    def miss(width: int) -> int:
+        return abs(Tuner.empty((ResConfig(width=width),), base).num_parameters() - budget)
+
+    return min(range(2, 129), key=miss)
+
+
 def lora_rank(unet: Any, targets: tuple[str, ...], budget: int) -> int:
     """The LoRA rank whose number of parameters, which grows with it in proportion, is nearest to a budget."""
     return max(1, round(budget / Method("", lora(1, targets), ()).start(unet, 0).count))
@@ -112,16 +123,40 @@ def contestants(unet: Any) -> list[Method]:
     budget = Tuner.empty((SkipConfig(),), describe_base(unet)).num_parameters()
     ratio, both = bypass_ratio(unet, budget), ATTENTION + FEED_FORWARD
     attention, wide = lora_rank(unet, ATTENTION, budget), lora_rank(unet, both, budget)
-    rank = CUSTOMARY_RANK
+    width, rank = res_width(unet, budget), CUSTOMARY_RANK
     return [
-        Method("skip tuner", tuner(SkipConfig()), (5e-4, 1e-3, 2e-3)),
-        Method(f"bypass tuner, ratio {ratio:g}", tuner(BypassConfig(ratio=ratio)), (5e-4, 1e-3, 2e-3)),
+        Method("skip tuner", tuner(SkipConfig()), TUNER_RATES),
+        Method(f"res tuner, width {width}", tuner(ResConfig(width=width)), TUNER_RATES),
+        Method(f"bypass tuner, ratio {ratio:g}", tuner(BypassConfig(ratio=ratio)), TUNER_RATES),
         Method(f"LoRA r={attention}, attention", lora(attention, ATTENTION), (2e-4, 5e-4, 1e-3)),
         Method(f"LoRA r={wide}, attention + feed-forward", lora(wide, both), (2e-4, 5e-4, 1e-3)),
         Method(f"LoRA r={rank}, attention", lora(rank, ATTENTION), (2e-4, 5e-4, 1e-3)),
         Method(f"LoRA r={rank}, attention + feed-forward", lora(rank, both), (2e-4, 5e-4, 1e-3)),
         Method("full fine-tuning", full, (1e-5, 3e-5, 1e-4)),
         Method("biases only", biases, (2e-3, 5e-3, 1e-2)),
+    ]
+
+
+def bypass_variants(unet: Any) -> list[Method]:
+    """The designs of a bypass that `docs/bypass.md` compares, from its taps and widths to how deep gradients reach."""
+    blocks = len(unet.up_blocks)
+    plain = {
+        "bypass, ratio 0.125": BypassConfig(),
+        "bypass, ratio 0.25": BypassConfig(ratio=0.25),
+        "bypass, expansion 4": BypassConfig(expansion=4),
+        "bypass, taps: mid and up blocks": BypassConfig(taps=("mid", "up.*")),
+        "bypass, taps: skips": BypassConfig(taps=("skip.*",)),
+        "bypass, taps: last up block": BypassConfig(taps=(f"up.{blocks - 1}",)),
+    }
+    graded = {
+        f"bypass + skip, gradient depth {depth}": (BypassConfig(), SkipConfig(grad_depth=depth))
+        for depth in range(1, blocks + 1)
+    }
+    alone = {f"skip, gradient depth {depth}": SkipConfig(grad_depth=depth) for depth in range(1, blocks)}
+    return [
+        *(Method(name, tuner(config), TUNER_RATES) for name, config in plain.items()),
+        *(Method(name, tuner(*configs), TUNER_RATES) for name, configs in graded.items()),
+        *(Method(name, tuner(config), TUNER_RATES) for name, config in alone.items()),
     ]
 
 

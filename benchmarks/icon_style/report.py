@@ -110,7 +110,12 @@ def write_report(out: Path, rows: Sequence[Row], subject: Sequence[Row], facts: 
         grid = f"grid-{style}.png"
         if (out / grid).exists():
             parts.append(f"![Concepts down; the artist's picture, the base and every method across]({grid})")
-        for key, title in (("steps", "The same steps"), ("time", "The same time")):
+        tables = {
+            "steps": "The same steps",
+            "time": "The same time",
+            "study": "Variants of the bypass, the same steps",
+        }
+        for key, title in tables.items():
             if any(row["table"] == key for row in own):
                 shown = [row for row in own if row["table"] in ("both", key)]
                 parts += [f"### {title}", table(shown, COLUMNS)]

@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from fnmatch import fnmatch
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from train.prepare_icons import PRETRAINING_SETS
 
 from .data import IconData, Split, to_images, to_pixels, write_tuning_images
 from .draw import Artist
-from .methods import CUSTOMARY_RANK, Course, Method, Trainable, contestants, held_out_loss, tune
+from .methods import CUSTOMARY_RANK, Course, Method, Trainable, bypass_variants, contestants, held_out_loss, tune
 from .scores import Scorer, Yardsticks, mean
 
 Row = dict[str, Any]
@@ -155,20 +156,28 @@ class StyleRun:
 
     # --- rows
 
-    def run(self, say: Callable[[str], None] = print, *, shard: int = 0, shards: int = 1) -> list[Row]:
+    def run(
+        self,
+        say: Callable[[str], None] = print,
+        *,
+        only: Sequence[str] = ("*",),
+        shard: int = 0,
+        shards: int = 1,
+    ) -> list[Row]:
         """Compute the rows: floor, ceiling, and every method at the same steps and at the same time.
 
         Args:
             say: told about every row.
+            only: patterns of the methods' names, as `fnmatch` reads them.
             shard, shards: compute only every `shards`-th method, so that several processes share the work; the rows
                 at the same time wait for the LoRA that sets the time, and are left out until it is there.
         """
         rows = [self._row("true pictures", "both", self._score_true), self._row("base, not tuned", "both", self._base)]
         for row in rows:
             say(describe(row))
-        methods = contestants(self.pipeline.unet)[shard::shards]
+        methods = self._chosen(contestants(self.pipeline.unet), only)[shard::shards]
         for method in methods:
-            rows.append(self._row(method.name, "steps", partial(self._tuned, method)))
+            rows.append(self._row(method.name, "steps", partial(self._tuned, method, "steps")))
             say(describe(rows[-1]))
         clock = self._row_path(CLOCK, "steps")
         if self.settings.equal_time and clock.exists():
@@ -177,6 +186,25 @@ class StyleRun:
                 rows.append(self._row(method.name, "time", partial(self._in_time, method, row, budget)))
                 say(describe(rows[-1]))
         return rows
+
+    def study(
+        self,
+        say: Callable[[str], None] = print,
+        *,
+        only: Sequence[str] = ("*",),
+        shard: int = 0,
+        shards: int = 1,
+    ) -> list[Row]:
+        """Compute the rows of the bypass's variants, all at the same steps; the arguments are those of `run`."""
+        rows = []
+        for method in self._chosen(bypass_variants(self.pipeline.unet), only)[shard::shards]:
+            rows.append(self._row(method.name, "study", partial(self._tuned, method, "study")))
+            say(describe(rows[-1]))
+        return rows
+
+    @staticmethod
+    def _chosen(methods: Sequence[Method], only: Sequence[str]) -> list[Method]:
+        return [method for method in methods if any(fnmatch(method.name, pattern) for pattern in only)]
 
     def _row_path(self, method: str, table: str) -> Path:
         return self.folder / "rows" / f"{slug(method)}-{table}.json"
@@ -198,9 +226,9 @@ class StyleRun:
     def _base(self) -> Row:
         return self.scorer.score(self._kept_drawings("base", self.prompts, None)) | {"drift": 0.0}
 
-    def _tuned(self, method: Method) -> Row:
+    def _tuned(self, method: Method, table: str) -> Row:
         """Choose the learning rate, then score the tuned model."""
-        chosen = self._known_rate(method)
+        chosen = self._known_rate(method, table)
         rates = (chosen,) if chosen else method.learning_rates if self.settings.sweep else method.learning_rates[1:2]
         best: tuple[float, float, Trainable, Course] | None = None
         losses = {}
@@ -213,14 +241,12 @@ class StyleRun:
         assert best is not None
         _, rate, trainable, course = best
         return (
-            self._scored(method, "steps", trainable)
-            | {"learning_rate": rate, "selection_loss": losses}
-            | asdict(course)
+            self._scored(method, table, trainable) | {"learning_rate": rate, "selection_loss": losses} | asdict(course)
         )
 
-    def _known_rate(self, method: Method) -> float | None:
+    def _known_rate(self, method: Method, table: str) -> float | None:
         """The learning rate that the first seed's sweep chose."""
-        path = self._row_path(method.name, "steps")
+        path = self._row_path(method.name, table)
         first = self.folder.with_name(f"{self.style}-seed0") / "rows" / path.name
         return json.loads(first.read_text())["learning_rate"] if self.seed and first.exists() else None
 

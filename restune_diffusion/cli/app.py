@@ -10,6 +10,7 @@ from typing import Annotated, TypeAlias
 import tyro
 
 from .convert import ConvertOptions
+from .data import DataOptions
 from .demo import DemoOptions
 from .evaluate import EvaluateOptions
 from .generate import GenerateOptions
@@ -29,6 +30,7 @@ Command: TypeAlias = (
     | Annotated[GridOptions, tyro.conf.subcommand("grid")]
     | Annotated[EvaluateOptions, tyro.conf.subcommand("evaluate")]
     | Annotated[ReportOptions, tyro.conf.subcommand("report")]
+    | Annotated[DataOptions, tyro.conf.subcommand("data")]
     | Annotated[InspectOptions, tyro.conf.subcommand("inspect")]
     | Annotated[ConvertOptions, tyro.conf.subcommand("convert")]
     | Annotated[MergeOptions, tyro.conf.subcommand("merge")]

@@ -35,11 +35,19 @@ class TrainOptions(TrainConfig):
         return TrainConfig(**{name: getattr(self, name) for name in TrainConfig.model_fields})
 
     def run(self) -> None:
-        """Train a tuner and say where it is."""
-        quiet_libraries()  # before the import below, which warns
-        from ..training import train
+        """Train a tuner, or those of a sweep, and say where they are."""
+        quiet_libraries()  # before the imports below, which warn
+        from ..training import sweep, train
 
-        result = train(self.settings(), stop_on_signal=True)
+        config = self.settings()
+        if config.sweep is not None:
+            swept = sweep(config, stop_on_signal=True)
+            print(f"Trained {len(swept.rows)} tuners in {swept.seconds:.0f} s: {swept.summary}")
+            print(swept.table())
+            if swept.sheet is not None:
+                print(f"Samples: {swept.sheet}")
+            return
+        result = train(config, stop_on_signal=True)
         print(f"Trained {result.steps} steps in {result.seconds:.0f} s: {result.path}")
         if result.samples:
             print(f"Samples: {result.samples[-1]}")

@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from ..errors import RestuneError
-from .description import Site
+from .description import BaseInfo, Site
 from .forward_hooks import enter_head, tap_output
 from .structure import Call, SiteHooks, Structure
 from .transformer_block import PATH_OF_OPERATION, block_sites
@@ -82,6 +82,41 @@ def module_path(site: str) -> str:
     transformer = f"attentions.{attention}.transformer_blocks.{block}"
     path = [parent, transformer, PATH_OF_OPERATION[operation], linear]  # type: ignore[index]
     return ".".join(step for step in path if step)
+
+
+def run_head(base: Any, x: torch.Tensor) -> torch.Tensor:
+    """Return what a `UNet2DConditionModel` predicts from the feature at its site `out`.
+
+    Args:
+        base: the U-Net; none of its blocks runs.
+        x: `(batch, channels, height, width)`, in the U-Net's dtype.
+    """
+    if base.conv_norm_out is not None:
+        x = base.conv_act(base.conv_norm_out(x))
+    predicted: torch.Tensor = base.conv_out(x)
+    return predicted
+
+
+def late_skips(base: BaseInfo, depth: int) -> list[str]:
+    """Return the skips that the last up blocks of a U-Net take, from the shallowest.
+
+    Args:
+        base: structure of the U-Net.
+        depth: number of up blocks, counted from the last.
+
+    Raises:
+        RestuneError: if the U-Net has fewer.
+    """
+    try:
+        blocks = len(base.structure["up_block_types"])
+        layers = base.structure["layers_per_block"]
+        # An up block takes one more skip than the down block that it answers has layers; the last answers the first.
+        counts = [count + 1 for count in (layers if isinstance(layers, list) else [layers] * blocks)]
+    except (KeyError, TypeError) as error:
+        raise RestuneError("The structure of this base does not say which skips its up blocks take.") from error
+    if depth > blocks:
+        raise RestuneError(f"This base has {blocks} up blocks, but a grad_depth of {depth} asks for more.")
+    return [f"skip.{number}" for number in range(sum(counts[:depth]))]
 
 
 def text_states(states: Any) -> torch.Tensor | None:

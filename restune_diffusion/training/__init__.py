@@ -8,11 +8,30 @@ from .config_file import read_config
 
 if TYPE_CHECKING:
     from .run import StepReport
+    from .sweep_report import SweepResult, SweepRow
+    from .sweeping import sweep
     from .trainer import TrainResult, train
 
-__all__ = ["StepReport", "TrainConfig", "TrainResult", "ValidationConfig", "read_config", "train"]
+__all__ = [
+    "StepReport",
+    "SweepResult",
+    "SweepRow",
+    "TrainConfig",
+    "TrainResult",
+    "ValidationConfig",
+    "read_config",
+    "sweep",
+    "train",
+]
 
-_HOME = {"StepReport": "run", "TrainResult": "trainer", "train": "trainer"}
+_HOME = {
+    "StepReport": "run",
+    "SweepResult": "sweep_report",
+    "SweepRow": "sweep_report",
+    "TrainResult": "trainer",
+    "sweep": "sweeping",
+    "train": "trainer",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -12,13 +12,24 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from diffusers import DDIMScheduler, DiffusionPipeline, StableDiffusionXLPipeline
+from diffusers import (
+    DDIMScheduler,
+    DiffusionPipeline,
+    StableDiffusionXLInpaintPipeline,
+    StableDiffusionXLPipeline,
+)
 from safetensors import SafetensorError
 from torch import nn
 
 from ..errors import RestuneError, TrainingError
 from ..manager import TunerManager
-from ..pipelines import RestuneStableDiffusionPipeline, RestuneStableDiffusionXLPipeline
+from ..pipelines import (
+    RestuneStableDiffusionInpaintPipeline,
+    RestuneStableDiffusionPipeline,
+    RestuneStableDiffusionXLInpaintPipeline,
+    RestuneStableDiffusionXLPipeline,
+)
+from .inpainting import is_inpainting
 
 PRECISIONS = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -27,7 +38,9 @@ _T = TypeVar("_T")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _KINDS: dict[str, Any] = {
     "StableDiffusionPipeline": RestuneStableDiffusionPipeline,
+    "StableDiffusionInpaintPipeline": RestuneStableDiffusionInpaintPipeline,
     "StableDiffusionXLPipeline": RestuneStableDiffusionXLPipeline,
+    "StableDiffusionXLInpaintPipeline": RestuneStableDiffusionXLInpaintPipeline,
 }
 # A pipeline that was saved from one of our own classes is as good.
 _KINDS |= {kind.__name__: kind for kind in _KINDS.values()}
@@ -67,13 +80,14 @@ def check_trainable(pipeline: Any) -> None:
     """Refuse a pipeline whose denoiser cannot be trained here.
 
     Raises:
-        TrainingError: if it is no text-to-image pipeline, or has tuners attached.
+        TrainingError: if it is for neither text-to-image nor inpainting, or has tuners attached.
     """
     latent_channels = pipeline.vae.config.latent_channels
-    if pipeline.unet.config.in_channels != latent_channels:
+    if pipeline.unet.config.in_channels != latent_channels and not is_inpainting(pipeline):
         raise TrainingError(
-            f"The base's U-Net takes {pipeline.unet.config.in_channels} channels but its latents have "
-            f"{latent_channels}; train on the text-to-image checkpoint, its tuners also fit the inpainting one."
+            f"The base's U-Net takes {pipeline.unet.config.in_channels} channels, but its latents have "
+            f"{latent_channels}; train on a text-to-image checkpoint, which takes {latent_channels}, or an inpainting "
+            f"checkpoint, which takes {2 * latent_channels + 1}. Its tuners fit this base too."
         )
     manager = TunerManager.of(pipeline.unet)
     if manager is not None:
@@ -133,8 +147,7 @@ def sampling_pipeline(pipeline: Any, scheduler_changes: Mapping[str, Any] | None
         scheduler_changes: settings of the scheduler that differ from the base's; where its kind of scheduler does not
             have them, DDIM takes its place.
     """
-    sdxl = isinstance(pipeline, StableDiffusionXLPipeline)
-    kind = RestuneStableDiffusionXLPipeline if sdxl else RestuneStableDiffusionPipeline
+    kind = _sampling_kind(pipeline)
     _, options = kind._get_signature_keys(kind)
     settings = {key: pipeline.config[key] for key in options if key in pipeline.config}
     changes = scheduler_changes or {}
@@ -144,6 +157,13 @@ def sampling_pipeline(pipeline: Any, scheduler_changes: Mapping[str, Any] | None
     sampler = kind(**{**pipeline.components, "scheduler": scheduler}, **settings)
     sampler.set_progress_bar_config(disable=True)
     return sampler
+
+
+def _sampling_kind(pipeline: Any) -> Any:
+    """The pipeline that draws with this U-Net; one for inpainting may well be around a text-to-image U-Net."""
+    if isinstance(pipeline, StableDiffusionXLPipeline | StableDiffusionXLInpaintPipeline):
+        return RestuneStableDiffusionXLInpaintPipeline if is_inpainting(pipeline) else RestuneStableDiffusionXLPipeline
+    return RestuneStableDiffusionInpaintPipeline if is_inpainting(pipeline) else RestuneStableDiffusionPipeline
 
 
 def move_encoders(pipeline: Any, device: torch.device, keep: Iterable[str] = ()) -> None:

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from ..errors import DataError
+from ..errors import NoImageError
 from .conditioning import Conditioning, encode_caption, encode_nothing
 from .data import Sample
+from .loss_masks import latent_mask
 from .pictures import Geometry
+from .precision import in_fp32
 
 
 @dataclass(frozen=True)
@@ -30,9 +31,13 @@ class Latent:
 
 @dataclass(frozen=True)
 class Cache:
-    """The encoded training data: one entry per image, one conditioning per distinct caption.
+    """The encoded training data: one entry per view of an image, one conditioning per distinct caption.
 
-    `conditions` holds for each image those that steer it, uint8, in the order of the tuner's conditions.
+    `conditions` holds for each entry those that steer it, uint8, in the order of the tuner's conditions, `masks` what
+    of it to train on, 1 x height x width of the latent, and `pictures` the view itself, uint8, where a base needs it
+    in each step; all three may be empty. `views` are the entries of each image: one, unless images are cut or mirrored
+    at random. `repeats` says how often an epoch shows each image. `digests` tell each entry, with all that belongs to
+    it, from any other.
     """
 
     latents: list[Latent]
@@ -40,15 +45,29 @@ class Cache:
     geometries: list[Geometry]
     conditionings: dict[str, Conditioning]
     unconditional: Conditioning
-    data_hash: str
+    digests: list[bytes]
     conditions: list[tuple[torch.Tensor, ...]] = field(default_factory=list)
+    masks: list[torch.Tensor] = field(default_factory=list)
+    views: list[list[int]] = field(default_factory=list)
+    repeats: list[int] = field(default_factory=list)
+    pictures: list[torch.Tensor] = field(default_factory=list)
 
     def __len__(self) -> int:
-        return len(self.latents)
+        return len(self.views)
 
     def conditioning(self, index: int) -> Conditioning:
-        """Return the text states of an image's caption."""
+        """Return the text states of an entry's caption."""
         return self.conditionings[self.captions[index]]
+
+    @property
+    def shown(self) -> list[list[int]]:
+        """The views of what an epoch shows, each image as often as it is repeated."""
+        return [views for views, repeats in zip(self.views, self.repeats, strict=True) for _ in range(repeats)]
+
+    @property
+    def data_hash(self) -> str:
+        """What tells this data, in this order, from any other."""
+        return hashlib.sha256(b"".join(self.digests)).hexdigest()
 
     @property
     def bytes(self) -> int:
@@ -56,31 +75,68 @@ class Cache:
         tensors = [tensor for latent in self.latents for tensor in (latent.mean, latent.std)]
         tensors += [conditioning.states for conditioning in self.conditionings.values()]
         tensors += [condition for conditions in self.conditions for condition in conditions]
+        tensors += self.masks + self.pictures
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
-def build_cache(pipeline: Any, samples: Iterable[Sample]) -> Cache:
+def build_cache(pipeline: Any, samples: Iterable[Sample], keep_pictures: bool = False) -> Cache:
     """Encode images and captions with the pipeline's frozen encoders.
 
+    Args:
+        pipeline: the base.
+        samples: the training data.
+        keep_pictures: whether the images themselves are needed in training.
+
     Raises:
-        DataError: if there is no sample.
+        NoImageError: if there is no sample.
     """
     latents, captions, geometries, conditions = [], [], [], []
-    content = hashlib.sha256()
-    with _in_fp32(pipeline.vae):
+    masks: list[torch.Tensor] = []
+    views: list[list[int]] = []
+    repeats: list[int] = []
+    digests, pictures = [], []
+    with in_fp32(pipeline.vae):
         for sample in samples:
             latents.append(encode_image(pipeline.vae, sample.pixels))
             captions.append(sample.caption)
             geometries.append(sample.geometry)
             conditions.append(sample.conditions)
-            content.update(sample.digest + sample.caption.encode() + b"\0")
-            for condition in sample.conditions:
-                content.update(condition.numpy().tobytes())
+            if sample.mask is not None:
+                masks.append(latent_mask(sample.mask, latents[-1].mean.shape))
+            if keep_pictures:
+                pictures.append(((sample.pixels + 1) * 127.5).round().to(torch.uint8))
+            digests.append(_digest(sample, masks[-1] if sample.mask is not None else None))
+            if sample.further:
+                views[-1].append(len(latents) - 1)
+            else:
+                views.append([len(latents) - 1])
+                repeats.append(sample.repeats)
     if not latents:
-        raise DataError("None of the images can be read; check that the files are whole PNG, JPEG or WebP images.")
+        raise NoImageError("None of the images can be read; check that the files are whole PNG, JPEG or WebP images.")
     conditionings = {caption: encode_caption(pipeline, caption) for caption in dict.fromkeys(captions)}
     nothing = encode_nothing(pipeline)
-    return Cache(latents, captions, geometries, conditionings, nothing, content.hexdigest(), conditions)
+    return Cache(
+        latents,
+        captions,
+        geometries,
+        conditionings,
+        nothing,
+        digests,
+        conditions,
+        masks,
+        views,
+        repeats,
+        pictures,
+    )
+
+
+def _digest(sample: Sample, mask: torch.Tensor | None) -> bytes:
+    content = hashlib.sha256(sample.digest + sample.caption.encode() + b"\0")
+    if mask is not None:
+        content.update(mask.numpy().tobytes())
+    for condition in sample.conditions:
+        content.update(condition.numpy().tobytes())
+    return content.digest()
 
 
 @torch.no_grad()
@@ -89,17 +145,3 @@ def encode_image(vae: Any, pixels: torch.Tensor) -> Latent:
     posterior = vae.encode(pixels[None].to(vae.device)).latent_dist
     shift, scale = vae.config.get("shift_factor") or 0.0, vae.config.scaling_factor
     return Latent(((posterior.mean[0] - shift) * scale).cpu(), (posterior.std[0] * scale).cpu())
-
-
-@contextmanager
-def _in_fp32(vae: Any) -> Iterator[None]:
-    # SDXL's autoencoder, and some of SD 1.5's, overflow to black in fp16.
-    dtype = vae.dtype
-    if dtype == torch.float32:
-        yield
-        return
-    vae.to(torch.float32)
-    try:
-        yield
-    finally:
-        vae.to(dtype)

@@ -2,121 +2,152 @@
 
 from __future__ import annotations
 
-import json
 import logging
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+import re
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from ..errors import DataError
+from .caption_rule import apply_rule
+from .data_config import DataConfig
+from .example import Example, check_caption
+from .files import IMAGE_SUFFIXES, is_file, list_files, list_images, read_text
+from .metadata import METADATA_CSV, METADATA_FILE, read_metadata
+from .refusals import Refused
+from .saved_dataset import is_saved_dataset, read_saved_dataset
 
 logger = logging.getLogger(__name__)
 
-METADATA_FILE = "metadata.jsonl"
-IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif"})
+__all__ = ["METADATA_FILE", "Example", "find_examples", "list_images", "read_examples"]
+
+_REPEATED = re.compile(r"(\d{1,6})_(.*)")
 
 
-@dataclass(frozen=True)
-class Example:
-    """An image file, its caption, and the files of images that steer it, by the condition's name or number."""
+def read_examples(config: DataConfig, refused: list[Refused]) -> list[Example]:
+    """List what a config asks to train on, with the captions as they are trained.
 
-    path: Path
-    caption: str
-    conditions: Mapping[str | int, Path] = field(default_factory=dict)
+    Args:
+        config: where the data is, and what becomes of the captions.
+        refused: takes the files and rows that are left out.
+
+    Raises:
+        DataError: if there is no such folder, its metadata cannot be read, or nothing in it can be used.
+    """
+    folder = config.data
+    if is_saved_dataset(folder):
+        examples = read_saved_dataset(folder, refused, config.prompt, config.image_column, config.caption_column)
+    else:
+        examples = _scan(folder, refused, config.prompt, config.caption_column, config.folder_repeats)
+    if not examples:
+        raise nothing_usable(folder, refused)
+    return [replace(example, caption=apply_rule(example.caption, config)) for example in examples]
 
 
 def find_examples(folder: Path, prompt: str | None = None) -> list[Example]:
     """List the images of a folder with their captions, in an order that does not depend on the file system.
 
-    Where there is a `metadata.jsonl`, its rows decide which images are used. Otherwise it is every image in the
-    folder and below, each with the caption in the `.txt` beside it.
+    Where there is a `metadata.jsonl` or `metadata.csv`, its rows decide which images are used. Otherwise it is every
+    image in the folder and below, each with the caption in the `.txt` beside it.
 
     Args:
         folder: the folder.
         prompt: caption of the images that have none of their own.
 
     Raises:
-        DataError: if the folder has no images, an image has no caption, or `metadata.jsonl` has a fault.
+        DataError: if the folder has no images, an image has no caption, or the metadata has a fault.
     """
-    if not folder.is_dir():
-        raise DataError(f"The image folder {folder} does not exist; give the path of a folder of images.")
-    images = list_images(folder)
-    metadata = folder / METADATA_FILE
-    if metadata.is_file():
-        examples = _read_metadata(metadata, prompt)
-        named = {path for example in examples for path in (example.path, *example.conditions.values())}
-        unnamed = len(set(images) - named)
-        if unnamed:
-            logger.warning("%d images in %s are not used, because %s does not name them.", unnamed, folder, metadata)
-    else:
-        examples = [Example(path, _sidecar_caption(path, prompt)) for path in images]
+    refused: list[Refused] = []
+    examples = _scan(folder, refused, prompt)
+    faults = [each for each in refused if each.fault]
+    if faults:
+        raise DataError(str(faults[0]))
     if not examples:
-        raise DataError(f"The image folder {folder} has no images; put some PNG, JPEG or WebP files there.")
+        raise nothing_usable(folder, refused)
+    unused = [each for each in refused if Path(each.name).suffix.lower() in IMAGE_SUFFIXES]
+    if unused:
+        logger.warning("%d images in %s are not used: %s", len(unused), folder, unused[0])
     return examples
 
 
-def list_images(folder: Path) -> list[Path]:
-    """List the image files of a folder and below, in an order that does not depend on the file system."""
-    files = (path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())
-    # macOS and some editors leave hidden files that only look like images.
-    visible = (path for path in files if not any(part.startswith(".") for part in path.relative_to(folder).parts))
-    return sorted(visible, key=lambda path: path.relative_to(folder).as_posix())
+def nothing_usable(folder: Path, refused: list[Refused]) -> DataError:
+    """Return the error for data of which nothing can be trained on."""
+    faults = [each for each in refused if each.fault]
+    if not faults:
+        return DataError(f"The image folder {folder} has no images; put some PNG, JPEG or WebP files there.")
+    rest = f" The same holds for {len(faults) - 1} more; `restune data inspect` lists them." if len(faults) > 1 else ""
+    return DataError(f"None of the images in {folder} can be used: {faults[0]}{rest}")
 
 
-def _sidecar_caption(path: Path, prompt: str | None) -> str:
-    sidecar = path.with_suffix(".txt")
-    own = _read_text(sidecar).strip() if sidecar.is_file() else ""
-    if own or prompt:
-        return own or prompt or ""
+def _scan(
+    folder: Path, refused: list[Refused], prompt: str | None, caption_column: str = "text", repeats: bool = False
+) -> list[Example]:
+    if not folder.is_dir():
+        raise DataError(f"The image folder {folder} does not exist; give the path of a folder of images.")
+    files = list_files(folder, refused)
+    images = [path for path in files if path.suffix.lower() in IMAGE_SUFFIXES]
+    metadata = [path for path in (folder / METADATA_FILE, folder / METADATA_CSV) if is_file(path)]
+    fallback = _fallback(folder, prompt, repeats)
+    used: set[Path] = set(metadata[:1])
+    if metadata:
+        examples = read_metadata(metadata[0], fallback, refused, caption_column)
+        used |= {path for example in examples for path in (example.path, *example.conditions.values())}
+    else:
+        examples = []
+        for path in images:
+            sidecar = path.with_suffix(".txt")
+            # A caption that is there is accounted for, whether it can be used or not.
+            used |= {path, sidecar}
+            try:
+                examples.append(Example(path, _sidecar_caption(path, sidecar, fallback)))
+            except DataError as error:
+                refused.append(Refused(str(path), str(error)))
+    refused += [Refused(str(path), _why_unused(path, metadata), fault=False) for path in files if path not in used]
+    return [replace(each, repeats=_repeats(each.path, folder)) for each in examples] if repeats else examples
+
+
+def _why_unused(path: Path, metadata: list[Path]) -> str:
+    if metadata:
+        return f"is not named in {metadata[0].name}"
+    if path.suffix.lower() == ".txt":
+        return "has the name of no image"
+    return "has not the suffix of an image"
+
+
+def _sidecar_caption(path: Path, sidecar: Path, fallback: Callable[[Path], str | None]) -> str:
+    try:
+        own = read_text(sidecar).strip() if is_file(sidecar) else ""
+    except DataError as error:
+        raise DataError(f"has a caption that cannot be read: {str(error).rstrip('.')}") from error
+    check_caption(own)
+    caption = own or fallback(path)
+    if caption:
+        return caption
     raise DataError(
-        f"The image {path} has no caption; write one to {sidecar.name} beside it, name it in {METADATA_FILE}, "
-        f"or give one prompt for all."
+        f"has no caption; write one to {sidecar.name} beside it, name it in {METADATA_FILE}, "
+        f"or give one prompt for all"
     )
 
 
-def _read_metadata(metadata: Path, prompt: str | None) -> list[Example]:
-    lines = _read_text(metadata).splitlines()
-    rows = [(number, line) for number, line in enumerate(lines, start=1) if line.strip()]
-    return [_read_row(metadata, number, line, prompt) for number, line in rows]
+def _fallback(folder: Path, prompt: str | None, repeats: bool) -> Callable[[Path], str | None]:
+    """Return what calls an image that has no caption: the prompt, or the name behind its folder's number."""
+
+    def caption(path: Path) -> str | None:
+        match = _repeated_folder(path, folder) if repeats and not prompt else None
+        return match[2].strip() or None if match else prompt
+
+    return caption
 
 
-def _read_row(metadata: Path, number: int, line: str, prompt: str | None) -> Example:
-    place = f"{metadata} line {number}"
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise DataError(f"{place} is not valid JSON ({error.msg} at column {error.colno}).") from error
-    if not isinstance(row, dict) or not isinstance(row.get("file_name"), str):
-        raise DataError(f'{place} names no image; each line must look like {{"file_name": "a.png", "text": "..."}}.')
-    caption = row.get("text") or prompt
-    if not isinstance(caption, str) or not caption.strip():
-        raise DataError(f'{place} has no caption; put it under "text", or give one prompt for all.')
-    path = _named_file(metadata, place, row["file_name"])
-    conditions = {key: _named_file(metadata, place, name) for key, name in _condition_names(place, row).items()}
-    return Example(path, caption.strip(), conditions)
+def _repeats(path: Path, folder: Path) -> int:
+    match = _repeated_folder(path, folder)
+    return max(1, int(match[1])) if match else 1
 
 
-def _condition_names(place: str, row: Mapping[str, object]) -> dict[str | int, str]:
-    """Read `"condition": "a.png"`, `"conditions": ["a.png", "b.png"]` or `"conditions": {"canny": "a.png"}`."""
-    named = row.get("conditions") or row.get("condition") or {}
-    listed = named if isinstance(named, list | dict) else [named]
-    files: dict[str | int, object] = dict(listed if isinstance(listed, dict) else enumerate(listed))
-    names = {key: name for key, name in files.items() if isinstance(name, str)}
-    if len(names) != len(files):
-        raise DataError(f'{place} has conditions that are no file names; write {{"condition": "a.png"}}.')
-    return names
-
-
-def _named_file(metadata: Path, place: str, name: str) -> Path:
-    path = metadata.parent / name
-    if not path.is_file():
-        raise DataError(f"{place} names {name}, but there is no such file in {metadata.parent}.")
-    return path
-
-
-def _read_text(path: Path) -> str:
-    try:
-        # Notepad writes a byte order mark, which `utf-8` would leave in front of the first word.
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8 text; save it as UTF-8.") from error
+def _repeated_folder(path: Path, folder: Path) -> re.Match[str] | None:
+    """Return the number and name of the nearest folder above an image that has a number, the data folder included."""
+    for parent in path.parents:
+        match = _REPEATED.fullmatch(parent.name)
+        if match or parent == folder:
+            return match
+    return None

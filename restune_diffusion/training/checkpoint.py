@@ -34,7 +34,7 @@ class Checkpoints(Hook):
             for pattern in (".checkpoint-*.tmp", ".sample-*.tmp"):
                 for remains in run.config.output.glob(pattern):
                     shutil.rmtree(remains)
-            for name in (run.config.file.name, "metrics.jsonl", "config.yaml"):
+            for name in (run.config.file.name, "metrics.jsonl", "data.json", "config.yaml"):
                 for remains in run.config.output.glob(f".{name}.*.tmp"):
                     remains.unlink()
 

@@ -12,8 +12,10 @@ from PIL import Image
 from ..conditions import MAKERS, condition_to_tensor, make_condition
 from ..config import ControlConfig
 from ..errors import DataError
-from .captions import METADATA_FILE, Example, list_images
-from .pictures import centre_square, read_layer
+from .example import Example
+from .files import list_images
+from .metadata import METADATA_FILE
+from .pictures import Framing, centre_square, read_layer
 
 # Sides of two files of one picture may differ by rounding, but not so that their centre squares show other things.
 _TOLERANCE = 0.02
@@ -67,19 +69,19 @@ class ConditionSource:
             for place, example in enumerate(examples)
         ]
 
-    def tensors(self, example: Example, layer: Image.Image, resolution: int) -> tuple[torch.Tensor, ...]:
-        """Return the condition images of an example, uint8, each `(channels, resolution, resolution)`.
+    def tensors(self, example: Example, layer: Image.Image, framing: Framing) -> tuple[torch.Tensor, ...]:
+        """Return the condition images of an example, uint8, each `(channels, height, width)`.
 
         Args:
             example: a paired example.
             layer: its image, RGB or RGBA.
-            resolution: side of the square that training sees.
+            framing: what of it training sees.
 
         Raises:
             DataError: if a condition file cannot be read, or shows another section than the image.
         """
         return tuple(
-            condition_to_tensor(self._image(name, example, layer, resolution), self.channels) for name in self.names
+            condition_to_tensor(self._image(name, example, layer, framing), self.channels) for name in self.names
         )
 
     def samples(self, paths: Sequence[Path], resolution: int) -> list[dict[str, Image.Image]]:
@@ -98,17 +100,17 @@ class ConditionSource:
             dict(zip(self.names, named[start : start + count], strict=True)) for start in range(0, len(named), count)
         ]
 
-    def _image(self, name: str, example: Example, layer: Image.Image, resolution: int) -> Image.Image:
+    def _image(self, name: str, example: Example, layer: Image.Image, framing: Framing) -> Image.Image:
         path = example.conditions.get(name)
         if path is None:
-            return make_condition(name, centre_square(layer, resolution)[0])
+            return make_condition(name, framing.apply(layer))
         condition = _read(path)
         if abs(condition.width * layer.height / (condition.height * layer.width) - 1) > _TOLERANCE:
             raise DataError(
                 f"The condition {path} has {condition.width} x {condition.height} pixels, its image "
                 f"{layer.width} x {layer.height}; give both the same shape."
             )
-        return centre_square(condition, resolution)[0]
+        return framing.apply(condition)
 
     def _find_folders(self, folder: Path) -> dict[str, Path]:
         folders = {name: folder if len(self.names) == 1 else folder / name for name in self.names}

@@ -8,6 +8,8 @@ from typing import Any, Literal, TypeAlias
 from pydantic import Field, model_validator
 
 from ..config import BypassConfig, ControlConfig, PartConfig, ResConfig, SkipConfig, TextConfig
+from ..words import holds_word
+from .data_config import DataConfig
 from .layers import checked_fields, layered
 from .presets import PRESETS, PresetName
 from .settings import Settings
@@ -35,25 +37,23 @@ class ValidationConfig(Settings):
     """Classifier-free guidance of a sample."""
     seed: int = 0
     """Seed of every sample, so that the images of two steps differ by the training alone."""
+    leak_prompts: tuple[str, ...] | None = None
+    """Prompts without the subject, for which the drift from the base is told as `leak`, in percent; --class-prompt
+    where not given."""
     control_images: tuple[Path, ...] = ()
     """What steers the samples of a control tuner: for each prompt one image for each condition. As in training, these
     are condition images, or pictures to make them from where the condition is made."""
 
 
-class TrainConfig(Settings):
+class TrainConfig(DataConfig):
     """Everything that decides a training run. The defaults are the published SCEdit recipe."""
 
     base: str
     """Stable Diffusion checkpoint in diffusers' layout: a directory, or the id of a hub repository."""
-    data: Path
-    """Folder of images. Captions: `metadata.jsonl` (file_name, text), or a `.txt` beside each image, or --prompt.
-    An image that cannot be read is left out, with a warning that names it."""
     output: Path
     """Folder for the tuner, the checkpoints, the samples and `metrics.jsonl`."""
     name: str = Field(default="tuner", pattern=r"^[\w][\w.\- ]*$")
     """Name of the tuner; its file is OUTPUT/NAME.safetensors."""
-    prompt: str | None = None
-    """Caption of every image that has none of its own."""
     preset: PresetName | None = None
     """Settings for a purpose, which all others given win over; the manual, docs/training.md, lists them."""
 
@@ -71,8 +71,19 @@ class TrainConfig(Settings):
     of such folders, named as the conditions. Without it the files that `metadata.jsonl` names under `condition` are
     used, or the condition is made from the image if it is called canny, palette, blur or mask."""
 
-    resolution: int | None = Field(default=None, gt=0)
-    """Side of the square training images in pixels; the base's own size where not given."""
+    class_prompt: str | None = None
+    """What the subject is one of, said without its word: `a dog` where the captions say `a <dog>`."""
+    preservation: Literal["none", "prior", "output"] = "none"
+    """What keeps other things of the class from looking like the subject: `prior` trains on class images beside the
+    subject's, `output` keeps the base's own predictions for --class-prompt and needs no images."""
+    prior_loss_weight: float = Field(default=1.0, gt=0)
+    """Weight of the loss that preserves."""
+    class_data: Path | None = None
+    """Folder of class images for `prior`, OUTPUT/class-images where not given. The base draws what is missing, as many
+    steps and with the guidance of the validation samples. Images of your own in it are used as they are."""
+    num_class_images: int | None = Field(default=None, gt=0)
+    """Number of class images; 100 where not given, or those of your own where the folder has any."""
+
     steps: int = Field(default=2000, gt=0)
     """Optimizer steps."""
     batch_size: int = Field(default=1, gt=0)
@@ -113,6 +124,9 @@ class TrainConfig(Settings):
     mixed_precision: Literal["no", "fp16", "bf16"] = "no"
     """Precision of the base; the tuner's own weights and the image encoder stay in fp32. fp16 is usual
     on a GPU."""
+    base_quantization: Literal["int8"] | None = None
+    """Hold the linear layers of the base in 8 bits, the tuner in fp32 as ever; needs
+    pip install 'restune-diffusion[quantization]'."""
     caption_dropout: float = Field(default=0.0, ge=0, le=1)
     """Share of the samples that train with an empty caption."""
     snr_gamma: float | None = Field(default=None, gt=0)
@@ -140,6 +154,16 @@ class TrainConfig(Settings):
     """Where the timesteps to train end; this one itself is not trained. The base's last where not given."""
     gradient_checkpointing: bool = False
     """Compute the base's activations twice instead of keeping them: less memory, slower."""
+    feature_bank: int | None = Field(default=None, gt=0)
+    """For a `bypass` tuner: compute what the base makes of so many draws of noise and timestep per image once, keep it
+    on the disk, and train from there without the base. Fewer draws cost quality; the disk use is said before."""
+    feature_bank_dtype: Literal["fp16", "bf16", "fp32"] = "fp16"
+    """Precision of the feature bank on the disk."""
+    feature_bank_dir: Path | None = None
+    """Folder for feature banks, which several runs may share; OUTPUT/feature-bank where not given."""
+    sweep: str | None = None
+    """Train a tuner for each combination of settings, on one set of encoded images: "ratio=0.1,0.25 lr=1e-4,5e-4".
+    Each is a run of its own in OUTPUT/NAME-ratio0.1-lr1e-4; bypass tuners share every pass of the base."""
     drop_encoders: bool = False
     """Free the memory of the autoencoder and text encoder once the data is encoded; no samples can be drawn then."""
     seed: int = 0
@@ -174,11 +198,19 @@ class TrainConfig(Settings):
                 trained = " and ".join(self.kinds)
                 raise ValueError(f"settings of the {kind} tuner are given, but the tuner to train is {trained}")
         self._check_control()
+        self._check_preservation()
         self._check_learning_rate()
         if self.debiased_estimation and self.snr_gamma is not None:
             raise ValueError("the loss has one weighting; choose snr_gamma or debiased_estimation")
         if self.max_timestep is not None and self.max_timestep <= self.min_timestep:
             raise ValueError("min_timestep must be below max_timestep")
+        if self.feature_bank is not None and self.kinds != ("bypass",):
+            raise ValueError(
+                "a feature bank is for a tuner of a bypass part alone, whose gradient never enters the base; "
+                "leave feature_bank out, or train a bypass"
+            )
+        if self.feature_bank is not None and (self.bucketing or self.preservation != "none"):
+            raise ValueError("a feature bank is for images of one size without preservation; leave one of them out")
         if self.drop_encoders and self.validation.prompts:
             raise ValueError("validation prompts need the encoders; leave drop_encoders or the prompts out")
         return self
@@ -213,6 +245,30 @@ class TrainConfig(Settings):
         if self.control_data is not None and "control" not in self.kinds:
             raise ValueError("condition images are given, but the tuner to train is not a control tuner")
 
+    def _check_preservation(self) -> None:
+        if self.preservation == "none" and (self.class_data, self.num_class_images, self.prior_loss_weight) != (
+            None, None, 1.0,
+        ):  # fmt: skip
+            raise ValueError("settings of preservation are given; choose one, `--preservation prior` or `output`")
+        if self.preservation == "output" and (self.class_data, self.num_class_images) != (None, None):
+            raise ValueError("output preservation needs no class images; leave them out, or choose `prior`")
+        if self.preservation != "none" and not (self.class_prompt and self.class_prompt.strip()):
+            raise ValueError('preservation needs to know the class; give --class-prompt, for instance "a dog"')
+        if self.preservation == "prior" and "control" in self.kinds:
+            raise ValueError("class images have no condition images for a control tuner; choose output preservation")
+        if self.validation.leak_prompts and "control" in self.kinds:
+            raise ValueError("a control tuner draws nothing without its images, so that no leak can be told")
+        if self.class_prompt and "text" in self.kinds and holds_word(self.class_prompt, self.text.tokens):
+            raise ValueError(f"the class prompt {self.class_prompt!r} has the subject's own word; leave it out there")
+
+    @property
+    def leak_prompts(self) -> tuple[str, ...]:
+        """Prompts for which the drift from the base is told."""
+        asked = self.validation.leak_prompts
+        if "control" in self.kinds:
+            return ()
+        return asked if asked is not None else (self.class_prompt,) if self.class_prompt else ()
+
     def _is_from_preset(self, name: str) -> bool:
         """Tell whether a preset says the same; it may set what another kind of tuner does not need."""
         settings = PRESETS[self.preset].settings if self.preset is not None else {}
@@ -244,7 +300,17 @@ class TrainConfig(Settings):
         Left out are the settings of the kinds of tuner that are not trained, and paths, which say more about a
         person's machine than about the tuner.
         """
-        paths = {"data", "output", "control_data", "resume", "cpu"}
+        paths = {
+            "data",
+            "mask_data",
+            "output",
+            "control_data",
+            "class_data",
+            "feature_bank_dir",
+            "sweep",
+            "resume",
+            "cpu",
+        }
         settings = self.model_dump(mode="json", exclude=paths | set(self.untrained))
         del settings["validation"]["control_images"]
         if Path(self.base).exists():

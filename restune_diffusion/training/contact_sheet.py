@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from PIL import Image, ImageDraw, ImageFont
 
 _MARGIN = 8
-_INK, _PAPER = (30, 30, 30), (255, 255, 255)
+_INK, _FAINT, _PAPER = (30, 30, 30), (110, 110, 110), (255, 255, 255)
 _FONT, _LINE = 14, 18
 _LABEL = 150
 _HEADLINES = 3
@@ -53,6 +53,41 @@ def labelled_grid(
             draw.text((_MARGIN, top + down * row + _LINE * offset), line, fill=_INK, font=font)
         for column, image in enumerate(images):
             sheet.paste(image, (left + across * column, top + down * row))
+    return sheet
+
+
+def captioned_grid(
+    images: Sequence[Image.Image], captions: Sequence[tuple[str, str]], *, columns: int, cell: int = 192
+) -> Image.Image:
+    """Draw images row by row, each with a heading and a caption below, cut where there is no room.
+
+    Args:
+        images: the images, of any shapes, one at least.
+        captions: heading and caption of each.
+        columns: number of images in a row.
+        cell: side of the square that each image is fitted into, and width of the text, in pixels.
+    """
+    font = ImageFont.load_default(size=_FONT)
+    fitted = [_fitted(image, cell) for image in images]
+    rows = [range(start, min(start + columns, len(fitted))) for start in range(0, len(fitted), columns)]
+    # A row of wide images is low.
+    heights = [max(fitted[number].height for number in row) for row in rows]
+    text = _LINE * (1 + _HEADLINES) + _MARGIN
+    width = _MARGIN + (cell + _MARGIN) * min(columns, len(fitted))
+    sheet = Image.new("RGB", (width, _MARGIN + sum(heights) + len(rows) * (text + _MARGIN)), _PAPER)
+    draw = ImageDraw.Draw(sheet)
+    bottom = _MARGIN
+    for row, height in zip(rows, heights, strict=True):
+        bottom += height
+        for column, number in enumerate(row):
+            left = _MARGIN + (cell + _MARGIN) * column
+            image, (heading, caption) = fitted[number], captions[number]
+            sheet.paste(image, (left + (cell - image.width) // 2, bottom - image.height))
+            lines = [(heading, _FAINT), *((line, _INK) for line in _wrapped(caption, font, cell, _HEADLINES))]
+            for offset, (line, colour) in enumerate(lines):
+                place = (left + cell / 2, bottom + _MARGIN // 2 + _LINE * offset)
+                draw.text(place, line, fill=colour, font=font, anchor="ma")
+        bottom += text + _MARGIN
     return sheet
 
 

@@ -8,22 +8,27 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from ..errors import DataError
 from ..images import to_rgb
-from .captions import Example
 from .condition_source import ConditionSource
-from .pictures import Geometry, centre_square, read_layer
+from .example import Example
+from .loss_masks import framed_mask
+from .pictures import Framing, Geometry, centre_square, decode_layer
+from .preparation import Preparation
+from .refusals import Refused
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Sample:
-    """A training image in [-1, 1], 3 x height x width, with its caption and the hash of its file.
+    """A view of a training image in [-1, 1], 3 x height x width, with its caption and the hash of its file.
 
-    `conditions` are the images that steer it, uint8, each channels x height x width.
+    `conditions` are the images that steer it, uint8, each channels x height x width, and `mask` is what of it to train
+    on, 1 x height x width in [0, 1]. An image that is cut or mirrored at random has several views; all but the first
+    are `further`.
     """
 
     pixels: torch.Tensor
@@ -31,37 +36,93 @@ class Sample:
     geometry: Geometry
     digest: bytes
     conditions: tuple[torch.Tensor, ...] = ()
+    mask: torch.Tensor | None = None
+    further: bool = False
+    repeats: int = 1
+    name: str = ""
 
 
 def load_samples(
-    examples: Sequence[Example], resolution: int, source: ConditionSource | None = None
+    examples: Sequence[Example],
+    resolution: int,
+    source: ConditionSource | None = None,
+    *,
+    preparation: Preparation | None = None,
+    refused: list[Refused] | None = None,
 ) -> Iterator[Sample]:
-    """Load one image after the other; name those that cannot be used in a warning and leave them out.
+    """Load one image after the other, and leave out those that cannot be used.
 
     Args:
         examples: the files.
         resolution: side of the square that each image is brought to, in pixels.
         source: where the images that steer come from; without it there are none.
+        preparation: how images are cut, if not to the centre square of the resolution.
+        refused: takes what is left out; without it a warning names it.
     """
+    prepared = preparation or Preparation.square(resolution)
     for example in examples:
         try:
-            layer, digest = read_layer(example.path)
+            samples = _views(example, prepared, source)
         except MemoryError:
             raise
-        except Exception as error:  # Pillow's decoders raise almost anything on a broken file
-            logger.warning("Skipped %s: it cannot be read as an image (%s).", example.path, error)
-            continue
-        try:
-            conditions = source.tensors(example, layer, resolution) if source is not None else ()
         except DataError as error:
-            logger.warning("Skipped %s: %s", example.path, error)
-            continue
-        pixels, geometry = fit(to_rgb(layer), resolution)
-        yield Sample(pixels, example.caption, geometry, digest, conditions)
+            _refuse(Refused(str(example.path), str(error).rstrip(".")), refused)
+        except UnidentifiedImageError:
+            _refuse(Refused(str(example.path), "is no image of a known kind"), refused)
+        except Exception as error:  # Pillow's decoders raise almost anything on a broken file
+            told = getattr(error, "strerror", None) or str(error)
+            reason = " ".join(told.split()) or type(error).__name__
+            _refuse(Refused(str(example.path), f"cannot be read as an image ({reason})"), refused)
+        else:
+            yield from samples
+
+
+def _views(example: Example, preparation: Preparation, source: ConditionSource | None) -> list[Sample]:
+    layer, digest = decode_layer(example.read())
+    picture = to_rgb(layer, preparation.background)
+    whole = preparation.masks(example, layer) if preparation.masks is not None else None
+    samples = []
+    for number, framing in enumerate(preparation.framings(layer.size, digest)):
+        mask = framed_mask(whole, framing) if whole is not None else None
+        if mask is not None and not mask.any():
+            raise DataError("has a mask that shows nothing of what is kept of it")
+        samples.append(
+            Sample(
+                _to_tensor(framing.apply(picture)),
+                example.caption,
+                framing.geometry(layer.size),
+                digest,
+                _conditions(source, example, layer, framing) if source is not None else (),
+                mask,
+                further=number > 0,
+                repeats=example.repeats,
+                name=str(example.path),
+            )
+        )
+    return samples
+
+
+def _conditions(
+    source: ConditionSource, example: Example, layer: Image.Image, framing: Framing
+) -> tuple[torch.Tensor, ...]:
+    try:
+        return source.tensors(example, layer, framing)
+    except DataError as error:
+        raise DataError(f"cannot be steered: {error}") from error
+
+
+def _refuse(refusal: Refused, refused: list[Refused] | None) -> None:
+    if refused is None:
+        logger.warning("Left out: %s", refusal)
+    else:
+        refused.append(refusal)
 
 
 def fit(image: Image.Image, resolution: int) -> tuple[torch.Tensor, Geometry]:
     """Scale the shorter side of an RGB image to the resolution and crop the centre square."""
     square, geometry = centre_square(image, resolution)
-    pixels = torch.from_numpy(np.asarray(square).copy()).permute(2, 0, 1).float() / 127.5 - 1
-    return pixels, geometry
+    return _to_tensor(square), geometry
+
+
+def _to_tensor(image: Image.Image) -> torch.Tensor:
+    return torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1).float() / 127.5 - 1

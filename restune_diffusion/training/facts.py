@@ -6,6 +6,7 @@ from importlib.metadata import version
 from typing import Any
 
 from .. import __version__
+from .config import TrainConfig
 from .run import TrainingRun
 
 # Settings that may change when a run is resumed: they do not reach the tuner.
@@ -31,6 +32,8 @@ def run_identity(run: TrainingRun) -> dict[str, Any]:
     del settings["prompt"]
     settings["resolution"] = run.resolution
     settings["images and captions"] = run.cache.data_hash
+    if run.preservation is not None:
+        settings["class images or prompt"] = run.preservation.identity
     settings["number of processes"] = run.accelerator.num_processes
     if run.config.lr_scheduler not in _ENDLESS:
         settings["steps"] = steps
@@ -46,10 +49,16 @@ def training_facts(run: TrainingRun) -> dict[str, Any]:
         "data_hash": run.cache.data_hash,
         "resolution": run.resolution,
         "prediction_type": run.objective.prediction_type,
-        **({"trigger_words": list(run.config.text.tokens)} if "text" in run.config.kinds else {}),
+        **({"trigger_words": words} if (words := trigger_words(run.config)) else {}),
         "versions": library_versions(),
         "config": run.config.recorded(),
     }
+
+
+def trigger_words(config: TrainConfig) -> list[str]:
+    """Return the words that call what a run trains: the new ones of its text part, and that of its captions."""
+    words = list(config.text.tokens) if "text" in config.kinds else []
+    return words if config.trigger_word is None or config.trigger_word in words else [*words, config.trigger_word]
 
 
 def _flat(settings: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:

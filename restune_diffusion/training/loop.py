@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 
 import torch
 
 from ..errors import TrainingError, TrainingInterrupted
-from ..manager import TunerManager
 from .batches import Batch
 from .checkpoint import latest_checkpoint
 from .optimizers import effective_learning_rate
-from .run import ATTACHED_NAME, Hook, StepReport, TrainingRun
+from .prediction import predict
+from .processes import average_gradients
+from .run import Hook, StepReport, TrainingRun
 from .stopping import StopRequest
 
 # So many steps in a row without finite fp16 gradients are no search for a loss scale any more.
@@ -21,7 +22,13 @@ _MAX_SKIPPED_STEPS = 50
 
 
 def run_loop(run: TrainingRun, hooks: Sequence[Hook], stop: StopRequest | None = None) -> None:
-    """Train until `config.steps`, telling the hooks.
+    """Train until `config.steps`, telling the hooks; see `steps_of`."""
+    for _ in steps_of(run, hooks, stop):
+        pass
+
+
+def steps_of(run: TrainingRun, hooks: Sequence[Hook], stop: StopRequest | None = None) -> Generator[int, None, None]:
+    """Train until `config.steps`, telling the hooks, and pause after every step to yield its number.
 
     Raises:
         TrainingError: if the loss or the gradient stops being finite; the tuner keeps its last finite state.
@@ -40,6 +47,7 @@ def run_loop(run: TrainingRun, hooks: Sequence[Hook], stop: StopRequest | None =
                 raise _diverged(run, "gradient")
             for hook in hooks:
                 hook.on_step(run, report)
+            yield run.step
         for hook in hooks:
             hook.on_end(run)
     finally:
@@ -61,10 +69,11 @@ def _step(run: TrainingRun) -> StepReport:
     """Do one optimizer step."""
     started = time.perf_counter()
     config, accelerator = run.config, run.accelerator
-    losses = []
+    losses, kept = [], []
     for micro_step in range(config.gradient_accumulation_steps):
         number = run.step * config.gradient_accumulation_steps + micro_step
-        batch = run.batches[number * accelerator.num_processes + accelerator.process_index]
+        number = number * accelerator.num_processes + accelerator.process_index
+        batch = run.batches[number]
         with accelerator.accumulate():
             loss = batch_loss(run, batch)
             # The mean over all processes is what every one of them checks, so that they stop together.
@@ -72,6 +81,14 @@ def _step(run: TrainingRun) -> StepReport:
             if not math.isfinite(losses[-1]):
                 raise _diverged(run, "loss")
             accelerator.backward(loss)
+            if run.preservation is not None:
+                # After the backward pass of the images, so that no more memory is needed than without.
+                loss = run.preservation.loss(run, batch, number)
+                kept.append(accelerator.reduce(loss.detach(), reduction="mean").item())
+                losses[-1] += config.prior_loss_weight * kept[-1]
+                if not math.isfinite(losses[-1]):
+                    raise _diverged(run, "loss")
+                accelerator.backward(config.prior_loss_weight * loss)
     learning_rate = effective_learning_rate(run.optimizer, run.lr_scheduler.get_last_lr()[0])
     grad_norm = _update(run)
     run.step += 1
@@ -83,21 +100,16 @@ def _step(run: TrainingRun) -> StepReport:
         learning_rate=learning_rate,
         seconds=time.perf_counter() - started,
         images=run.images_per_step,
+        preservation_loss=sum(kept) / len(kept) if kept else None,
         band_losses=run.bands.take(accelerator),
     )
 
 
 def batch_loss(run: TrainingRun, batch: Batch) -> torch.Tensor:
     """Return the loss of one batch under the run's precision."""
-    noisy = run.objective.add_noise(batch.latents, batch.input_noise, batch.timesteps)
+    prediction = predict(run, batch)
     target = run.objective.target(batch.latents, batch.noise, batch.timesteps)
-    unet = run.pipeline.unet
-    manager = TunerManager.of(unet)
-    if manager is not None and batch.conditions:
-        manager.set_conditions(ATTACHED_NAME, batch.conditions)
-    with run.accelerator.autocast():
-        prediction = unet(noisy.to(unet.dtype), batch.timesteps, return_dict=False, **batch.inputs)[0]
-    losses = run.objective.sample_losses(prediction, target, batch.timesteps)
+    losses = run.objective.sample_losses(prediction, target, batch.timesteps, batch.mask)
     run.bands.add(losses, batch.timesteps)
     return losses.mean()
 
@@ -105,10 +117,7 @@ def batch_loss(run: TrainingRun, batch: Batch) -> torch.Tensor:
 def _update(run: TrainingRun) -> float:
     """Move the tuner along the gradient of all processes and return the gradient's norm before clipping."""
     accelerator, parameters = run.accelerator, list(run.tuner.parameters())
-    if accelerator.num_processes > 1:
-        # The tuner runs inside the base's hooks, where DistributedDataParallel could not see its forward.
-        for parameter in parameters:
-            parameter.grad = accelerator.reduce(parameter.grad, reduction="mean")
+    average_gradients(accelerator, parameters)
     grad_norm = float(accelerator.clip_grad_norm_(parameters, run.config.max_grad_norm))
     if not math.isfinite(grad_norm) and accelerator.scaler is None:
         raise _diverged(run, "gradient")

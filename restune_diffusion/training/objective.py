@@ -84,13 +84,34 @@ class Objective:
         velocity: torch.Tensor = self.noise_scheduler.get_velocity(latents, noise, timesteps)
         return velocity
 
-    def loss(self, prediction: torch.Tensor, target: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
-        """Return the mean squared error in fp32, weighted by timestep if asked."""
-        return self.sample_losses(prediction, target, timesteps).mean()
+    def loss(
+        self,
+        prediction: torch.Tensor,
+        target: torch.Tensor,
+        timesteps: torch.Tensor,
+        mask: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Return the mean squared error in fp32, weighted by timestep if asked; see `sample_losses`."""
+        return self.sample_losses(prediction, target, timesteps, mask).mean()
 
-    def sample_losses(self, prediction: torch.Tensor, target: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
-        """Return the loss of each sample, `(samples,)` in fp32; their mean is the loss."""
-        errors = (prediction.float() - target.float()).square().flatten(1).mean(1)
+    def sample_losses(
+        self,
+        prediction: torch.Tensor,
+        target: torch.Tensor,
+        timesteps: torch.Tensor,
+        mask: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Return the loss of each sample, `(samples,)` in fp32; their mean is the loss.
+
+        With a mask, samples x 1 x height x width, it is the weighted mean `sum(mask * error) / sum(mask)` of each
+        sample, so that a small mask counts as much as a large one.
+        """
+        squares = (prediction.float() - target.float()).square()
+        if mask is None:
+            errors = squares.flatten(1).mean(1)
+        else:
+            weights = mask.float().expand_as(squares)
+            errors = (weights * squares).flatten(1).sum(1) / weights.flatten(1).sum(1)
         return errors * self.weights(timesteps)
 
     def weights(self, timesteps: torch.Tensor) -> torch.Tensor:

@@ -10,7 +10,9 @@ from typing import IO, Any
 
 from tqdm.auto import tqdm
 
+from ..display import readable_size
 from ..fileformat import atomic_write
+from .quantization import parameter_bytes
 from .run import Hook, StepReport, TrainingRun
 from .usage import peak_memory
 
@@ -22,20 +24,40 @@ def describe_plan(run: TrainingRun) -> str:
     """Say in a few lines what the run is about to do."""
     config, cache = run.config, run.cache
     images = run.images_per_step
+    epochs = config.steps * images / sum(cache.repeats)
     precision = {"no": "fp32", "fp16": "fp16", "bf16": "bf16"}[config.mixed_precision]
     # weight, gradient and two moments of Adam, four bytes each
-    tuner_memory, base_memory = run.tuner.num_parameters() * 16, _size(run.pipeline.unet)
+    tuner_memory, base_memory = run.tuner.num_parameters() * 16, parameter_bytes(run.pipeline.unet)
     lines = [
         f"base        {config.base} ({run.objective.prediction_type}, {precision}, {run.accelerator.device})",
-        f"images      {len(cache)} at {run.resolution} x {run.resolution}, {len(cache.conditionings)} captions",
+        *_describe_data(run),
         f"tuner       {' + '.join(config.kinds)}, {run.tuner.num_parameters():,} parameters",
+        *(["masks       drawn anew in each step"] if cache.pictures else []),
         *([f"steered by  {run.conditions.describe()}"] if run.conditions is not None else []),
-        f"training    {config.steps} steps of {images} images = {config.steps * images / len(cache):.1f} epochs",
-        f"memory      U-Net {_readable(base_memory)}, tuner and optimizer {_readable(tuner_memory)}, "
-        f"cached data {_readable(cache.bytes)} (in main memory), and activations",
+        *([f"preserved   {run.preservation.describe()}"] if run.preservation is not None else []),
+        f"training    {config.steps} steps of {images} images = {epochs:.1f} epochs",
+        f"memory      U-Net {readable_size(base_memory)}, tuner and optimizer {readable_size(tuner_memory)}, "
+        f"cached data {readable_size(cache.bytes)} (in main memory), and activations",
         f"output      {config.file}",
     ]
     return "\n".join(lines)
+
+
+def _describe_data(run: TrainingRun) -> list[str]:
+    if run.data is None:
+        return [f"images      {len(run.cache)} at {run.resolution} x {run.resolution}"]
+    notes = run.data.notes()
+    lines = [f"images      {run.data.images_line(run.resolution)}"]
+    return lines + [f"{'' if number else 'left out':<12}{note}" for number, note in enumerate(notes)]
+
+
+class SheetFile(Hook):
+    """Writes `data.json`: what is trained on, and what is left out and why."""
+
+    def on_start(self, run: TrainingRun) -> None:
+        """Write the file."""
+        if run.data is not None and run.accelerator.is_main_process:
+            run.data.write(run.config.output)
 
 
 class ProgressBar(Hook):
@@ -58,7 +80,7 @@ class ProgressBar(Hook):
         loss = sum(recent.loss for recent in self._recent) / len(self._recent)
         speed = sum(recent.images for recent in self._recent) / sum(recent.seconds for recent in self._recent)
         memory = peak_memory(run.accelerator.device)
-        used = f", {_readable(memory)}" if memory is not None else ""
+        used = f", {readable_size(memory)}" if memory is not None else ""
         self._bar.set_postfix_str(f"loss {loss:.4f}, {speed:.1f} images/s{used}", refresh=False)
         self._bar.update()
 
@@ -78,7 +100,7 @@ class MetricsLog(Hook):
         """Open the log; a resumed run forgets the steps that it is about to repeat."""
         if run.accelerator.is_main_process:
             path = run.config.output / "metrics.jsonl"
-            _keep_until(path, run.step)
+            _keep_until(path, run.step or -1)
             self._file = path.open("a", encoding="utf-8")
 
     def on_step(self, run: TrainingRun, report: StepReport) -> None:
@@ -91,13 +113,19 @@ class MetricsLog(Hook):
             "images_per_second": report.images / report.seconds,
             **{f"loss_by_timestep/{band}": loss for band, loss in report.band_losses.items()},
         }
+        if report.preservation_loss is not None:
+            values["preservation_loss"] = report.preservation_loss
         memory = peak_memory(run.accelerator.device)
         if memory is not None:
             values["peak_memory_mib"] = memory / 2**20
+        self.note(run, values)
+
+    def note(self, run: TrainingRun, values: dict[str, float]) -> None:
+        """Log figures for the present step, on a line of their own."""
         if self._file is not None:
-            self._file.write(json.dumps({"step": report.step, **values}) + "\n")
+            self._file.write(json.dumps({"step": run.step, **values}) + "\n")
             self._file.flush()
-        run.accelerator.log(values, step=report.step)
+        run.accelerator.log(values, step=run.step)
 
     def close(self) -> None:
         """Close the log."""
@@ -127,11 +155,3 @@ def _keep_until(path: Path, step: int) -> None:
             continue
     with atomic_write(path) as file:
         file.write("".join(kept).encode())
-
-
-def _size(module: Any) -> int:
-    return sum(parameter.numel() * parameter.element_size() for parameter in module.parameters())
-
-
-def _readable(size: float) -> str:
-    return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"

@@ -11,7 +11,7 @@ from accelerate import Accelerator
 
 from ..tuner import Tuner
 from .bands import BandLosses
-from .batches import Batches
+from .batches import BatchSource
 from .cache import Cache
 from .condition_source import ConditionSource
 from .config import TrainConfig
@@ -19,6 +19,8 @@ from .objective import Objective
 
 if TYPE_CHECKING:
     from .averaging import TunerAverage
+    from .data_sheet import DataSheet
+    from .preservation import Preservation
 
 ATTACHED_NAME = "in training"
 """Name of the tuner on the base while it is trained."""
@@ -35,13 +37,17 @@ class TrainingRun:
     optimizer: Any
     lr_scheduler: Any
     cache: Cache
-    batches: Batches
+    batches: BatchSource
     objective: Objective
     resolution: int
     conditions: ConditionSource | None = None
     """Where the images come from that steer a control tuner."""
+    data: DataSheet | None = None
+    """What is trained on and what is left out."""
     average: TunerAverage | None = None
     """The average of the tuner's weights, if one is kept."""
+    preservation: Preservation | None = None
+    """What keeps the class as the base draws it, if anything."""
     step: int = 0
 
     def __post_init__(self) -> None:
@@ -69,6 +75,8 @@ class StepReport:
     learning_rate: float
     seconds: float
     images: int
+    preservation_loss: float | None = None
+    """What `prior_loss_weight` multiplies, already part of the loss; None where nothing is preserved."""
     band_losses: Mapping[str, float] = field(default_factory=dict)
     """Mean loss of the samples in each band of timesteps, by its first and last one; bands without samples are left
     out."""

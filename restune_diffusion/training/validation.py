@@ -17,6 +17,7 @@ from ..manager import TunerManager
 from .base import move_encoders, sampling_pipeline
 from .config import ValidationConfig
 from .contact_sheet import labelled_grid
+from .inpainting import masked_picture, validation_inputs
 from .run import Hook, StepReport, TrainingRun
 
 _NAME = "validation sample"
@@ -64,12 +65,17 @@ class ValidationSamples(Hook):
             return
         validation = run.config.validation
         changes = run.objective.scheduler_changes
-        images = draw_samples(run.pipeline, file, validation, run.accelerator.device, self._steering, changes)
+        repainted = validation_inputs(run.cache.pictures, len(validation.prompts), validation.seed)
+        images = draw_samples(
+            run.pipeline, file, validation, run.accelerator.device, self._steering, changes, repainted
+        )
         folder = run.config.output / "samples" / f"step-{run.step:06d}"
         folder.mkdir(parents=True, exist_ok=True)
         for number, image in enumerate(images):
             image.save(folder / f"{number:02d}.png")
-        shown = self._steering or [{} for _ in images]
+        shown = [dict(conditions) for conditions in self._steering or [{} for _ in images]]
+        for number, inputs in enumerate(repainted):
+            shown[number] |= {"masked": masked_picture(**inputs)}
         rows = [[*conditions.values(), image] for conditions, image in zip(shown, images, strict=True)]
         sheet = labelled_grid(rows, validation.prompts, [*shown[0], f"step {run.step}"])
         sheet.save(folder / "sheet.png")
@@ -83,12 +89,14 @@ def draw_samples(
     device: torch.device,
     steering: Sequence[Mapping[str, Image.Image]] = (),
     scheduler_changes: Mapping[str, Any] | None = None,
+    repainted: Sequence[Mapping[str, Image.Image]] = (),
 ) -> list[Image.Image]:
     """Generate one image per prompt with the tuner in a file; tuners on the base are set aside meanwhile.
 
-    `steering` holds the condition images of each prompt, by name, if the tuner takes any, and `scheduler_changes` what
-    the scheduler must have other than in the base. No random state but the
-    samples' own is used, so sampling does not change the course of training.
+    `steering` holds the condition images of each prompt, by name, if the tuner takes any, `scheduler_changes` what the
+    scheduler must have other than in the base, and `repainted` the `image` and `mask_image` of each prompt, if the
+    base is for inpainting. No random state but the samples' own is used, so sampling does not change the course of
+    training.
     """
     sampler = sampling_pipeline(pipeline, scheduler_changes)
     images = []
@@ -100,6 +108,8 @@ def draw_samples(
                 num_inference_steps=config.steps,
                 guidance_scale=config.guidance,
                 generator=torch.Generator("cpu").manual_seed(config.seed),
+                # Nothing of the picture is to shine through the mask.
+                **({**repainted[number], "strength": 1.0} if repainted else {}),
             )
             images.append(result.images[0])
     return images

@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..config import SkipConfig, match_sites
-from ..sites import BaseInfo
+from ..errors import RestuneError
+from ..sites import BaseInfo, late_skips
 from .base import Features, Part, init_linear, init_zero, pointwise
 
 
@@ -42,6 +43,14 @@ class SkipPart(Part):
         skips = [name for name in base.sites if name.startswith("skip.")]
         self.taps = ()
         self.writes = tuple(match_sites(config.sites, skips))
+        if config.grad_depth is not None:
+            late = late_skips(base, config.grad_depth)
+            self.writes = tuple(site for site in self.writes if site in late)
+            if not self.writes:
+                raise RestuneError(
+                    f"None of the chosen skips reaches the last {config.grad_depth} up blocks, which take "
+                    f"{', '.join(late)}; choose other sites or a larger grad_depth."
+                )
         for site in self.writes:
             channels = base.sites[site].channels
             self._register_site(site, SkipTuner(channels, max(1, round(config.ratio * channels))))

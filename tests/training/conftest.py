@@ -49,19 +49,20 @@ def config(base: Path, images: Path, tmp_path: Path) -> Callable[..., TrainConfi
 Script = Callable[..., "subprocess.Popen[str]"]
 
 
+def start_script(*arguments: str | Path) -> subprocess.Popen[str]:
+    """Start Python on the given arguments, offline, with its output captured."""
+    return subprocess.Popen(
+        [sys.executable, *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # One thread: what runs beside the tests must not slow them, and both processes must round alike.
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
+        cwd=Path(__file__).parents[2],
+    )
+
+
 @pytest.fixture
 def script() -> Script:
-    """Starts Python on the given arguments, offline, with its output captured."""
-
-    def start(*arguments: str | Path) -> subprocess.Popen[str]:
-        return subprocess.Popen(
-            [sys.executable, *map(str, arguments)],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            # One thread: what runs beside the tests must not slow them, and both processes must round alike.
-            env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
-            cwd=Path(__file__).parents[2],
-        )
-
-    return start
+    """Starts Python on the given arguments."""
+    return start_script

@@ -1,0 +1,150 @@
+"""Read data as a training would, without training: what would be trained on, and what not."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+from PIL import Image
+
+from ..errors import RestuneError
+from .base import training_resolution
+from .buckets import bucket_step
+from .captions import read_examples
+from .data import load_samples
+from .data_config import DataConfig
+from .data_sheet import DataSheet, counted
+from .preparation import Preparation
+from .thumbnails import Thumbnails
+
+# Stable Diffusion 1.x at its own size, for whoever gives no base.
+_RESOLUTION, _STEP = 512, 64
+
+
+@dataclass(frozen=True)
+class Frame:
+    """What of a base decides how images are cut: side of the square and step of the buckets, in pixels.
+
+    `tokenizers` are those of its text encoders.
+    """
+
+    resolution: int
+    step: int
+    tokenizers: tuple[Any, ...] = ()
+
+
+def read_frame(base: str | None, resolution: int | None) -> Frame:
+    """Read it from the configs of a base, without its weights; without a base it is that of Stable Diffusion 1.x.
+
+    Raises:
+        RestuneError: if there is no such base, or it cannot take images of this resolution.
+    """
+    if base is None:
+        return Frame(resolution or _RESOLUTION, _STEP)
+    from diffusers import AutoencoderKL, DiffusionPipeline, UNet2DConditionModel
+    from transformers import CLIPTokenizer
+
+    try:
+        unet = UNet2DConditionModel.load_config(base, subfolder="unet")
+        levels = AutoencoderKL.load_config(base, subfolder="vae")["block_out_channels"]
+        parts = DiffusionPipeline.load_config(base)
+        names = [name for name in ("tokenizer", "tokenizer_2") if parts.get(name, (None,))[0] is not None]
+        tokenizers = tuple(CLIPTokenizer.from_pretrained(base, subfolder=name) for name in names)
+    except (OSError, ValueError, KeyError) as error:
+        raise RestuneError(f"The base {base} cannot be read: {str(error).strip().splitlines()[0]}") from error
+    stand_in = SimpleNamespace(
+        unet=SimpleNamespace(config=SimpleNamespace(**unet)), vae_scale_factor=2 ** (len(levels) - 1)
+    )
+    return Frame(training_resolution(stand_in, resolution), bucket_step(stand_in), tokenizers)
+
+
+def inspect_data(config: DataConfig, frame: Frame, sheet: DataSheet, seed: int = 0) -> Image.Image:
+    """Read data as a training would.
+
+    Args:
+        config: settings of the data.
+        frame: what the base decides.
+        sheet: takes what is trained on and what is left out, the latter also where an error ends it.
+        seed: seed of the run, which random cuts depend on.
+
+    Returns:
+        A contact sheet: some images of each size as they are cut, with their captions.
+
+    Raises:
+        DataError: if nothing can be trained on.
+    """
+    examples = read_examples(config, sheet.refused)
+    preparation = Preparation.of(config, frame.resolution, frame.step, seed)
+    samples = load_samples(examples, frame.resolution, preparation=preparation, refused=sheet.refused)
+    thumbnails = Thumbnails(config.unmasked_weight)
+    for _ in thumbnails.watched(sheet.watched(samples)):
+        pass
+    sheet.check()
+    sheet.count_tokens(frame.tokenizers)
+    return thumbnails.sheet()
+
+
+def describe_data(sheet: DataSheet, most: int = 5) -> str:
+    """Say in lines what is trained on, and list what is left out.
+
+    Args:
+        sheet: a sheet that is filled.
+        most: number of captions, duplicates and other files that are shown.
+    """
+    facts = [("images", _images(sheet)), ("sizes", ", ".join(_size(size, count) for size, count in sheet.buckets))]
+    facts += _captions(sheet, most)
+    small = sorted((each for each in sheet.entries if each.enlarged > 1), key=lambda each: -each.enlarged)
+    if small:
+        names = _listed([f"{each.name} {each.enlarged:.1f} times" for each in small], most)
+        facts.append(("enlarged", f"{counted(len(small), 'image')} smaller than the size: {names}"))
+    facts += [("same file", " = ".join(names)) for names in sheet.duplicates[:most]]
+    if len(sheet.duplicates) > most:
+        facts.append(("", f"and {len(sheet.duplicates) - most} more of such groups"))
+    facts += [("left out", str(each)) for each in sheet.faults]
+    facts += [("not used", str(each)) for each in sheet.others[:most]]
+    if len(sheet.others) > most:
+        facts.append(("", f"and {len(sheet.others) - most} more that are not used; --json lists them"))
+    return "\n".join(
+        f"{'' if number and facts[number - 1][0] == name else name:<12}{fact}"
+        for number, (name, fact) in enumerate(facts)
+    )
+
+
+def _images(sheet: DataSheet) -> str:
+    shown = sum(entry.repeats for entry in sheet.entries)
+    views = sum(entry.views for entry in sheet.entries)
+    line = f"{len(sheet.entries)} to train on, {len(sheet.faults)} left out"
+    line += f", {shown} shown in an epoch" if shown != len(sheet.entries) else ""
+    return line + (f", {views} views are kept of them" if views != len(sheet.entries) else "")
+
+
+def _captions(sheet: DataSheet, most: int) -> list[tuple[str, str]]:
+    captions = sheet.captions
+    if not captions:
+        return []
+    longest = max(captions, key=lambda caption: len(caption[0]))[0]
+    facts = [("captions", f"{len(captions)} distinct, the longest of {len(longest)} characters")]
+    facts += [("", f"{_quoted(text)} ({counted(count, 'image')})") for text, count in captions[:most]]
+    facts += [("", f"and {len(captions) - most} more")] if len(captions) > most else []
+    facts += [
+        ("too long", f"{tokens} tokens, of which the text encoder sees only the beginning: {_quoted(text)}")
+        for text, tokens in list(sheet.beyond_limit.items())[:most]
+    ]
+    return facts
+
+
+def _size(size: tuple[int, int], count: int) -> str:
+    ratio = math.gcd(*size)
+    return f"{size[0]} x {size[1]} ({size[0] // ratio}:{size[1] // ratio}): {count}"
+
+
+def _quoted(text: str, length: int = 100) -> str:
+    short = " ".join(text.split())
+    return f'"{short if len(short) <= length else short[: length - 1] + "…"}"'
+
+
+def _listed(names: list[str], most: int) -> str:
+    rest = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + rest

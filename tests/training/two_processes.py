@@ -1,0 +1,87 @@
+"""What both processes of a group run; started by torchrun from the tests.
+
+    torchrun --nproc_per_node=2 tests/training/two_processes.py JOBS.json
+
+JOBS.json names the configs to train in turn, and a folder whose cache is built together. Each process writes what it
+saw to JOBS-<rank>.json.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator, PartialState
+
+from restune_diffusion.errors import RestuneError
+from restune_diffusion.training import TrainConfig, train
+from restune_diffusion.training.base import load_base
+from restune_diffusion.training.cache import Cache, build_cache
+from restune_diffusion.training.cache_shards import build_together
+from restune_diffusion.training.captions import find_examples
+from restune_diffusion.training.data import load_samples
+
+
+def values(cache: Cache) -> dict[str, Any]:
+    """Everything in a cache, as plain values."""
+    return {
+        "latents": [[latent.mean.tolist(), latent.std.tolist()] for latent in cache.latents],
+        "captions": cache.captions,
+        "geometries": [[*each.original, *each.corner, *each.size] for each in cache.geometries],
+        "conditionings": {key: value.states.tolist() for key, value in sorted(cache.conditionings.items())},
+        "unconditional": cache.unconditional.states.tolist(),
+        "pictures": [picture.tolist() for picture in cache.pictures],
+        "hash": cache.data_hash,
+    }
+
+
+def caches(accelerator: Accelerator, base: str, folder: Path) -> dict[str, Any]:
+    """Build the cache of a folder together and alone."""
+    pipeline = load_base(base, torch.float32)
+    encoded = []
+
+    def build(examples: Any) -> Cache:
+        encoded.append(len(examples))
+        return build_cache(pipeline, load_samples(examples, 16), keep_pictures=True)
+
+    examples = find_examples(folder)
+    together = values(build_together(accelerator, examples, build))
+    share = encoded[0]
+    alone = values(build(examples))
+    return {"share": share, "images": len(alone["captions"]), "equal": together == alone}
+
+
+def refused(action: Any) -> str | None:
+    """Return the message that an action is refused with."""
+    try:
+        action()
+    except RestuneError as error:
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def main() -> None:
+    """Do the jobs."""
+    torch.set_num_threads(1)
+    path = Path(sys.argv[1])
+    jobs = json.loads(path.read_text())
+    messages = []
+    for config in jobs["configs"]:
+        messages.append(refused(lambda config=config: train(TrainConfig.model_validate(config), verbose=False)))
+        # A training ends the process group; the next one shall found it anew.
+        PartialState._reset_state()
+    accelerator = Accelerator(cpu=True)
+    results = {
+        "messages": messages,
+        "caches": caches(accelerator, jobs["base"], Path(jobs["half_broken"])),
+        "nothing": refused(lambda: caches(accelerator, jobs["base"], Path(jobs["broken"]))),
+    }
+    path.with_name(f"{path.stem}-{accelerator.process_index}.json").write_text(json.dumps(results))
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main()

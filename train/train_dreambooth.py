@@ -1,0 +1,19 @@
+"""Teach the base one subject from a few pictures of it.
+
+python train/train_dreambooth.py --base BASE --data PICTURES --output OUT --prompt "a sks dog" --class-prompt "a dog" \
+    --preservation output
+
+On several devices, `accelerate launch` instead of `python`. `--preservation prior` is DreamBooth's own, on class
+images that the base draws; `output` needs none. The names of diffusers' script are known too: --instance_prompt,
+--instance_data_dir, --class_data_dir, --with_prior_preservation, --prior_loss_weight, --num_class_images and others.
+For a new word instead of `sks`: --tuner skip text --text.tokens "<dog>" --text.initializers dog --prompt "a <dog>".
+"""
+
+import sys
+
+from restune_diffusion.cli.diffusers_flags import from_diffusers
+from restune_diffusion.cli.guard import run_guarded
+from restune_diffusion.cli.train import parse_train_options
+
+if __name__ == "__main__":
+    sys.exit(run_guarded(lambda: parse_train_options(__doc__, from_diffusers(sys.argv[1:])).run()))

@@ -1,0 +1,17 @@
+"""Train on a large set of images, each with a caption of its own.
+
+python train/train_text_to_image.py --base BASE --data IMAGES --output OUT --caption-dropout 0.1 --ema-decay 0.999
+
+On several devices, `accelerate launch` instead of `python`. Unlike a style or a subject, such a set has no --prompt: a
+caption comes from `metadata.jsonl` or a `.txt` beside the image, and an image without one stops the run before it
+starts. The names of diffusers' script are known too: --train_data_dir, --max_train_steps, --output_dir and others.
+"""
+
+import sys
+
+from restune_diffusion.cli.diffusers_flags import from_diffusers
+from restune_diffusion.cli.guard import run_guarded
+from restune_diffusion.cli.train import parse_train_options
+
+if __name__ == "__main__":
+    sys.exit(run_guarded(lambda: parse_train_options(__doc__, from_diffusers(sys.argv[1:])).run()))
