@@ -79,18 +79,29 @@ def kept_bytes(unet: Any, config: TrainConfig, side: int) -> int:
     return sum(storage.nbytes() for storage in storages.values())
 
 
+def build_unet(structure: dict[str, Any], dtype: torch.dtype) -> tuple[Any, FakeTensorMode]:
+    """Build a frozen U-Net without values, and the mode in which it runs."""
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with mode:
+            return UNet2DConditionModel(**structure).eval().requires_grad_(False), mode
+    finally:
+        torch.set_default_dtype(before)
+
+
 def count(base: str, preset: Any) -> dict[str, Any]:
     """Return the bytes that a preset needs on a base, by what they are for."""
     structure, side, text_parameters = BASES[base]
     config = TrainConfig(base=base, data=Path("data"), output=Path("out"), preset=preset)
     dtype = _DTYPES[config.mixed_precision]
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        unet = UNet2DConditionModel(**structure).to(dtype).eval().requires_grad_(False)
-        tuner = Tuner.for_base(unet, *[part for part in config.parts if part.part != "text"])
-        with attach(unet, tuner):
-            kept = kept_bytes(unet, config, side)
-        weights = sum(parameter.numel() for parameter in unet.parameters()) * dtype.itemsize
-        trained = tuner.num_parameters() * 16
+    unet, mode = build_unet(structure, dtype)
+    tuner = Tuner.for_base(unet, *[part for part in config.parts if part.part != "text"])
+    with attach(unet, tuner), mode:
+        kept = kept_bytes(unet, config, side)
+    weights = sum(parameter.numel() for parameter in unet.parameters()) * dtype.itemsize
+    trained = tuner.num_parameters() * 16
     text = text_parameters * dtype.itemsize if "text" in config.kinds else 0
     return {
         "base": base, "side": side, "preset": preset, "batch": config.batch_size,

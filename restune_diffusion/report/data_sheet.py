@@ -6,7 +6,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-FILE_NAME = "data.json"
+from ..training.data_sheet import FILE_NAME
 
 
 class _Facts(BaseModel):

@@ -63,9 +63,9 @@ def given_settings(
 def config_yaml(config: TrainConfig) -> str:
     """Write all settings of a run as YAML that gives the same run again, from any working directory."""
     settings = config.model_dump(mode="json", exclude={"resume", *config.untrained})
-    for name in ("data", "output", "control_data"):
-        if settings[name] is not None:
-            settings[name] = str(Path(settings[name]).expanduser().absolute())
+    for name, value in config:
+        if isinstance(value, Path):
+            settings[name] = str(value.expanduser().absolute())
     images = config.validation.control_images
     settings["validation"]["control_images"] = [str(image.expanduser().absolute()) for image in images]
     if Path(config.base).expanduser().exists():

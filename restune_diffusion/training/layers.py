@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from difflib import get_close_matches
 from typing import Annotated, Any, TypeAlias
 
@@ -71,6 +71,8 @@ def first_refused(error: ValidationError) -> RefusedSetting:
     return RefusedSetting(first["loc"], f"{reason[0].lower()}{reason[1:]}")
 
 
+# A person reads so many names.
+_LISTED = 20
 # What pydantic says in words of Python.
 _REASONS = {
     "missing": "this setting is needed",
@@ -80,7 +82,10 @@ _REASONS = {
 }
 
 
-def _unknown(name: object, known: Iterable[str]) -> str:
+def _unknown(name: object, known: Collection[str]) -> str:
     near = get_close_matches(str(name), known, n=1)
-    meant = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
+    if near:
+        meant = f"did you mean {near[0]}?"
+    else:
+        meant = f"there are {', '.join(known)}" if len(known) <= _LISTED else "restune train --help lists them all"
     return f"there is no setting {name}; {meant}"

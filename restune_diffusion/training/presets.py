@@ -58,7 +58,7 @@ PRESETS: Mapping[str, Preset] = {
         },
     ),
     "quality": Preset(
-        "the most faithful style, for three times the work: larger batches, averaged weights",
+        "the most faithful style, for four times the work: larger batches, averaged weights",
         {
             "tuner": "skip",
             "steps": 4000,

@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import re
+import shutil
 import sys
 from collections.abc import Callable
 from html.parser import HTMLParser
@@ -97,9 +98,17 @@ def test_a_finished_runs_page_has_everything(finished: Path, tmp_path: Path) -> 
         assert title in page.text
     assert sum(tag == "svg" for tag, _ in page.tags) == 4
     assert "snr_gamma" in page.text
-    assert "6 images of 16 px" in page.text
+    assert "6 images, 6 captions." in page.text
+    assert "16 × 16" in page.text
+    assert "a teal disc" in page.text
     assert f"pipe.load_tuner_weights({str(finished / 'disc.safetensors')!r}, tuner_name='disc')" in page.text
     assert "restune generate --base user/base" in page.text
+
+
+def test_without_a_data_sheet_the_tuners_file_tells_of_the_data(finished: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(finished, tmp_path / "copy")
+    (folder / "data.json").unlink()
+    assert "6 images of 16 px" in Page(write_report(folder)).text
 
 
 def test_grids_show_the_sample_images_step_by_step(finished: Path, tmp_path: Path) -> None:

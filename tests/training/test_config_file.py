@@ -36,6 +36,7 @@ def refusal(folder: Path, text: str | bytes) -> str:
     [
         ("stepps: 3", ", line 4: there is no setting stepps; did you mean steps?"),
         ("skip:\n  ratoi: 3", ", line 5: in skip there is no setting ratoi; did you mean ratio?"),
+        ("skip:\n  qqq: 3", ", line 5: in skip there is no setting qqq; there are part, ratio, sites"),
         ("steps: many", ", line 4: steps: input should be a valid integer"),
         ("skip:\n  ratio: 30", ", line 5: skip.ratio: input should be less than or equal to 8"),
         ("validation:\n  prompts:\n  - a fox\n  - 3", ", line 7: validation.prompts.1: it should be text"),
@@ -54,7 +55,7 @@ def refusal(folder: Path, text: str | bytes) -> str:
         ("x: &x {steps: many}\n<<: *x", ", line 4: there is no setting x"),
         ("<<: {steps: many}", ": steps: input should be a valid integer"),
         ("? [a, b]\n: 3", ", line 4: this is not valid YAML: found unhashable key"),
-        ("1: 2", ", line 4: there is no setting 1; there are base, data"),
+        ("1: 2", ", line 4: there is no setting 1; restune train --help lists them all"),
         ("prompt: a\0b", ": this is not valid YAML: unacceptable character #x0000"),
         ("prompt: " + "a" * (1 << 20), " is larger than 1,048,576 bytes"),
     ],

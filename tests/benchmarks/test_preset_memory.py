@@ -1,0 +1,33 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+
+from benchmarks import backward_memory, preset_memory
+from restune_diffusion.attachment import attach
+from restune_diffusion.training import TrainConfig
+from restune_diffusion.tuner import Tuner
+
+STRUCTURE = {
+    "sample_size": 8,
+    "block_out_channels": (16, 32, 32, 32),
+    "cross_attention_dim": 32,
+    "attention_head_dim": 2,
+    "norm_num_groups": 8,
+}
+
+
+@pytest.mark.parametrize("kind", ["skip", "bypass"])
+def test_what_is_counted_without_values_is_what_is_kept_with_them(kind: str) -> None:
+    config = TrainConfig(base="b", data=Path("d"), output=Path("o"), tuner=kind, batch_size=2)  # type: ignore[arg-type]
+    real = UNet2DConditionModel(**STRUCTURE).eval().requires_grad_(False)
+    inputs = torch.randn(2, 4, 8, 8), torch.zeros(2, dtype=torch.long), torch.randn(2, 77, 32)
+    with attach(real, Tuner.for_base(real, *config.parts)):
+        parameters = {parameter.untyped_storage().data_ptr() for parameter in real.parameters()}
+        expected = backward_memory.kept_bytes(lambda: real(*inputs).sample, parameters)
+    fake, mode = preset_memory.build_unet(STRUCTURE, torch.float32)
+    with attach(fake, Tuner.for_base(fake, *config.parts)), mode:
+        assert preset_memory.kept_bytes(fake, config, 64) == expected > 10_000
