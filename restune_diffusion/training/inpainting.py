@@ -71,7 +71,7 @@ class InpaintingInputs:
             generators: source of each sample's mask, and of the draw from the posterior.
         """
         pictures = [to_pixels(self._pictures[index]) for index in indices]
-        masks = [draw_mask(*picture.shape[1:], generator) for picture, generator in
+        masks = [draw_mask(picture.shape[1], picture.shape[2], generator) for picture, generator in
                  zip(pictures, generators, strict=True)]  # fmt: skip
         hidden = torch.stack([hide(picture, mask) for picture, mask in zip(pictures, masks, strict=True)])
         latents = self._encode(hidden, generators)
@@ -110,7 +110,7 @@ def validation_inputs(pictures: Sequence[torch.Tensor], prompts: int, seed: int)
     for number in range(prompts):
         picture = pictures[number % len(pictures)]
         generator = torch.Generator().manual_seed(seed + number)
-        mask = draw_mask(*picture.shape[1:], generator, whole=0.0)
+        mask = draw_mask(picture.shape[1], picture.shape[2], generator, whole=0.0)
         inputs.append({"image": _image(picture), "mask_image": _image(mask.mul(255).to(torch.uint8))})
     return inputs
 
