@@ -75,7 +75,9 @@ def nothing_usable(folder: Path, refused: list[Refused]) -> DataError:
     faults = [each for each in refused if each.fault]
     if not faults:
         return DataError(f"The image folder {folder} has no images; put some PNG, JPEG or WebP files there.")
-    rest = f" {len(faults) - 1} more are left out too; `restune data inspect` lists them all." if len(faults) > 1 else ""
+    rest = (
+        f" {len(faults) - 1} more are left out too; `restune data inspect` lists them all." if len(faults) > 1 else ""
+    )
     return DataError(f"None of the images in {folder} can be used: {faults[0]}{rest}")
 
 

@@ -49,15 +49,15 @@ def config(base: Path, images: Path, tmp_path: Path) -> Callable[..., TrainConfi
 Script = Callable[..., "subprocess.Popen[str]"]
 
 
-def start_script(*arguments: str | Path) -> subprocess.Popen[str]:
-    """Start Python on the given arguments, offline, with its output captured."""
+def start_script(*arguments: str | Path, **variables: str) -> subprocess.Popen[str]:
+    """Start Python on the given arguments, offline, with its output captured and more variables in its environment."""
     return subprocess.Popen(
         [sys.executable, *map(str, arguments)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         # One thread: what runs beside the tests must not slow them, and both processes must round alike.
-        env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", **variables},
         cwd=Path(__file__).parents[2],
     )
 

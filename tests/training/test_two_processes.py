@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,6 +72,15 @@ def broken(folder: Path, good: int) -> Path:
     return folder
 
 
+def start_group(jobs: Path) -> list[Any]:
+    """Start both processes, as torchrun would, whose store of addresses outlives a process group and so allows one."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    common = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    return [start_script(WORKER, jobs, RANK=rank, LOCAL_RANK=rank, **common) for rank in ("0", "1")]
+
+
 @pytest.fixture(scope="module")
 def group(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Group:
     folder = tmp_path_factory.mktemp("group")
@@ -85,11 +95,10 @@ def group(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Group:
     jobs = {"configs": configs, "base": made.base, "half_broken": str(broken(folder / "half", 2)),
             "broken": str(broken(folder / "none", 0))}  # fmt: skip
     (folder / "jobs.json").write_text(json.dumps(jobs))
-    process = start_script(
-        "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", WORKER, folder / "jobs.json"
-    )
-    _, errors = process.communicate(timeout=900)
-    assert process.returncode == 0, errors
+    processes = start_group(folder / "jobs.json")
+    for process in processes:
+        _, errors = process.communicate(timeout=900)
+        assert process.returncode == 0, errors
     made.ranks.extend(json.loads((folder / f"jobs-{rank}.json").read_text()) for rank in (0, 1))
     assert made.ranks[0]["messages"] == made.ranks[1]["messages"] == [None] * len(configs)
     return made

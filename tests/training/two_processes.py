@@ -1,6 +1,4 @@
-"""What both processes of a group run; started by torchrun from the tests.
-
-    torchrun --nproc_per_node=2 tests/training/two_processes.py JOBS.json
+"""What both processes of a group run; `test_two_processes.py` starts it as `two_processes.py JOBS.json`.
 
 JOBS.json names the configs to train in turn, and a folder whose cache is built together. Each process writes what it
 saw to JOBS-<rank>.json.
@@ -14,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator, PartialState
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 
 from restune_diffusion.errors import RestuneError
 from restune_diffusion.training import TrainConfig, train
@@ -72,7 +71,7 @@ def main() -> None:
     for config in jobs["configs"]:
         messages.append(refused(lambda config=config: train(TrainConfig.model_validate(config), verbose=False)))
         # A training ends the process group; the next one shall found it anew.
-        PartialState._reset_state()
+        AcceleratorState._reset_state(reset_partial_state=True)
     accelerator = Accelerator(cpu=True)
     results = {
         "messages": messages,
