@@ -83,6 +83,14 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         stage.add_argument("--start", type=Path, help="go on from this exported pipeline")
     for stage in (text, unet, export):
         stage.add_argument("--tokenizer", type=Path, required=True, help="folder of the CLIP tokenizer")
+    for stage in (text, unet):
+        stage.add_argument(
+            "--variants",
+            type=float,
+            nargs=4,
+            metavar=("DRAWN", "MOVED", "SMALLER", "COLOUR"),
+            help="how often each variant of a picture is shown; default: 0.5 0.22 0.14 0.14",
+        )
     for stage in (latents, text, unet, export):
         stage.add_argument("icons", type=Path, help="folder that prepare_icons.py wrote")
         stage.add_argument("work", type=Path, help="folder for checkpoints and results")

@@ -28,7 +28,7 @@ class Examples:
         data = load_file(settings.work / "latents.safetensors")
         self.latents, self.colours = data["latents"], data["colours"]
         self.chances = load_icons(settings.icons).weights
-        self.variant_chances, self.palette = torch.tensor(VARIANT_WEIGHTS), list(COLOURS)
+        self.variant_chances, self.palette = torch.tensor(settings.variants or VARIANT_WEIGHTS), list(COLOURS)
 
     def batch(self, seed: int, size: int) -> tuple[Tensor, Tensor, list[int]]:
         """Latents, compact ids and icon indices; also seeds torch's generator."""
