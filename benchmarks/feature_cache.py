@@ -34,6 +34,7 @@ from benchmarks.results_file import publish
 from restune_diffusion import BypassConfig, Tuner, attach
 from restune_diffusion.sites import describe_base
 from restune_diffusion.training import TrainConfig
+from restune_diffusion.training.assembly import make_accelerator, make_run
 from restune_diffusion.training.bank import use_bank
 from restune_diffusion.training.bank_batches import BankBatches, BankStream
 from restune_diffusion.training.bank_layout import BankLayout
@@ -41,12 +42,13 @@ from restune_diffusion.training.batches import BatchSource
 from restune_diffusion.training.cache import Cache, build_cache
 from restune_diffusion.training.captions import find_examples
 from restune_diffusion.training.data import load_samples
+from restune_diffusion.training.ground import Ground, prepared
 from restune_diffusion.training.loop import steps_of
 from restune_diffusion.training.run import TrainingRun
 from restune_diffusion.training.shared_pass import share_passes
 from restune_diffusion.training.sweep_grid import parse_sweep
 from restune_diffusion.training.tap_features import TapFeatures, predict_from_features, record_features
-from restune_diffusion.training.trainer import Ground, acting, make_accelerator, make_run, prepared
+from restune_diffusion.training.trainer import acting
 
 TINY = Path(__file__).parents[1] / "restune_diffusion" / "assets" / "restune-tiny"
 STYLE = "openmoji"
