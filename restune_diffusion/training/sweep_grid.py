@@ -130,9 +130,8 @@ def _variant(config: TrainConfig, paths: list[list[str]], settings: dict[str, st
     except ValidationError as error:
         first = error.errors()[0]
         where, reason = ".".join(map(str, first["loc"])), first["msg"].removeprefix("Value error, ")
-        raise TrainingError(
-            f"The tuner {name} of the sweep is refused: {where} {reason}.".replace("  ", " ")
-        ) from error
+        told = f"{where} {reason}".strip()
+        raise TrainingError(f"The tuner {name} of the sweep is refused: {told}.") from error
 
 
 def _value(text: str, now: Any) -> Any:
