@@ -3,8 +3,8 @@
 python train/train_text_to_image.py --base BASE --data IMAGES --output OUT --caption-dropout 0.1 --ema-decay 0.999
 
 On several devices, `accelerate launch` instead of `python`. Unlike a style or a subject, such a set has no --prompt: a
-caption comes from `metadata.jsonl` or a `.txt` beside the image, and an image without one stops the run before it
-starts. The names of diffusers' script are known too: --train_data_dir, --max_train_steps, --output_dir and others.
+caption comes from `metadata.jsonl` or a `.txt` beside the image, and an image without one is left out and listed. The
+names of diffusers' script are known too: --train_data_dir, --max_train_steps, --output_dir and others.
 """
 
 import sys
