@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -59,7 +60,13 @@ def start_script(*arguments: str | Path, **variables: str) -> subprocess.Popen[s
         # One thread: what runs beside the tests must not slow them, and both processes must round alike.
         env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", **variables},
         cwd=Path(__file__).parents[2],
+        # Whoever runs the tests in a shell's background has them ignore Ctrl-C, and that is inherited.
+        preexec_fn=_heed_ctrl_c,
     )
+
+
+def _heed_ctrl_c() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 @pytest.fixture
