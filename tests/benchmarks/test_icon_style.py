@@ -300,7 +300,7 @@ def test_the_subject_task_scores_the_true_pictures_best(tiny_base, yardsticks, t
     assert true["prompt"] == 1
     assert true["true"] == pytest.approx(1)
     assert true["subject"] > base["subject"] + 0.1
-    assert len(rows) == 10
+    assert len(rows) == 11
     assert all(row["leak"] > 0 for row in rows[2:])
 
 

@@ -142,7 +142,7 @@ def test_inspect_tells_the_facts(restune: Restune, workplace: Path) -> None:
     facts = json.loads(output)
     assert code == 0
     assert facts["parameters"] == 19072
-    assert facts["parts"] == [{"part": "skip", "ratio": 1.0, "sites": ["skip.*"]}]
+    assert facts["parts"] == [{"part": "skip", "ratio": 1.0, "sites": ["skip.*"], "grad_depth": None}]
     assert facts["training"]["config"]["learning_rate"] == 0.1
 
 

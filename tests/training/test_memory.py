@@ -13,7 +13,7 @@ from PIL import Image
 from restune_diffusion.config import BypassConfig, ResConfig, SkipConfig
 from restune_diffusion.errors import TrainingError
 from restune_diffusion.fileformat import load_tuner
-from restune_diffusion.training import TrainConfig, train, trainer
+from restune_diffusion.training import TrainConfig, ground, train
 from restune_diffusion.training.averaging import TunerAverage
 from restune_diffusion.training.memory import gradient_checkpointing
 from restune_diffusion.training.validation import draw_samples
@@ -56,7 +56,7 @@ def test_the_file_and_the_samples_have_the_average(config: MakeConfig) -> None:
     assert any(not torch.equal(value, states[-1][name]) for name, value in tensors(result.path).items())
 
     shown = Image.open(next(result.samples[-1].glob("0*.png")))
-    pipeline = trainer.load_base(settings.base, torch.float32)
+    pipeline = ground.load_base(settings.base, torch.float32)
     (drawn,) = draw_samples(pipeline, result.path, settings.validation, torch.device("cpu"))
     assert drawn.tobytes() == shown.convert("RGB").tobytes()
 
@@ -100,8 +100,8 @@ def test_dropped_encoders_are_gone_while_the_tuner_trains(config: MakeConfig, mo
         held.append(weakref.ref(next(pipeline.vae.parameters())))
         return pipeline
 
-    load_base = trainer.load_base
-    monkeypatch.setattr(trainer, "load_base", load)
+    load_base = ground.load_base
+    monkeypatch.setattr(ground, "load_base", load)
     alive: list[list[bool]] = []
 
     def look(_: Any) -> None:
