@@ -13,7 +13,6 @@ import json
 import platform
 import sys
 from contextlib import contextmanager
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -77,17 +76,11 @@ def lora(unet: Any, rank: int) -> Iterator[int]:
 
 
 @contextmanager
-def tuner(unet: Any, *configs: SkipConfig | BypassConfig) -> Iterator[int]:
+def tuner(unet: Any, config: SkipConfig | BypassConfig) -> Iterator[int]:
     """Attach a fresh tuner; yields the number of parameters."""
-    fresh = Tuner.for_base(unet, *configs)
+    fresh = Tuner.for_base(unet, config)
     with attach(unet, fresh):
         yield fresh.num_parameters()
-
-
-def late(unet: Any, depth: int, *, bypass: bool = True) -> Any:
-    """Attach a skip tuner to what the last up blocks take, beside a bypass or alone."""
-    skip = SkipConfig(ratio=0.1, grad_depth=depth)
-    return tuner(unet, BypassConfig(), skip) if bypass else tuner(unet, skip)
 
 
 METHODS: dict[str, Callable[[Any], Any]] = {
@@ -98,8 +91,6 @@ METHODS: dict[str, Callable[[Any], Any]] = {
     "bypass, ratio 0.5": lambda unet: tuner(unet, BypassConfig(ratio=0.5)),
     "bypass, ratio 0.25": lambda unet: tuner(unet, BypassConfig(ratio=0.25)),
     "bypass, ratio 0.125 (default)": lambda unet: tuner(unet, BypassConfig()),
-    **{f"bypass + skip, ratio 0.1, grad_depth {depth}": partial(late, depth=depth) for depth in (1, 2, 3, 4)},
-    **{f"skip, ratio 0.1, grad_depth {depth}": partial(late, depth=depth, bypass=False) for depth in (1, 2, 3)},
 }
 
 

@@ -1,0 +1,56 @@
+"""Count what a training step keeps for backward, by how many up blocks the gradient passes.
+
+    python -m benchmarks.gradient_depth --output benchmarks/results/gradient_depth
+
+At Stable Diffusion 1.5's size, batch 1, 512 px, fp32: a bypass, a skip tuner beside it on the skips of the last so
+many up blocks, and that skip tuner alone. A count of tensors with shapes and no values, as in `benchmarks.preset_memory`.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.preset_memory import BASES, build_unet, kept_bytes
+from benchmarks.results_file import publish
+from restune_diffusion import BypassConfig, SkipConfig, Tuner, attach
+from restune_diffusion.config import PartConfig
+from restune_diffusion.training import TrainConfig
+
+
+def methods(blocks: int) -> dict[str, tuple[PartConfig, ...]]:
+    """Return the tuners to compare, by name."""
+    rows: dict[str, tuple[PartConfig, ...]] = {"bypass alone": (BypassConfig(),)}
+    for depth in range(1, blocks + 1):
+        skip = SkipConfig(ratio=0.1, grad_depth=depth)
+        rows[f"bypass + skip, {depth} of {blocks} up blocks"] = (BypassConfig(), skip)
+        rows[f"skip alone, {depth} of {blocks} up blocks"] = (skip,)
+    return rows
+
+
+def count(unet: Any, mode: Any, configs: tuple[PartConfig, ...]) -> dict[str, Any]:
+    """Return the parameters of a tuner and the MiB that its step keeps."""
+    config = TrainConfig(base="base", data=Path("data"), output=Path("out"))
+    tuner = Tuner.for_base(unet, *configs)
+    with attach(unet, tuner), mode:
+        kept = kept_bytes(unet, config, BASES["SD 1.5"][1])
+    return {"parameters": tuner.num_parameters(), "MiB": kept / 2**20}
+
+
+def main() -> None:
+    """Count, print a table and write it with the facts that it depends on."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--output", type=Path, help="write OUTPUT.json and OUTPUT.md")
+    arguments = parser.parse_args()
+    unet, mode = build_unet(BASES["SD 1.5"][0], torch.float32)
+    rows = [{"method": name, **count(unet, mode, configs)} for name, configs in methods(len(unet.up_blocks)).items()]
+    table = ["| method | parameters | kept for backward, MiB |", "|---|---|---|"]
+    table += [f"| {row['method']} | {row['parameters'] / 1e6:.2f}M | {row['MiB']:.0f} |" for row in rows]
+    publish("benchmarks.gradient_depth", rows, table, "counted, not measured", arguments.output)
+
+
+if __name__ == "__main__":
+    main()
