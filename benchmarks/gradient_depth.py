@@ -3,7 +3,8 @@
     python -m benchmarks.gradient_depth --output benchmarks/results/gradient_depth
 
 At Stable Diffusion 1.5's size, batch 1, 512 px, fp32: a bypass, a skip tuner beside it on the skips of the last so
-many up blocks, and that skip tuner alone. A count of tensors with shapes and no values, as in `benchmarks.preset_memory`.
+many up blocks, and that skip tuner alone. A count of tensors with shapes and no values, as in
+`benchmarks.preset_memory`.
 """
 
 from __future__ import annotations
