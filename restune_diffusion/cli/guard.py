@@ -14,6 +14,7 @@ def run_guarded(action: Callable[[], object]) -> int:
     """Do something; return the process's exit code, with what went wrong said in one sentence on stderr."""
     try:
         action()
+        sys.stdout.flush()
     except TrainingInterrupted as stopped:
         # torchrun and accelerate number their processes; one of them is enough to tell.
         if os.environ.get("RANK", "0") == "0":
@@ -22,6 +23,10 @@ def run_guarded(action: Callable[[], object]) -> int:
     except KeyboardInterrupt:
         print("restune: stopped; --resume goes on with a training from its newest checkpoint.", file=sys.stderr)
         return 130
+    except BrokenPipeError:
+        # Whoever read the output, such as `head`, has what it wanted; what is still buffered goes nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except (RestuneError, OSError) as error:
         # Messages of other libraries run over many lines.
         print("restune:", printable(" ".join(str(error).split())), file=sys.stderr)

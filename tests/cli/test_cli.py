@@ -226,3 +226,18 @@ def test_weights_are_split_from_files() -> None:
 
 def test_tuners_of_one_name_are_told_apart() -> None:
     assert unique_names(["x/a.safetensors", "y/a.safetensors", "a-2.safetensors", "b"]) == ["a", "a-2", "a-2-2", "b"]
+
+
+def test_a_reader_that_has_enough_is_no_error() -> None:
+    code = (
+        "import sys\n"
+        "from restune_diffusion.cli.guard import run_guarded\n"
+        "sys.exit(run_guarded(lambda: print('a line\\n' * 100_000)))"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stderr is not None
+    assert process.stdout.readline() == "a line\n"
+    process.stdout.close()
+    assert process.stderr.read() == ""
+    assert process.wait(timeout=60) == 0

@@ -1,4 +1,4 @@
-"""The scripts for subjects and for large sets, as processes, on the bundled base."""
+"""The four training scripts, as processes, on the bundled base."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from PIL import Image
 
 from benchmarks.icon_style import character
 from restune_diffusion import read_info
@@ -52,3 +54,29 @@ def test_a_captioned_set_is_trained(script: Callable[..., Any], images: Path, tm
     assert process.returncode == 0, errors
     assert "images      6 at 64 x 64, 6 captions" in printed
     assert read_info(tmp_path / "out" / "tuner.safetensors").training["images_seen"] == 2
+
+
+def test_a_style_is_trained_from_a_preset(script: Callable[..., Any], images: Path, tmp_path: Path) -> None:
+    process = script(
+        "train/train_style.py", "--preset", "style", "--base", TINY_BASE, "--data", images,
+        "--output", tmp_path / "out", "--steps=2", "--validation.prompts", "red apple, noto style",
+        "--validation.steps=2", "--cpu",
+    )  # fmt: skip
+    printed, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    sheet = tmp_path / "out" / "samples" / "step-000002" / "sheet.png"
+    assert f"Samples: {sheet.parent}" in printed
+    assert Image.open(sheet).convert("RGB").getextrema() != ((255, 255),) * 3
+    recorded = read_info(tmp_path / "out" / "tuner.safetensors").training["config"]
+    assert (recorded["batch_size"], recorded["lr_scheduler"], recorded["steps"]) == (4, "cosine", 2)
+
+
+def test_a_control_tuner_is_trained(script: Callable[..., Any], images: Path, tmp_path: Path) -> None:
+    process = script(
+        "train/train_control.py", "--base", TINY_BASE, "--data", images, "--output", tmp_path / "out", "--steps=2",
+        "--control.conditions", "palette", "--cpu",
+    )  # fmt: skip
+    printed, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    assert "steered by  palette (made from the images)" in printed
+    assert [part.part for part in read_info(tmp_path / "out" / "tuner.safetensors").configs] == ["control"]
