@@ -49,20 +49,26 @@ def build_unet() -> UNet2DConditionModel:
     return unet
 
 
-def kept_bytes(forward: Callable[[], torch.Tensor], parameters: set[int]) -> int:
-    """Sum the storages that autograd keeps during a forward pass, each once, parameters left out."""
+@contextmanager
+def kept_storages() -> Iterator[dict[int, torch.UntypedStorage]]:
+    """Yield the storages that autograd keeps meanwhile, parameters among them, each once by its `_cdata`."""
     storages: dict[int, torch.UntypedStorage] = {}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in parameters:
-            storages[storage.data_ptr()] = storage  # held, so that no other takes its address
+        storages[storage._cdata] = storage  # held, so that no other takes its place
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        yield storages
+
+
+def kept_bytes(forward: Callable[[], torch.Tensor], parameters: set[int]) -> int:
+    """Sum the storages that autograd keeps during a forward pass, without parameters, which are told by address."""
+    with kept_storages() as storages:
         out = forward()
     assert out.requires_grad
-    return sum(storage.nbytes() for storage in storages.values())
+    return sum(storage.nbytes() for storage in storages.values() if storage.data_ptr() not in parameters)
 
 
 @contextmanager

@@ -22,7 +22,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from benchmarks.backward_memory import SD15
+from benchmarks.backward_memory import SD15, kept_storages
 from restune_diffusion import Tuner, attach
 from restune_diffusion.training import TrainConfig
 from restune_diffusion.training.presets import PRESETS
@@ -54,14 +54,6 @@ _DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 def kept_bytes(unet: Any, config: TrainConfig, side: int) -> int:
     """Sum the storages that autograd keeps during one forward pass of a batch, each once, parameters left out."""
     held = {parameter.untyped_storage()._cdata: parameter for parameter in unet.parameters()}
-    storages: dict[int, torch.UntypedStorage] = {}
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in held:
-            storages[storage._cdata] = storage  # held, so that no other takes its place
-        return tensor
-
     dtype, batch = _DTYPES[config.mixed_precision], config.batch_size
     added = {}
     if unet.config.addition_embed_type == "text_time":
@@ -74,9 +66,9 @@ def kept_bytes(unet: Any, config: TrainConfig, side: int) -> int:
     text = torch.randn(batch, 77, unet.config.cross_attention_dim, dtype=dtype)
     timesteps = torch.zeros(batch, dtype=torch.long)
     autocast = torch.autocast("cpu", dtype, enabled=config.mixed_precision == "bf16")
-    with autocast, torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    with autocast, kept_storages() as storages:
         unet(latents, timesteps, text, added_cond_kwargs=added or None)
-    return sum(storage.nbytes() for storage in storages.values())
+    return sum(storage.nbytes() for key, storage in storages.items() if key not in held)
 
 
 def build_unet(structure: dict[str, Any], dtype: torch.dtype) -> tuple[Any, FakeTensorMode]:

@@ -33,7 +33,7 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from benchmarks.backward_memory import SD15
+from benchmarks.backward_memory import SD15, kept_storages
 from benchmarks.diffusers_lora import Settings, train_lora
 from benchmarks.results_file import publish
 from restune_diffusion import ResConfig
@@ -160,13 +160,7 @@ def seconds_per_step(times: Sequence[float]) -> float:
 
 def kept_for_backward(run: Train, pipeline: Any, race: Race) -> tuple[int, int]:
     """Return the bytes that autograd keeps in one step, parameters left out, and the number of trained parameters."""
-    storages: dict[int, torch.UntypedStorage] = {}
     trained: list[int] = []
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        storages[storage.data_ptr()] = storage  # held, so that no other takes its address
-        return tensor
 
     def leave_parameters_out(_: Any) -> None:
         manager = TunerManager.of(pipeline.unet)
@@ -174,9 +168,9 @@ def kept_for_backward(run: Train, pipeline: Any, race: Race) -> tuple[int, int]:
         parameters = [each for module in (pipeline.unet, *tuners) for each in module.parameters()]
         trained.append(sum(each.numel() for each in parameters if each.requires_grad))
         for parameter in parameters:
-            storages.pop(parameter.untyped_storage().data_ptr(), None)
+            storages.pop(parameter.untyped_storage()._cdata, None)
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    with kept_storages() as storages:
         run(pipeline, race, 1, leave_parameters_out)
     return sum(storage.nbytes() for storage in storages.values()), trained[0]
 

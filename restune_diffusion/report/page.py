@@ -15,9 +15,11 @@ from markupsafe import Markup
 from ..fileformat import atomic_write
 from ..training import TrainConfig
 from ..training.config_file import recorded_yaml
+from ..training.layers import flat
+from ..training.metrics_file import Series
 from .curves import import_matplotlib, plain, raw_and_smooth, several, smoothing_window
 from .pictures import chosen_steps, data_url
-from .run_folder import RunFolder, Series, read_run_folder
+from .run_folder import RunFolder, read_run_folder
 from .usage import command_example, example_prompt, python_example
 
 _MOST_STEPS = 6
@@ -173,20 +175,14 @@ def _bands(series: Mapping[str, Series]) -> dict[str, Series]:
 
 def _changed_settings(config: TrainConfig) -> list[tuple[str, str]]:
     """Return the settings that differ from the defaults, without the paths of this machine."""
-    recorded = config.recorded()
     plain_config = TrainConfig(base="", data=Path(), output=Path(), tuner=config.tuner)
-    usual = plain_config.recorded() if config.kinds == plain_config.kinds else {}
+    usual = dict(flat(plain_config.recorded())) if config.kinds == plain_config.kinds else {}
     return [
-        (name, _shown(value)) for name, value in _flat(recorded) if value != dict(_flat(usual)).get(name, math.nan)
+        (name, _shown(value))
+        for name, value in flat(config.recorded())
+        # The constant by which a part's settings are told apart is no setting.
+        if not name.endswith(".part") and value != usual.get(name, math.nan)
     ]
-
-
-def _flat(settings: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    items: list[tuple[str, Any]] = []
-    for name, value in settings.items():
-        if name != "part":
-            items += _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else [(prefix + name, value)]
-    return items
 
 
 def _shown(value: Any) -> str:

@@ -2,27 +2,22 @@
 
 from __future__ import annotations
 
-import json
-import math
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 from ..errors import RestuneError
 from ..fileformat import TunerInfo, read_info
 from ..training import TrainConfig, read_config
 from ..training.checkpoint import latest_checkpoint
 from ..training.config_record import CONFIG_FILE
+from ..training.metrics_file import METRICS_FILE, Series, read_metrics
 from .data_sheet import DataSheet, read_data_sheet
 
 _SAMPLES = re.compile(r"step-(\d+)")
 _SAMPLE = re.compile(r"(\d+)\.png")
-
-Series = list[tuple[int, float]]
 
 
 @dataclass(frozen=True)
@@ -80,40 +75,16 @@ def read_run_folder(path: Path) -> RunFolder:
         raise RestuneError(f"There is no folder {path}; give the output folder of a training.")
     if not (path / CONFIG_FILE).is_file():
         raise RestuneError(f"{path} has no {CONFIG_FILE}; give the output folder of a training, which writes one.")
-    metrics = path / "metrics.jsonl"
+    metrics = path / METRICS_FILE
     logged = datetime.fromtimestamp(metrics.stat().st_mtime, timezone.utc) if metrics.is_file() else None
     return RunFolder(
         path=path,
         config=read_config(path / CONFIG_FILE),
-        series=_read_metrics(metrics),
+        series=read_metrics(metrics),
         logged=logged,
         samples=_find_samples(path / "samples"),
         data=read_data_sheet(path),
     )
-
-
-def _read_metrics(path: Path) -> dict[str, Series]:
-    """Read the figures of all whole lines; the last one may just be written."""
-    series: dict[str, Series] = {}
-    for line in _lines(path):
-        step = line.get("step")
-        if not isinstance(step, int):
-            continue
-        for name, value in line.items():
-            if name != "step" and isinstance(value, (int, float)) and math.isfinite(value):
-                series.setdefault(name, []).append((step, float(value)))
-    return series
-
-
-def _lines(path: Path) -> Iterator[dict[str, Any]]:
-    text = path.read_bytes().decode(errors="replace") if path.is_file() else ""
-    for line in text.splitlines():
-        try:
-            values = json.loads(line)
-        except (ValueError, RecursionError):
-            continue
-        if isinstance(values, dict):
-            yield values
 
 
 def _find_samples(folder: Path) -> dict[int, dict[int, Path]]:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
-from typing import Any
 
 from ..training import TrainConfig
+from ..training.objective import scheduler_changes
 
 
 def example_prompt(config: TrainConfig, captions: list[str]) -> str:
@@ -17,7 +17,7 @@ def example_prompt(config: TrainConfig, captions: list[str]) -> str:
 
 def python_example(config: TrainConfig, tuner: Path, prompt: str) -> str:
     """Return Python that draws the prompt."""
-    changes = _scheduler_changes(config)
+    changes = scheduler_changes(config.prediction_type, config.rescale_betas_zero_snr)
     conditions = config.control.conditions if "control" in config.kinds else ()
     steering = ", ".join(f"{name!r}: Image.open({f'{name}.png'!r})" for name in conditions)
     lines = [
@@ -41,18 +41,9 @@ def python_example(config: TrainConfig, tuner: Path, prompt: str) -> str:
 
 def command_example(config: TrainConfig, tuner: Path, prompt: str) -> str | None:
     """Return the command that draws the prompt; None where a scheduler is needed that it cannot be told."""
-    if _scheduler_changes(config):
+    if scheduler_changes(config.prediction_type, config.rescale_betas_zero_snr):
         return None
     words = ["restune", "generate", "--base", config.base, "--tuner", str(tuner), "--prompt", prompt]
     if "control" in config.kinds:
         words += ["--control-image", *(f"{name}={name}.png" for name in config.control.conditions)]
     return shlex.join(words)
-
-
-def _scheduler_changes(config: TrainConfig) -> dict[str, Any]:
-    changes: dict[str, Any] = {}
-    if config.prediction_type is not None:
-        changes["prediction_type"] = config.prediction_type
-    if config.rescale_betas_zero_snr:
-        changes |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
-    return changes

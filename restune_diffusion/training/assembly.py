@@ -29,7 +29,7 @@ from .parameter_groups import parameter_groups
 from .preservation import make_preservation
 from .processes import check_distribution
 from .run import TrainingRun
-from .stream import derived_seed
+from .stream import SampleStream, derived_seed
 from .tracking import tracker_name
 
 
@@ -74,7 +74,7 @@ def make_run(config: TrainConfig, accelerator: Accelerator, ground: Ground) -> T
     )
     encode = LiveEncoder(sampling_pipeline(pipeline)) if "text" in config.kinds else None
     draw = partial(_draw, config, accelerator, pipeline, objective.timesteps, encode)
-    class_batches = partial(draw, seed=derived_seed(config.seed, "class"), stream=None)
+    class_batches = partial(draw, seed=derived_seed(config.seed, "class"))
     run = TrainingRun(
         config=config,
         accelerator=accelerator,
@@ -105,11 +105,14 @@ def _draw(
     timesteps: int,
     encode: LiveEncoder | None,
     cache: Cache,
-    **order: Any,
+    *,
+    seed: int,
+    stream: SampleStream | None = None,
 ) -> Batches:
-    """Draw batches from a cache; `order` says in which order."""
+    """Draw batches from a cache."""
     return Batches(
         cache,
+        seed=seed,
         size=config.batch_size,
         timesteps=timesteps,
         caption_dropout=config.caption_dropout,
@@ -120,7 +123,7 @@ def _draw(
         step_size=config.batch_size * config.gradient_accumulation_steps * accelerator.num_processes,
         unmasked_weight=config.unmasked_weight,
         inpainting=InpaintingInputs(pipeline.vae, cache.pictures) if cache.pictures else None,
-        **order,
+        stream=stream,
     )
 
 

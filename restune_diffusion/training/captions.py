@@ -12,14 +12,12 @@ from ..errors import DataError
 from .caption_rule import apply_rule
 from .data_config import DataConfig
 from .example import Example, check_caption
-from .files import IMAGE_SUFFIXES, is_file, list_files, list_images, read_text
+from .files import IMAGE_SUFFIXES, is_file, list_files, read_text
 from .metadata import METADATA_CSV, METADATA_FILE, read_metadata
 from .refusals import Refused
 from .saved_dataset import is_saved_dataset, read_saved_dataset
 
 logger = logging.getLogger(__name__)
-
-__all__ = ["METADATA_FILE", "Example", "find_examples", "list_images", "read_examples"]
 
 _REPEATED = re.compile(r"(\d{1,6})_(.*)")
 

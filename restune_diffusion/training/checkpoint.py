@@ -15,7 +15,10 @@ from safetensors.torch import load, save
 
 from ..errors import TrainingError
 from ..fileformat import atomic_write, load_tuner, save_tuner, sync_directory
+from .config_record import CONFIG_FILE
+from .data_sheet import FILE_NAME as DATA_FILE
 from .facts import library_versions, run_identity
+from .metrics_file import METRICS_FILE
 from .optimizer_state import flatten_state, unflatten_state
 from .parameter_groups import optimized_names
 from .run import Hook, StepReport, TrainingRun
@@ -34,7 +37,7 @@ class Checkpoints(Hook):
             for pattern in (".checkpoint-*.tmp", ".sample-*.tmp"):
                 for remains in run.config.output.glob(pattern):
                     shutil.rmtree(remains)
-            for name in (run.config.file.name, "metrics.jsonl", "data.json", "config.yaml"):
+            for name in (run.config.file.name, METRICS_FILE, DATA_FILE, CONFIG_FILE):
                 for remains in run.config.output.glob(f".{name}.*.tmp"):
                     remains.unlink()
 

@@ -16,9 +16,11 @@ from tqdm.auto import tqdm
 from ..errors import DataError
 from ..fileformat import atomic_write
 from .base import sampling_pipeline
-from .captions import Example, list_images
 from .config import TrainConfig
+from .example import Example
+from .files import list_images
 from .inpainting import is_inpainting
+from .objective import scheduler_changes
 from .settings import Settings
 from .stream import derived_seed
 
@@ -103,8 +105,7 @@ def _draw_missing(
             f"choose output preservation."
         )
     if missing:
-        changes = {"prediction_type": recipe.prediction_type} if recipe.prediction_type else {}
-        sampler = sampling_pipeline(pipeline, changes)
+        sampler = sampling_pipeline(pipeline, scheduler_changes(recipe.prediction_type))
         share = missing[accelerator.process_index :: accelerator.num_processes]
         shown = verbose and accelerator.is_main_process
         for number in tqdm(share, desc="class images", unit="image", disable=not shown):

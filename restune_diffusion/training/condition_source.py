@@ -15,10 +15,7 @@ from ..errors import DataError
 from .example import Example
 from .files import list_images
 from .metadata import METADATA_FILE
-from .pictures import Framing, centre_square, read_layer
-
-# Sides of two files of one picture may differ by rounding, but not so that their centre squares show other things.
-_TOLERANCE = 0.02
+from .pictures import Framing, centred, read_layer, same_shape
 
 
 class ConditionSource:
@@ -90,7 +87,8 @@ class ConditionSource:
         Raises:
             DataError: if a file cannot be read.
         """
-        squares = [centre_square(_read(path), resolution)[0] for path in paths]
+        images = [_read(path) for path in paths]
+        squares = [centred(image.size, (resolution, resolution)).apply(image) for image in images]
         named = [
             make_condition(name, square) if name in self._made else square
             for name, square in zip(self.names * (len(paths) // len(self.names)), squares, strict=True)
@@ -105,7 +103,7 @@ class ConditionSource:
         if path is None:
             return make_condition(name, framing.apply(layer))
         condition = _read(path)
-        if abs(condition.width * layer.height / (condition.height * layer.width) - 1) > _TOLERANCE:
+        if not same_shape(condition.size, layer.size):
             raise DataError(
                 f"The condition {path} has {condition.width} x {condition.height} pixels, its image "
                 f"{layer.width} x {layer.height}; give both the same shape."

@@ -15,7 +15,7 @@ from ..images import to_rgb
 from .condition_source import ConditionSource
 from .example import Example
 from .loss_masks import framed_mask
-from .pictures import Framing, Geometry, centre_square, decode_layer
+from .pictures import Framing, Geometry, decode_layer
 from .preparation import Preparation
 from .refusals import Refused
 
@@ -88,7 +88,7 @@ def _views(example: Example, preparation: Preparation, source: ConditionSource |
             raise DataError("has a mask that shows nothing of what is kept of it")
         samples.append(
             Sample(
-                _to_tensor(framing.apply(picture)),
+                to_tensor(framing.apply(picture)),
                 example.caption,
                 framing.geometry(layer.size),
                 digest,
@@ -118,11 +118,6 @@ def _refuse(refusal: Refused, refused: list[Refused] | None) -> None:
         refused.append(refusal)
 
 
-def fit(image: Image.Image, resolution: int) -> tuple[torch.Tensor, Geometry]:
-    """Scale the shorter side of an RGB image to the resolution and crop the centre square."""
-    square, geometry = centre_square(image, resolution)
-    return _to_tensor(square), geometry
-
-
-def _to_tensor(image: Image.Image) -> torch.Tensor:
+def to_tensor(image: Image.Image) -> torch.Tensor:
+    """Return an RGB image as 3 x height x width in [-1, 1], float32."""
     return torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1).float() / 127.5 - 1

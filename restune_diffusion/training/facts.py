@@ -7,6 +7,7 @@ from typing import Any
 
 from .. import __version__
 from .config import TrainConfig
+from .layers import flat
 from .run import TrainingRun
 
 # Settings that may change when a run is resumed: they do not reach the tuner.
@@ -37,7 +38,7 @@ def run_identity(run: TrainingRun) -> dict[str, Any]:
     settings["number of processes"] = run.accelerator.num_processes
     if run.config.lr_scheduler not in _ENDLESS:
         settings["steps"] = steps
-    return dict(_flat(settings))
+    return dict(flat(settings))
 
 
 def training_facts(run: TrainingRun) -> dict[str, Any]:
@@ -59,10 +60,3 @@ def trigger_words(config: TrainConfig) -> list[str]:
     """Return the words that call what a run trains: the new ones of its text part, and that of its captions."""
     words = list(config.text.tokens) if "text" in config.kinds else []
     return words if config.trigger_word is None or config.trigger_word in words else [*words, config.trigger_word]
-
-
-def _flat(settings: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    items: list[tuple[str, Any]] = []
-    for key, value in settings.items():
-        items += _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else [(prefix + key, value)]
-    return items

@@ -20,12 +20,13 @@ from .base import PRECISIONS, check_trainable, frozen, load_base, move_encoders,
 from .buckets import bucket_step
 from .cache import Cache, build_cache
 from .cache_shards import build_together
-from .captions import Example, read_examples
+from .captions import read_examples
 from .condition_source import ConditionSource
 from .conditioning import Conditioning
 from .config import TrainConfig
 from .data import load_samples
 from .data_sheet import DataSheet
+from .example import Example
 from .inpainting import is_inpainting
 from .leak import LeakPrompt, draw_leak_prompts
 from .memory import drop_encoders

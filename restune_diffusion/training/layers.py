@@ -32,6 +32,14 @@ def layered(*layers: Mapping[str, Any]) -> dict[str, Any]:
     return result
 
 
+def flat(settings: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    """Return nested settings one by one, those of a group under `group.name`."""
+    items: list[tuple[str, Any]] = []
+    for name, value in settings.items():
+        items += flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else [(prefix + name, value)]
+    return items
+
+
 def first_unknown(model: type[BaseModel], values: Mapping[Any, Any]) -> tuple[Place, str] | None:
     """Return the place of the first name that a model or a group in it does not know, and a sentence about it."""
     for name, value in values.items():

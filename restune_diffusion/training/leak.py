@@ -23,6 +23,7 @@ from .batches import Batch
 from .conditioning import Conditioning, LiveEncoder, denoiser_inputs, encode_caption
 from .config import TrainConfig
 from .inpainting import is_inpainting
+from .objective import scheduler_changes
 from .pictures import Geometry
 from .prediction import base_alone, predict, tuner_at_hand
 from .run import Hook, StepReport, TrainingRun
@@ -60,9 +61,7 @@ def draw_leak_prompts(config: TrainConfig, pipeline: Any, resolution: int) -> li
     if not prompts:
         return []
     validation = config.validation
-    sampler = sampling_pipeline(
-        pipeline, {"prediction_type": config.prediction_type} if config.prediction_type else None
-    )
+    sampler = sampling_pipeline(pipeline, scheduler_changes(config.prediction_type))
     drawn = []
     for prompt in prompts:
         latents = sampler(

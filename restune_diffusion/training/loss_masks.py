@@ -13,10 +13,7 @@ from ..errors import DataError
 from ..masks import load_mask
 from .example import Example
 from .files import list_images
-from .pictures import Framing
-
-# As of condition images: rounding may differ, the section shown may not.
-_TOLERANCE = 0.02
+from .pictures import Framing, same_shape
 
 
 def alpha_mask(example: Example, layer: Image.Image) -> Image.Image:
@@ -61,7 +58,7 @@ class MaskFiles:
         except Exception as error:  # Pillow's decoders raise almost anything on a broken file
             raise DataError(f"has a mask that cannot be read ({path})") from error
         height, width = mask.shape
-        if abs(width * layer.height / (height * layer.width) - 1) > _TOLERANCE:
+        if not same_shape((width, height), layer.size):
             raise DataError(
                 f"has {layer.width} x {layer.height} pixels, but its mask {path} {width} x {height}; "
                 f"give both the same shape"

@@ -13,6 +13,17 @@ from .weighting import debiased_weights, min_snr_weights
 _PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 
 
+def scheduler_changes(prediction_type: str | None, rescale_betas_zero_snr: bool = False) -> dict[str, Any]:
+    """Return what a scheduler must be told, beyond the base's config, to draw with what is trained like this."""
+    changes: dict[str, Any] = {}
+    if prediction_type is not None:
+        changes["prediction_type"] = prediction_type
+    if rescale_betas_zero_snr:
+        # A sampler must begin at the last timestep, for only there is its noise as in training (section 3.3).
+        changes |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    return changes
+
+
 class Objective:
     """Adds noise to latents and scores predictions the way that the base was trained.
 
@@ -39,12 +50,7 @@ class Objective:
         prediction_type: str | None = None,
         rescale_betas_zero_snr: bool = False,
     ) -> None:
-        self.scheduler_changes: dict[str, Any] = {}
-        if prediction_type is not None:
-            self.scheduler_changes["prediction_type"] = prediction_type
-        if rescale_betas_zero_snr:
-            # A sampler must begin at the last timestep, for only there is its noise as in training (section 3.3).
-            self.scheduler_changes |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+        self.scheduler_changes = scheduler_changes(prediction_type, rescale_betas_zero_snr)
         self.prediction_type: str = prediction_type or scheduler.config.get("prediction_type", "epsilon")
         if self.prediction_type not in _PREDICTION_TYPES:
             raise TrainingError(

@@ -12,6 +12,8 @@ from PIL import Image, ImageOps
 from ..errors import DataError
 from ..images import has_transparency, to_rgb, to_rgba
 
+_TOLERANCE = 0.02
+
 
 @dataclass(frozen=True)
 class Geometry:
@@ -62,6 +64,11 @@ def centred(original: tuple[int, int], size: tuple[int, int]) -> Framing:
     return Framing(scaled, ((scaled[0] - size[0]) // 2, (scaled[1] - size[1]) // 2), size)
 
 
+def same_shape(one: tuple[int, int], other: tuple[int, int]) -> bool:
+    """Say whether two files of one picture, of these sizes, can show the same section; rounding alone may differ."""
+    return abs(one[0] * other[1] / (one[1] * other[0]) - 1) <= _TOLERANCE
+
+
 def read_layer(path: Path) -> tuple[Image.Image, bytes]:
     """Read an image upright, as RGBA if it is transparent and else as RGB, and the SHA-256 of its file."""
     return decode_layer(path.read_bytes())
@@ -88,9 +95,3 @@ def read_image(path: Path) -> tuple[Image.Image, bytes]:
     """Read an image as upright RGB, with transparency laid on white, and the SHA-256 of its file."""
     layer, digest = read_layer(path)
     return to_rgb(layer), digest
-
-
-def centre_square(image: Image.Image, resolution: int) -> tuple[Image.Image, Geometry]:
-    """Scale the shorter side to the resolution and crop the centre square."""
-    framing = centred(image.size, (resolution, resolution))
-    return framing.apply(image), framing.geometry(image.size)

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
+from .layers import flat
+
 PresetName: TypeAlias = Literal["style", "subject", "low-memory", "quality"]
 
 
@@ -18,7 +20,7 @@ class Preset:
 
     def describe(self) -> str:
         """Say what the preset is for and sets, as flags."""
-        flags = [f"--{name.replace('_', '-')} {_words(value)}" for name, value in _flat(self.settings)]
+        flags = [f"--{name.replace('_', '-')} {_words(value)}" for name, value in flat(self.settings)]
         return f"{self.purpose}: {' '.join(flags)}"
 
 
@@ -71,13 +73,6 @@ PRESETS: Mapping[str, Preset] = {
         },
     ),
 }
-
-
-def _flat(settings: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    items: list[tuple[str, Any]] = []
-    for name, value in settings.items():
-        items += _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else [(prefix + name, value)]
-    return items
 
 
 def _words(value: Any) -> str:

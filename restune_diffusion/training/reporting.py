@@ -12,12 +12,13 @@ from tqdm.auto import tqdm
 
 from ..display import readable_size
 from ..fileformat import atomic_write
+from .metrics_file import METRICS_FILE
 from .quantization import parameter_bytes
 from .run import Hook, StepReport, TrainingRun
 from .usage import peak_memory
 
 # Losses of single steps differ by the timestep that was drawn far more than by learning.
-_WINDOW = 50
+LOSS_WINDOW = 50
 
 
 def describe_plan(run: TrainingRun) -> str:
@@ -64,7 +65,7 @@ class ProgressBar(Hook):
     """Shows the smoothed loss, the speed, the time left and the peak memory of the main process on the terminal."""
 
     def __init__(self) -> None:
-        self._recent: deque[StepReport] = deque(maxlen=_WINDOW)
+        self._recent: deque[StepReport] = deque(maxlen=LOSS_WINDOW)
         self._bar: Any = None
 
     def on_start(self, run: TrainingRun) -> None:
@@ -99,7 +100,7 @@ class MetricsLog(Hook):
     def on_start(self, run: TrainingRun) -> None:
         """Open the log; a resumed run forgets the steps that it is about to repeat."""
         if run.accelerator.is_main_process:
-            path = run.config.output / "metrics.jsonl"
+            path = run.config.output / METRICS_FILE
             _keep_until(path, run.step or -1)
             self._file = path.open("a", encoding="utf-8")
 

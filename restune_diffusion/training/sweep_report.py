@@ -13,9 +13,8 @@ from PIL import Image
 
 from ..fileformat import atomic_write
 from .contact_sheet import labelled_grid
-
-# Losses of single steps differ by the timestep that was drawn far more than by learning.
-_WINDOW = 50
+from .metrics_file import METRICS_FILE, read_metrics
+from .reporting import LOSS_WINDOW
 
 
 @dataclass(frozen=True)
@@ -60,10 +59,10 @@ class SweepResult:
         )
 
 
-def final_loss(metrics: Path) -> float | None:
-    """Return the mean loss of the last 50 steps in a run's `metrics.jsonl`, or None where there are none."""
-    lines = metrics.read_text(encoding="utf-8").splitlines()[-_WINDOW:]
-    return mean(float(json.loads(line)["loss"]) for line in lines) if lines else None
+def final_loss(output: Path) -> float | None:
+    """Return the mean loss of the last 50 steps of the run in an output folder, or None where there are none."""
+    losses = [loss for _, loss in read_metrics(output / METRICS_FILE).get("loss", [])[-LOSS_WINDOW:]]
+    return mean(losses) if losses else None
 
 
 def write_summary(result: SweepResult) -> None:

@@ -178,7 +178,7 @@ def _row(member: _Member) -> SweepRow:
         name=config.name,
         settings=member.variant.settings,
         steps=member.run.step,
-        loss=final_loss(config.output / "metrics.jsonl") if done and knows else None,
+        loss=final_loss(config.output) if done and knows else None,
         file=config.file if done else None,
         error=member.error,
     )

@@ -11,11 +11,16 @@ from PIL import Image
 from restune_diffusion.errors import DataError
 from restune_diffusion.images import to_rgb
 from restune_diffusion.training.cache import build_cache
-from restune_diffusion.training.captions import Example
-from restune_diffusion.training.data import fit, load_samples
-from restune_diffusion.training.pictures import read_image
+from restune_diffusion.training.data import load_samples, to_tensor
+from restune_diffusion.training.example import Example
+from restune_diffusion.training.pictures import Geometry, centred, read_image
 
 from .tiny import draw_image, sd_pipeline
+
+
+def fit(image: Image.Image, resolution: int) -> tuple[torch.Tensor, Geometry]:
+    framing = centred(image.size, (resolution, resolution))
+    return to_tensor(framing.apply(image)), framing.geometry(image.size)
 
 
 def test_exif_orientation_is_applied(tmp_path: Path) -> None:

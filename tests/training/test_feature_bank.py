@@ -88,7 +88,10 @@ def test_features_from_the_bank_are_the_ones_that_a_pass_makes(
                     assert not torch.equal(kept.float(), made)
 
 
-@pytest.mark.parametrize("changes", [{}, {"gradient_accumulation_steps": 2, "caption_dropout": 0.5, "ema_decay": 0.9}])
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"gradient_accumulation_steps": 2, "caption_dropout": 0.5, "ema_decay": 0.9}, {"flip": True}],
+)
 def test_training_from_a_bank_is_training_on_the_same_draws(
     bypass: MakeConfig, tmp_path: Path, changes: dict[str, Any]
 ) -> None:

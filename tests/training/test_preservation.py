@@ -23,9 +23,11 @@ from restune_diffusion.training import StepReport, TrainConfig, train
 from restune_diffusion.training.base import sampling_pipeline
 from restune_diffusion.training.batches import Batches
 from restune_diffusion.training.cache import build_cache
-from restune_diffusion.training.captions import Example, find_examples, list_images
+from restune_diffusion.training.captions import find_examples
 from restune_diffusion.training.conditioning import LiveEncoder, encode_caption
 from restune_diffusion.training.data import load_samples
+from restune_diffusion.training.example import Example
+from restune_diffusion.training.files import list_images
 from restune_diffusion.training.objective import Objective
 from restune_diffusion.training.preservation import OutputPreservation
 from restune_diffusion.training.run import ATTACHED_NAME

@@ -94,6 +94,27 @@ def test_tuners_trained_from_a_bank_need_no_pass_at_all(config: MakeConfig, tmp_
     assert len(passes) == 6
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"tuner": "skip", "sweep": "ratio=0.25,1.0"},
+        {"tuner": "bypass", "sweep": "ratio=0.125,0.5", "feature_bank": 2},
+        {"tuner": "bypass", "sweep": "ratio=0.125,0.5", "preservation": "output"},
+    ],
+)
+def test_the_leak_of_every_tuner_is_told_beside_its_losses(config: MakeConfig, changes: dict[str, Any]) -> None:
+    settings = config(class_prompt="a shape", steps=2, **changes)
+    swept = sweep(settings, pipeline=sd_pipeline(), verbose=False)
+    for row in swept.rows:
+        assert row.file is not None
+        lines = [json.loads(line) for line in (row.file.parent / "metrics.jsonl").read_text().splitlines()]
+        leaks = [line["leak"] for line in lines if "leak" in line]
+        assert leaks[0] == 0.0 < leaks[-1]
+        losses = [line["loss"] for line in lines if "loss" in line]
+        assert len(losses) == 2
+        assert row.loss == pytest.approx(sum(losses) / 2)
+
+
 def test_a_tuner_that_diverges_does_not_stop_the_others(config: MakeConfig, tmp_path: Path) -> None:
     pipeline = sd_pipeline()
     settings = config(tuner="bypass", sweep="lr=1e30,1e-3", steps=4)
