@@ -18,6 +18,7 @@ from ..display import readable_size
 from ..errors import TrainingError
 from ..fileformat import atomic_write
 from .bank_layout import DTYPES, TIME, BankLayout, Shard
+from .quantization import stored_tensors
 from .tap_features import TapFeatures
 
 Compute = Callable[[Shard], TapFeatures]
@@ -151,5 +152,6 @@ def models_hash(models: Iterable[nn.Module]) -> str:
     for model in models:
         for name, value in model.state_dict().items():
             content.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
-            content.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+            for part in stored_tensors(value.detach()):
+                content.update(part.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return content.hexdigest()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -31,12 +32,15 @@ def quantize_base(base: nn.Module) -> None:
 
 def parameter_bytes(module: nn.Module) -> int:
     """Return the memory that a module's parameters take, quantised or not."""
-    return sum(_bytes(parameter.detach()) for parameter in module.parameters())
+    stored = (part for parameter in module.parameters() for part in stored_tensors(parameter.detach()))
+    return sum(part.numel() * part.element_size() for part in stored)
 
 
-def _bytes(tensor: Any) -> int:
-    """Bytes of a tensor; one that is made of others, as quantised ones are, claims the dtype that it stands for."""
+def stored_tensors(tensor: Any) -> Iterator[torch.Tensor]:
+    """Yield the tensors that one is made of, itself as a rule; a quantised one claims the dtype that it stands for."""
     if type(tensor) is torch.Tensor:
-        return int(tensor.numel() * tensor.element_size())
+        yield tensor
+        return
     names, _ = tensor.__tensor_flatten__()
-    return sum(_bytes(getattr(tensor, name)) for name in names)
+    for name in names:
+        yield from stored_tensors(getattr(tensor, name))

@@ -16,7 +16,8 @@ from restune_diffusion.errors import TrainingError
 from restune_diffusion.fileformat import read_info
 from restune_diffusion.training import TrainConfig, train
 from restune_diffusion.training.base import load_base
-from restune_diffusion.training.quantization import parameter_bytes, quantize_base
+from restune_diffusion.training.feature_bank import models_hash
+from restune_diffusion.training.quantization import parameter_bytes, quantize_base, stored_tensors
 
 from ..conftest import make_inputs, make_unet, randomize
 from . import tiny
@@ -131,3 +132,22 @@ def test_what_cannot_be_is_refused(config: MakeConfig, monkeypatch: pytest.Monke
     monkeypatch.setitem(sys.modules, "torchao.quantization", None)
     with pytest.raises(TrainingError, match=r"needs torchao; run pip install 'restune-diffusion\[quantization\]'"):
         quantize_base(nn.Linear(2, 2))
+
+
+def test_the_hash_of_a_quantised_base_tells_its_weights(quantized: Any) -> None:
+    before = models_hash([quantized])
+    assert before == models_hash([quantized]) != models_hash([make_unet()])
+    weight = quantized.get_submodule("down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q").weight
+    *_, part = stored_tensors(weight.detach())
+    part.view(-1)[0] += 1
+    assert models_hash([quantized]) != before
+
+
+@pytest.mark.usefixtures("torchao")
+def test_a_bypass_trains_from_the_features_of_a_quantised_base(config: MakeConfig, tmp_path: Path) -> None:
+    common = {"tuner": "bypass", "feature_bank": 1, "feature_bank_dir": tmp_path / "banks", "steps": 2}
+    plain = train(config(output=tmp_path / "plain", **common), verbose=False)
+    quantised = train(config(output=tmp_path / "int8", base_quantization="int8", **common), verbose=False)
+    assert len(list((tmp_path / "banks").iterdir())) == 2
+    assert plain.losses != quantised.losses
+    assert plain.losses == pytest.approx(quantised.losses, rel=0.1)
