@@ -1,10 +1,10 @@
-"""Count what a training step keeps for backward, by how many up blocks the gradient passes.
+"""Count what a training step keeps for backward, by how deep the gradient reaches.
 
     python -m benchmarks.gradient_depth --output benchmarks/results/gradient_depth
 
 At Stable Diffusion 1.5's size, batch 1, 512 px, fp32: a bypass, a skip tuner beside it on the skips of the last so
-many up blocks, and that skip tuner alone. A count of tensors with shapes and no values, as in
-`benchmarks.preset_memory`.
+many up blocks, that skip tuner alone, and a res tuner in the last so many transformer blocks. A count of tensors with
+shapes and no values, as in `benchmarks.preset_memory`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 
 from benchmarks.preset_memory import BASES, build_unet, kept_bytes
 from benchmarks.results_file import publish
-from restune_diffusion import BypassConfig, SkipConfig, Tuner, attach
+from restune_diffusion import BypassConfig, ResConfig, SkipConfig, Tuner, attach
 from restune_diffusion.config import PartConfig
 from restune_diffusion.training import TrainConfig
 
@@ -29,6 +29,10 @@ def methods(blocks: int) -> dict[str, tuple[PartConfig, ...]]:
         skip = SkipConfig(ratio=0.1, grad_depth=depth)
         rows[f"bypass + skip, {depth} of {blocks} up blocks"] = (BypassConfig(), skip)
         rows[f"skip alone, {depth} of {blocks} up blocks"] = (skip,)
+    rows["res, feed-forward of the last transformer block"] = (ResConfig(grad_depth=1, self_attention=None),)
+    for depth in (1, 2, 3, 6):
+        rows[f"res, last {depth} transformer block{'s' * (depth > 1)}"] = (ResConfig(grad_depth=depth),)
+    rows["res, all transformer blocks"] = (ResConfig(),)
     return rows
 
 

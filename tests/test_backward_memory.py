@@ -4,8 +4,9 @@ from collections import Counter
 
 import pytest
 import torch
+from diffusers.models.attention import BasicTransformerBlock
 
-from restune_diffusion import BypassConfig, RestuneError, SkipConfig, Tuner, attach
+from restune_diffusion import BypassConfig, ResConfig, RestuneError, SkipConfig, Tuner, attach
 
 from .conftest import make_inputs, make_unet, randomize
 
@@ -144,11 +145,41 @@ def test_all_up_blocks_are_the_whole_skip_tuner():
     assert all(torch.equal(value, all_blocks.state_dict()[key]) for key, value in whole.state_dict().items())
 
 
+@pytest.mark.parametrize("depth", [1, 2, 4])
+def test_gradients_end_at_the_last_transformer_blocks_that_are_asked_for(depth):
+    unet, inputs = make_unet(), make_inputs()
+    tuner = Tuner.for_base(unet, ResConfig(width=4, grad_depth=depth))
+    blocks = [name for name, module in unet.named_modules() if isinstance(module, BasicTransformerBlock)]
+    order = [name for name in blocks if name.startswith("up_blocks")]
+    randomize(tuner)
+    reached = []
+    for name in blocks:
+        unet.get_submodule(name).register_forward_hook(
+            lambda m, a, out, name=name: reached.append(name) if out.requires_grad else None
+        )
+    with attach(unet, tuner):
+        out = unet(*inputs).sample
+    assert reached == order[-depth:]
+    out.square().mean().backward()
+    assert all(parameter.grad is not None and parameter.grad.any() for parameter in tuner.parameters())
+
+
+def test_the_last_transformer_block_keeps_less_than_a_bypass():
+    unet, inputs = make_unet(), make_inputs()
+    totals = {}
+    for config in (BypassConfig(), ResConfig(width=4, grad_depth=1, self_attention=None)):
+        with attach(unet, Tuner.for_base(unet, config)):
+            totals[config.part] = sum(forward_and_count(unet, inputs)[1].values())
+    assert totals["res"] < totals["bypass"]
+
+
 @pytest.mark.parametrize(
     ("config", "fault"),
     [
         (SkipConfig(grad_depth=5), "This base has 4 up blocks, but a grad_depth of 5"),
         (SkipConfig(grad_depth=1, sites=("skip.7",)), "None of the chosen skips reaches the last 1 up blocks"),
+        (ResConfig(grad_depth=17), "This base has 16 transformer blocks, but a grad_depth of 17"),
+        (ResConfig(grad_depth=2, sites=("mid.*",)), "None of the chosen transformer blocks is among the last 2, up.3"),
     ],
 )
 def test_a_depth_that_leaves_nothing_is_refused(config, fault):

@@ -24,7 +24,11 @@ from restune_diffusion.training.objective import Objective
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 FEED_FORWARD = ("ff.net.0.proj", "ff.net.2")
 CUSTOMARY_RANK = 16
-TUNER_RATES = (5e-4, 1e-3, 2e-3)
+SKIP_RATES = (5e-4, 1e-3, 2e-3)
+RES_RATES = (2e-4, 5e-4, 1e-3)
+BYPASS_RATES = (1e-3, 2e-3, 5e-3)
+LATE_RATES = (1e-3, 2e-3, 5e-3)
+LATE_TRANSFORMER_BLOCKS = (1, 2, 3, 6)
 
 
 @dataclass
@@ -125,9 +129,9 @@ def contestants(unet: Any) -> list[Method]:
     attention, wide = lora_rank(unet, ATTENTION, budget), lora_rank(unet, both, budget)
     width, rank = res_width(unet, budget), CUSTOMARY_RANK
     return [
-        Method("skip tuner", tuner(SkipConfig()), TUNER_RATES),
-        Method(f"res tuner, width {width}", tuner(ResConfig(width=width)), TUNER_RATES),
-        Method(f"bypass tuner, ratio {ratio:g}", tuner(BypassConfig(ratio=ratio)), TUNER_RATES),
+        Method("skip tuner", tuner(SkipConfig()), SKIP_RATES),
+        Method(f"res tuner, width {width}", tuner(ResConfig(width=width)), RES_RATES),
+        Method(f"bypass tuner, ratio {ratio:g}", tuner(BypassConfig(ratio=ratio)), BYPASS_RATES),
         Method(f"LoRA r={attention}, attention", lora(attention, ATTENTION), (2e-4, 5e-4, 1e-3)),
         Method(f"LoRA r={wide}, attention + feed-forward", lora(wide, both), (2e-4, 5e-4, 1e-3)),
         Method(f"LoRA r={rank}, attention", lora(rank, ATTENTION), (2e-4, 5e-4, 1e-3)),
@@ -140,6 +144,7 @@ def contestants(unet: Any) -> list[Method]:
 def bypass_variants(unet: Any) -> list[Method]:
     """The designs of a bypass that `docs/bypass.md` compares, from its taps and widths to how deep gradients reach."""
     blocks = len(unet.up_blocks)
+    width = res_width(unet, Tuner.empty((SkipConfig(),), describe_base(unet)).num_parameters())
     plain = {
         "bypass, ratio 0.125": BypassConfig(),
         "bypass, ratio 0.25": BypassConfig(ratio=0.25),
@@ -153,10 +158,15 @@ def bypass_variants(unet: Any) -> list[Method]:
         for depth in range(1, blocks + 1)
     }
     alone = {f"skip, gradient depth {depth}": SkipConfig(grad_depth=depth) for depth in range(1, blocks)}
+    late = {
+        f"res, gradient depth {depth}": ResConfig(width=width, grad_depth=depth) for depth in LATE_TRANSFORMER_BLOCKS
+    }
+    late["res, gradient depth 1, feed-forward alone"] = ResConfig(width=width, grad_depth=1, self_attention=None)
     return [
-        *(Method(name, tuner(config), TUNER_RATES) for name, config in plain.items()),
-        *(Method(name, tuner(*configs), TUNER_RATES) for name, configs in graded.items()),
-        *(Method(name, tuner(config), TUNER_RATES) for name, config in alone.items()),
+        *(Method(name, tuner(config), BYPASS_RATES) for name, config in plain.items()),
+        *(Method(name, tuner(*configs), SKIP_RATES) for name, configs in graded.items()),
+        *(Method(name, tuner(config), SKIP_RATES) for name, config in alone.items()),
+        *(Method(name, tuner(config), LATE_RATES) for name, config in late.items()),
     ]
 
 

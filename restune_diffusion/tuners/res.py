@@ -39,9 +39,12 @@ class ResPart(Part):
         self.taps = ()
         chosen = list(_operations_and_kinds(config))
         blocks = _blocks_with(base, {operation for operation, _ in chosen})
+        selected = match_sites(config.sites, blocks, "transformer block")
+        if config.grad_depth is not None:
+            selected = _late(selected, list(blocks), config.grad_depth)
         beside = [
             (f"{block}.{operation}", kind)
-            for block in match_sites(config.sites, blocks, "transformer block")
+            for block in selected
             for operation, kind in chosen
             if operation in blocks[block]
         ]
@@ -105,6 +108,22 @@ def _blocks_with(base: BaseInfo, operations: set[str]) -> dict[str, set[str]]:
         settings = " or ".join(setting for operation, setting in _SETTINGS.items() if operation in operations)
         raise RestuneError(f"This base has no transformer block with {settings}; choose another operation.")
     return blocks
+
+
+def _late(selected: list[str], blocks: list[str], depth: int) -> list[str]:
+    """Keep those of the selected transformer blocks that are among the last `depth` of all, in the forward pass."""
+    if depth > len(blocks):
+        raise RestuneError(
+            f"This base has {len(blocks)} transformer blocks, but a grad_depth of {depth} asks for more."
+        )
+    late = blocks[-depth:]
+    kept = [block for block in selected if block in late]
+    if not kept:
+        raise RestuneError(
+            f"None of the chosen transformer blocks is among the last {depth}, {', '.join(late)}; choose other sites "
+            f"or a larger grad_depth."
+        )
+    return kept
 
 
 def _build(kind: ResKind, site: Site, config: ResConfig) -> ResTuner:
