@@ -40,12 +40,14 @@ class BypassConfig(_PartConfig):
     """
 
     part: Literal["bypass"] = "bypass"
-    ratio: float = Field(default=0.125, gt=0, le=8)
+    ratio: float = Field(default=0.5, gt=0, le=8)
     """Width of the bypass state over the width of the tapped feature."""
     expansion: float = Field(default=2.0, gt=0, le=8)
     """Width inside a vertical tuner over the width of the bypass state."""
-    taps: tuple[str, ...] = ("*",)
-    """Patterns of the sites that the bypass reads: skips, mid and up blocks of a U-Net, blocks of a transformer."""
+    taps: tuple[str, ...] | None = None
+    """Patterns of the sites that the bypass reads: skips, mid and up blocks of a U-Net, blocks of a transformer.
+    Without any, the shallowest skip and the last up block of a U-Net, from which few pictures teach most, and all
+    blocks of a transformer; `*` is the whole chain of the paper."""
 
 
 ResKind: TypeAlias = Literal["adapter", "prefix", "prompt", "lora", "attention"]

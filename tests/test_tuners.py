@@ -37,6 +37,21 @@ def test_skip_tuner_is_its_equation():
     torch.testing.assert_close(tuner(x), expected, rtol=0, atol=1e-6)
 
 
+def horizontal_by_hand(tuner, tap, time):
+    """`GELU(r + depthwise(r))` of `r = (W x + b) (1 + scale(t)) + shift(t)` on the normalised tap."""
+    normal = (tap - tap.mean((1, 2, 3), keepdim=True)) / (tap.var((1, 2, 3), correction=0, keepdim=True) + 1e-5).sqrt()
+    read = torch.einsum("oc,bchw->bohw", tuner.down.weight, normal) + tuner.down.bias[:, None, None]
+    scale, shift = (time @ tuner.film.weight.T + tuner.film.bias).chunk(2, dim=1)
+    read = read * (1 + scale[:, :, None, None]) + shift[:, :, None, None]
+    padded = torch.nn.functional.pad(read, (1, 1, 1, 1))
+    mixed = torch.zeros_like(read)
+    for row, column in torch.cartesian_prod(torch.arange(3), torch.arange(3)).tolist():
+        window = padded[:, :, row : row + read.shape[2], column : column + read.shape[3]]
+        mixed += window * tuner.mix.weight[:, 0, row, column, None, None]
+    summed = read + mixed + tuner.mix.bias[:, None, None]
+    return 0.5 * summed * (1 + torch.erf(summed / math.sqrt(2)))
+
+
 def test_bypass_stage_is_its_equation():
     stage = BypassStage(tap_channels=6, channels=5, in_channels=4, expansion=2.0).double()
     randomize(stage, std=0.5)
@@ -46,14 +61,22 @@ def test_bypass_stage_is_its_equation():
         for shape in ((2, 6, 4, 4), (2, 4, 4, 4), (2, 64))
     )
     lam = 1 / (1 + math.exp(-stage.logit.item()))
-    normal = (tap - tap.mean((1, 2, 3), keepdim=True)) / (tap.var((1, 2, 3), correction=0, keepdim=True) + 1e-5).sqrt()
-    horizontal = torch.einsum("oc,bchw->bohw", stage.horizontal.weight, normal) + stage.horizontal.bias[:, None, None]
+    horizontal = horizontal_by_hand(stage.horizontal, tap, time)
     expected = lam * horizontal + (1 - lam) * stage.vertical(state, time, tap.shape[-2:])
     torch.testing.assert_close(stage(tap, state, time), expected, rtol=0, atol=1e-10)
 
 
+def test_the_usual_taps_are_the_first_and_the_last_feature():
+    unet = make_unet()
+    assert Tuner.for_base(unet, BypassConfig()).bypass.taps == ("skip.0", "up.3")
+    assert len(Tuner.for_base(unet, BypassConfig(taps=("*",))).bypass.taps) == 12 + 1 + 4
+    with torch.device("meta"):
+        xl = describe_base(UNet2DConditionModel(**SDXL))
+    assert Tuner.empty((BypassConfig(),), xl).bypass.taps == ("skip.0", "up.2")
+
+
 def test_lam_starts_at_one_half():
-    tuner = Tuner.for_base(make_unet(), BypassConfig())
+    tuner = Tuner.for_base(make_unet(), BypassConfig(taps=("*",)))
     logits = [value for key, value in tuner.state_dict().items() if key.endswith("logit")]
     assert len(logits) == 12 + 1 + 4 - 1
     assert all(torch.sigmoid(logit) == 0.5 for logit in logits)

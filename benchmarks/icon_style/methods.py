@@ -26,7 +26,7 @@ FEED_FORWARD = ("ff.net.0.proj", "ff.net.2")
 CUSTOMARY_RANK = 16
 SKIP_RATES = (5e-4, 1e-3, 2e-3)
 RES_RATES = (2e-4, 5e-4, 1e-3)
-BYPASS_RATES = (1e-3, 2e-3, 5e-3)
+BYPASS_RATES = (2e-3, 5e-3, 1e-2)
 LATE_RATES = (1e-3, 2e-3, 5e-3)
 LATE_TRANSFORMER_BLOCKS = (1, 2, 3, 6)
 
@@ -146,12 +146,10 @@ def bypass_variants(unet: Any) -> list[Method]:
     blocks = len(unet.up_blocks)
     width = res_width(unet, Tuner.empty((SkipConfig(),), describe_base(unet)).num_parameters())
     plain = {
-        "bypass, ratio 0.125": BypassConfig(),
+        "bypass, ratio 0.5": BypassConfig(),
         "bypass, ratio 0.25": BypassConfig(ratio=0.25),
-        "bypass, expansion 4": BypassConfig(expansion=4),
-        "bypass, taps: mid and up blocks": BypassConfig(taps=("mid", "up.*")),
-        "bypass, taps: skips": BypassConfig(taps=("skip.*",)),
-        "bypass, taps: last up block": BypassConfig(taps=(f"up.{blocks - 1}",)),
+        "bypass, ratio 1, taps: last up block": BypassConfig(ratio=1, taps=(f"up.{blocks - 1}",)),
+        "bypass, ratio 0.125, taps: all": BypassConfig(ratio=0.125, taps=("*",)),
     }
     graded = {
         f"bypass + skip, gradient depth {depth}": (BypassConfig(), SkipConfig(grad_depth=depth))

@@ -1,9 +1,9 @@
 """Res-Tuning-Bypass: a narrow side network on detached features (Res-Tuning, arXiv 2310.19859).
 
 The paper's chain, written for a U-Net: the state visits the tapped sites in the order of the forward pass, changes
-width and resolution with them, and is written back once, at the input of the output head. Beyond the paper: the
-vertical tuner mixes neighbours by a depthwise convolution and sees the time step, and a single zero gate at the end
-makes the tuner the identity at the start.
+width and resolution with them, and is written back once, at the input of the output head. Beyond the paper: both
+tuners mix neighbours by a depthwise convolution and see the time step, and a single zero gate at the end makes the
+tuner the identity at the start.
 """
 
 from __future__ import annotations
@@ -33,6 +33,53 @@ def _resample(x: torch.Tensor, size: torch.Size) -> torch.Tensor:
     return F.interpolate(x, size=size, mode="nearest")
 
 
+def _modulate(x: torch.Tensor, film: nn.Linear | None, time: torch.Tensor | None) -> torch.Tensor:
+    """Scale and shift the channels by the time step, where there is one."""
+    if film is None:
+        return x
+    scale, shift = film(time)[:, :, None, None].chunk(2, dim=1)
+    return x * (1 + scale) + shift
+
+
+def _draw(tuner: nn.Module, generator: torch.Generator | None) -> None:
+    """Draw all layers; none starts at zero, as the gate at the end of the chain already does."""
+    for layer in tuner.children():
+        assert isinstance(layer, nn.Linear | nn.Conv2d)
+        init_linear(layer, generator)
+
+
+class HorizontalTuner(nn.Module):
+    """`H_l`: read a tapped feature.
+
+    A linear layer on the normalised tap, time-dependent scale and shift, depthwise 3x3 beside a shortcut, GELU. The
+    last stage's is all that acts on what the base has made in the end before that is written back; where it is linear
+    alone, a bypass learns less than half as much (docs/bypass.md).
+
+    Args:
+        tap_channels: width of the tapped feature.
+        channels: width of what is read.
+        mixes: whether neighbours are mixed by the depthwise convolution; tokens without a place have none.
+        timed: whether the base knows a time step.
+    """
+
+    def __init__(self, tap_channels: int, channels: int, mixes: bool = True, timed: bool = True) -> None:
+        super().__init__()
+        self.down = nn.Linear(tap_channels, channels)
+        self.film = nn.Linear(_TIME_WIDTH, 2 * channels) if timed else None
+        self.mix = nn.Conv2d(channels, channels, 3, padding=1, groups=channels) if mixes else None
+
+    def forward(self, tap: torch.Tensor, time: torch.Tensor | None) -> torch.Tensor:
+        """Map a tap `(batch, tap_channels, h, w)` to `(batch, channels, h, w)`; `time` is `(batch, time width)`."""
+        read = _modulate(pointwise(_normalize(tap), self.down), self.film, time)
+        if self.mix is not None:
+            read = read + self.mix(read)
+        return F.gelu(read)
+
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Draw all parameters."""
+        _draw(self, generator)
+
+
 class VerticalTuner(nn.Module):
     """`V_l`: carry the bypass state to the next stage.
 
@@ -60,17 +107,12 @@ class VerticalTuner(nn.Module):
         if self.transition is not None:
             state = pointwise(state, self.transition)
         state = _resample(state, size)
-        mixed = _normalize(state if self.mix is None else self.mix(state))
-        if self.film is not None:
-            scale, shift = self.film(time)[:, :, None, None].chunk(2, dim=1)
-            mixed = mixed * (1 + scale) + shift
+        mixed = _modulate(_normalize(state if self.mix is None else self.mix(state)), self.film, time)
         return state + pointwise(F.gelu(pointwise(mixed, self.down)), self.up)
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        """Draw all parameters; nothing here starts at zero, as the gate at the end of the chain already does."""
-        for layer in self.children():
-            assert isinstance(layer, nn.Linear | nn.Conv2d)
-            init_linear(layer, generator)
+        """Draw all parameters."""
+        _draw(self, generator)
 
 
 class BypassStage(nn.Module):
@@ -81,7 +123,7 @@ class BypassStage(nn.Module):
         channels: width of the state `b_l`.
         in_channels: width of the state `b_{l-1}`; None for the first stage, which has none: `b_0 = H_0(sg(x_0))`.
         expansion: width inside the vertical tuner over `channels`.
-        mixes: whether the vertical tuner mixes neighbours.
+        mixes: whether the tuners mix neighbours.
         timed: whether the base knows a time step.
     """
 
@@ -95,7 +137,7 @@ class BypassStage(nn.Module):
         timed: bool = True,
     ) -> None:
         super().__init__()
-        self.horizontal = nn.Linear(tap_channels, channels)
+        self.horizontal = HorizontalTuner(tap_channels, channels, mixes, timed)
         self.vertical: VerticalTuner | None = None
         if in_channels is not None:
             self.vertical = VerticalTuner(in_channels, channels, max(1, round(expansion * channels)), mixes, timed)
@@ -103,7 +145,7 @@ class BypassStage(nn.Module):
 
     def forward(self, tap: torch.Tensor, state: torch.Tensor | None, time: torch.Tensor | None) -> torch.Tensor:
         """Return the state `(batch, channels, h, w)` at the resolution of `tap` `(batch, tap_channels, h, w)`."""
-        read = pointwise(_normalize(tap), self.horizontal)
+        read: torch.Tensor = self.horizontal(tap, time)
         if self.vertical is None or state is None:
             return read
         lam = torch.sigmoid(self.logit)
@@ -111,7 +153,7 @@ class BypassStage(nn.Module):
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """Draw the parameters of both tuners and set lam to 0.5."""
-        init_linear(self.horizontal, generator)
+        self.horizontal.reset_parameters(generator)
         if self.vertical is not None:
             self.vertical.reset_parameters(generator)
             nn.init.zeros_(self.logit)
@@ -122,7 +164,8 @@ class BypassPart(Part):
 
     def __init__(self, config: BypassConfig, base: BaseInfo) -> None:
         super().__init__()
-        self.taps = tuple(match_sites(config.taps, [name for name in base.stations if name != "out"]))
+        stations = [name for name in base.stations if name != "out"]
+        self.taps = tuple(match_sites(config.taps, stations) if config.taps is not None else _usual_taps(stations))
         self.writes = ("out",)
         self._sites = {name: base.sites[name] for name in self.taps}
         timed = base.time_channels > 0
@@ -149,9 +192,9 @@ class BypassPart(Part):
             state = self._at_site[name](tap, state, time)
         assert state is not None
         if x.dim() == 3:
-            return pointwise(_normalize(state), self.gate).flatten(2).transpose(1, 2)
+            return pointwise(state, self.gate).flatten(2).transpose(1, 2)
         # The last tap may lie deeper than `out`.
-        return pointwise(_normalize(_resample(state, x.shape[-2:])), self.gate)
+        return pointwise(_resample(state, x.shape[-2:]), self.gate)
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """Draw the parameters of every stage and close the gate."""
@@ -161,6 +204,14 @@ class BypassPart(Part):
             assert isinstance(stage, BypassStage)
             stage.reset_parameters(generator)
         init_zero(self.gate)
+
+
+def _usual_taps(stations: list[str]) -> list[str]:
+    """Of a U-Net what it first makes of the noisy latents and what it has made of them in the end, of others all.
+
+    More taps of a U-Net show a bypass which training picture it has before it, and it learns the pictures by heart.
+    """
+    return [stations[0], stations[-1]] if stations[0].startswith("skip.") else stations
 
 
 def _as_map(x: torch.Tensor, site: Site, size: tuple[int, int]) -> torch.Tensor:
