@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from restune_diffusion import BypassConfig
 from restune_diffusion.errors import TrainingError
 from restune_diffusion.training import TrainConfig, train
 from restune_diffusion.training.averaging import UpdateAverage
@@ -62,7 +63,8 @@ def test_features_from_the_bank_are_the_ones_that_a_pass_makes(
     bypass: MakeConfig, dtype: str, make_pipeline: Callable[[], Any]
 ) -> None:
     # 5 draws: a full file and one that is not
-    settings = bypass(feature_bank=5, feature_bank_dtype=dtype, caption_dropout=0.4, noise_offset=0.1)
+    changes = {"caption_dropout": 0.4, "noise_offset": 0.1, "bypass": BypassConfig(taps=("*",))}
+    settings = bypass(feature_bank=5, feature_bank_dtype=dtype, **changes)
     pipeline = make_pipeline()
     for run, models in prepared_run(settings, pipeline):
         batches = run.batches
