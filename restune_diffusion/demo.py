@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import torch
 from PIL import Image
 
-from .config import BypassConfig, SkipConfig
+from .config import ResConfig
 from .errors import RestuneError
 from .fileformat import atomic_write
 from .training import TrainConfig, train
@@ -19,15 +19,16 @@ from .training.contact_sheet import labelled_grid
 _ASSETS = Path(__file__).parent / "assets"
 BASE = _ASSETS / "restune-tiny"
 IMAGES = _ASSETS / "demo"
-STYLE = "glossy style"
+STYLE = "ink style"
 """How the captions of the demo's images call a style that the base has never seen."""
 SUBJECTS = ("red heart", "cat face", "dog face", "red apple", "automobile", "evergreen tree", "alien", "tulip")
 """What the grid shows; none of these is among the training images."""
-_KINDS: tuple[Literal["skip", "bypass"], ...] = ("skip", "bypass")
+Kind: TypeAlias = Literal["res", "bypass"]
+_KINDS: tuple[Kind, ...] = ("res", "bypass")
 
 
-def run_demo(output: Path, *, steps: int = 400, seed: int = 0) -> Path:
-    """Train a skip and a bypass tuner on the bundled images and write a grid: base, skip tuner, bypass tuner.
+def run_demo(output: Path, *, steps: int = 300, seed: int = 0) -> Path:
+    """Train a res and a bypass tuner on the bundled images and write a grid: base, res tuner, bypass tuner.
 
     Args:
         output: folder for the tuners and the grid; made where it does not exist.
@@ -60,19 +61,18 @@ def run_demo(output: Path, *, steps: int = 400, seed: int = 0) -> Path:
     return path
 
 
-def _recipe(kind: Literal["skip", "bypass"], output: Path, steps: int, seed: int) -> TrainConfig:
+def _recipe(kind: Kind, output: Path, steps: int, seed: int) -> TrainConfig:
     return TrainConfig(
         base=str(BASE),
         data=IMAGES,
         output=output,
         name=kind,
         tuner=kind,
-        skip=SkipConfig(),
-        # The bundled base is narrow: at the default ratio, hardly anything would be left of the bypass.
-        bypass=BypassConfig() if kind == "skip" else BypassConfig(ratio=0.5),
+        # Gradients end at the last of four up blocks: further in, few pictures are learned by heart.
+        res=ResConfig(width=32, grad_depth=3) if kind == "res" else ResConfig(),
         steps=steps,
         batch_size=8,
-        learning_rate=2e-3 if kind == "skip" else 1e-3,
+        learning_rate=1e-3 if kind == "res" else 5e-3,
         lr_scheduler="cosine",
         checkpoint_every=0,
         seed=seed,

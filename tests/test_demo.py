@@ -29,7 +29,7 @@ def test_the_grid_shows_what_the_saved_tuners_draw(output):
     pipe = RestuneStableDiffusionPipeline.from_pretrained(str(BASE), torch_dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     prompts = [f"{subject}, {STYLE}" for subject in SUBJECTS]
-    for column, kind in enumerate((None, "skip", "bypass")):
+    for column, kind in enumerate((None, "res", "bypass")):
         if kind:
             pipe.load_tuner_weights(output / f"{kind}.safetensors")
             pipe.set_tuners(kind)
@@ -47,7 +47,7 @@ def test_the_subjects_are_not_among_the_training_images():
 
 
 def test_the_files_tell_how_they_were_made(output):
-    for kind in ("skip", "bypass"):
+    for kind in ("res", "bypass"):
         info = read_info(output / f"{kind}.safetensors")
         assert info.training["steps"] == 3
         assert info.training["images"] == 24
@@ -55,6 +55,6 @@ def test_the_files_tell_how_they_were_made(output):
 
 
 def test_the_demo_can_be_run_again_in_the_same_folder(output):
-    before = {kind: (output / f"{kind}.safetensors").stat().st_mtime_ns for kind in ("skip", "bypass")}
+    before = {kind: (output / f"{kind}.safetensors").stat().st_mtime_ns for kind in ("res", "bypass")}
     run_demo(output, steps=1, seed=1)
     assert all((output / f"{kind}.safetensors").stat().st_mtime_ns > time for kind, time in before.items())

@@ -111,5 +111,5 @@ def test_the_demo_set_is_complete_and_licensed():
     lines = [json.loads(line) for line in (demo / "metadata.jsonl").read_text().splitlines()]
     assert len(lines) == 24
     assert all(Image.open(demo / line["file_name"]).size == (64, 64) for line in lines)
-    assert all(line["text"].endswith(", glossy style") for line in lines)
+    assert all(line["text"].endswith(", ink style") for line in lines)
     assert "Microsoft" in (demo / "LICENSE").read_text()

@@ -98,6 +98,13 @@ SOURCES = {
         "CC-BY-SA-4.0",
         "outlined style",
     ),
+    "fluent-emoji-high-contrast": Source(
+        "@iconify-json/fluent-emoji-high-contrast",
+        "1.2.6",
+        "esqhZPpkrF7sNX3NsLoh8KW64okEr/bzko7WNnFP+qTJGAqDPDYjp0925yxuivXy3HtVQB8xhIKu3+Nq1byX5w==",
+        "MIT",
+        "ink style",
+    ),
 }
 PRETRAINING_SETS = ("noto", "twemoji", "fluent-emoji-flat", "emojione", "noto-v1")
 # The base never sees these: the icon-style benchmark tunes towards them.
@@ -109,7 +116,7 @@ NAMES = Source(
     "MIT",
 )
 
-DEMO_SET = "fluent-emoji"
+DEMO_SET = "fluent-emoji-high-contrast"
 DEMO_CONCEPTS = (
     "strawberry", "avocado", "hamburger", "doughnut", "mushroom", "fox", "panda", "frog", "octopus", "butterfly",
     "penguin", "whale", "cactus", "sunflower", "cloud", "star", "rocket", "balloon", "guitar", "umbrella",
