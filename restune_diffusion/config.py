@@ -44,7 +44,7 @@ class BypassConfig(_PartConfig):
     """Width of the bypass state over the width of the tapped feature."""
     expansion: float = Field(default=2.0, gt=0, le=8)
     """Width inside a vertical tuner over the width of the bypass state."""
-    taps: tuple[str, ...] | None = None
+    taps: tuple[str, ...] = ()
     """Patterns of the sites that the bypass reads: skips, mid and up blocks of a U-Net, blocks of a transformer.
     Without any, the shallowest skip and the last up block of a U-Net, from which few pictures teach most, and all
     blocks of a transformer; `*` is the whole chain of the paper."""

@@ -165,7 +165,7 @@ class BypassPart(Part):
     def __init__(self, config: BypassConfig, base: BaseInfo) -> None:
         super().__init__()
         stations = [name for name in base.stations if name != "out"]
-        self.taps = tuple(match_sites(config.taps, stations) if config.taps is not None else _usual_taps(stations))
+        self.taps = tuple(match_sites(config.taps, stations) if config.taps else _usual_taps(stations))
         self.writes = ("out",)
         self._sites = {name: base.sites[name] for name in self.taps}
         timed = base.time_channels > 0
