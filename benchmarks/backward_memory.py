@@ -21,7 +21,8 @@ import torch
 from diffusers import UNet2DConditionModel
 from peft import LoraConfig
 
-from restune_diffusion import BypassConfig, SkipConfig, Tuner, attach
+from restune_diffusion import BypassConfig, ResConfig, SkipConfig, Tuner, attach
+from restune_diffusion.config import PartConfig
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -82,7 +83,7 @@ def lora(unet: Any, rank: int) -> Iterator[int]:
 
 
 @contextmanager
-def tuner(unet: Any, config: SkipConfig | BypassConfig) -> Iterator[int]:
+def tuner(unet: Any, config: PartConfig) -> Iterator[int]:
     """Attach a fresh tuner; yields the number of parameters."""
     fresh = Tuner.for_base(unet, config)
     with attach(unet, fresh):
@@ -94,9 +95,11 @@ METHODS: dict[str, Callable[[Any], Any]] = {
     "LoRA r=64 (attention)": lambda unet: lora(unet, 64),
     "skip, ratio 1.0": lambda unet: tuner(unet, SkipConfig(ratio=1.0)),
     "skip, ratio 0.1": lambda unet: tuner(unet, SkipConfig(ratio=0.1)),
-    "bypass, ratio 0.5": lambda unet: tuner(unet, BypassConfig(ratio=0.5)),
-    "bypass, ratio 0.25": lambda unet: tuner(unet, BypassConfig(ratio=0.25)),
-    "bypass, ratio 0.125 (default)": lambda unet: tuner(unet, BypassConfig()),
+    "res, last three transformer blocks": lambda unet: tuner(unet, ResConfig(grad_depth=3)),
+    "res, last transformer block": lambda unet: tuner(unet, ResConfig(grad_depth=1)),
+    "bypass, ratio 0.125, all taps": lambda unet: tuner(unet, BypassConfig(ratio=0.125, taps=("*",))),
+    "bypass, ratio 1": lambda unet: tuner(unet, BypassConfig(ratio=1)),
+    "bypass, ratio 0.5 (default)": lambda unet: tuner(unet, BypassConfig()),
 }
 
 

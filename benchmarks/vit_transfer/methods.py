@@ -109,7 +109,7 @@ METHODS: dict[str, Method] = {
     "linear probe": Method(linear_probe, SMALL),
     "bypass without tuners": Method(layer_mix, SMALL),
     BYPASS: Method(partial(tuned, BypassConfig()), SMALL),
-    "bypass, ratio 0.5": Method(partial(tuned, BypassConfig(ratio=0.5)), SMALL),
+    "bypass, ratio 0.125": Method(partial(tuned, BypassConfig(ratio=0.125)), SMALL),
     "lora r=8": Method(partial(tuned, ResConfig(self_attention="lora", feed_forward="lora", width=8)), SMALL),
     "dual res, prefix + adapter": Method(partial(tuned, ResConfig(self_attention="prefix", width=10)), SMALL),
     "dual res, adapter + adapter": Method(partial(tuned, ResConfig(width=10)), SMALL),

@@ -21,6 +21,7 @@ data: d
 output: o
 preset: style
 steps: 30
+tuner: skip
 skip: {ratio: 0.5}
 validation:
   prompts: [a fox, a hen]
@@ -49,7 +50,8 @@ def test_flags_win_over_the_file_and_the_file_over_the_preset(tmp_path: Path) ->
 def test_flags_and_file_say_the_same(tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
     path.write_text(FILE)
-    flags = ["--base=b", "--data=d", "--output=o", "--preset=style", "--steps=30", "--skip.ratio=0.5"]
+    flags = ["--base=b", "--data=d", "--output=o", "--preset=style", "--steps=30", "--tuner=skip"]
+    flags.append("--skip.ratio=0.5")
     assert parse(*flags, "--validation.every=10", "--validation.prompts", "a fox", "a hen") == read_config(path)
 
 
@@ -64,6 +66,7 @@ def test_a_scripts_own_default_lies_between_preset_and_file(tmp_path: Path) -> N
 
 
 def test_a_preset_and_another_tuner_fit_together() -> None:
+    assert parse("--base=b", "--data=d", "--output=o", "--preset=style", "--tuner=skip").kinds == ("skip",)
     needed = ("--base=b", "--data=d", "--output=o", "--preset=subject")
     assert parse(*needed, "--tuner", "skip").kinds == ("skip",)
     assert parse(*needed).kinds == ("skip", "text")
