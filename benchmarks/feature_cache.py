@@ -53,7 +53,7 @@ from restune_diffusion.training.trainer import acting
 TINY = Path(__file__).parents[1] / "restune_diffusion" / "assets" / "restune-tiny"
 STYLE = "openmoji"
 SIZES = (1, 4, 16, 64)
-LEARNING_RATE = 1e-3
+LEARNING_RATE = 5e-3
 Row = dict[str, Any]
 
 

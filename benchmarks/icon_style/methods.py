@@ -142,7 +142,7 @@ def contestants(unet: Any) -> list[Method]:
 
 
 def bypass_variants(unet: Any) -> list[Method]:
-    """The designs of a bypass that `docs/bypass.md` compares, from its taps and widths to how deep gradients reach."""
+    """What `docs/bypass.md` compares: taps and widths of a bypass, and how deep gradients reach into the base."""
     blocks = len(unet.up_blocks)
     width = res_width(unet, Tuner.empty((SkipConfig(),), describe_base(unet)).num_parameters())
     plain = {
@@ -151,10 +151,6 @@ def bypass_variants(unet: Any) -> list[Method]:
         "bypass, ratio 1, taps: last up block": BypassConfig(ratio=1, taps=(f"up.{blocks - 1}",)),
         "bypass, ratio 0.125, taps: all": BypassConfig(ratio=0.125, taps=("*",)),
     }
-    graded = {
-        f"bypass + skip, gradient depth {depth}": (BypassConfig(), SkipConfig(grad_depth=depth))
-        for depth in range(1, blocks + 1)
-    }
     alone = {f"skip, gradient depth {depth}": SkipConfig(grad_depth=depth) for depth in range(1, blocks)}
     late = {
         f"res, gradient depth {depth}": ResConfig(width=width, grad_depth=depth) for depth in LATE_TRANSFORMER_BLOCKS
@@ -162,7 +158,6 @@ def bypass_variants(unet: Any) -> list[Method]:
     late["res, gradient depth 1, feed-forward alone"] = ResConfig(width=width, grad_depth=1, self_attention=None)
     return [
         *(Method(name, tuner(config), BYPASS_RATES) for name, config in plain.items()),
-        *(Method(name, tuner(*configs), SKIP_RATES) for name, configs in graded.items()),
         *(Method(name, tuner(config), SKIP_RATES) for name, config in alone.items()),
         *(Method(name, tuner(config), LATE_RATES) for name, config in late.items()),
     ]
