@@ -104,7 +104,7 @@ class StyleCommand(Common):
     only: tuple[str, ...] = ("*",)
     """Patterns of the names of the methods to run."""
     study: bool = False
-    """Compare the bypass's variants instead of the contestants."""
+    """Compare variants of the bypass and depths of the gradient instead of the contestants."""
 
     def run(self) -> None:
         """Compute the rows that are missing."""

@@ -113,7 +113,7 @@ def write_report(out: Path, rows: Sequence[Row], subject: Sequence[Row], facts: 
         tables = {
             "steps": "The same steps",
             "time": "The same time",
-            "study": "Variants of the bypass, the same steps",
+            "study": "The bypass in variants, and how deep gradients reach, the same steps",
         }
         for key, title in tables.items():
             if any(row["table"] == key for row in own):
