@@ -62,7 +62,7 @@ PRESETS: Mapping[str, Preset] = {
         },
     ),
     "quality": Preset(
-        "the most faithful style, for four times the work: larger batches, averaged weights",
+        "a style by the published recipe and four times the work: larger batches, averaged weights",
         {
             "tuner": "skip",
             "steps": 4000,
