@@ -83,7 +83,7 @@ class ResConfig(_PartConfig):
     """Patterns of the transformer blocks that get tuners, for instance `up.*` or `down.1.attn.0.block.0`."""
     grad_depth: int | None = Field(default=None, ge=1, le=256)
     """Of these only the last so many transformer blocks of the base; gradients end there (as the late layers of SHERL,
-    ECCV 2024). One keeps less for backward than a bypass does, all keep what LoRA on them keeps."""
+    ECCV 2024). One keeps little more for backward than a bypass, all keep what LoRA on them keeps."""
 
     @model_validator(mode="after")
     def _some_operation_is_tuned(self) -> ResConfig:

@@ -97,6 +97,11 @@ def biases(unet: Any, seed: int) -> Trainable:
     return Trainable(unet, [parameter.requires_grad_(True) for parameter in chosen])
 
 
+def common_budget(unet: Any) -> int:
+    """The skip tuner's number of parameters, which the others get too."""
+    return Tuner.empty((SkipConfig(),), describe_base(unet)).num_parameters()
+
+
 def bypass_ratio(unet: Any, budget: int) -> float:
     """The bypass ratio, in sixteenths, whose number of parameters is nearest to a budget."""
     base = describe_base(unet)
@@ -124,7 +129,7 @@ def lora_rank(unet: Any, targets: tuple[str, ...], budget: int) -> int:
 
 def contestants(unet: Any) -> list[Method]:
     """All methods, ours and the peers, with the skip tuner's number of parameters as the common budget."""
-    budget = Tuner.empty((SkipConfig(),), describe_base(unet)).num_parameters()
+    budget = common_budget(unet)
     ratio, both = bypass_ratio(unet, budget), ATTENTION + FEED_FORWARD
     attention, wide = lora_rank(unet, ATTENTION, budget), lora_rank(unet, both, budget)
     width, rank = res_width(unet, budget), CUSTOMARY_RANK
@@ -144,7 +149,7 @@ def contestants(unet: Any) -> list[Method]:
 def bypass_variants(unet: Any) -> list[Method]:
     """What `docs/bypass.md` compares: taps and widths of a bypass, and how deep gradients reach into the base."""
     blocks = len(unet.up_blocks)
-    width = res_width(unet, Tuner.empty((SkipConfig(),), describe_base(unet)).num_parameters())
+    width = res_width(unet, common_budget(unet))
     plain = {
         "bypass, ratio 0.5": BypassConfig(),
         "bypass, ratio 0.25": BypassConfig(ratio=0.25),

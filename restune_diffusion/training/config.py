@@ -58,9 +58,9 @@ class TrainConfig(DataConfig):
     """Settings for a purpose, which all others given win over; the manual, docs/training.md, lists them."""
 
     tuner: Kind | tuple[Kind, ...] = "skip"
-    """Kind of tuner: `skip` learns most, `bypass` is fastest and needs the least memory, `control` is steered by
-    images, `res` acts inside the transformer blocks, `text` teaches the text encoders new words. Several make one
-    tuner of several parts: `text` with another is for one subject."""
+    """Kind of tuner: `skip` acts on the skip connections, `bypass` is fastest and needs the least memory,
+    `control` is steered by images, `res` acts inside the transformer blocks, `text` teaches the text encoders new
+    words. Several make one tuner of several parts: `text` with another is for one subject."""
     skip: SkipConfig = SkipConfig()
     control: ControlConfig = ControlConfig()
     res: ResConfig = ResConfig()
