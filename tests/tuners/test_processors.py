@@ -1,7 +1,7 @@
 """Tuners beside attention in a whole U-Net, under each of the base's attention processors.
 
-xformers' processor needs CUDA and is not among them. Tuners read what an operation is called on and add to what it
-returns; which processor ran in between they cannot see.
+xformers' processor needs a build of xformers and is not among them: `test_xformers` is about it. Tuners read what an
+operation is called on and add to what it returns; which processor ran in between they cannot see.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from ..conftest import make_inputs, make_unet, randomize
 from .operations import PrependingProcessor
 
 KINDS = ("adapter", "prefix", "prompt", "lora", "attention")
+ACTING = (*((kind, "scale") for kind in KINDS), ("prefix", "exact"), ("prompt", "exact"))
 EXACT = {"rtol": 0, "atol": 1e-12}
 
 
@@ -42,9 +43,7 @@ def everywhere(kind, gate="scale"):
     return ResConfig(self_attention=kind, cross_attention=kind, feed_forward=beside, gate=gate, width=4)
 
 
-@pytest.mark.parametrize(
-    ("kind", "gate"), [*((kind, "scale") for kind in KINDS), ("prefix", "exact"), ("prompt", "exact")]
-)
+@pytest.mark.parametrize(("kind", "gate"), ACTING)
 def test_every_attention_processor_gives_the_same(kind, gate):
     unet, tuner, call = setting(everywhere(kind, gate))
     with attach(unet, tuner):
