@@ -81,11 +81,20 @@ class Common:
 class BaseCommand(Common):
     """Ask the classifiers what the base draws: every concept that it was trained on, in one of its styles each."""
 
+    distance: bool = False
+    """Also measure the KID in each of the base's own styles: what a tuner of this base can hope for in a new one."""
+
     def run(self) -> None:
         """Judge the base and print and keep the result."""
         pipeline = self.pipeline()
         judge_base(
-            pipeline, self.data(), self.judges(pipeline), self.settings, self.work, every=8 if self.quick else 1
+            pipeline,
+            self.data(),
+            self.judges(pipeline),
+            self.settings,
+            self.work,
+            every=8 if self.quick else 1,
+            inception=InceptionFeatures() if self.distance else None,
         )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from restune_diffusion.evaluation.metrics import kernel_distance
 from restune_diffusion.fileformat import atomic_write
 from train.prepare_icons import PRETRAINING_SETS
 
@@ -23,6 +25,8 @@ from .scores import mean
 
 SAMPLES = 60
 CHUNK = 100
+COMPARED = 100
+"""Drawings of a style whose distance is measured: as many as the benchmark scores of a tuner."""
 
 
 def base_prompts(data: IconData, seed: int = 0) -> list[tuple[str, str]]:
@@ -37,10 +41,18 @@ def base_prompts(data: IconData, seed: int = 0) -> list[tuple[str, str]]:
 
 
 def judge_base(
-    pipeline: Any, data: IconData, judges: Judges, settings: Settings, work: Path, *, every: int = 1
+    pipeline: Any,
+    data: IconData,
+    judges: Judges,
+    settings: Settings,
+    work: Path,
+    *,
+    every: int = 1,
+    inception: Callable[[Tensor], Tensor] | None = None,
 ) -> dict[str, Any]:
     """Draw every `every`-th concept and report how many the classifiers recognise; the true pictures beside them.
 
+    Where `inception` features are given, the KID of the drawings in each of the base's own styles is reported too.
     Writes `base.json` and `base-samples.png`, the first 60 drawings of the random order, uncurated.
     """
     pairs = base_prompts(data)[::every]
@@ -66,6 +78,8 @@ def judge_base(
         "true pictures": recognised(judges, true_pictures, pairs),
         "style accuracy by style": by_style(judges, pictures, pairs),
     }
+    if inception is not None:
+        result["KID x1000 by style"] = distances(inception, data, pictures, pairs, settings.reference)
     with atomic_write(work / "base.json") as file:
         file.write(json.dumps(result, indent=1).encode())
     with atomic_write(work / "base-samples.png") as file:
@@ -90,6 +104,41 @@ def by_style(judges: Judges, pictures: Tensor, pairs: list[tuple[str, str]]) -> 
     for name, (_, style) in zip(found, pairs, strict=True):
         hits[style].append(float(name == style))
     return {name: mean(values) for name, values in hits.items() if values}
+
+
+def distances(
+    inception: Callable[[Tensor], Tensor],
+    data: IconData,
+    pictures: Tensor,
+    pairs: list[tuple[str, str]],
+    reference: int,
+) -> dict[str, dict[str, float]]:
+    """KID (x 1000) of drawings in each of the base's styles, and of the artist's pictures of the same concepts.
+
+    No tuner that draws like this base can be expected to come nearer to a style than the base to those that it was
+    trained on.
+
+    Args:
+        inception: features of N x 3 x 64 x 64 pictures in [0, 1].
+        data: the icon sets.
+        pictures: the drawings, N x 3 x 64 x 64 in [0, 1].
+        pairs: concept and style of each drawing; the first `COMPARED` of a style count.
+        reference: how many pictures of other concepts the style is known by.
+    """
+    found = {}
+    for name in PRETRAINING_SETS:
+        rows = [index for index, (_, style) in enumerate(pairs) if style == name][:COMPARED]
+        concepts = [pairs[index][0] for index in rows]
+        others = sorted(data.styles[name].concepts - set(concepts))
+        random.Random(0).shuffle(others)
+        known = inception(data.styles[name].pixels(others[:reference]))
+        size = min(len(rows), len(known)) // 2
+        shown = {"drawn": pictures[rows], "true pictures": data.styles[name].pixels(concepts)}
+        found[name] = {
+            kind: 1000 * kernel_distance(inception(part), known, subset_size=size, subsets=100, seed=0)[0]
+            for kind, part in shown.items()
+        }
+    return found
 
 
 def sample_page(images: list[Image.Image], columns: int = 10, zoom: int = 2) -> Image.Image:

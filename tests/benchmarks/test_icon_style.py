@@ -3,7 +3,7 @@ import json
 import pytest
 import torch
 
-from benchmarks.icon_style.base import base_prompts, recognised
+from benchmarks.icon_style.base import base_prompts, distances, recognised
 from benchmarks.icon_style.data import CONCEPTS as TEST_CONCEPTS
 from benchmarks.icon_style.data import to_images, to_pixels
 from benchmarks.icon_style.draw import Artist
@@ -96,6 +96,24 @@ def test_the_judges_know_true_pictures_and_are_fooled_by_shuffled_captions(icons
     assert right["style_accuracy"] > 0.9
     assert shuffled["top5"] < 0.3
     assert right["top1"] <= right["top5"]
+
+
+def test_the_base_is_as_near_to_its_styles_as_what_it_draws(icons):
+    pairs = base_prompts(icons)
+    true = torch.cat([icons.styles[style].pixels([concept]) for concept, style in pairs])
+    order = [*PRETRAINING_SETS[1:], PRETRAINING_SETS[0]]
+    mistaken = torch.cat(
+        [icons.styles[order[PRETRAINING_SETS.index(style)]].pixels([concept]) for concept, style in pairs]
+    )
+
+    def features(pictures):
+        return torch.nn.functional.avg_pool2d(pictures, 4).flatten(1) * 10
+
+    own = distances(features, icons, true, pairs, reference=40)
+    assert list(own) == list(PRETRAINING_SETS)
+    for name, found in distances(features, icons, mistaken, pairs, reference=40).items():
+        assert own[name]["drawn"] == own[name]["true pictures"] == found["true pictures"]
+        assert found["drawn"] > found["true pictures"] + 10
 
 
 def test_ranks_count_the_likelier_classes(icons, judges):

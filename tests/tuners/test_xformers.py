@@ -1,9 +1,10 @@
 """Tuners beside attention under diffusers' processor for xformers, against its SDPA and its plain one.
 
-xformers is for CUDA. 0.0.20 and 0.0.21 have an operator that runs on a CPU as well, 0.0.22 no longer: to run this file
-without a GPU, build `xformers._C` of 0.0.21 from its `csrc/attention/attention.cpp` and `csrc/attention/cpu/small_k.cpp`
-alone, which compile unchanged against torch 2.13, and put it with the package's Python files into an environment of its
-own. Where the installed xformers, if any, has no operator for the machine, the tests are skipped.
+xformers is for CUDA. 0.0.20 and 0.0.21 have an operator that runs on a CPU as well, 0.0.22 no longer: to run this
+file without a GPU, build `xformers._C` of 0.0.21 from its `csrc/attention/attention.cpp` and
+`csrc/attention/cpu/small_k.cpp` alone, which compile unchanged against torch 2.13, and put it with the package's Python
+files into an environment of its own. Where the installed xformers, if any, has no operator for the machine, the tests
+are skipped.
 """
 
 from __future__ import annotations
@@ -93,7 +94,8 @@ def test_xformers_gives_what_sdpa_and_plain_attention_give(kind, gate, hidden_wo
 
 @pytest.mark.parametrize(("kind", "gate"), ACTING)
 def test_a_tuner_learns_the_same_under_xformers(kind, gate, calls):
-    # Weaker than above: at 0.3 the gradients of lora and attention in float32 are 2e-5 off those in float64 by themselves.
+    # Weaker than above: at 0.3 the gradients of lora and attention in float32 are 2e-5 off those in float64 by
+    # themselves.
     unet, tuner, call = setting(everywhere(kind, gate), std=0.1)
     gradients = []
     with attach(unet, tuner):
