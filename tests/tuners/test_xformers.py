@@ -2,9 +2,9 @@
 
 xformers is for CUDA. 0.0.20 and 0.0.21 have an operator that runs on a CPU as well, 0.0.22 no longer: to run this
 file without a GPU, build `xformers._C` of 0.0.21 from its `csrc/attention/attention.cpp` and
-`csrc/attention/cpu/small_k.cpp` alone, which compile unchanged against torch 2.13, and put it with the package's Python
-files into an environment of its own. Where the installed xformers, if any, has no operator for the machine, the tests
-are skipped.
+`csrc/attention/cpu/small_k.cpp` alone, which compile unchanged against torch 2.13, and put it with the package's
+Python files into an environment of its own. Where the installed xformers, if any, has no operator for the machine, the
+tests are skipped.
 """
 
 from __future__ import annotations
