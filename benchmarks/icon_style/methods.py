@@ -112,12 +112,12 @@ def bypass_ratio(unet: Any, budget: int) -> float:
     return min((step / 16 for step in range(2, 33)), key=miss)
 
 
-def res_width(unet: Any, budget: int) -> int:
-    """The width of the dual form's adapters whose number of parameters is nearest to a budget."""
-    base = describe_base(unet)
+def res_width(unet: Any, budget: int, config: ResConfig | None = None) -> int:
+    """The width of adapters (without a config, the dual form's) whose number of parameters is nearest to a budget."""
+    base, config = describe_base(unet), config or ResConfig()
 
     def miss(width: int) -> int:
-        return abs(Tuner.empty((ResConfig(width=width),), base).num_parameters() - budget)
+        return abs(Tuner.empty((config.model_copy(update={"width": width}),), base).num_parameters() - budget)
 
     return min(range(2, 129), key=miss)
 
@@ -133,9 +133,12 @@ def contestants(unet: Any) -> list[Method]:
     ratio, both = bypass_ratio(unet, budget), ATTENTION + FEED_FORWARD
     attention, wide = lora_rank(unet, ATTENTION, budget), lora_rank(unet, both, budget)
     width, rank = res_width(unet, budget), CUSTOMARY_RANK
+    alone = ResConfig(self_attention=None)
+    alone = alone.model_copy(update={"width": res_width(unet, budget, alone)})
     return [
         Method("skip tuner", tuner(SkipConfig()), SKIP_RATES),
         Method(f"res tuner, width {width}", tuner(ResConfig(width=width)), RES_RATES),
+        Method(f"res tuner, feed-forward alone, width {alone.width}", tuner(alone), RES_RATES),
         Method(f"bypass tuner, ratio {ratio:g}", tuner(BypassConfig(ratio=ratio)), BYPASS_RATES),
         Method(f"LoRA r={attention}, attention", lora(attention, ATTENTION), (2e-4, 5e-4, 1e-3)),
         Method(f"LoRA r={wide}, attention + feed-forward", lora(wide, both), (2e-4, 5e-4, 1e-3)),
