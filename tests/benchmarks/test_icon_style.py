@@ -287,7 +287,7 @@ def test_a_run_gives_every_row_and_goes_on_where_it_was_left(icons, tiny_base, y
     rows = run.run(say=lambda text: None)
     methods = [row["method"] for row in rows if row["table"] == "steps"]
     assert [row["method"] for row in rows if row["table"] == "time"] == methods
-    assert len(methods) == 9
+    assert len(methods) == 10
     assert rows[0]["lpips"] == 0
     assert rows[1]["drift"] == 0
     assert all(row["drift"] > 0 for row in rows[2:])
@@ -318,7 +318,7 @@ def test_the_subject_task_scores_the_true_pictures_best(tiny_base, yardsticks, t
     assert true["prompt"] == 1
     assert true["true"] == pytest.approx(1)
     assert true["subject"] > base["subject"] + 0.1
-    assert len(rows) == 11
+    assert len(rows) == 12
     assert all(row["leak"] > 0 for row in rows[2:])
 
 
