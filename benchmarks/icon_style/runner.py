@@ -60,7 +60,7 @@ class Settings:
             reference=100,
             sweep=False,
             equal_time=False,
-            judge_epochs=4,
+            judge_epochs=12,
             judge_decoded=False,
         )
 
