@@ -82,7 +82,7 @@ class BaseCommand(Common):
     """Ask the classifiers what the base draws: every concept that it was trained on, in one of its styles each."""
 
     distance: bool = False
-    """Also measure the KID in each of the base's own styles: what a tuner of this base can hope for in a new one."""
+    """Also measure the KID in each of the base's own styles: what is left of it there is how the base draws."""
 
     def run(self) -> None:
         """Judge the base and print and keep the result."""

@@ -13,7 +13,6 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from restune_diffusion.evaluation.metrics import kernel_distance
 from restune_diffusion.fileformat import atomic_write
 from train.prepare_icons import PRETRAINING_SETS
 
@@ -21,7 +20,7 @@ from .data import IconData, to_images
 from .draw import Artist
 from .judges import Judges
 from .runner import Settings, read_strip
-from .scores import mean
+from .scores import kid, mean
 
 SAMPLES = 60
 CHUNK = 100
@@ -115,8 +114,7 @@ def distances(
 ) -> dict[str, dict[str, float]]:
     """KID (x 1000) of drawings in each of the base's styles, and of the artist's pictures of the same concepts.
 
-    No tuner that draws like this base can be expected to come nearer to a style than the base to those that it was
-    trained on.
+    What is left in styles that it was trained on is how the base draws, which a tuner for a new style starts from.
 
     Args:
         inception: features of N x 3 x 64 x 64 pictures in [0, 1].
@@ -132,12 +130,8 @@ def distances(
         others = sorted(data.styles[name].concepts - set(concepts))
         random.Random(0).shuffle(others)
         known = inception(data.styles[name].pixels(others[:reference]))
-        size = min(len(rows), len(known)) // 2
         shown = {"drawn": pictures[rows], "true pictures": data.styles[name].pixels(concepts)}
-        found[name] = {
-            kind: 1000 * kernel_distance(inception(part), known, subset_size=size, subsets=100, seed=0)[0]
-            for kind, part in shown.items()
-        }
+        found[name] = {kind: kid(inception(part), known) for kind, part in shown.items()}
     return found
 
 

@@ -73,11 +73,9 @@ class Scorer:
         """
         judges, features = self.yardsticks.judges, self.yardsticks.inception(pictures)
         ranks = judges.concept_ranks(pictures, self.concepts)
-        size = min(len(features), len(self.reference_features))
-        kid, _ = kernel_distance(features, self.reference_features, subset_size=size // 2, subsets=100, seed=0)
         styles = judges.style_of(pictures)
         return {
-            "kid": 1000 * kid,
+            "kid": kid(features, self.reference_features),
             "style_accuracy": sum(name == self.style for name in styles) / len(styles),
             "top1": mean(ranks < 1),
             "top5": mean(ranks < 5),
@@ -85,6 +83,13 @@ class Scorer:
             "similarity": mean(similarity(features, self.true_features)),
             "nearest_tuning": mean(nearest_distance(features, self.tuning_features)),
         }
+
+
+def kid(found: Tensor, reference: Tensor) -> float:
+    """KID (x 1000) between Inception features, N x C and M x C, by a hundred subsets of half the smaller set."""
+    size = min(len(found), len(reference)) // 2
+    distance, _ = kernel_distance(found, reference, subset_size=size, subsets=100, seed=0)
+    return 1000 * distance
 
 
 def mean(values: Tensor | Sequence[float]) -> float:
