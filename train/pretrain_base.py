@@ -30,7 +30,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from train.pretraining.autoencoder import train_decoder, train_vae
 from train.pretraining.curve import PLOTS, draw_curve
 from train.pretraining.denoiser import export_checkpoint, train_unet
+from train.pretraining.judge import train_judge
 from train.pretraining.latents import encode_latents
+from train.pretraining.refine import train_refine
 from train.pretraining.samples import draw_samples
 from train.pretraining.text import train_text
 
@@ -75,15 +77,30 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     unet.add_argument("--export-every", type=int, default=500, help="steps between exports and checkpoints")
     unet.add_argument("--repeats", type=int, default=2, help="noise levels drawn for each picture of a micro-batch")
     unet.set_defaults(run=train_unet)
+    judge = stages.add_parser("judge", help="train the judge of latents that the next stage needs")
+    add_training_options(judge, steps=3000, batch=128, micro=1, lr=3e-3, warmup=0, ema=0)
+    judge.set_defaults(run=train_judge)
+    refine = stages.add_parser("refine", help="train U-Net and text encoder on the verdict on their drawings too")
+    add_training_options(refine, steps=300, batch=32, micro=2, lr=5e-5, warmup=20, ema=0.98)
+    refine.add_argument("--export-every", type=int, default=50, help="steps between exports and checkpoints")
+    refine.add_argument("--drawing-steps", type=int, default=12, help="steps of a drawing")
+    refine.add_argument("--learning-steps", type=int, default=4, help="steps of a drawing that get a gradient")
+    refine.add_argument("--guidance", type=float, default=4.0, help="guidance scale of the drawings")
+    refine.add_argument("--style-weight", type=float, default=0.02, help="weight of judged style, and of belief")
+    refine.add_argument("--concept-weight", type=float, default=0.01, help="weight of the judged concept")
+    refine.add_argument("--anchor", type=float, default=1.0, help="weight of the denoising loss")
+    refine.add_argument("--critic-lr", type=float, default=4e-4, help="learning rate of the critic")
+    refine.add_argument("--critic-steps", type=int, default=2, help="critic's steps for each batch of drawings")
+    refine.set_defaults(run=train_refine)
     export = stages.add_parser("export", help="write the pipeline once more, with the improved decoder")
     export.set_defaults(run=export_checkpoint, seed=0)
-    for stage in (unet, export):
+    for stage in (unet, refine, export):
         stage.add_argument("--export", type=Path, required=True, help="where to write the pipeline")
-    for stage in (latents, unet, export):
+    for stage in (latents, unet, refine, export):
         stage.add_argument("--start", type=Path, help="go on from this exported pipeline")
-    for stage in (text, unet, export):
+    for stage in (text, unet, refine, export):
         stage.add_argument("--tokenizer", type=Path, required=True, help="folder of the CLIP tokenizer")
-    for stage in (text, unet):
+    for stage in (text, unet, refine):
         stage.add_argument(
             "--variants",
             type=float,
@@ -91,7 +108,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
             metavar=("DRAWN", "MOVED", "SMALLER", "COLOUR"),
             help="how often each variant of a picture is shown; default: 0.5 0.22 0.14 0.14",
         )
-    for stage in (latents, text, unet, export):
+    for stage in (latents, text, unet, judge, refine, export):
         stage.add_argument("icons", type=Path, help="folder that prepare_icons.py wrote")
         stage.add_argument("work", type=Path, help="folder for checkpoints and results")
     latents.add_argument("--seed", type=int, default=0)

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from torch import nn
+from torch import Tensor, nn
 
 from train.pretraining.examples import Examples, caption_source
 from train.pretraining.flat import Flat
@@ -47,25 +47,38 @@ class UNetJob:
         repeats = settings.repeats
 
         def run(step: int, index: int) -> dict[str, float]:
-            size = settings.batch
-            latents, ids, _ = draw.batch((settings.seed + 1) * 1_000_003 + step * 64 + index, size // repeats)
+            seed = (settings.seed + 1) * 1_000_003 + step * 64 + index
+            latents, ids, _ = draw.batch(seed, settings.batch // repeats)
             clean = latents.repeat_interleave(repeats, 0)
-            # Evenly spread over the noise levels, in random order: less noise in the gradient than free draws.
-            timesteps = ((torch.randperm(size) + torch.rand(size)) * (1000 / size)).long().clamp(max=999)
-            alpha = signal[timesteps][:, None, None, None]
-            noise = torch.randn_like(clean)
-            noisy = alpha.sqrt() * clean + (1 - alpha).sqrt() * noise
-            wanted = alpha.sqrt() * noise - (1 - alpha).sqrt() * clean
-            found = forward(noisy.to(torch.bfloat16), timesteps, ids).float()
-            errors = (found - wanted).square().mean((1, 2, 3))
-            # Velocity's own weighting, held down where hardly any noise is left (as min-SNR does): what a caption
-            # says is decided where noise is strong, and weights that vanish there leave captions unheard.
-            total = 1 / (1 - alpha.flatten())
-            loss = (errors * total.clamp(max=5) / total).mean()
+            loss, error = denoising_loss(lambda noisy, timesteps: forward(noisy, timesteps, ids), clean, signal)
             loss.backward()
-            return {"loss": float(loss.detach()), "error": float(errors.detach().mean())}
+            return {"loss": float(loss.detach()), "error": error}
 
         return run
+
+
+def denoising_loss(predict: Callable[[Tensor, Tensor], Tensor], clean: Tensor, signal: Tensor) -> tuple[Tensor, float]:
+    """The weighted loss and the plain squared error of predicted velocities.
+
+    Args:
+        predict: velocity, N x 16 x 8 x 8, of noisy latents in bfloat16 at N timesteps.
+        clean: N x 16 x 8 x 8 scaled latents.
+        signal: the share of signal in the variance at each of the 1,000 timesteps.
+    """
+    size = len(clean)
+    # Evenly spread over the noise levels, in random order: less noise in the gradient than free draws.
+    timesteps = ((torch.randperm(size) + torch.rand(size)) * (1000 / size)).long().clamp(max=999)
+    alpha = signal[timesteps][:, None, None, None]
+    noise = torch.randn_like(clean)
+    noisy = alpha.sqrt() * clean + (1 - alpha).sqrt() * noise
+    wanted = alpha.sqrt() * noise - (1 - alpha).sqrt() * clean
+    found = predict(noisy.to(torch.bfloat16), timesteps).float()
+    errors = (found - wanted).square().mean((1, 2, 3))
+    # Velocity's own weighting, held down where hardly any noise is left (as min-SNR does): what a caption says is
+    # decided where noise is strong, and weights that vanish there leave captions unheard.
+    total = 1 / (1 - alpha.flatten())
+    loss = (errors * total.clamp(max=5) / total).mean()
+    return loss, float(errors.detach().mean())
 
 
 def train_unet(arguments: argparse.Namespace) -> None:

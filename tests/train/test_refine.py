@@ -1,0 +1,127 @@
+"""Drawings that a judge and a critic look at, and what the denoiser learns from their verdict."""
+
+import argparse
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests.conftest import TINY_BASE
+from train.pretraining.examples import caption_source
+from train.pretraining.icons import load_icons
+from train.pretraining.judge import DRAWN, LatentJudge, label, train_judge
+from train.pretraining.networks import TextAndUNet, new_scheduler
+from train.pretraining.refine import RefineJob, Rotation, Studio
+
+
+@pytest.fixture(scope="module")
+def settings(icons, tmp_path_factory):
+    """The settings of the stage on made-up icons, with made-up latents and a judge that has learned them."""
+    work = tmp_path_factory.mktemp("refine")
+    labels = label(load_icons(icons))
+    generator = torch.Generator().manual_seed(0)
+    styles, concepts = (torch.randn(count, 16, 8, 8, generator=generator) for count in (DRAWN, labels.count))
+    clean = (styles[labels.styles] + concepts[labels.concepts]) / 2**0.5
+    latents = clean[:, None] + 0.1 * torch.randn(20, 4, 16, 8, 8, generator=generator)
+    colours = torch.zeros(20, 4, dtype=torch.long)
+    save_file({"latents": latents.to(torch.bfloat16), "colours": colours}, work / "latents.safetensors")
+    learning = argparse.Namespace(icons=icons, work=work, seed=0, lr=3e-3, steps=60, batch=32, print_every=60)
+    train_judge(learning)
+    return argparse.Namespace(
+        icons=icons, work=work, tokenizer=TINY_BASE / "tokenizer", variants=None, seed=0, start=None, compile=False,
+        batch=4, drawing_steps=6, learning_steps=5, guidance=2.0, anchor=1.0, style_weight=1.0, concept_weight=1.0,
+        critic_lr=0.0, critic_steps=1,
+    )  # fmt: skip
+
+
+def denoiser(settings):
+    """A random text encoder and U-Net none of whose layers begins at zero."""
+    torch.manual_seed(1)
+    module = TextAndUNet(len(caption_source(settings).used))
+    with torch.no_grad():
+        for parameter in module.parameters():
+            if not parameter.any():
+                parameter.normal_(std=0.02)
+    return module.to(torch.bfloat16).requires_grad_(True)
+
+
+def test_a_drawing_takes_the_steps_of_ddim():
+    scheduler, rotation = new_scheduler(), Rotation(12)
+    scheduler.set_timesteps(12)
+    assert rotation.timesteps == scheduler.timesteps.tolist()
+    torch.manual_seed(0)
+    ours = theirs = torch.randn(2, 16, 8, 8)
+    for index, timestep in enumerate(scheduler.timesteps):
+        velocity = torch.randn(2, 16, 8, 8)
+        ours = rotation.step(index, ours, velocity)
+        theirs = scheduler.step(velocity, timestep, theirs).prev_sample
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_effect_is_the_gradient_of_the_finished_drawing():
+    rotation = Rotation(5)
+    velocities = [torch.randn(3, requires_grad=True) for _ in range(5)]
+    drawing = torch.randn(3)
+    for index, velocity in enumerate(velocities):
+        drawing = rotation.step(index, drawing, velocity)
+    for index, found in enumerate(torch.autograd.grad(drawing.sum(), velocities)):
+        torch.testing.assert_close(found, torch.full((3,), rotation.effect(index)))
+
+
+def test_judge_tells_styles_and_concepts_of_pictures(settings):
+    labels = label(load_icons(settings.icons))
+    judge = LatentJudge(labels.count)
+    judge.load_state_dict(load_file(settings.work / "judge.safetensors"))
+    pictures = load_file(settings.work / "latents.safetensors")["latents"][:, 3].float()  # a variant it has not seen
+    style, concept = judge.eval()(pictures)
+    assert torch.equal(style.argmax(1), labels.styles)
+    assert torch.equal(concept.argmax(1), labels.concepts)
+
+
+def test_a_step_against_the_gradient_improves_the_verdict(settings):
+    module = denoiser(settings)
+    studio = Studio(settings, module)
+
+    def verdict():
+        torch.manual_seed(3)
+        return studio.draw(3)["verdict"]
+
+    before = verdict()
+    named = {name: parameter.grad for name, parameter in module.named_parameters() if parameter.grad is not None}
+    assert any(name.startswith("text_encoder") for name in named)
+    length = torch.stack([gradient.float().square().sum() for gradient in named.values()]).sum().sqrt()
+    with torch.no_grad():
+        for name, gradient in named.items():
+            module.get_parameter(name).sub_(2.0 * gradient / length)
+    assert verdict() < before - 0.05
+
+
+def test_drawings_leave_judge_and_pictures_alone(settings):
+    module = denoiser(settings)
+    studio = Studio(settings, module)
+    judge = {name: value.clone() for name, value in studio.judge.state_dict().items()}
+    latents = studio.examples.latents.clone()
+    torch.manual_seed(0)
+    studio.draw(0)
+    assert all(torch.equal(value, judge[name]) for name, value in studio.judge.state_dict().items())
+    assert torch.equal(studio.examples.latents, latents)
+
+
+def test_critic_learns_to_tell_drawings_from_pictures(settings):
+    studio = Studio(argparse.Namespace(**vars(settings) | {"critic_lr": 1e-3, "critic_steps": 40}), denoiser(settings))
+    torch.manual_seed(0)
+    assert studio.draw(0)["exposed"] == 1
+    pictures = studio.examples.latents[:, 0].float()
+    style = studio.critic.eval()(pictures)[0]
+    assert torch.equal(style.argmax(1), studio.labels.styles)
+
+
+def test_a_micro_batch_is_repeatable(settings):
+    numbers, gradients = [], []
+    for _ in range(2):
+        module = denoiser(settings)
+        run = RefineJob(settings).prepare(module)
+        numbers.append(run(5, 1))
+        gradients.append([parameter.grad for parameter in module.parameters()])
+    assert numbers[0] == numbers[1]
+    assert all(torch.equal(first, second) for first, second in zip(*gradients, strict=True) if first is not None)

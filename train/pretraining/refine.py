@@ -1,0 +1,183 @@
+"""The stage that refines the denoiser by what is thought of its drawings."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import math
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from torch import Tensor
+
+from train.pretraining.denoiser import UNetJob, denoising_loss
+from train.pretraining.examples import Examples, caption_source
+from train.pretraining.icons import load_icons
+from train.pretraining.judge import DRAWN, LatentJudge, disturbed, label
+from train.pretraining.layers import SharedTextAttention, double_by_copies
+from train.pretraining.networks import new_scheduler
+from train.pretraining.pipeline import export_pipeline
+from train.pretraining.trainer import Trainer
+
+REMEMBERED = 24
+"""Batches of earlier drawings that the critic goes on seeing, lest it forget what was mended."""
+
+
+class Rotation:
+    """DDIM for velocity: a step turns the noisy latents by the difference of two angles (arXiv 2202.00512, app. D)."""
+
+    def __init__(self, steps: int) -> None:
+        scheduler = new_scheduler()
+        scheduler.set_timesteps(steps)
+        self.timesteps: list[int] = scheduler.timesteps.tolist()
+        signal = scheduler.alphas_cumprod[torch.tensor(self.timesteps)]
+        angles = torch.cat([signal, scheduler.final_alpha_cumprod[None]]).sqrt().arccos()
+        self.turns: list[float] = (angles[:-1] - angles[1:]).tolist()
+
+    def step(self, index: int, noisy: Tensor, velocity: Tensor) -> Tensor:
+        """The latents after a step."""
+        turn = self.turns[index]
+        return math.cos(turn) * noisy - math.sin(turn) * velocity
+
+    def effect(self, index: int) -> float:
+        """How far a step's velocity moves the finished drawing, later steps' velocities being given."""
+        later = math.prod(math.cos(turn) for turn in self.turns[index + 1 :])
+        return -math.sin(self.turns[index]) * later
+
+
+@dataclass
+class RefineJob(UNetJob):
+    """Denoise as in the U-Net's stage, and draw, and learn from the verdict on the drawings."""
+
+    def prepare(self, module: Any) -> Callable[[int, int], dict[str, float]]:
+        """Load latents and judge; the function returned runs one micro-batch of pictures and one of drawings."""
+        studio = Studio(self.settings, module)
+
+        def run(step: int, index: int) -> dict[str, float]:
+            seed = (self.settings.seed + 1) * 1_000_003 + step * 64 + index
+            return studio.denoise(seed) | studio.draw(seed)
+
+        return run
+
+
+class Studio:
+    """A denoiser that draws, a judge, and a critic who learns to tell its drawings from pictures.
+
+    The gradient of the verdict reaches the velocities of some steps of a drawing, each step's noisy latents being
+    taken as given (deep reward tuning, arXiv 2405.00760, section 3): nothing is kept of the other steps.
+    """
+
+    def __init__(self, settings: argparse.Namespace, module: Any) -> None:
+        module.unet.set_attn_processor(SharedTextAttention())
+        double_by_copies(module)
+        self.settings, self.examples = settings, Examples(settings)
+        self.labels = label(load_icons(settings.icons))
+        self.judge = LatentJudge(self.labels.count)
+        self.judge.load_state_dict(load_file(settings.work / "judge.safetensors"))
+        self.judge.eval().requires_grad_(False)
+        # The critic begins with what the judge knows, so a resumed run's has to catch up.
+        self.critic = copy.deepcopy(self.judge).requires_grad_(True)
+        learned, rate = self.critic.parameters(), settings.critic_lr
+        self.optimizer = torch.optim.AdamW(learned, rate, weight_decay=0.02, betas=(0.5, 0.99))
+        self.earlier: list[Tensor] = []
+        self.signal, self.rotation = new_scheduler().alphas_cumprod, Rotation(settings.drawing_steps)
+        self.text = self.compiled(lambda ids: module.text_encoder(ids).last_hidden_state)
+        self.unet = self.compiled(lambda noisy, timesteps, states: module.unet(noisy, timesteps, states).sample)
+        self.empty = self.examples.captions.ids([""] * settings.batch)
+
+    def compiled(self, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        """The function, compiled where that is asked for."""
+        return torch.compile(function, dynamic=False) if self.settings.compile else function
+
+    def denoise(self, seed: int) -> dict[str, float]:
+        """Add the gradient of a micro-batch of noisy pictures."""
+        latents, ids, _ = self.examples.batch(seed, self.settings.batch)
+
+        def predict(noisy: Tensor, timesteps: Tensor) -> Tensor:
+            return self.unet(noisy, timesteps, self.text(ids))
+
+        loss, error = denoising_loss(predict, latents, self.signal)
+        (self.settings.anchor * loss).backward()
+        return {"loss": float(loss.detach()), "error": error}
+
+    def draw(self, seed: int) -> dict[str, float]:
+        """Draw a micro-batch, add the gradient of the verdict, and let the critic learn."""
+        settings, captions = self.settings, self.examples.captions
+        rng, size = random.Random(seed), settings.batch
+        picks = torch.multinomial(self.examples.chances, size, replacement=True)
+        records = [captions.records[pick] for pick in picks.tolist()]
+        states = self.text(captions.ids([f"{captions.name(record, rng)}, {record['style']}" for record in records]))
+        named = states.detach().requires_grad_()
+        with torch.no_grad():
+            unnamed = self.text(self.empty)[:1].clone()
+        steps = len(self.rotation.timesteps)
+        # The first step sees noise alone and decides the composition.
+        learning = set(rng.sample(range(1, steps), settings.learning_steps))
+        share = settings.guidance * (steps - 1) / settings.learning_steps
+        noisy, outputs, factors = torch.randn(size, 16, 8, 8), [], []
+        for index, timestep in enumerate(self.rotation.timesteps):
+            given, timesteps = noisy.to(torch.bfloat16), torch.full((size,), timestep)
+            with torch.no_grad():
+                free = self.unet(given, timesteps, unnamed).float()
+            if index in learning:
+                output = self.unet(given, timesteps, named)
+                outputs.append(output)
+                factors.append(share * self.rotation.effect(index))
+                output = output.detach()
+            else:
+                with torch.no_grad():
+                    output = self.unet(given, timesteps, named.detach())
+            noisy = self.rotation.step(index, noisy, free + settings.guidance * (output.float() - free))
+        drawn = noisy.requires_grad_()
+        verdict, numbers = self.verdict(drawn, self.labels.styles[picks], self.labels.concepts[picks])
+        verdict.backward()
+        torch.autograd.backward(outputs, [(factor * drawn.grad).to(torch.bfloat16) for factor in factors])
+        states.backward(named.grad)
+        return numbers | self.learn(drawn.detach(), rng)
+
+    def verdict(self, drawn: Tensor, styles: Tensor, concepts: Tensor) -> tuple[Tensor, dict[str, float]]:
+        """What judge and critic think of drawings: a loss, and numbers."""
+        self.critic.eval().requires_grad_(False)
+        style, concept = self.judge(disturbed(drawn, 0.4))
+        believed = F.cross_entropy(self.critic(disturbed(drawn, 0.3))[0], styles)
+        style_loss, concept_loss = F.cross_entropy(style, styles), F.cross_entropy(concept, concepts)
+        loss = self.settings.style_weight * (style_loss + believed) + self.settings.concept_weight * concept_loss
+        right = float((style[:, :DRAWN].argmax(1) == styles).float().mean())
+        found = float((concept.argmax(1) == concepts).float().mean())
+        return loss, {
+            "verdict": float(loss.detach()),
+            "style": right,
+            "concept": found,
+            "believed": float(believed.detach()),
+        }
+
+    def learn(self, drawn: Tensor, rng: random.Random) -> dict[str, float]:
+        """The critic learns to tell these and earlier drawings from pictures."""
+        self.earlier = [*self.earlier, drawn][-REMEMBERED:]
+        self.critic.train().requires_grad_(True)
+        for _ in range(self.settings.critic_steps):
+            shown = torch.cat([drawn, rng.choice(self.earlier)])
+            picks = torch.multinomial(self.examples.chances, len(shown), replacement=True)
+            shapes = torch.multinomial(self.examples.variant_chances, len(shown), replacement=True)
+            pictures = self.examples.latents[picks, shapes].float()
+            style, concept = self.critic(disturbed(torch.cat([pictures, shown]), 0.3))
+            wanted = torch.cat([self.labels.styles[picks], torch.full((len(shown),), DRAWN)])
+            loss = 2 * F.cross_entropy(style, wanted, label_smoothing=0.05)
+            loss = loss + 0.2 * F.cross_entropy(concept[: len(shown)], self.labels.concepts[picks])
+            self.optimizer.zero_grad()
+            loss.backward()
+            self.optimizer.step()
+        return {"exposed": float((style[len(shown) :].argmax(1) == DRAWN).float().mean())}
+
+
+def train_refine(arguments: argparse.Namespace) -> None:
+    """Refine U-Net and text encoder, exporting a pipeline now and then."""
+    used = caption_source(arguments).used
+    keys = ("loss", "error", "verdict", "style", "concept", "believed", "exposed")
+    trainer = Trainer(RefineJob(arguments), arguments, keys)
+    trainer.run(lambda weights: export_pipeline(weights, used, arguments), arguments.export_every)
