@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from tests.conftest import TINY_BASE
 from train.pretraining.examples import caption_source
 from train.pretraining.icons import load_icons
-from train.pretraining.judge import DRAWN, LatentJudge, label, train_judge
+from train.pretraining.judge import LatentJudge, label, train_judge
 from train.pretraining.networks import TextAndUNet, new_scheduler
 from train.pretraining.refine import RefineJob, Rotation, Studio
 
@@ -20,7 +20,7 @@ def settings(icons, tmp_path_factory):
     work = tmp_path_factory.mktemp("refine")
     labels = label(load_icons(icons))
     generator = torch.Generator().manual_seed(0)
-    styles, concepts = (torch.randn(count, 16, 8, 8, generator=generator) for count in (DRAWN, labels.count))
+    styles, concepts = (torch.randn(count, 16, 8, 8, generator=generator) for count in (5, labels.count))
     clean = (styles[labels.styles] + concepts[labels.concepts]) / 2**0.5
     latents = clean[:, None] + 0.1 * torch.randn(20, 4, 16, 8, 8, generator=generator)
     colours = torch.zeros(20, 4, dtype=torch.long)
@@ -29,8 +29,7 @@ def settings(icons, tmp_path_factory):
     train_judge(learning)
     return argparse.Namespace(
         icons=icons, work=work, tokenizer=TINY_BASE / "tokenizer", variants=None, seed=0, start=None, compile=False,
-        batch=4, drawing_steps=6, learning_steps=5, guidance=2.0, anchor=1.0, style_weight=1.0, concept_weight=1.0,
-        critic_lr=0.0, critic_steps=1,
+        batch=4, drawing_steps=6, learning_steps=5, guidance=2.0, stay=0.0, style_weight=1.0, concept_weight=1.0,
     )  # fmt: skip
 
 
@@ -107,13 +106,26 @@ def test_drawings_leave_judge_and_pictures_alone(settings):
     assert torch.equal(studio.examples.latents, latents)
 
 
-def test_critic_learns_to_tell_drawings_from_pictures(settings):
-    studio = Studio(argparse.Namespace(**vars(settings) | {"critic_lr": 1e-3, "critic_steps": 40}), denoiser(settings))
+def test_what_was_learned_is_held_to_what_it_was(settings):
+    module = denoiser(settings)
+    studio = Studio(
+        argparse.Namespace(**vars(settings) | {"stay": 1.0, "style_weight": 0.0, "concept_weight": 0.0}), module
+    )
     torch.manual_seed(0)
-    assert studio.draw(0)["exposed"] == 1
-    pictures = studio.examples.latents[:, 0].float()
-    style = studio.critic.eval()(pictures)[0]
-    assert torch.equal(style.argmax(1), studio.labels.styles)
+    assert studio.draw(0)["change"] == 0
+    assert all(not parameter.grad.any() for parameter in module.unet.parameters() if parameter.grad is not None)
+
+    def change():
+        torch.manual_seed(0)
+        return studio.draw(0)["change"]
+
+    with torch.no_grad():
+        module.unet.conv_out.bias.add_(0.5)
+    moved = change()
+    assert moved == pytest.approx(0.25, rel=0.02)
+    # The mean of squares over 16 channels, of which each has its own bias.
+    gradient = module.unet.conv_out.bias.grad.float()
+    torch.testing.assert_close(gradient, torch.full((16,), 2 * 0.5 / 16), rtol=0.03, atol=0)
 
 
 def test_a_micro_batch_is_repeatable(settings):

@@ -1,4 +1,4 @@
-"""A small judge of latents: in which artist's style, of which concept, and whether a denoiser drew them."""
+"""A small judge of latents: in which artist's style, and of which concept."""
 
 from __future__ import annotations
 
@@ -15,8 +15,11 @@ from train.prepare_icons import PRETRAINING_SETS
 from train.pretraining.icons import Icons, load_icons
 
 CHANNELS = 96
-DRAWN = len(PRETRAINING_SETS)
-"""The class of what a denoiser drew, after those of the artists' styles."""
+NOISE = 1.2
+"""Strongest noise that the judge learns to see through, in standard deviations of the latents.
+
+A judge that has seen noise judges colours and shapes; the gradient of one that has not is mostly noise itself.
+"""
 
 
 class Block(nn.Module):
@@ -36,7 +39,7 @@ class Block(nn.Module):
 
 
 class LatentJudge(nn.Module):
-    """N x 16 x 8 x 8 scaled latents to the logits of style, N x (styles + 1), and of concept, N x concepts.
+    """N x 16 x 8 x 8 scaled latents to the logits of style, N x styles, and of concept, N x concepts.
 
     It shares neither weights nor features with the judges of `benchmarks/icon_style`, which look at pictures.
     """
@@ -46,7 +49,7 @@ class LatentJudge(nn.Module):
         self.stem = nn.Conv2d(16, CHANNELS, 3, padding=1)
         self.near = nn.Sequential(Block(CHANNELS), Block(CHANNELS))
         self.far = nn.Sequential(nn.Conv2d(CHANNELS, 2 * CHANNELS, 3, stride=2, padding=1), Block(2 * CHANNELS))
-        self.style = nn.Sequential(nn.Dropout(0.2), nn.Linear(4 * CHANNELS, DRAWN + 1))
+        self.style = nn.Sequential(nn.Dropout(0.2), nn.Linear(4 * CHANNELS, len(PRETRAINING_SETS)))
         self.concept = nn.Sequential(nn.Flatten(), nn.Dropout(0.2), nn.Linear(2 * CHANNELS * 4, concepts))
 
     def forward(self, latents: Tensor) -> tuple[Tensor, Tensor]:
@@ -79,9 +82,10 @@ def label(icons: Icons) -> Labels:
     )
 
 
-def disturbed(latents: Tensor, level: float) -> Tensor:
-    """Latents with noise of random strength, up to `level` standard deviations."""
-    return latents + level * torch.rand(len(latents), 1, 1, 1) * torch.randn_like(latents)
+def disturbed(latents: Tensor, low: float, high: float) -> Tensor:
+    """Latents with noise of random strength between two bounds, in standard deviations of the latents."""
+    strength = low + (high - low) * torch.rand(len(latents), 1, 1, 1)
+    return latents + strength * torch.randn_like(latents)
 
 
 def train_judge(arguments: argparse.Namespace) -> None:
@@ -95,7 +99,7 @@ def train_judge(arguments: argparse.Namespace) -> None:
     for step in range(1, arguments.steps + 1):
         picks = torch.randint(len(latents), (arguments.batch,))
         shapes = torch.randint(2, (arguments.batch,))  # as drawn, and moved
-        style, concept = judge(disturbed(latents[picks, shapes].float(), 0.4))
+        style, concept = judge(disturbed(latents[picks, shapes].float(), 0, NOISE))
         style_loss = F.cross_entropy(style, labels.styles[picks], label_smoothing=0.05)
         concept_loss = F.cross_entropy(concept, labels.concepts[picks], label_smoothing=0.05)
         optimizer.zero_grad()

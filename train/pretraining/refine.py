@@ -18,14 +18,14 @@ from torch import Tensor
 from train.pretraining.denoiser import UNetJob, denoising_loss
 from train.pretraining.examples import Examples, caption_source
 from train.pretraining.icons import load_icons
-from train.pretraining.judge import DRAWN, LatentJudge, disturbed, label
+from train.pretraining.judge import LatentJudge, disturbed, label
 from train.pretraining.layers import SharedTextAttention, double_by_copies
 from train.pretraining.networks import new_scheduler
 from train.pretraining.pipeline import export_pipeline
 from train.pretraining.trainer import Trainer
 
-REMEMBERED = 24
-"""Batches of earlier drawings that the critic goes on seeing, lest it forget what was mended."""
+JUDGED_NOISE = (0.2, 1.0)
+"""Noise that is laid over a drawing before it is judged, in standard deviations of the latents."""
 
 
 class Rotation:
@@ -66,7 +66,7 @@ class RefineJob(UNetJob):
 
 
 class Studio:
-    """A denoiser that draws, a judge, and a critic who learns to tell its drawings from pictures.
+    """A denoiser that draws, a judge of its drawings, and the denoiser as it was.
 
     The gradient of the verdict reaches the velocities of some steps of a drawing, each step's noisy latents being
     taken as given (deep reward tuning, arXiv 2405.00760, section 3): nothing is kept of the other steps.
@@ -80,14 +80,11 @@ class Studio:
         self.judge = LatentJudge(self.labels.count)
         self.judge.load_state_dict(load_file(settings.work / "judge.safetensors"))
         self.judge.eval().requires_grad_(False)
-        # The critic begins with what the judge knows, so a resumed run's has to catch up.
-        self.critic = copy.deepcopy(self.judge).requires_grad_(True)
-        learned, rate = self.critic.parameters(), settings.critic_lr
-        self.optimizer = torch.optim.AdamW(learned, rate, weight_decay=0.02, betas=(0.5, 0.99))
-        self.earlier: list[Tensor] = []
         self.signal, self.rotation = new_scheduler().alphas_cumprod, Rotation(settings.drawing_steps)
         self.text = self.compiled(lambda ids: module.text_encoder(ids).last_hidden_state)
         self.unet = self.compiled(lambda noisy, timesteps, states: module.unet(noisy, timesteps, states).sample)
+        before = copy.deepcopy(module).requires_grad_(False)
+        self.before = self.compiled(before.forward)
         self.empty = self.examples.captions.ids([""] * settings.batch)
 
     def compiled(self, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -102,7 +99,7 @@ class Studio:
             return self.unet(noisy, timesteps, self.text(ids))
 
         loss, error = denoising_loss(predict, latents, self.signal)
-        (self.settings.anchor * loss).backward()
+        loss.backward()
         return {"loss": float(loss.detach()), "error": error}
 
     def draw(self, seed: int) -> dict[str, float]:
@@ -111,7 +108,8 @@ class Studio:
         rng, size = random.Random(seed), settings.batch
         picks = torch.multinomial(self.examples.chances, size, replacement=True)
         records = [captions.records[pick] for pick in picks.tolist()]
-        states = self.text(captions.ids([f"{captions.name(record, rng)}, {record['style']}" for record in records]))
+        ids = captions.ids([f"{captions.name(record, rng)}, {record['style']}" for record in records])
+        states = self.text(ids)
         named = states.detach().requires_grad_()
         with torch.no_grad():
             unnamed = self.text(self.empty)[:1].clone()
@@ -119,15 +117,16 @@ class Studio:
         # The first step sees noise alone and decides the composition.
         learning = set(rng.sample(range(1, steps), settings.learning_steps))
         share = settings.guidance * (steps - 1) / settings.learning_steps
-        noisy, outputs, factors = torch.randn(size, 16, 8, 8), [], []
+        noisy, moments = torch.randn(size, 16, 8, 8), []
         for index, timestep in enumerate(self.rotation.timesteps):
             given, timesteps = noisy.to(torch.bfloat16), torch.full((size,), timestep)
             with torch.no_grad():
                 free = self.unet(given, timesteps, unnamed).float()
             if index in learning:
                 output = self.unet(given, timesteps, named)
-                outputs.append(output)
-                factors.append(share * self.rotation.effect(index))
+                with torch.no_grad():
+                    change = output.float() - self.before(given, timesteps, ids).float()
+                moments.append((output, change, share * self.rotation.effect(index)))
                 output = output.detach()
             else:
                 with torch.no_grad():
@@ -136,48 +135,25 @@ class Studio:
         drawn = noisy.requires_grad_()
         verdict, numbers = self.verdict(drawn, self.labels.styles[picks], self.labels.concepts[picks])
         verdict.backward()
-        torch.autograd.backward(outputs, [(factor * drawn.grad).to(torch.bfloat16) for factor in factors])
+        stay = 2 * settings.stay / (settings.learning_steps * drawn.numel())
+        gradients = [(factor * drawn.grad + stay * change).to(torch.bfloat16) for _, change, factor in moments]
+        torch.autograd.backward([output for output, _, _ in moments], gradients)
         states.backward(named.grad)
-        return numbers | self.learn(drawn.detach(), rng)
+        return numbers | {"change": sum(float(change.square().mean()) for _, change, _ in moments) / len(moments)}
 
     def verdict(self, drawn: Tensor, styles: Tensor, concepts: Tensor) -> tuple[Tensor, dict[str, float]]:
-        """What judge and critic think of drawings: a loss, and numbers."""
-        self.critic.eval().requires_grad_(False)
-        style, concept = self.judge(disturbed(drawn, 0.4))
-        believed = F.cross_entropy(self.critic(disturbed(drawn, 0.3))[0], styles)
+        """What the judge thinks of drawings: a loss, and numbers."""
+        style, concept = self.judge(disturbed(drawn, *JUDGED_NOISE))
         style_loss, concept_loss = F.cross_entropy(style, styles), F.cross_entropy(concept, concepts)
-        loss = self.settings.style_weight * (style_loss + believed) + self.settings.concept_weight * concept_loss
-        right = float((style[:, :DRAWN].argmax(1) == styles).float().mean())
+        loss = self.settings.style_weight * style_loss + self.settings.concept_weight * concept_loss
+        right = float((style.argmax(1) == styles).float().mean())
         found = float((concept.argmax(1) == concepts).float().mean())
-        return loss, {
-            "verdict": float(loss.detach()),
-            "style": right,
-            "concept": found,
-            "believed": float(believed.detach()),
-        }
-
-    def learn(self, drawn: Tensor, rng: random.Random) -> dict[str, float]:
-        """The critic learns to tell these and earlier drawings from pictures."""
-        self.earlier = [*self.earlier, drawn][-REMEMBERED:]
-        self.critic.train().requires_grad_(True)
-        for _ in range(self.settings.critic_steps):
-            shown = torch.cat([drawn, rng.choice(self.earlier)])
-            picks = torch.multinomial(self.examples.chances, len(shown), replacement=True)
-            shapes = torch.multinomial(self.examples.variant_chances, len(shown), replacement=True)
-            pictures = self.examples.latents[picks, shapes].float()
-            style, concept = self.critic(disturbed(torch.cat([pictures, shown]), 0.3))
-            wanted = torch.cat([self.labels.styles[picks], torch.full((len(shown),), DRAWN)])
-            loss = 2 * F.cross_entropy(style, wanted, label_smoothing=0.05)
-            loss = loss + 0.2 * F.cross_entropy(concept[: len(shown)], self.labels.concepts[picks])
-            self.optimizer.zero_grad()
-            loss.backward()
-            self.optimizer.step()
-        return {"exposed": float((style[len(shown) :].argmax(1) == DRAWN).float().mean())}
+        return loss, {"verdict": float(loss.detach()), "style": right, "concept": found}
 
 
 def train_refine(arguments: argparse.Namespace) -> None:
     """Refine U-Net and text encoder, exporting a pipeline now and then."""
     used = caption_source(arguments).used
-    keys = ("loss", "error", "verdict", "style", "concept", "believed", "exposed")
+    keys = ("loss", "error", "verdict", "style", "concept", "change")
     trainer = Trainer(RefineJob(arguments), arguments, keys)
     trainer.run(lambda weights: export_pipeline(weights, used, arguments), arguments.export_every)
