@@ -8,7 +8,9 @@ Stages, each resumable (interrupt it and run the same command again):
     python train/pretrain_base.py unet data/icons work --tokenizer TOKENIZER --export work/export
     python train/pretrain_base.py decoder data/icons work
     python train/pretrain_base.py export data/icons work --tokenizer TOKENIZER --export work/export
-    python train/pretrain_base.py samples work/export samples.png
+    python train/pretrain_base.py judge data/icons work
+    python train/pretrain_base.py refine data/icons work --start work/export --tokenizer TOKENIZER --export work/last
+    python train/pretrain_base.py samples work/last samples.png
     python train/pretrain_base.py curve work curve.png --stage unet
 
 TOKENIZER is a folder with the standard CLIP tokenizer, such as restune_diffusion/assets/restune-tiny/tokenizer.
@@ -81,14 +83,14 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add_training_options(judge, steps=3000, batch=128, micro=1, lr=3e-3, warmup=0, ema=0)
     judge.set_defaults(run=train_judge)
     refine = stages.add_parser("refine", help="train U-Net and text encoder on the verdict on their drawings too")
-    add_training_options(refine, steps=300, batch=32, micro=2, lr=8e-5, warmup=15, ema=0.98)
+    add_training_options(refine, steps=600, batch=32, micro=2, lr=7e-5, warmup=15, ema=0.985)
     refine.add_argument("--export-every", type=int, default=50, help="steps between exports and checkpoints")
     refine.add_argument("--drawing-steps", type=int, default=12, help="steps of a drawing")
     refine.add_argument("--learning-steps", type=int, default=4, help="steps of a drawing that get a gradient")
     refine.add_argument("--guidance", type=float, default=4.0, help="guidance scale of the drawings")
-    refine.add_argument("--style-weight", type=float, default=0.03, help="weight of the judged style")
-    refine.add_argument("--concept-weight", type=float, default=0.01, help="weight of the judged concept")
-    refine.add_argument("--stay", type=float, default=0.3, help="weight of the squared change of velocities")
+    refine.add_argument("--style-weight", type=float, default=0.08, help="weight of the judged style")
+    refine.add_argument("--concept-weight", type=float, default=0.02, help="weight of the judged concept")
+    refine.add_argument("--stay", type=float, default=0.1, help="weight of the squared change of velocities")
     refine.set_defaults(run=train_refine)
     export = stages.add_parser("export", help="write the pipeline once more, with the improved decoder")
     export.set_defaults(run=export_checkpoint, seed=0)

@@ -158,6 +158,27 @@ def test_resumed_run_equals_an_uninterrupted_one(icons, trained, tmp_path):
     assert json.loads((tmp_path / "unet-checkpoint" / "state.json").read_text()) == {"step": 2}
 
 
+@pytest.mark.slow
+def test_refine_stage_learns_from_drawings_and_exports(icons, tokenizer, trained, tmp_path):
+    for name in ("latents.safetensors", "vae-normalised"):
+        (tmp_path / name).symlink_to(trained / name)
+    main(["judge", str(icons), str(tmp_path), "--steps", "2", "--batch", "8"])
+    start = ["--start", str(trained / "export"), "--tokenizer", str(TINY_BASE / "tokenizer")]
+    drawing = ["--drawing-steps", "3", "--learning-steps", "2", "--export", str(tmp_path / "export")]
+    main(["refine", str(icons), str(tmp_path), *start, *drawing, *STEPS, "--export-every", "2"])
+    entries = [json.loads(line) for line in (tmp_path / "refine-log.jsonl").read_text().splitlines()]
+    assert [entry["step"] for entry in entries] == [1, 2]
+    assert entries[0]["change"] == 0 < entries[1]["change"]
+    state = load_file(tmp_path / "refine-checkpoint" / "state.safetensors")
+    unet = UNet2DConditionModel.from_pretrained(tmp_path / "export" / "unet").state_dict()
+    averaged = Flat(TextAndUNet(len(captions(icons, tokenizer).used)))
+    for name, weight in averaged.views(state["ema"]).items():
+        if name.startswith("unet."):
+            assert torch.equal(unet[name.removeprefix("unet.")], weight.half().float()), name
+    before = UNet2DConditionModel.from_pretrained(trained / "export" / "unet").state_dict()
+    assert any(not torch.equal(weight, before[name]) for name, weight in unet.items())
+
+
 def test_exported_pipeline_is_restored_exactly(icons, work, tokenizer, tmp_path):
     used = captions(icons, tokenizer).used
     torch.manual_seed(0)

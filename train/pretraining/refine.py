@@ -24,7 +24,7 @@ from train.pretraining.networks import new_scheduler
 from train.pretraining.pipeline import export_pipeline
 from train.pretraining.trainer import Trainer
 
-JUDGED_NOISE = (0.2, 1.0)
+JUDGED_NOISE = (0.1, 0.8)
 """Noise that is laid over a drawing before it is judged, in standard deviations of the latents."""
 
 
