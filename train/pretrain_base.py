@@ -34,6 +34,7 @@ from train.pretraining.curve import PLOTS, draw_curve
 from train.pretraining.denoiser import export_checkpoint, train_unet
 from train.pretraining.judge import train_judge
 from train.pretraining.latents import encode_latents
+from train.pretraining.pipeline import blend_pipelines
 from train.pretraining.refine import train_refine
 from train.pretraining.samples import draw_samples
 from train.pretraining.text import train_text
@@ -92,6 +93,12 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     refine.add_argument("--concept-weight", type=float, default=0.02, help="weight of the judged concept")
     refine.add_argument("--stay", type=float, default=0.1, help="weight of the squared change of velocities")
     refine.set_defaults(run=train_refine)
+    blend = stages.add_parser("blend", help="write a pipeline whose weights lie between those of two others")
+    blend.add_argument("first", type=Path, help="exported pipeline")
+    blend.add_argument("second", type=Path, help="another one of the same structure")
+    blend.add_argument("out", type=Path, help="where to write the pipeline")
+    blend.add_argument("--share", type=float, default=0.5, help="share of the second one's weights")
+    blend.set_defaults(run=blend_pipelines, seed=0)
     export = stages.add_parser("export", help="write the pipeline once more, with the improved decoder")
     export.set_defaults(run=export_checkpoint, seed=0)
     for stage in (unet, refine, export):

@@ -201,3 +201,24 @@ def test_exported_pipeline_is_restored_exactly(icons, work, tokenizer, tmp_path)
     unseen = torch.ones(len(table), dtype=torch.bool)
     unseen[used] = False
     assert float(table[unseen].std()) == pytest.approx(0.02, rel=0.02)
+
+
+def test_blend_lies_between_two_pipelines(icons, work, tokenizer, tmp_path):
+    used = captions(icons, tokenizer).used
+    settings = {"work": work, "tokenizer": TINY_BASE / "tokenizer", "seed": 5}
+    modules = []
+    for name in ("first", "second"):
+        modules.append(TextAndUNet(len(used)))
+        with torch.no_grad():
+            for parameter in modules[-1].parameters():
+                parameter.normal_()
+        own = argparse.Namespace(**settings, export=tmp_path / name)
+        export_pipeline(dict(modules[-1].named_parameters()), used, own)
+
+    main(["blend", str(tmp_path / "first"), str(tmp_path / "second"), str(tmp_path / "out"), "--share", "0.25"])
+
+    mixed = TextAndUNet(len(used))
+    load_pipeline(mixed, tmp_path / "out", used)
+    for name, parameter in mixed.named_parameters():
+        first, second = (module.get_parameter(name).detach() for module in modules)
+        torch.testing.assert_close(parameter.detach(), 0.75 * first + 0.25 * second, rtol=2e-3, atol=2e-3)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
@@ -61,3 +62,16 @@ def export_pipeline(weights: dict[str, Tensor], used: list[int], arguments: argp
     config = temporary / "text_encoder" / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"dtype": "float32"}, indent=2) + "\n")
     replace_folder(temporary, arguments.export)
+
+
+def blend_pipelines(arguments: argparse.Namespace) -> None:
+    """Write a pipeline whose U-Net and text encoder lie between those of two others (arXiv 2203.05482)."""
+    temporary = arguments.out.with_name(arguments.out.name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    shutil.copytree(arguments.first, temporary)
+    for name in ("unet/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors"):
+        first, second = load_file(arguments.first / name), load_file(arguments.second / name)
+        mixed = {key: first[key].float().lerp(second[key].float(), arguments.share) for key in first}
+        halves = {key: value.to(first[key].dtype) for key, value in mixed.items()}
+        save_file(halves, temporary / name, metadata={"format": "pt"})
+    replace_folder(temporary, arguments.out)
