@@ -1,6 +1,6 @@
 """Pretrain `restune-tiny`, the small Stable Diffusion checkpoint that ships with the package, from icon pictures.
 
-Stages, each resumable (interrupt it and run the same command again):
+Stages, each resumable but the quick ones (interrupt it and run the same command again):
     python train/prepare_icons.py data/icons --download
     python train/pretrain_base.py vae data/icons work --compile
     python train/pretrain_base.py latents data/icons work
@@ -10,7 +10,8 @@ Stages, each resumable (interrupt it and run the same command again):
     python train/pretrain_base.py export data/icons work --tokenizer TOKENIZER --export work/export
     python train/pretrain_base.py judge data/icons work
     python train/pretrain_base.py refine data/icons work --start work/export --tokenizer TOKENIZER --export work/last
-    python train/pretrain_base.py samples work/last samples.png
+    python train/pretrain_base.py blend work/export work/last work/blend
+    python train/pretrain_base.py samples work/blend samples.png
     python train/pretrain_base.py curve work curve.png --stage unet
 
 TOKENIZER is a folder with the standard CLIP tokenizer, such as restune_diffusion/assets/restune-tiny/tokenizer.
@@ -81,7 +82,11 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     unet.add_argument("--repeats", type=int, default=2, help="noise levels drawn for each picture of a micro-batch")
     unet.set_defaults(run=train_unet)
     judge = stages.add_parser("judge", help="train the judge of latents that the next stage needs")
-    add_training_options(judge, steps=3000, batch=128, micro=1, lr=3e-3, warmup=0, ema=0)
+    judge.add_argument("--steps", type=int, default=3000, help="optimizer steps in all")
+    judge.add_argument("--batch", type=int, default=128, help="pictures in a step")
+    judge.add_argument("--lr", type=float, default=3e-3, help="peak learning rate")
+    judge.add_argument("--print-every", type=int, default=25)
+    judge.add_argument("--seed", type=int, default=0)
     judge.set_defaults(run=train_judge)
     refine = stages.add_parser("refine", help="train U-Net and text encoder on the verdict on their drawings too")
     add_training_options(refine, steps=600, batch=32, micro=2, lr=7e-5, warmup=15, ema=0.985)

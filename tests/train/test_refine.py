@@ -1,4 +1,4 @@
-"""Drawings that a judge and a critic look at, and what the denoiser learns from their verdict."""
+"""Drawings that a judge looks at, and what the denoiser learns from their verdict."""
 
 import argparse
 
@@ -18,7 +18,7 @@ from train.pretraining.refine import RefineJob, Rotation, Studio
 def settings(icons, tmp_path_factory):
     """The settings of the stage on made-up icons, with made-up latents and a judge that has learned them."""
     work = tmp_path_factory.mktemp("refine")
-    labels = label(load_icons(icons))
+    labels = label(load_icons(icons).records)
     generator = torch.Generator().manual_seed(0)
     styles, concepts = (torch.randn(count, 16, 8, 8, generator=generator) for count in (5, labels.count))
     clean = (styles[labels.styles] + concepts[labels.concepts]) / 2**0.5
@@ -68,7 +68,7 @@ def test_effect_is_the_gradient_of_the_finished_drawing():
 
 
 def test_judge_tells_styles_and_concepts_of_pictures(settings):
-    labels = label(load_icons(settings.icons))
+    labels = label(load_icons(settings.icons).records)
     judge = LatentJudge(labels.count)
     judge.load_state_dict(load_file(settings.work / "judge.safetensors"))
     pictures = load_file(settings.work / "latents.safetensors")["latents"][:, 3].float()  # a variant it has not seen

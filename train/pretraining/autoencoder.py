@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from train.pretraining.folders import replace_folder
 from train.pretraining.icons import Icons, load_icons, on_background, shifted
 from train.pretraining.layers import double_by_copies
-from train.pretraining.trainer import Trainer
+from train.pretraining.trainer import Trainer, micro_seed
 
 # Stable Diffusion's own factor: latents are normalised to its inverse, so forgetting to scale them shows.
 SCALING_FACTOR = 0.18215
@@ -105,7 +105,7 @@ class VaeJob:
         forward = torch.compile(forward) if settings.compile else forward
 
         def run(step: int, index: int) -> dict[str, float]:
-            torch.manual_seed((settings.seed + 1) * 1_000_003 + step * 64 + index)
+            torch.manual_seed(micro_seed(settings.seed + 1, step, index))
             pixels = vae_batch(icons, settings.batch)
             noise = torch.randn(settings.batch, 16, 8, 8)
             inputs = (tensor.to(torch.bfloat16, memory_format=torch.channels_last) for tensor in (pixels, noise))
@@ -152,7 +152,7 @@ class DecoderJob:
         double_by_copies(module)
 
         def run(step: int, index: int) -> dict[str, float]:
-            torch.manual_seed((settings.seed + 2) * 1_000_003 + step * 64 + index)
+            torch.manual_seed(micro_seed(settings.seed + 2, step, index))
             pixels = vae_batch(icons, settings.batch)
             with torch.no_grad():
                 latents = module.encode(pixels.to(torch.bfloat16)).latent_dist.sample()

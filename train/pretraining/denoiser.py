@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,7 @@ from train.pretraining.flat import Flat
 from train.pretraining.layers import SharedTextAttention, double_by_copies
 from train.pretraining.networks import TextAndUNet, new_scheduler
 from train.pretraining.pipeline import export_pipeline, load_pipeline
-from train.pretraining.trainer import Trainer
+from train.pretraining.trainer import Trainer, micro_seed
 
 
 @dataclass
@@ -47,7 +47,7 @@ class UNetJob:
         repeats = settings.repeats
 
         def run(step: int, index: int) -> dict[str, float]:
-            seed = (settings.seed + 1) * 1_000_003 + step * 64 + index
+            seed = micro_seed(settings.seed + 1, step, index)
             latents, ids, _ = draw.batch(seed, settings.batch // repeats)
             clean = latents.repeat_interleave(repeats, 0)
             loss, error = denoising_loss(lambda noisy, timesteps: forward(noisy, timesteps, ids), clean, signal)
@@ -83,10 +83,15 @@ def denoising_loss(predict: Callable[[Tensor, Tensor], Tensor], clean: Tensor, s
 
 def train_unet(arguments: argparse.Namespace) -> None:
     """Train text encoder and U-Net, exporting a pipeline now and then."""
-    job = UNetJob(arguments)
-    used = caption_source(arguments).used
-    trainer = Trainer(job, arguments, ("loss", "error"))
-    trainer.run(lambda weights: export_pipeline(weights, used, arguments), arguments.export_every)
+    train_exporting(UNetJob(arguments), ("loss", "error"))
+
+
+def train_exporting(job: UNetJob, keys: Sequence[str]) -> None:
+    """Run a job that trains text encoder and U-Net and reports numbers by these keys, exporting pipelines."""
+    settings = job.settings
+    used = caption_source(settings).used
+    trainer = Trainer(job, settings, keys)
+    trainer.run(lambda weights: export_pipeline(weights, used, settings), settings.export_every)
 
 
 def export_checkpoint(arguments: argparse.Namespace) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from train.prepare_icons import PRETRAINING_SETS
-from train.pretraining.icons import Icons, load_icons
+from train.pretraining.icons import load_icons
 
 CHANNELS = 96
 NOISE = 1.2
@@ -71,13 +73,13 @@ class Labels:
     count: int
 
 
-def label(icons: Icons) -> Labels:
+def label(records: Sequence[dict[str, Any]]) -> Labels:
     """Number the styles and the concepts."""
-    names = sorted({record["label"] for record in icons.records})
+    names = sorted({record["label"] for record in records})
     numbers = {name: number for number, name in enumerate(names)}
     return Labels(
-        torch.tensor([PRETRAINING_SETS.index(record["set"]) for record in icons.records]),
-        torch.tensor([numbers[record["label"]] for record in icons.records]),
+        torch.tensor([PRETRAINING_SETS.index(record["set"]) for record in records]),
+        torch.tensor([numbers[record["label"]] for record in records]),
         len(names),
     )
 
@@ -90,7 +92,7 @@ def disturbed(latents: Tensor, low: float, high: float) -> Tensor:
 
 def train_judge(arguments: argparse.Namespace) -> None:
     """Train the judge on the stored latents and write `<work>/judge.safetensors`."""
-    labels = label(load_icons(arguments.icons))
+    labels = label(load_icons(arguments.icons).records)
     latents = load_file(arguments.work / "latents.safetensors")["latents"]
     torch.manual_seed(arguments.seed)
     judge = LatentJudge(labels.count)

@@ -71,7 +71,9 @@ def blend_pipelines(arguments: argparse.Namespace) -> None:
     shutil.copytree(arguments.first, temporary)
     for name in ("unet/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors"):
         first, second = load_file(arguments.first / name), load_file(arguments.second / name)
-        mixed = {key: first[key].float().lerp(second[key].float(), arguments.share) for key in first}
-        halves = {key: value.to(first[key].dtype) for key, value in mixed.items()}
-        save_file(halves, temporary / name, metadata={"format": "pt"})
+        mixed = {
+            key: value.float().lerp(second[key].float(), arguments.share).to(value.dtype)
+            for key, value in first.items()
+        }
+        save_file(mixed, temporary / name, metadata={"format": "pt"})
     replace_folder(temporary, arguments.out)

@@ -15,14 +15,12 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor
 
-from train.pretraining.denoiser import UNetJob, denoising_loss
-from train.pretraining.examples import Examples, caption_source
-from train.pretraining.icons import load_icons
+from train.pretraining.denoiser import UNetJob, denoising_loss, train_exporting
+from train.pretraining.examples import Examples
 from train.pretraining.judge import LatentJudge, disturbed, label
 from train.pretraining.layers import SharedTextAttention, double_by_copies
 from train.pretraining.networks import new_scheduler
-from train.pretraining.pipeline import export_pipeline
-from train.pretraining.trainer import Trainer
+from train.pretraining.trainer import micro_seed
 
 JUDGED_NOISE = (0.1, 0.8)
 """Noise that is laid over a drawing before it is judged, in standard deviations of the latents."""
@@ -59,7 +57,7 @@ class RefineJob(UNetJob):
         studio = Studio(self.settings, module)
 
         def run(step: int, index: int) -> dict[str, float]:
-            seed = (self.settings.seed + 1) * 1_000_003 + step * 64 + index
+            seed = micro_seed(self.settings.seed + 1, step, index)
             return studio.denoise(seed) | studio.draw(seed)
 
         return run
@@ -76,7 +74,7 @@ class Studio:
         module.unet.set_attn_processor(SharedTextAttention())
         double_by_copies(module)
         self.settings, self.examples = settings, Examples(settings)
-        self.labels = label(load_icons(settings.icons))
+        self.labels = label(self.examples.captions.records)
         self.judge = LatentJudge(self.labels.count)
         self.judge.load_state_dict(load_file(settings.work / "judge.safetensors"))
         self.judge.eval().requires_grad_(False)
@@ -85,7 +83,7 @@ class Studio:
         self.unet = self.compiled(lambda noisy, timesteps, states: module.unet(noisy, timesteps, states).sample)
         before = copy.deepcopy(module).requires_grad_(False)
         self.before = self.compiled(before.forward)
-        self.empty = self.examples.captions.ids([""] * settings.batch)
+        self.empty = self.examples.captions.ids([""])
 
     def compiled(self, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
         """The function, compiled where that is asked for."""
@@ -103,7 +101,7 @@ class Studio:
         return {"loss": float(loss.detach()), "error": error}
 
     def draw(self, seed: int) -> dict[str, float]:
-        """Draw a micro-batch, add the gradient of the verdict, and let the critic learn."""
+        """Draw a micro-batch, and add the gradient of the verdict."""
         settings, captions = self.settings, self.examples.captions
         rng, size = random.Random(seed), settings.batch
         picks = torch.multinomial(self.examples.chances, size, replacement=True)
@@ -112,7 +110,7 @@ class Studio:
         states = self.text(ids)
         named = states.detach().requires_grad_()
         with torch.no_grad():
-            unnamed = self.text(self.empty)[:1].clone()
+            unnamed = self.text(self.empty)
         steps = len(self.rotation.timesteps)
         # The first step sees noise alone and decides the composition.
         learning = set(rng.sample(range(1, steps), settings.learning_steps))
@@ -122,16 +120,14 @@ class Studio:
             given, timesteps = noisy.to(torch.bfloat16), torch.full((size,), timestep)
             with torch.no_grad():
                 free = self.unet(given, timesteps, unnamed).float()
-            if index in learning:
+            with torch.set_grad_enabled(index in learning):
                 output = self.unet(given, timesteps, named)
+            velocity = output.detach().float()
+            if index in learning:
                 with torch.no_grad():
-                    change = output.float() - self.before(given, timesteps, ids).float()
+                    change = velocity - self.before(given, timesteps, ids).float()
                 moments.append((output, change, share * self.rotation.effect(index)))
-                output = output.detach()
-            else:
-                with torch.no_grad():
-                    output = self.unet(given, timesteps, named.detach())
-            noisy = self.rotation.step(index, noisy, free + settings.guidance * (output.float() - free))
+            noisy = self.rotation.step(index, noisy, free + settings.guidance * (velocity - free))
         drawn = noisy.requires_grad_()
         verdict, numbers = self.verdict(drawn, self.labels.styles[picks], self.labels.concepts[picks])
         verdict.backward()
@@ -153,7 +149,4 @@ class Studio:
 
 def train_refine(arguments: argparse.Namespace) -> None:
     """Refine U-Net and text encoder, exporting a pipeline now and then."""
-    used = caption_source(arguments).used
-    keys = ("loss", "error", "verdict", "style", "concept", "change")
-    trainer = Trainer(RefineJob(arguments), arguments, keys)
-    trainer.run(lambda weights: export_pipeline(weights, used, arguments), arguments.export_every)
+    train_exporting(RefineJob(arguments), ("loss", "error", "verdict", "style", "concept", "change"))

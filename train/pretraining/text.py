@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from train.pretraining.examples import Examples, caption_source
 from train.pretraining.networks import TEXT_WIDTH, new_text_encoder
-from train.pretraining.trainer import Trainer
+from train.pretraining.trainer import Trainer, micro_seed
 
 TEXT_LENGTH = 40  # tokens while the text encoder learns words; all later positions then start as padding
 
@@ -54,7 +54,7 @@ class TextJob:
         settings, draw = self.settings, Examples(self.settings)
 
         def run(step: int, index: int) -> dict[str, float]:
-            latents, ids, records = draw.batch((settings.seed + 3) * 1_000_003 + step * 64 + index, settings.batch)
+            latents, ids, records = draw.batch(micro_seed(settings.seed + 3, step, index), settings.batch)
             flat = latents.flatten(1)
             look, similarity = module(ids[:, :TEXT_LENGTH], flat.to(torch.bfloat16))
             error = F.mse_loss(look.float(), flat)

@@ -74,6 +74,11 @@ def work(rank: int, job: Job, shared: Shared) -> None:
         shared.gate.wait(1200)
 
 
+def micro_seed(seed: int, step: int, index: int) -> int:
+    """The seed of a micro-batch: all that it draws follows from its step and index."""
+    return seed * 1_000_003 + step * 64 + index
+
+
 def take(shared: Shared) -> int:
     """The next micro-batch nobody works on."""
     with shared.taken.get_lock():
