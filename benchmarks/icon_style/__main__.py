@@ -1,6 +1,10 @@
 """The icon-style benchmark: tune towards a style that the base has never seen, and ask for what it knows.
 
     python train/prepare_icons.py data/icons --download --benchmark
+    python -m benchmarks.icon_style all openmoji --icons data/icons --work work --out work/report
+
+The parts of it, and what more there is:
+
     python -m benchmarks.icon_style base --icons data/icons --work work
     python -m benchmarks.icon_style style openmoji --icons data/icons --work work
     python -m benchmarks.icon_style style openmoji --icons data/icons --work work --study
@@ -32,6 +36,7 @@ from restune_diffusion.training.contact_sheet import labelled_grid
 from train.prepare_icons import DEVELOPMENT_SETS
 
 from .base import judge_base
+from .beside import run_beside
 from .character import held_out, render
 from .data import IconData, to_images
 from .judges import Judges, load_judges
@@ -154,6 +159,45 @@ class SubjectCommand(Common):
 
 
 @dataclass(frozen=True)
+class AllCommand(Common):
+    """The whole benchmark for one style and seed: the judges, every method twice, the subject, and the report."""
+
+    style: Annotated[str, tyro.conf.Positional] = DEVELOPMENT_SETS[0]
+    """One of the development styles."""
+    seed: int = 0
+    """Seed of tuning pictures, tuners, batches and drawings."""
+    processes: int = 2
+    """Number of processes that share the methods, best one a core."""
+    out: Path = Path("benchmarks/results/icon_style")
+    """Folder of the report."""
+    remark: str = ""
+    """What a reader should know about this run."""
+
+    def run(self) -> None:
+        """Compute what is missing, and write the report with the minutes that it took."""
+        started, fresh = time.time(), not any(self.work.glob("*-seed*/rows/*.json"))
+        self.judges(self.pipeline())  # once, before several processes want them
+        shards = [self._command("style", self.style, "--seed", str(self.seed), *part) for part in self._parts()]
+        run_beside(shards)
+        if self.settings.equal_time:
+            run_beside(shards)  # the time that all get is known now
+        run_beside([self._command("subject", "--seed", str(self.seed), "--rates-from", self.style)])
+        remark = self.remark
+        if fresh:
+            minutes = (time.time() - started) / 60
+            remark = f"{remark} All of it took {minutes:.0f} minutes, {self.processes} processes beside each other."
+            print(remark)
+        run_beside([self._command("report", "--out", str(self.out), "--remark", remark.strip())])
+
+    def _parts(self) -> list[list[str]]:
+        return [["--shard", str(part), "--shards", str(self.processes)] for part in range(self.processes)]
+
+    def _command(self, *words: str) -> list[str]:
+        common = ["--icons", str(self.icons), "--work", str(self.work), "--base", str(self.base)]
+        return [*words, *common, *(["--quick"] if self.quick else [])]
+
+
+@dataclass(frozen=True)
 class ReportCommand(Common):
     """Write the Markdown report, the JSON file and the grids from all rows in the work folder."""
 
@@ -223,7 +267,8 @@ def _save(image: Image.Image, path: Path) -> None:
 
 
 Command = (
-    Annotated[BaseCommand, tyro.conf.subcommand("base")]
+    Annotated[AllCommand, tyro.conf.subcommand("all")]
+    | Annotated[BaseCommand, tyro.conf.subcommand("base")]
     | Annotated[StyleCommand, tyro.conf.subcommand("style")]
     | Annotated[SubjectCommand, tyro.conf.subcommand("subject")]
     | Annotated[ReportCommand, tyro.conf.subcommand("report")]
