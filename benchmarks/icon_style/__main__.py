@@ -179,9 +179,9 @@ class AllCommand(Common):
         self.judges(self.pipeline())  # once, before several processes want them
         shards = [self._command("style", self.style, "--seed", str(self.seed), *part) for part in self._parts()]
         run_beside(shards)
-        if self.settings.equal_time:
-            run_beside(shards)  # the time that all get is known now
-        run_beside([self._command("subject", "--seed", str(self.seed), "--rates-from", self.style)])
+        subject = self._command("subject", "--seed", str(self.seed), "--rates-from", self.style)
+        # The learning rates are chosen now, and the time that all get in the second table is known.
+        run_beside([*(shards if self.settings.equal_time else []), subject])
         remark = self.remark
         if fresh:
             minutes = (time.time() - started) / 60

@@ -40,7 +40,7 @@ def test_the_parts_of_the_whole_share_its_settings(tmp_path, monkeypatch):
     monkeypatch.setattr("benchmarks.icon_style.__main__.run_beside", lambda commands: passes.append(commands))
     started.run()
 
-    judges, shards, subject, report = passes
+    judges, shards, [subject], report = passes
     assert judges == "judges"
     parsed = [tyro.cli(Command, args=command) for command in shards]
     assert all(isinstance(part, StyleCommand) for part in parsed)
@@ -48,7 +48,7 @@ def test_the_parts_of_the_whole_share_its_settings(tmp_path, monkeypatch):
     assert {(part.style, part.seed, part.quick, part.work) for part in parsed} == {
         ("fluent-emoji", 2, True, tmp_path / "work")
     }
-    assert tyro.cli(Command, args=subject[0]).rates_from == "fluent-emoji"
+    assert tyro.cli(Command, args=subject).rates_from == "fluent-emoji"
     assert "minutes, 2 processes" in tyro.cli(Command, args=report[0]).remark
 
 
@@ -60,5 +60,7 @@ def test_a_run_that_goes_on_does_not_say_how_long_it_took(tmp_path, monkeypatch)
     monkeypatch.setattr(AllCommand, "judges", lambda *_: None)
     monkeypatch.setattr("benchmarks.icon_style.__main__.run_beside", lambda commands: passes.append(commands))
     AllCommand(tmp_path, tmp_path / "work", out=Path("out"), remark="By hand.").run()
-    assert len(passes) == 4  # the full form has the methods twice
+    first, second, _ = passes
+    assert second[:-1] == first  # the full form has the methods twice, the subject beside them
+    assert second[-1][0] == "subject"
     assert tyro.cli(Command, args=passes[-1][0]).remark == "By hand."
