@@ -176,12 +176,14 @@ class AllCommand(Common):
     def run(self) -> None:
         """Compute what is missing, and write the report with the minutes that it took."""
         started, fresh = time.time(), not any(self.work.glob("*-seed*/rows/*.json"))
-        self.judges(self.pipeline())  # once, before several processes want them
         shards = [self._command("style", self.style, "--seed", str(self.seed), *part) for part in self._parts()]
-        run_beside(shards)
         subject = self._command("subject", "--seed", str(self.seed), "--rates-from", self.style)
-        # The learning rates are chosen now, and the time that all get in the second table is known.
-        run_beside([*(shards if self.settings.equal_time else []), subject])
+        # Floor and ceiling alone: the judges are trained once, before several processes want them.
+        judges = self._command("style", self.style, "--seed", str(self.seed), "--only", "no method")
+        # Where there is a sweep, the subject waits for the learning rates that it chooses.
+        passes = [[judges], shards, [*shards, subject]] if self.settings.sweep else [[judges, subject], shards]
+        for commands in passes:
+            run_beside(commands)
         remark = self.remark
         if fresh:
             minutes = (time.time() - started) / 60

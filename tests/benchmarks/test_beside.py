@@ -34,33 +34,37 @@ def test_a_failure_is_named_and_ends_the_others(tmp_path):
     assert not late.exists()
 
 
-def test_the_parts_of_the_whole_share_its_settings(tmp_path, monkeypatch):
-    started, passes = AllCommand(tmp_path, tmp_path / "work", quick=True, style="fluent-emoji", seed=2), []
-    monkeypatch.setattr(AllCommand, "judges", lambda *_: passes.append("judges"))
-    monkeypatch.setattr("benchmarks.icon_style.__main__.run_beside", lambda commands: passes.append(commands))
-    started.run()
+def commands_of(whole, monkeypatch):
+    """The commands that the whole benchmark runs beside each other, one pass after another."""
+    passes = []
+    monkeypatch.setattr("benchmarks.icon_style.__main__.run_beside", passes.append)
+    whole.run()
+    return [[tyro.cli(Command, args=command) for command in commands] for commands in passes]
 
-    judges, shards, [subject], report = passes
-    assert judges == "judges"
-    parsed = [tyro.cli(Command, args=command) for command in shards]
-    assert all(isinstance(part, StyleCommand) for part in parsed)
-    assert [(part.shard, part.shards) for part in parsed] == [(0, 2), (1, 2)]
-    assert {(part.style, part.seed, part.quick, part.work) for part in parsed} == {
-        ("fluent-emoji", 2, True, tmp_path / "work")
+
+def test_the_parts_of_the_whole_share_its_settings(tmp_path, monkeypatch):
+    whole = AllCommand(tmp_path, tmp_path / "work", style="fluent-emoji", seed=2)
+    [judges], shards, [*again, subject], [report] = commands_of(whole, monkeypatch)
+    assert judges.only == ("no method",)
+    assert again == shards  # the methods at the same time, which is known then
+    assert all(isinstance(part, StyleCommand) for part in [judges, *shards])
+    assert [(part.shard, part.shards) for part in shards] == [(0, 2), (1, 2)]
+    assert {(part.style, part.seed, part.quick, part.work) for part in [judges, *shards]} == {
+        ("fluent-emoji", 2, False, tmp_path / "work")
     }
-    assert tyro.cli(Command, args=subject).rates_from == "fluent-emoji"
-    assert "minutes, 2 processes" in tyro.cli(Command, args=report[0]).remark
+    assert (subject.rates_from, subject.seed) == ("fluent-emoji", 2)
+    assert "minutes, 2 processes" in report.remark
+
+
+def test_the_quick_form_has_no_rates_to_wait_for(tmp_path, monkeypatch):
+    [judges, subject], shards, [report] = commands_of(AllCommand(tmp_path, tmp_path / "work", quick=True), monkeypatch)
+    assert all(part.quick for part in [judges, subject, *shards, report])
+    assert (judges.only, len(shards)) == (("no method",), 2)
 
 
 def test_a_run_that_goes_on_does_not_say_how_long_it_took(tmp_path, monkeypatch):
     row = tmp_path / "work" / "openmoji-seed0" / "rows" / "base-not-tuned-both.json"
     row.parent.mkdir(parents=True)
     row.write_text("{}")
-    passes = []
-    monkeypatch.setattr(AllCommand, "judges", lambda *_: None)
-    monkeypatch.setattr("benchmarks.icon_style.__main__.run_beside", lambda commands: passes.append(commands))
-    AllCommand(tmp_path, tmp_path / "work", out=Path("out"), remark="By hand.").run()
-    first, second, _ = passes
-    assert second[:-1] == first  # the full form has the methods twice, the subject beside them
-    assert second[-1][0] == "subject"
-    assert tyro.cli(Command, args=passes[-1][0]).remark == "By hand."
+    whole = AllCommand(tmp_path, tmp_path / "work", out=Path("out"), remark="By hand.")
+    assert commands_of(whole, monkeypatch)[-1][0].remark == "By hand."
