@@ -175,11 +175,14 @@ class AllCommand(Common):
 
     def run(self) -> None:
         """Compute what is missing, and write the report with the minutes that it took."""
-        started, fresh = time.time(), not any(self.work.glob("*-seed*/rows/*.json"))
-        shards = [self._command("style", self.style, "--seed", str(self.seed), *part) for part in self._parts()]
-        subject = self._command("subject", "--seed", str(self.seed), "--rates-from", self.style)
+        # What is already there, the judges too, would be missing from the minutes.
+        started, fresh = time.time(), not (self.work.exists() and any(self.work.iterdir()))
+        seed = ("--seed", str(self.seed))
+        style = self._command("style", self.style, *seed)
+        shards = [[*style, "--shard", str(part), "--shards", str(self.processes)] for part in range(self.processes)]
+        subject = self._command("subject", *seed, "--rates-from", self.style)
         # Floor and ceiling alone: the judges are trained once, before several processes want them.
-        judges = self._command("style", self.style, "--seed", str(self.seed), "--only", "no method")
+        judges = [*style, "--only", "no method"]
         # Where there is a sweep, the subject waits for the learning rates that it chooses.
         passes = [[judges], shards, [*shards, subject]] if self.settings.sweep else [[judges, subject], shards]
         for commands in passes:
@@ -187,12 +190,9 @@ class AllCommand(Common):
         remark = self.remark
         if fresh:
             minutes = (time.time() - started) / 60
-            remark = f"{remark} All of it took {minutes:.0f} minutes, {self.processes} processes beside each other."
-            print(remark)
-        run_beside([self._command("report", "--out", str(self.out), "--remark", remark.strip())])
-
-    def _parts(self) -> list[list[str]]:
-        return [["--shard", str(part), "--shards", str(self.processes)] for part in range(self.processes)]
+            took = f"All of it took {minutes:.0f} minutes, {self.processes} processes beside each other."
+            remark = f"{remark} {took}".strip()
+        run_beside([self._command("report", "--out", str(self.out), "--remark", remark)])
 
     def _command(self, *words: str) -> list[str]:
         common = ["--icons", str(self.icons), "--work", str(self.work), "--base", str(self.base)]

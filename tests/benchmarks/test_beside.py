@@ -68,3 +68,8 @@ def test_a_run_that_goes_on_does_not_say_how_long_it_took(tmp_path, monkeypatch)
     row.write_text("{}")
     whole = AllCommand(tmp_path, tmp_path / "work", out=Path("out"), remark="By hand.")
     assert commands_of(whole, monkeypatch)[-1][0].remark == "By hand."
+
+
+def test_judges_that_were_there_are_not_in_the_minutes(tmp_path, monkeypatch):
+    (tmp_path / "style-judge.json").write_text("{}")
+    assert commands_of(AllCommand(tmp_path, tmp_path), monkeypatch)[-1][0].remark == ""
