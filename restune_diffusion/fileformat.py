@@ -35,6 +35,7 @@ from .header import (
 from .tuner import Tuner
 
 # As safetensors names them.
+_ALIGNMENT = 64  # bytes: torch's own allocator starts every CPU tensor at a multiple of it
 _DTYPE_NAMES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 __all__ = ["TunerInfo", "atomic_write", "load_tuner", "read_info", "save_tuner", "sync_directory"]
@@ -137,7 +138,9 @@ def _serialized(tensors: Mapping[str, torch.Tensor], header: dict[str, str], pat
             f"The tuner is not saved to {path}: its metadata makes a header of {size} bytes, where "
             f"{MAX_HEADER_BYTES} is the most; leave some of it out."
         )
-    return data
+    # The format lets spaces follow the header: with them the tensors start where `_mapped` need not copy them all.
+    spaces = -(8 + size) % _ALIGNMENT
+    return (size + spaces).to_bytes(8, "little") + data[8 : 8 + size] + b" " * spaces + data[8 + size :]
 
 
 def load_tuner(path: str | os.PathLike[str], *, dtype: torch.dtype | None = None) -> Tuner:
@@ -148,9 +151,9 @@ def load_tuner(path: str | os.PathLike[str], *, dtype: torch.dtype | None = None
         dtype: dtype of the parameters; None keeps the file's.
 
     Returns:
-        The tuner on the CPU. Where the dtype is kept its tensors are mapped from the file, privately: changing them
-        leaves the file alone. Replace a file that is in use by renaming another over it, as `save_tuner` does; one
-        that is overwritten in place pulls the tuner's values away.
+        The tuner on the CPU. Where the dtype is kept, tensors that start at a multiple of 64 bytes are mapped from the
+        file, privately: changing them leaves the file alone. Replace a file that is in use by renaming another over
+        it, as `save_tuner` does; one that is overwritten in place pulls the tuner's values away.
 
     Raises:
         TunerFileError: if the file is missing, truncated, not a tuner file, or of a newer version, or if a value is
@@ -179,13 +182,14 @@ def load_tuner(path: str | os.PathLike[str], *, dtype: torch.dtype | None = None
 
 # Why a map, when reading the file into memory would be proof against another program that cuts it short in place (the
 # kernel then ends whoever touches a page that is gone): processes that load the same tuner share its pages, a tuner
-# that is not in use costs no memory that cannot be taken back, and loading copies nothing. Every writer here, and the
+# that is not in use costs no memory that cannot be taken back, and loading copies little. Every writer here, and the
 # Hub's client, replaces files by renaming; then the map keeps the old file. What goes to another device or dtype, as
 # on most GPUs, is a copy and depends on the file no longer. safetensors' own `load_file` makes the same choice.
 def _mapped(file: safe_open, key: str) -> torch.Tensor:
     value: torch.Tensor = file.get_tensor(key)
-    # The format does not promise that tensors start at multiples of their element's size; torch expects it.
-    return value.clone() if value.data_ptr() % value.element_size() else value
+    # The format promises nothing about where tensors start. Kernels that take whole cache lines at a time round
+    # otherwise from elsewhere, and a tuner should draw from its file just what it drew before it was saved.
+    return value.clone() if value.data_ptr() % _ALIGNMENT else value
 
 
 def _is_finite(value: torch.Tensor) -> bool:
