@@ -88,6 +88,10 @@ class BaseCommand(Common):
 
     distance: bool = False
     """Also measure the KID in each of the base's own styles: what is left of it there is how the base draws."""
+    guidance: float | None = None
+    """Guidance scale; the benchmark's own unless given."""
+    away: float = 0.0
+    """Scale of guidance away from the prompt without its style, which takes another pass a step."""
 
     def run(self) -> None:
         """Judge the base and print and keep the result."""
@@ -99,6 +103,8 @@ class BaseCommand(Common):
             self.settings,
             self.work,
             every=8 if self.quick else 1,
+            guidance=self.guidance,
+            away=self.away,
             inception=InceptionFeatures() if self.distance else None,
         )
 

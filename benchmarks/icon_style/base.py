@@ -47,22 +47,27 @@ def judge_base(
     work: Path,
     *,
     every: int = 1,
+    guidance: float | None = None,
+    away: float = 0.0,
     inception: Callable[[Tensor], Tensor] | None = None,
 ) -> dict[str, Any]:
     """Draw every `every`-th concept and report how many the classifiers recognise; the true pictures beside them.
 
-    Where `inception` features are given, the KID of the drawings in each of the base's own styles is reported too.
+    `guidance` is the settings' own unless given; `away` guides further from the prompt without its style, at one more
+    pass a step. Where `inception` features are given, the KID of the drawings in each of the base's own styles is
+    reported too.
     Writes `base.json` and `base-samples.png`, the first 60 drawings of the random order, uncurated.
     """
     pairs = base_prompts(data)[::every]
-    artist = Artist(pipeline, settings.inference_steps, settings.guidance)
+    guidance = settings.guidance if guidance is None else guidance
+    artist = Artist(pipeline, settings.inference_steps, guidance, away=away)
     drawn = []
     for start in tqdm(range(0, len(pairs), CHUNK), desc="drawings of the base", leave=False):
         part = pairs[start : start + CHUNK]
-        path = work / "base-drawings" / f"{every}-{start:05d}.png"
+        path = work / "base-drawings" / f"{every}-{guidance:g}-{away:g}-{start:05d}.png"
         if not path.exists():
             prompts = [data.styles[style].prompt(concept) for concept, style in part]
-            pictures = artist.draw(prompts, seed=1 + start // CHUNK)
+            pictures = artist.draw(prompts, seed=1 + start // CHUNK, others=[concept for concept, _ in part])
             path.parent.mkdir(parents=True, exist_ok=True)
             with atomic_write(path) as file:
                 to_images(torch.cat(list(pictures), dim=1)[None])[0].save(file, format="PNG")
@@ -72,7 +77,8 @@ def judge_base(
     result = {
         "concepts": len(pairs),
         "steps": settings.inference_steps,
-        "guidance": settings.guidance,
+        "guidance": guidance,
+        "guidance from the prompt without style": away,
         "base": recognised(judges, pictures, pairs),
         "true pictures": recognised(judges, true_pictures, pairs),
         "style accuracy by style": by_style(judges, pictures, pairs),

@@ -270,6 +270,28 @@ def test_held_out_loss_is_the_mean_over_noise_levels(icons, tiny_base, judges, t
     assert 0 < whole < 2
 
 
+def test_drawing_away_from_a_prompt_adds_to_its_guidance(tiny_base):
+    prompts, bare = ["red apple, noto style", "cat face, blob style"], ["red apple", "cat face"]
+    plain = Artist(tiny_base, steps=2).draw(prompts, seed=3)
+    assert torch.equal(Artist(tiny_base, steps=2, away=2.0).draw(prompts, seed=3), plain)
+    pushed = Artist(tiny_base, steps=2, guidance=3.0, away=2.0).draw(prompts, seed=3, others=bare)
+    assert not tiny_base.unet._forward_hooks
+
+    # By hand, from three predictions a step.
+    scheduler = tiny_base.scheduler.from_config(tiny_base.scheduler.config)
+    scheduler.set_timesteps(2)
+    noisy = torch.cat([torch.randn(1, 16, 8, 8, generator=torch.Generator().manual_seed(30_000 + i)) for i in (0, 1)])
+    states = [tiny_base.encode_prompt(texts, "cpu", 1, False)[0] for texts in ([""] * 2, prompts, bare)]
+    with torch.no_grad():
+        for timestep in scheduler.timesteps:
+            free, named, other = (tiny_base.unet(noisy, timestep, each).sample for each in states)
+            guided = free + 3.0 * (named - free) + 2.0 * (named - other)
+            noisy = scheduler.step(guided, timestep, noisy).prev_sample
+        wanted = tiny_base.vae.decode(noisy / tiny_base.vae.config.scaling_factor).sample
+    torch.testing.assert_close(pushed, (wanted / 2 + 0.5).clamp(0, 1), rtol=0, atol=2e-4)
+    assert (pushed - plain).abs().mean() > 0.01
+
+
 def test_a_picture_depends_on_its_prompt_and_seed_alone(tiny_base):
     artist = Artist(tiny_base, steps=2, batch=2)
     three = artist.draw(["red apple", "cat face", "house"], seed=3)
