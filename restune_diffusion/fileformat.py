@@ -34,8 +34,8 @@ from .header import (
 )
 from .tuner import Tuner
 
-# As safetensors names them.
 _ALIGNMENT = 64  # bytes: torch's own allocator starts every CPU tensor at a multiple of it
+# As safetensors names them.
 _DTYPE_NAMES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 __all__ = ["TunerInfo", "atomic_write", "load_tuner", "read_info", "save_tuner", "sync_directory"]
@@ -113,13 +113,13 @@ def save_tuner(
         header.setdefault("modelspec.trigger_phrase", ", ".join(words))
     if training is not None:
         header[TRAINING_KEY] = json.dumps(training)
-    data = _serialized(tensors, header, path)
+    parts = _serialized(tensors, header, path)
     with atomic_write(path) as file:
-        file.write(data)
+        file.writelines(parts)
 
 
-def _serialized(tensors: Mapping[str, torch.Tensor], header: dict[str, str], path: Path) -> bytes:
-    """Turn tensors and header into the file's bytes, if `load_tuner` would take them back."""
+def _serialized(tensors: Mapping[str, torch.Tensor], header: dict[str, str], path: Path) -> list[bytes | memoryview]:
+    """Turn tensors and header into the file's bytes, in parts, if `load_tuner` would take them back."""
     try:
         parse_metadata(header)
         check_dtypes({key: _DTYPE_NAMES.get(value.dtype, str(value.dtype)) for key, value in tensors.items()})
@@ -132,15 +132,15 @@ def _serialized(tensors: Mapping[str, torch.Tensor], header: dict[str, str], pat
                 "train again at a lower learning rate."
             )
     data: bytes = save(tensors, header)
-    size = int.from_bytes(data[:8], "little")
+    end = 8 + int.from_bytes(data[:8], "little")
+    # The format lets spaces follow the header: with them the tensors start where `_mapped` need not copy them all.
+    size = end - 8 + -end % _ALIGNMENT
     if size > MAX_HEADER_BYTES:
         raise TunerFileError(
             f"The tuner is not saved to {path}: its metadata makes a header of {size} bytes, where "
             f"{MAX_HEADER_BYTES} is the most; leave some of it out."
         )
-    # The format lets spaces follow the header: with them the tensors start where `_mapped` need not copy them all.
-    spaces = -(8 + size) % _ALIGNMENT
-    return (size + spaces).to_bytes(8, "little") + data[8 : 8 + size] + b" " * spaces + data[8 + size :]
+    return [size.to_bytes(8, "little"), data[8:end].ljust(size), memoryview(data)[end:]]
 
 
 def load_tuner(path: str | os.PathLike[str], *, dtype: torch.dtype | None = None) -> Tuner:

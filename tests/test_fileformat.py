@@ -24,6 +24,7 @@ from restune_diffusion import (
     read_info,
     save_tuner,
 )
+from restune_diffusion.header import MAX_HEADER_BYTES
 
 from .conftest import make_unet, randomize
 
@@ -300,6 +301,21 @@ def test_saved_files_have_the_usual_permissions(path):
     umask = os.umask(0)
     os.umask(umask)
     assert path.stat().st_mode & 0o777 == 0o666 & ~umask
+
+
+def test_what_is_saved_with_the_longest_header_can_be_loaded(tuner, path):
+    save_tuner(tuner, path, metadata={"note": ""})
+    room = MAX_HEADER_BYTES - int.from_bytes(path.read_bytes()[:8], "little")
+    saved = []
+    for length in range(room - 72, room + 72, 8):
+        try:
+            save_tuner(tuner, path, metadata={"note": "x" * length})
+        except TunerFileError:
+            continue
+        saved.append(length)
+        assert_equal(load_tuner(path), tuner)
+    assert saved == list(range(room - 72, saved[-1] + 8, 8))
+    assert room - 72 < saved[-1] < room + 64
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="reads Linux's list of maps")

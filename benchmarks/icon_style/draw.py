@@ -40,8 +40,8 @@ def guided_from(unet: nn.Module, states: Tensor, strength: float) -> Iterator[No
 class Artist:
     """The base's pipeline with fixed sampling settings: the same prompt and seed start from the same noise.
 
-    With `away` above zero every step takes a third pass: `guidance_scale` times the difference from the empty prompt
-    and `away` times the difference from the prompt that `draw` is told to draw away from.
+    With `away` above zero every step takes a third pass: `guidance` times the difference from the empty prompt and
+    `away` times the difference from the prompt that `draw` is told to draw away from.
     """
 
     pipeline: Any
@@ -59,7 +59,7 @@ class Artist:
             prompts: what to draw.
             seed: picture `i` starts from the noise of seed `10_000 * seed + i`.
             unet: drawn with this instead of the base's own.
-            others: for each prompt the one to draw away from; nothing is drawn away from without.
+            others: for each prompt the one to draw away from, where `away` is above zero.
 
         Returns:
             N x 3 x 64 x 64 (the base's size), float32 in [0, 1].
@@ -73,7 +73,8 @@ class Artist:
             numbers = range(10_000 * seed + start, 10_000 * seed + start + len(chosen))
             with ExitStack() as stack:
                 if others is not None and self.away:
-                    states = sampler.encode_prompt(list(others[start : start + self.batch]), "cpu", 1, False)[0]
+                    bare = list(others[start : start + self.batch])
+                    states, _ = sampler.encode_prompt(bare, sampler.device, 1, False)
                     stack.enter_context(guided_from(models["unet"], states, self.away / self.guidance))
                 parts.append(
                     sampler(
