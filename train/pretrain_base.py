@@ -6,6 +6,7 @@ Stages, each resumable but the quick ones (interrupt it and run the same command
     python train/pretrain_base.py latents data/icons work
     python train/pretrain_base.py text data/icons work --tokenizer TOKENIZER
     python train/pretrain_base.py unet data/icons work --tokenizer TOKENIZER --export work/export
+    python train/pretrain_base.py redraw data/icons work --start work/export --tokenizer TOKENIZER
     python train/pretrain_base.py decoder data/icons work
     python train/pretrain_base.py export data/icons work --tokenizer TOKENIZER --export work/export
     python train/pretrain_base.py judge data/icons work
@@ -36,6 +37,7 @@ from train.pretraining.denoiser import export_checkpoint, train_unet
 from train.pretraining.judge import train_judge
 from train.pretraining.latents import encode_latents
 from train.pretraining.pipeline import blend_pipelines
+from train.pretraining.redraw import redraw_latents
 from train.pretraining.refine import train_refine
 from train.pretraining.samples import draw_samples
 from train.pretraining.text import train_text
@@ -49,6 +51,7 @@ def add_training_options(parser: argparse.ArgumentParser, **defaults: Any) -> No
     parser.add_argument("--workers", type=int, default=2, help="processes, best one a core")
     parser.add_argument("--lr", type=float, default=defaults["lr"], help="peak learning rate")
     parser.add_argument("--warmup", type=int, default=defaults["warmup"], help="steps of linear warmup")
+    parser.add_argument("--optimizer", choices=("adam", "muon"), default=defaults.get("optimizer", "adam"))
     parser.add_argument("--ema", type=float, default=defaults["ema"], help="decay of the moving average")
     parser.add_argument("--clip", type=float, default=1.0, help="largest norm of the gradient")
     parser.add_argument("--print-every", type=int, default=25)
@@ -69,10 +72,15 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     decoder = stages.add_parser("decoder", help="train the decoder further on the final latents")
     decoder.add_argument("icons", type=Path, help="folder that prepare_icons.py wrote")
     decoder.add_argument("work", type=Path, help="folder for checkpoints and results")
-    add_training_options(decoder, steps=1000, batch=16, micro=2, lr=6e-4, warmup=20, ema=0.99)
+    add_training_options(decoder, steps=2000, batch=16, micro=1, lr=8e-4, warmup=20, ema=0.98, optimizer="muon")
     decoder.set_defaults(run=train_decoder)
     latents = stages.add_parser("latents", help="encode the icons with the trained autoencoder")
     latents.set_defaults(run=encode_latents)
+    redraw = stages.add_parser("redraw", help="let the U-Net redraw pictures, for the decoder to learn its errors")
+    redraw.add_argument("--count", type=int, default=6192, help="pictures to redraw")
+    redraw.add_argument("--guidance", type=float, default=4.0, help="guidance scale of the drawings")
+    redraw.add_argument("--seed", type=int, default=0)
+    redraw.set_defaults(run=redraw_latents)
     text = stages.add_parser("text", help="teach the text encoder words")
     add_training_options(text, steps=600, batch=128, micro=2, lr=1e-3, warmup=50, ema=0.99)
     text.set_defaults(run=train_text)
@@ -110,9 +118,10 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         stage.add_argument("--export", type=Path, required=True, help="where to write the pipeline")
     for stage in (latents, unet, refine, export):
         stage.add_argument("--start", type=Path, help="go on from this exported pipeline")
-    for stage in (text, unet, refine, export):
+    redraw.add_argument("--start", type=Path, required=True, help="exported pipeline that draws")
+    for stage in (redraw, text, unet, refine, export):
         stage.add_argument("--tokenizer", type=Path, required=True, help="folder of the CLIP tokenizer")
-    for stage in (text, unet, refine):
+    for stage in (redraw, text, unet, refine):
         stage.add_argument(
             "--variants",
             type=float,
@@ -120,7 +129,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
             metavar=("DRAWN", "MOVED", "SMALLER", "COLOUR"),
             help="how often each variant of a picture is shown; default: 0.5 0.22 0.14 0.14",
         )
-    for stage in (latents, text, unet, judge, refine, export):
+    for stage in (latents, redraw, text, unet, judge, refine, export):
         stage.add_argument("icons", type=Path, help="folder that prepare_icons.py wrote")
         stage.add_argument("work", type=Path, help="folder for checkpoints and results")
     latents.add_argument("--seed", type=int, default=0)

@@ -22,6 +22,7 @@ from train.pretraining.flat import Flat
 from train.pretraining.icons import VARIANT_WEIGHTS, load_icons, variants
 from train.pretraining.networks import TextAndUNet
 from train.pretraining.pipeline import export_pipeline, load_pipeline
+from train.pretraining.redraw import Redrawn
 
 SCRIPT = ROOT / "train" / "pretrain_base.py"
 STEPS = ["--steps", "2", "--batch", "4", "--micro", "1", "--workers", "1", "--warmup", "1", "--print-every", "1"]
@@ -177,6 +178,40 @@ def test_refine_stage_learns_from_drawings_and_exports(icons, tokenizer, trained
             assert torch.equal(unet[name.removeprefix("unet.")], weight.half().float()), name
     before = UNet2DConditionModel.from_pretrained(trained / "export" / "unet").state_dict()
     assert any(not torch.equal(weight, before[name]) for name, weight in unet.items())
+
+
+@pytest.mark.slow
+def test_decoder_learns_from_what_the_unet_redraws(icons, trained, tmp_path):
+    for name in ("latents.safetensors", "vae-normalised"):
+        (tmp_path / name).symlink_to(trained / name)
+    start = ["--start", str(trained / "export"), "--tokenizer", str(TINY_BASE / "tokenizer")]
+    main(["redraw", str(icons), str(tmp_path), *start, "--count", "27", "--variants", "0", "0", "0", "1"])
+    loaded = load_icons(icons)
+    redrawn = Redrawn(argparse.Namespace(work=tmp_path), loaded)
+    assert redrawn.latents.shape == (27, 16, 8, 8)
+    assert sorted(redrawn.icons[:20].tolist()) == list(range(20))
+    assert redrawn.icons[20:].tolist() == redrawn.icons[:7].tolist()
+    assert redrawn.variants.tolist() == [3] * 27
+    vae = AutoencoderKL.from_pretrained(tmp_path / "vae-normalised").eval()
+    clean = load_file(tmp_path / "latents.safetensors")["latents"][redrawn.icons, 3].float()
+    with torch.no_grad():
+        pictures = torch.stack([redrawn.picture(pick) for pick in range(27)])
+        encoded = vae.encode(pictures).latent_dist.mean * vae.config.scaling_factor
+    torch.testing.assert_close(encoded, clean, rtol=1e-2, atol=1e-2)  # bfloat16
+
+    main(["decoder", str(icons), str(tmp_path), *STEPS])
+
+    final = AutoencoderKL.from_pretrained(tmp_path / "vae-final").state_dict()
+    averaged = Flat(vae).views(load_file(tmp_path / "decoder-checkpoint" / "state.safetensors")["ema"])
+    for name, weight in vae.state_dict().items():
+        if name.startswith(("decoder", "post_quant_conv")):
+            assert torch.equal(final[name], averaged[name]), name
+        else:
+            assert torch.equal(final[name], weight), name
+    assert not torch.equal(final["decoder.conv_out.weight"], vae.decoder.conv_out.weight)
+    assert not torch.equal(
+        final["decoder.mid_block.resnets.0.conv1.weight"], vae.decoder.mid_block.resnets[0].conv1.weight
+    )
 
 
 def test_exported_pipeline_is_restored_exactly(icons, work, tokenizer, tmp_path):

@@ -91,6 +91,8 @@ class OwnThread(threading.Thread):
 class Slopes:
     """A job whose micro-batch (step, index) has the gradient 10 * step + index + 1 in all places."""
 
+    dtype = torch.bfloat16
+
     def build(self):
         module = nn.Linear(4, 4, bias=False)
         nn.init.ones_(module.weight)
@@ -110,7 +112,7 @@ def trainer(tmp_path, monkeypatch):
     stand_in = SimpleNamespace(Process=OwnThread, Value=context.Value, Barrier=context.Barrier)
     monkeypatch.setattr("torch.multiprocessing.get_context", lambda _: stand_in)
     settings = {"work": tmp_path, "stage": "unet", "workers": 2, "micro": 3, "batch": 4, "steps": 5, "print_every": 2}
-    settings |= {"lr": 0.01, "warmup": 2, "ema": 0.9, "clip": 1.0}
+    settings |= {"lr": 0.01, "warmup": 2, "ema": 0.9, "clip": 1.0, "optimizer": "adam"}
     trainer = Trainer(Slopes(), argparse.Namespace(**settings), ("index", "before"))
     yield trainer
     trainer.close()

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from train.pretraining.folders import replace_folder
 from train.pretraining.icons import Icons, load_icons, on_background, shifted
 from train.pretraining.layers import double_by_copies
+from train.pretraining.redraw import REDRAWN, Redrawn
 from train.pretraining.trainer import Trainer, micro_seed
 
 # Stable Diffusion's own factor: latents are normalised to its inverse, so forgetting to scale them shows.
@@ -90,6 +91,7 @@ class VaeJob:
     """Train the autoencoder on shifted icons over plain colours."""
 
     settings: argparse.Namespace
+    dtype: torch.dtype = torch.bfloat16
 
     def build(self) -> nn.Module:
         """A fresh autoencoder."""
@@ -135,9 +137,14 @@ def train_vae(arguments: argparse.Namespace) -> None:
 
 @dataclass
 class DecoderJob:
-    """Go on with the decoder alone: the encoder, and with it all stored latents, stays as it is."""
+    """Go on with the decoder alone: the encoder, and with it all stored latents, stays as it is.
+
+    What is left to learn are errors of a few hundredths, whose signs bfloat16 gets wrong: computed in it, the gradient
+    leads away.
+    """
 
     settings: argparse.Namespace
+    dtype: torch.dtype = torch.float32
 
     def build(self) -> nn.Module:
         """The autoencoder with a frozen encoder."""
@@ -150,16 +157,21 @@ class DecoderJob:
         """Load the icons; the function returned runs one micro-batch."""
         settings, icons = self.settings, load_icons(self.settings.icons)
         double_by_copies(module)
+        redrawn = Redrawn(settings, icons) if (settings.work / REDRAWN).exists() else None
+        count = settings.batch * 3 // 8 if redrawn else 0
 
         def run(step: int, index: int) -> dict[str, float]:
             torch.manual_seed(micro_seed(settings.seed + 2, step, index))
-            pixels = vae_batch(icons, settings.batch)
+            pixels = vae_batch(icons, settings.batch - count)
             with torch.no_grad():
-                latents = module.encode(pixels.to(torch.bfloat16)).latent_dist.sample()
+                latents = module.encode(pixels).latent_dist.sample()
                 # What the U-Net draws is never quite a picture's latents: learn to see past small errors.
-                level = 0.12 / SCALING_FACTOR * torch.rand(settings.batch, 1, 1, 1)
-                latents = latents + (level * torch.randn(latents.shape)).to(latents.dtype)
-            found = module.decode(latents).sample.float()
+                level = 0.12 / SCALING_FACTOR * torch.rand(len(pixels), 1, 1, 1)
+                latents = latents + level * torch.randn(latents.shape)
+            if redrawn:
+                drawn, wanted = redrawn.batch(count)
+                latents, pixels = torch.cat([latents, drawn / SCALING_FACTOR]), torch.cat([pixels, wanted])
+            found = module.decode(latents).sample
             loss = reconstruction_loss(found, pixels)
             loss.backward()
             return {"loss": float(loss.detach()), "l1": float(F.l1_loss(found.detach(), pixels))}

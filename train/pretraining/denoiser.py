@@ -24,6 +24,7 @@ class UNetJob:
     """Train text encoder and U-Net on stored latents."""
 
     settings: argparse.Namespace
+    dtype: torch.dtype = torch.bfloat16
 
     def build(self) -> nn.Module:
         """Fresh U-Net, and the text encoder that has learned words where there is one."""

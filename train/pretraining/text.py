@@ -42,6 +42,7 @@ class TextJob:
     """Teach the text encoder words before the U-Net listens to it; from a random start it listens very late."""
 
     settings: argparse.Namespace
+    dtype: torch.dtype = torch.bfloat16
 
     def build(self) -> nn.Module:
         """A fresh text encoder with its heads."""

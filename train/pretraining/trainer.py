@@ -19,10 +19,14 @@ from torch import Tensor, nn
 from train.pretraining.flat import Flat
 from train.pretraining.folders import replace_folder
 from train.pretraining.log import append
+from train.pretraining.optimizers import new_optimizers
 
 
 class Job(Protocol):
     """What a training stage supplies; instances travel to the worker processes."""
+
+    dtype: torch.dtype
+    """What the workers compute in."""
 
     def build(self) -> nn.Module:
         """The module to train, freshly initialised."""
@@ -49,9 +53,9 @@ class Shared:
 def work(rank: int, job: Job, shared: Shared) -> None:
     """A worker: compute gradients of micro-batches until the trainer goes away."""
     torch.set_num_threads(1)
-    module = job.build().to(torch.bfloat16)
+    module = job.build().to(job.dtype)
     flat = Flat(module)
-    gradients = torch.zeros(flat.size, dtype=torch.bfloat16)
+    gradients = torch.zeros(flat.size, dtype=job.dtype)
     flat.bind(module, shared.values, gradients)
     run = job.prepare(module)
     for turn in range(shared.reports.shape[0]):
@@ -94,25 +98,26 @@ def shared_copy(tensor: Tensor) -> Tensor:
 
 
 class Trainer:
-    """Float32 weights, Adam, moving average and checkpoints over bfloat16 workers, one a core."""
+    """Float32 weights, optimizer, moving average and checkpoints over workers, one a core."""
 
     def __init__(self, job: Job, settings: argparse.Namespace, keys: Sequence[str]) -> None:
         module = job.build()
         self.flat, self.keys, self.settings, self.steps = Flat(module), keys, settings, 0
-        self.master = nn.Parameter(self.flat.gather(module))
-        self.ema = self.master.detach().clone()
+        self.master = self.flat.gather(module)
+        self.ema = self.master.clone()
         self.first_moment, self.second_moment = torch.zeros_like(self.ema), torch.zeros_like(self.ema)
         self.checkpoint = settings.work / f"{settings.stage}-checkpoint"
         self.log = settings.work / f"{settings.stage}-log.jsonl"
         if self.checkpoint.exists():
             self.load()
-        self.optimizer = torch.optim.Adam([self.master], betas=(0.9, 0.99), fused=True)
-        moments = {"exp_avg": self.first_moment, "exp_avg_sq": self.second_moment}
-        self.optimizer.state[self.master] = {"step": torch.tensor(float(self.steps)), **moments}
+        self.gradient = torch.zeros_like(self.ema)
+        moments = self.first_moment, self.second_moment
+        muon = settings.optimizer == "muon"
+        self.optimizers = new_optimizers(self.flat, self.master, self.gradient, moments, self.steps, muon)
         context = mp.get_context("spawn")
         workers = settings.workers
         self.shared = Shared(
-            values=shared_copy(self.master.detach().to(torch.bfloat16)),
+            values=shared_copy(self.master.to(job.dtype, copy=True)),
             gradients=shared_copy(torch.zeros(workers, self.flat.size)),
             reports=shared_copy(torch.zeros(workers, len(keys), dtype=torch.float64)),
             counts=shared_copy(torch.zeros(workers, dtype=torch.int64)),
@@ -135,16 +140,14 @@ class Trainer:
         self.shared.gate.wait(1200)
         self.shared.gate.wait(1200)
         busy = [rank for rank, count in enumerate(self.shared.counts.tolist()) if count]
-        gradient = self.shared.gradients[busy[0]].clone()
+        gradient = self.gradient.copy_(self.shared.gradients[busy[0]])
         for rank in busy[1:]:
             gradient += self.shared.gradients[rank]
         settings, norm = self.settings, float(gradient.norm()) / self.shared.micro
         gradient *= min(1.0, settings.clip / (norm + 1e-6)) / self.shared.micro
         self.steps += 1
         lr = learning_rate(self.steps, settings.steps, settings.lr, settings.warmup)
-        self.optimizer.param_groups[0]["lr"] = lr
-        self.master.grad = gradient
-        self.optimizer.step()
+        self.optimizers.step(lr)
         self.ema.lerp_(self.master, 1 - min(settings.ema, (1 + self.steps) / (10 + self.steps)))
         self.shared.values.copy_(self.master)
         reports = self.shared.reports[busy].sum(0) / self.shared.micro
@@ -161,7 +164,7 @@ class Trainer:
         temporary = self.checkpoint.with_name(self.checkpoint.name + ".tmp")
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
-        tensors = {"master": self.master.detach(), "ema": self.ema}
+        tensors = {"master": self.master, "ema": self.ema}
         moments = {"first_moment": self.first_moment, "second_moment": self.second_moment}
         save_file(tensors | moments, temporary / "state.safetensors")
         (temporary / "state.json").write_text(json.dumps({"step": self.steps}))
