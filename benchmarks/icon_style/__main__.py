@@ -39,6 +39,7 @@ from .base import judge_base
 from .beside import run_beside
 from .character import held_out, render
 from .data import IconData, to_images
+from .draw import Artist
 from .judges import Judges, load_judges
 from .report import environment, style_grid, write_report
 from .runner import CLOCK, Settings, StyleRun, read_strip, slug
@@ -92,19 +93,25 @@ class BaseCommand(Common):
     """Guidance scale; the benchmark's own unless given."""
     away: float = 0.0
     """Scale of guidance away from the prompt without its style, which takes another pass a step."""
+    rescale: float = 0.0
+    """How much of guidance's gain in contrast is taken back, from 0 to 1."""
 
     def run(self) -> None:
         """Judge the base and print and keep the result."""
-        pipeline = self.pipeline()
+        pipeline, settings = self.pipeline(), self.settings
+        scale = settings.guidance if self.guidance is None else self.guidance
+        try:
+            artist = Artist(pipeline, settings.inference_steps, scale, away=self.away, rescale=self.rescale)
+        except ValueError as error:
+            raise SystemExit(str(error)) from None
         judge_base(
             pipeline,
             self.data(),
             self.judges(pipeline),
-            self.settings,
+            settings,
             self.work,
             every=8 if self.quick else 1,
-            guidance=self.guidance,
-            away=self.away,
+            artist=artist,
             inception=InceptionFeatures() if self.distance else None,
         )
 

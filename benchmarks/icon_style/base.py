@@ -47,24 +47,25 @@ def judge_base(
     work: Path,
     *,
     every: int = 1,
-    guidance: float | None = None,
-    away: float = 0.0,
+    artist: Artist | None = None,
     inception: Callable[[Tensor], Tensor] | None = None,
 ) -> dict[str, Any]:
     """Draw every `every`-th concept and report how many the classifiers recognise; the true pictures beside them.
 
-    `guidance` is the settings' own unless given; `away` guides further from the prompt without its style, at one more
-    pass a step. Where `inception` features are given, the KID of the drawings in each of the base's own styles is
-    reported too.
-    Writes `base.json` and `base-samples.png`, the first 60 drawings of the random order, uncurated.
+    The settings' own artist draws unless one is given; what it draws away from is the prompt without its style. Where
+    `inception` features are given, the KID of the drawings in each of the base's own styles is reported too.
+    Writes `base.json` and `base-samples.png`, the first 60 drawings of the random order, uncurated; another artist's
+    files say how it was guided, as in `base-3-2-0.json`.
     """
     pairs = base_prompts(data)[::every]
-    guidance = settings.guidance if guidance is None else guidance
-    artist = Artist(pipeline, settings.inference_steps, guidance, away=away)
+    usual = Artist(pipeline, settings.inference_steps, settings.guidance)
+    artist = artist or usual
+    guided = f"{artist.guidance:g}-{artist.away:g}-{artist.rescale:g}"
+    name = "base" if artist == usual else f"base-{guided}"
     drawn = []
     for start in tqdm(range(0, len(pairs), CHUNK), desc="drawings of the base", leave=False):
         part = pairs[start : start + CHUNK]
-        path = work / "base-drawings" / f"{every}-{guidance:g}-{away:g}-{start:05d}.png"
+        path = work / "base-drawings" / f"{every}-{guided}-{start:05d}.png"
         if not path.exists():
             prompts = [data.styles[style].prompt(concept) for concept, style in part]
             pictures = artist.draw(prompts, seed=1 + start // CHUNK, others=[concept for concept, _ in part])
@@ -76,20 +77,21 @@ def judge_base(
     true_pictures = torch.cat([data.styles[style].pixels([concept]) for concept, style in pairs])
     result = {
         "concepts": len(pairs),
-        "steps": settings.inference_steps,
-        "guidance": guidance,
-        "guidance from the prompt without style": away,
+        "steps": artist.steps,
+        "guidance": artist.guidance,
+        "guidance from the prompt without style": artist.away,
+        "guidance rescale": artist.rescale,
         "base": recognised(judges, pictures, pairs),
         "true pictures": recognised(judges, true_pictures, pairs),
         "style accuracy by style": by_style(judges, pictures, pairs),
     }
     if inception is not None:
         result["KID x1000 by style"] = distances(inception, data, pictures, pairs, settings.reference)
-    with atomic_write(work / "base.json") as file:
+    with atomic_write(work / f"{name}.json") as file:
         file.write(json.dumps(result, indent=1).encode())
-    with atomic_write(work / "base-samples.png") as file:
+    with atomic_write(work / f"{name}-samples.png") as file:
         sample_page(to_images(pictures[:SAMPLES])).save(file, format="PNG", optimize=True)
-    (work / "base-samples.json").write_text(json.dumps(pairs[:SAMPLES]))
+    (work / f"{name}-samples.json").write_text(json.dumps(pairs[:SAMPLES]))
     print(json.dumps(result, indent=1))
     return result
 

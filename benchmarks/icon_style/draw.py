@@ -41,7 +41,11 @@ class Artist:
     """The base's pipeline with fixed sampling settings: the same prompt and seed start from the same noise.
 
     With `away` above zero every step takes a third pass: `guidance` times the difference from the empty prompt and
-    `away` times the difference from the prompt that `draw` is told to draw away from.
+    `away` times the difference from the prompt that `draw` is told to draw away from. `rescale` is diffusers'
+    `guidance_rescale` (arXiv 2305.08891, section 3.4): how much of guidance's gain in contrast is taken back.
+
+    Raises:
+        ValueError: `away` without classifier-free guidance, on whose passes it is built.
     """
 
     pipeline: Any
@@ -49,6 +53,11 @@ class Artist:
     guidance: float = 4.0
     batch: int = 25
     away: float = 0.0
+    rescale: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.away and self.guidance <= 1:
+            raise ValueError(f"Guidance away from a prompt needs a guidance scale above 1, not {self.guidance:g}.")
 
     def draw(
         self, prompts: Sequence[str], *, seed: int, unet: Any = None, others: Sequence[str] | None = None
@@ -81,6 +90,7 @@ class Artist:
                         chosen,
                         num_inference_steps=self.steps,
                         guidance_scale=self.guidance,
+                        guidance_rescale=self.rescale,
                         generator=[torch.Generator().manual_seed(number) for number in numbers],
                         output_type="pt",
                     ).images

@@ -1,8 +1,10 @@
 import json
+from pathlib import Path
 
 import pytest
 import torch
 
+from benchmarks.icon_style.__main__ import BaseCommand
 from benchmarks.icon_style.base import base_prompts, distances, recognised
 from benchmarks.icon_style.data import CONCEPTS as TEST_CONCEPTS
 from benchmarks.icon_style.data import to_images, to_pixels
@@ -290,6 +292,22 @@ def test_drawing_away_from_a_prompt_adds_to_its_guidance(tiny_base):
         wanted = tiny_base.vae.decode(noisy / tiny_base.vae.config.scaling_factor).sample
     torch.testing.assert_close(pushed, (wanted / 2 + 0.5).clamp(0, 1), rtol=0, atol=2e-4)
     assert (pushed - plain).abs().mean() > 0.01
+
+
+def test_away_needs_guidance_to_add_to(tiny_base):
+    with pytest.raises(ValueError, match="needs a guidance scale above 1, not 1"):
+        Artist(tiny_base, guidance=1.0, away=2.0)
+    with pytest.raises(SystemExit, match="needs a guidance scale above 1"):
+        BaseCommand(icons=Path("icons"), work=Path("work"), guidance=1.0, away=2.0).run()
+
+
+def test_rescaled_guidance_takes_contrast_back(tiny_base):
+    prompts = ["red apple, noto style", "cat face, blob style"]
+    plain, half, whole = (
+        Artist(tiny_base, steps=4, guidance=8.0, rescale=rescale).draw(prompts, seed=3) for rescale in (0.0, 0.5, 1.0)
+    )
+    colour = [float((pictures.amax(1) - pictures.amin(1)).mean()) for pictures in (plain, half, whole)]
+    assert colour[0] > 1.05 * colour[1] > 1.05**2 * colour[2]
 
 
 def test_a_picture_depends_on_its_prompt_and_seed_alone(tiny_base):
