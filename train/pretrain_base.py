@@ -101,6 +101,13 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     refine.add_argument("--export-every", type=int, default=50, help="steps between exports and checkpoints")
     refine.add_argument("--drawing-steps", type=int, default=12, help="steps of a drawing")
     refine.add_argument("--learning-steps", type=int, default=4, help="steps of a drawing that get a gradient")
+    refine.add_argument(
+        "--taught",
+        type=float,
+        default=0.55,
+        help="share of a drawing's steps, from its start, that may get a gradient; taught the last ones too, the U-Net"
+        " pleases the judge by textures (default: 0.55)",
+    )
     refine.add_argument("--guidance", type=float, default=4.0, help="guidance scale of the drawings")
     refine.add_argument("--style-weight", type=float, default=0.08, help="weight of the judged style")
     refine.add_argument("--concept-weight", type=float, default=0.02, help="weight of the judged concept")

@@ -30,6 +30,7 @@ def settings(icons, tmp_path_factory):
     return argparse.Namespace(
         icons=icons, work=work, tokenizer=TINY_BASE / "tokenizer", variants=None, seed=0, start=None, compile=False,
         batch=4, drawing_steps=6, learning_steps=5, guidance=2.0, stay=0.0, style_weight=1.0, concept_weight=1.0,
+        taught=1.0,
     )  # fmt: skip
 
 
@@ -93,6 +94,21 @@ def test_a_step_against_the_gradient_improves_the_verdict(settings):
         for name, gradient in named.items():
             module.get_parameter(name).sub_(2.0 * gradient / length)
     assert verdict() < before - 0.05
+
+
+def test_the_last_steps_of_a_drawing_are_not_taught(settings):
+    settings = argparse.Namespace(**vars(settings) | {"taught": 0.6, "learning_steps": 3})
+    studio = Studio(settings, denoiser(settings))
+    taught, unet = set(), studio.unet
+
+    def watched(noisy, timesteps, states):
+        if torch.is_grad_enabled():
+            taught.add(int(timesteps[0]))
+        return unet(noisy, timesteps, states)
+
+    studio.unet = watched
+    studio.draw(0)
+    assert taught == set(studio.rotation.timesteps[1:4])  # all but the first, and three fifths of those five
 
 
 def test_drawings_leave_judge_and_pictures_alone(settings):

@@ -165,8 +165,11 @@ def test_refine_stage_learns_from_drawings_and_exports(icons, tokenizer, trained
         (tmp_path / name).symlink_to(trained / name)
     main(["judge", str(icons), str(tmp_path), "--steps", "2", "--batch", "8"])
     start = ["--start", str(trained / "export"), "--tokenizer", str(TINY_BASE / "tokenizer")]
-    drawing = ["--drawing-steps", "3", "--learning-steps", "2", "--export", str(tmp_path / "export")]
-    main(["refine", str(icons), str(tmp_path), *start, *drawing, *STEPS, "--export-every", "2"])
+    drawing = ["--drawing-steps", "3", "--learning-steps", "2", "--taught", "1", "--export", str(tmp_path / "export")]
+    refine = ["refine", str(icons), str(tmp_path), *start, *drawing, *STEPS, "--export-every", "2"]
+    with pytest.raises(SystemExit, match="--learning-steps 2 are more than the 1 that may be taught"):
+        main([*refine, "--taught", "0.5"])
+    main(refine)
     entries = [json.loads(line) for line in (tmp_path / "refine-log.jsonl").read_text().splitlines()]
     assert [entry["step"] for entry in entries] == [1, 2]
     assert entries[0]["change"] == 0 < entries[1]["change"]

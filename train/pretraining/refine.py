@@ -111,10 +111,10 @@ class Studio:
         named = states.detach().requires_grad_()
         with torch.no_grad():
             unnamed = self.text(self.empty)
-        steps = len(self.rotation.timesteps)
         # The first step sees noise alone and decides the composition.
-        learning = set(rng.sample(range(1, steps), settings.learning_steps))
-        share = settings.guidance * (steps - 1) / settings.learning_steps
+        taught = taught_steps(settings)
+        learning = set(rng.sample(taught, settings.learning_steps))
+        share = settings.guidance * len(taught) / settings.learning_steps
         noisy, moments = torch.randn(size, 16, 8, 8), []
         for index, timestep in enumerate(self.rotation.timesteps):
             given, timesteps = noisy.to(torch.bfloat16), torch.full((size,), timestep)
@@ -147,6 +147,13 @@ class Studio:
         return loss, {"verdict": float(loss.detach()), "style": right, "concept": found}
 
 
+def taught_steps(settings: argparse.Namespace) -> range:
+    """The steps of a drawing that may get a gradient."""
+    return range(1, 1 + round(settings.taught * (settings.drawing_steps - 1)))
+
+
 def train_refine(arguments: argparse.Namespace) -> None:
     """Refine U-Net and text encoder, exporting a pipeline now and then."""
+    if (taught := len(taught_steps(arguments))) < arguments.learning_steps:
+        raise SystemExit(f"--learning-steps {arguments.learning_steps} are more than the {taught} that may be taught.")
     train_exporting(RefineJob(arguments), ("loss", "error", "verdict", "style", "concept", "change"))
