@@ -72,7 +72,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     decoder = stages.add_parser("decoder", help="train the decoder further on the final latents")
     decoder.add_argument("icons", type=Path, help="folder that prepare_icons.py wrote")
     decoder.add_argument("work", type=Path, help="folder for checkpoints and results")
-    add_training_options(decoder, steps=2000, batch=16, micro=1, lr=8e-4, warmup=20, ema=0.98, optimizer="muon")
+    add_training_options(decoder, steps=2000, batch=8, micro=2, lr=8e-4, warmup=20, ema=0.98, optimizer="muon")
     decoder.set_defaults(run=train_decoder)
     latents = stages.add_parser("latents", help="encode the icons with the trained autoencoder")
     latents.set_defaults(run=encode_latents)

@@ -105,13 +105,12 @@ class BaseCommand(Common):
         except ValueError as error:
             raise SystemExit(str(error)) from None
         judge_base(
-            pipeline,
+            artist,
             self.data(),
             self.judges(pipeline),
             settings,
             self.work,
             every=8 if self.quick else 1,
-            artist=artist,
             inception=InceptionFeatures() if self.distance else None,
         )
 

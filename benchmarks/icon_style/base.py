@@ -40,26 +40,24 @@ def base_prompts(data: IconData, seed: int = 0) -> list[tuple[str, str]]:
 
 
 def judge_base(
-    pipeline: Any,
+    artist: Artist,
     data: IconData,
     judges: Judges,
     settings: Settings,
     work: Path,
     *,
     every: int = 1,
-    artist: Artist | None = None,
     inception: Callable[[Tensor], Tensor] | None = None,
 ) -> dict[str, Any]:
     """Draw every `every`-th concept and report how many the classifiers recognise; the true pictures beside them.
 
-    The settings' own artist draws unless one is given; what it draws away from is the prompt without its style. Where
-    `inception` features are given, the KID of the drawings in each of the base's own styles is reported too.
-    Writes `base.json` and `base-samples.png`, the first 60 drawings of the random order, uncurated; another artist's
-    files say how it was guided, as in `base-3-2-0.json`.
+    What the artist draws away from is the prompt without its style. Where `inception` features are given, the KID of
+    the drawings in each of the base's own styles is reported too.
+    Writes `base.json` and `base-samples.png`, the first 60 drawings of the random order, uncurated; the files of an
+    artist that is not guided as the settings say tell how it was, as in `base-3-2-0.json`.
     """
     pairs = base_prompts(data)[::every]
-    usual = Artist(pipeline, settings.inference_steps, settings.guidance)
-    artist = artist or usual
+    usual = Artist(artist.pipeline, settings.inference_steps, settings.guidance)
     guided = f"{artist.guidance:g}-{artist.away:g}-{artist.rescale:g}"
     name = "base" if artist == usual else f"base-{guided}"
     drawn = []

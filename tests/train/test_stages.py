@@ -19,10 +19,11 @@ from train.pretraining import denoiser, latents
 from train.pretraining.autoencoder import new_vae
 from train.pretraining.captions import Captions
 from train.pretraining.flat import Flat
+from train.pretraining.folders import write_tensors
 from train.pretraining.icons import VARIANT_WEIGHTS, load_icons, variants
 from train.pretraining.networks import TextAndUNet
 from train.pretraining.pipeline import export_pipeline, load_pipeline
-from train.pretraining.redraw import Redrawn
+from train.pretraining.redraw import REDRAWN, Redrawn
 
 SCRIPT = ROOT / "train" / "pretrain_base.py"
 STEPS = ["--steps", "2", "--batch", "4", "--micro", "1", "--workers", "1", "--warmup", "1", "--print-every", "1"]
@@ -112,6 +113,29 @@ def test_stored_latents_are_even_and_the_autoencoders_own(icons, work):
     torch.testing.assert_close(found[9], wanted, rtol=1e-2, atol=1e-2)  # bfloat16
 
 
+def test_redrawn_pictures_are_those_that_were_encoded_whatever_the_seed(icons, work, tmp_path, monkeypatch):
+    (tmp_path / "vae").symlink_to(work / "vae")
+    monkeypatch.setattr(latents, "ProcessPoolExecutor", OwnProcess)
+    main(["latents", str(icons), str(tmp_path), "--seed", "5"])
+    stored = load_file(tmp_path / "latents.safetensors")
+    picks, shapes = torch.tensor([9, 2]), torch.tensor([2, 1])
+    wanted = stored["latents"][picks, shapes]
+    write_tensors({"latents": wanted, "icons": picks, "variants": shapes, "seed": stored["seed"]}, tmp_path / REDRAWN)
+    redrawn = Redrawn(argparse.Namespace(work=tmp_path), load_icons(icons))
+    vae = AutoencoderKL.from_pretrained(tmp_path / "vae-normalised").eval()
+    with torch.no_grad():
+        found = vae.encode(torch.stack([redrawn.picture(0), redrawn.picture(1)])).latent_dist.mean
+    torch.testing.assert_close(found * vae.config.scaling_factor, wanted.float(), rtol=1e-2, atol=1e-2)  # bfloat16
+
+
+def test_redraw_needs_latents_that_say_how_they_were_made(icons, work, tmp_path):
+    stored = load_file(work / "latents.safetensors")
+    write_tensors({name: stored[name] for name in ("latents", "colours")}, tmp_path / "latents.safetensors")
+    start = ["--start", str(TINY_BASE), "--tokenizer", str(TINY_BASE / "tokenizer")]
+    with pytest.raises(SystemExit, match="run the stage latents again"):
+        main(["redraw", str(icons), str(tmp_path), *start])
+
+
 @pytest.mark.slow
 def test_unet_stage_exports_a_pipeline_that_draws(icons, tokenizer, trained):
     state = load_file(trained / "unet-checkpoint" / "state.safetensors")
@@ -192,11 +216,11 @@ def test_decoder_learns_from_what_the_unet_redraws(icons, trained, tmp_path):
     loaded = load_icons(icons)
     redrawn = Redrawn(argparse.Namespace(work=tmp_path), loaded)
     assert redrawn.latents.shape == (27, 16, 8, 8)
-    assert sorted(redrawn.icons[:20].tolist()) == list(range(20))
-    assert redrawn.icons[20:].tolist() == redrawn.icons[:7].tolist()
+    assert sorted(redrawn.picks[:20].tolist()) == list(range(20))
+    assert redrawn.picks[20:].tolist() == redrawn.picks[:7].tolist()
     assert redrawn.variants.tolist() == [3] * 27
     vae = AutoencoderKL.from_pretrained(tmp_path / "vae-normalised").eval()
-    clean = load_file(tmp_path / "latents.safetensors")["latents"][redrawn.icons, 3].float()
+    clean = load_file(tmp_path / "latents.safetensors")["latents"][redrawn.picks, 3].float()
     with torch.no_grad():
         pictures = torch.stack([redrawn.picture(pick) for pick in range(27)])
         encoded = vae.encode(pictures).latent_dist.mean * vae.config.scaling_factor

@@ -27,6 +27,7 @@ class Examples:
         self.captions = caption_source(settings)
         data = load_file(settings.work / "latents.safetensors")
         self.latents, self.colours = data["latents"], data["colours"]
+        self.seed = data.get("seed")  # files of earlier versions lack it
         self.chances = load_icons(settings.icons).weights
         self.variant_chances, self.palette = torch.tensor(settings.variants or VARIANT_WEIGHTS), list(COLOURS)
 

@@ -1,10 +1,16 @@
-"""Folders that a reader finds whole."""
+"""Folders and files that a reader finds whole."""
 
 from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
+
+from safetensors.torch import save
+from torch import Tensor
+
+from restune_diffusion.fileformat import atomic_write
 
 
 def replace_folder(new: Path, folder: Path) -> None:
@@ -15,3 +21,9 @@ def replace_folder(new: Path, folder: Path) -> None:
         os.rename(folder, old)
     os.rename(new, folder)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def write_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Write a safetensors file that is complete or absent."""
+    with atomic_write(path) as file:
+        file.write(save(dict(tensors)))

@@ -28,6 +28,10 @@ class Icons:
     records: list[dict[str, Any]]
     weights: Tensor
 
+    def variants(self, index: int, seed: int) -> tuple[Tensor, list[int]]:
+        """The variants of the picture at an index as a seed makes them, and their background colours."""
+        return variants(self.pixels[index], torch.Generator().manual_seed(seed + index))
+
 
 def load_icons(folder: Path) -> Icons:
     """Read what `prepare_icons.py` wrote."""

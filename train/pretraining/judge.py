@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from train.prepare_icons import PRETRAINING_SETS
+from train.pretraining.folders import write_tensors
 from train.pretraining.icons import load_icons
 
 CHANNELS = 96
@@ -112,5 +112,4 @@ def train_judge(arguments: argparse.Namespace) -> None:
             right = float((style.argmax(1) == labels.styles[picks]).float().mean())
             found = float((concept.argmax(1) == labels.concepts[picks]).float().mean())
             print(f"step {step} style {style_loss:.3f} {right:.2f} concept {concept_loss:.3f} {found:.2f}", flush=True)
-    save_file(judge.state_dict(), arguments.work / "judge.safetensors.tmp")
-    os.replace(arguments.work / "judge.safetensors.tmp", arguments.work / "judge.safetensors")
+    write_tensors(judge.state_dict(), arguments.work / "judge.safetensors")

@@ -10,10 +10,11 @@ import numpy.typing as npt
 import torch
 import torch.multiprocessing as mp
 from diffusers import AutoencoderKL
-from safetensors.torch import save_file
+from torch import Tensor
 
 from train.pretraining.autoencoder import normalise
-from train.pretraining.icons import VARIANT_WEIGHTS, load_icons, variants
+from train.pretraining.folders import write_tensors
+from train.pretraining.icons import VARIANT_WEIGHTS, load_icons
 
 PART = 400
 
@@ -32,7 +33,7 @@ def encode_part(arguments: argparse.Namespace, start: int) -> tuple[npt.NDArray[
     vae = source_vae(arguments)
     latents, colours = [], []
     for index in range(start, min(start + PART, len(icons.records))):
-        pictures, shades = variants(icons.pixels[index], torch.Generator().manual_seed(arguments.seed + index))
+        pictures, shades = icons.variants(index, arguments.seed)
         latents.append(vae.encode(pictures).latent_dist.mean.numpy())
         colours.append(shades)
     return np.stack(latents), colours
@@ -50,7 +51,7 @@ def encode_latents(arguments: argparse.Namespace) -> None:
     if arguments.start:  # already normalised, and the U-Net to go on from knows these latents
         vae.save_pretrained(arguments.work / "vae-normalised")
         scaled = (stored * vae.config.scaling_factor).to(torch.bfloat16)
-        save_file({"latents": scaled, "colours": torch.tensor(colours)}, arguments.work / "latents.safetensors")
+        write_latents(scaled, colours, arguments)
         return
     share = icons.weights[:, None] * torch.tensor(VARIANT_WEIGHTS)
     share = (share / share.sum() / 64)[:, :, None, None, None]
@@ -59,4 +60,10 @@ def encode_latents(arguments: argparse.Namespace) -> None:
     normalise(vae, mean, std)
     vae.save_pretrained(arguments.work / "vae-normalised")
     whitened = ((stored - mean[:, None, None]) / std[:, None, None]).to(torch.bfloat16)
-    save_file({"latents": whitened, "colours": torch.tensor(colours)}, arguments.work / "latents.safetensors")
+    write_latents(whitened, colours, arguments)
+
+
+def write_latents(latents: Tensor, colours: list[list[int]], arguments: argparse.Namespace) -> None:
+    """Write latents and background colours, and the seed from which `Icons.variants` makes the same pictures."""
+    stored = {"latents": latents, "colours": torch.tensor(colours), "seed": torch.tensor(arguments.seed)}
+    write_tensors(stored, arguments.work / "latents.safetensors")

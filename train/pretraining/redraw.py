@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import os
 
 import torch
 from diffusers import StableDiffusionPipeline
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from train.pretraining.examples import Examples
-from train.pretraining.icons import Icons, variants
+from train.pretraining.folders import write_tensors
+from train.pretraining.icons import Icons
 
 REDRAWN = "redrawn.safetensors"
 LAST_STEPS = (1, 2, 3, 4)
@@ -24,8 +24,8 @@ class Redrawn:
 
     def __init__(self, settings: argparse.Namespace, icons: Icons) -> None:
         stored = load_file(settings.work / REDRAWN)
-        self.latents, self.icons, self.variants = stored["latents"], stored["icons"], stored["variants"]
-        self.pixels = icons.pixels
+        self.latents, self.picks, self.variants = stored["latents"], stored["icons"], stored["variants"]
+        self.icons, self.seed = icons, int(stored["seed"])
 
     def batch(self, size: int) -> tuple[Tensor, Tensor]:
         """Scaled latents, N x 16 x 8 x 8, and pictures, N x 3 x 64 x 64 in -1..1, drawn by torch's generator."""
@@ -34,8 +34,7 @@ class Redrawn:
 
     def picture(self, pick: int) -> Tensor:
         """The picture that was redrawn: its variants are those that were encoded."""
-        icon = int(self.icons[pick])
-        pictures, _ = variants(self.pixels[icon], torch.Generator().manual_seed(icon))
+        pictures, _ = self.icons.variants(int(self.picks[pick]), self.seed)
         return pictures[int(self.variants[pick])]
 
 
@@ -60,6 +59,10 @@ def redraw(
 def redraw_latents(arguments: argparse.Namespace) -> None:
     """Redraw pictures in random order and write what became of them."""
     examples = Examples(arguments)
+    if examples.seed is None:
+        raise SystemExit(
+            f"The latents in {arguments.work} do not say how they were made; run the stage latents again."
+        )
     records = examples.captions.records
     pipeline = StableDiffusionPipeline.from_pretrained(arguments.start)
     pipeline.unet.to(torch.bfloat16, memory_format=torch.channels_last)
@@ -79,6 +82,5 @@ def redraw_latents(arguments: argparse.Namespace) -> None:
         latents.append(redraw(pipeline, clean, prompts, steps, arguments.guidance).to(torch.bfloat16))
         shapes.append(kinds)
         print(f"redrawn {min((turn + 1) * BATCH, len(every))} of {len(every)}", flush=True)
-    stored = {"latents": torch.cat(latents).contiguous(), "icons": every.contiguous(), "variants": torch.cat(shapes)}
-    save_file(stored, arguments.work / f"{REDRAWN}.tmp")
-    os.replace(arguments.work / f"{REDRAWN}.tmp", arguments.work / REDRAWN)
+    stored = {"latents": torch.cat(latents), "icons": every, "variants": torch.cat(shapes), "seed": examples.seed}
+    write_tensors(stored, arguments.work / REDRAWN)

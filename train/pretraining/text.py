@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from train.pretraining.examples import Examples, caption_source
+from train.pretraining.folders import write_tensors
 from train.pretraining.networks import TEXT_WIDTH, new_text_encoder
 from train.pretraining.trainer import Trainer, micro_seed
 
@@ -78,7 +77,6 @@ def train_text(arguments: argparse.Namespace) -> None:
         own = {key.split(".", 1)[1]: value for key, value in weights.items() if key.startswith("text_encoder.")}
         positions = next(value for key, value in own.items() if key.endswith("position_embedding.weight"))
         positions[TEXT_LENGTH:] = positions[TEXT_LENGTH - 1]  # all padding alike
-        save_file(own, arguments.work / "text.tmp")
-        os.replace(arguments.work / "text.tmp", arguments.work / "text.safetensors")
+        write_tensors(own, arguments.work / "text.safetensors")
 
     Trainer(TextJob(arguments), arguments, ("error", "match")).run(export, export_every=100)
