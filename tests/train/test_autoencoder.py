@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from train.pretraining.autoencoder import SCALING_FACTOR, new_vae, normalise, reconstruction_loss
+from restune_diffusion.evaluation import Lpips
+from train.pretraining.autoencoder import SCALING_FACTOR, Perceptual, new_vae, normalise, reconstruction_loss
 
 
 @torch.no_grad()
@@ -35,3 +36,19 @@ def test_reconstruction_loss_sees_colours_and_outlines():
     assert float(reconstruction_loss(even, flat)) == pytest.approx(0.1 + 0.01 + 3 * 0.05)
     # The stripes differ as much on average, and in their outlines too.
     assert reconstruction_loss(lines, flat) > reconstruction_loss(even, flat) + 0.09
+
+
+def test_perceptual_loss_weighs_lpips_of_enlarged_pictures():
+    torch.manual_seed(0)
+    wanted = torch.rand(2, 3, 64, 64) * 2 - 1
+    found = (wanted + 0.2 * torch.randn_like(wanted)).requires_grad_()
+    large = [
+        torch.nn.functional.interpolate(picture / 2 + 0.5, scale_factor=2, mode="bilinear")
+        for picture in (found, wanted)
+    ]
+    loss = Perceptual(0.5)(found, wanted)
+    assert float(loss) == pytest.approx(0.5 * float(Lpips()(*large).mean()))
+    loss.backward()
+    assert found.grad.abs().max() > 0
+    assert Perceptual(0.5)(wanted, wanted) == 0
+    assert Perceptual(0.0)(found, wanted) == 0

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
+from restune_diffusion.evaluation import Lpips
 from train.pretraining.folders import replace_folder
 from train.pretraining.icons import Icons, load_icons, on_background, shifted
 from train.pretraining.layers import double_by_copies
@@ -69,6 +70,21 @@ def reconstruction_loss(found: Tensor, wanted: Tensor) -> Tensor:
         found, wanted = F.avg_pool2d(found, 2), F.avg_pool2d(wanted, 2)
         loss = loss + 0.5 * F.l1_loss(found, wanted)
     return loss
+
+
+class Perceptual:
+    """LPIPS (arXiv 1801.03924) of pictures in -1..1 at twice their size, where it sees strokes; 0 by weight 0."""
+
+    def __init__(self, weight: float) -> None:
+        self.weight = weight
+        self.lpips = Lpips().requires_grad_(False) if weight else None
+
+    def __call__(self, found: Tensor, wanted: Tensor) -> Tensor:
+        """The weighted mean distance."""
+        if self.lpips is None:
+            return torch.zeros(())
+        large = [F.interpolate(picture / 2 + 0.5, scale_factor=2, mode="bilinear") for picture in (found, wanted)]
+        return self.weight * self.lpips(*large).mean()
 
 
 class VaeStep(nn.Module):
@@ -159,6 +175,7 @@ class DecoderJob:
         double_by_copies(module)
         redrawn = Redrawn(settings, icons) if (settings.work / REDRAWN).exists() else None
         count = settings.batch * 3 // 8 if redrawn else 0
+        perceptual = Perceptual(settings.perceptual_weight)
 
         def run(step: int, index: int) -> dict[str, float]:
             torch.manual_seed(micro_seed(settings.seed + 2, step, index))
@@ -172,7 +189,7 @@ class DecoderJob:
                 drawn, wanted = redrawn.batch(count)
                 latents, pixels = torch.cat([latents, drawn / SCALING_FACTOR]), torch.cat([pixels, wanted])
             found = module.decode(latents).sample
-            loss = reconstruction_loss(found, pixels)
+            loss = reconstruction_loss(found, pixels) + perceptual(found, pixels)
             loss.backward()
             return {"loss": float(loss.detach()), "l1": float(F.l1_loss(found.detach(), pixels))}
 

@@ -23,6 +23,12 @@ def replace_folder(new: Path, folder: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
+def decoder_folder(work: Path) -> Path:
+    """The autoencoder with the best decoder there is."""
+    improved = work / "vae-final"
+    return improved if improved.exists() else work / "vae-normalised"
+
+
 def write_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
     """Write a safetensors file that is complete or absent."""
     with atomic_write(path) as file:

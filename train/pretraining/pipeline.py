@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from train.pretraining.folders import replace_folder
+from train.pretraining.folders import decoder_folder, replace_folder
 from train.pretraining.networks import TEXT_WIDTH, TextAndUNet, new_scheduler, new_text_encoder, new_unet
 
 
@@ -43,9 +43,8 @@ def export_pipeline(weights: dict[str, Tensor], used: list[int], arguments: argp
     text_encoder, unet = new_text_encoder(49408), new_unet()
     text_encoder.load_state_dict(fill_vocabulary(parts["text_encoder"], used, arguments.seed), strict=False)
     unet.load_state_dict(parts["unet"])
-    vae_folder = "vae-final" if (arguments.work / "vae-final").exists() else "vae-normalised"
     pipeline = StableDiffusionPipeline(
-        vae=AutoencoderKL.from_pretrained(arguments.work / vae_folder).half(),
+        vae=AutoencoderKL.from_pretrained(decoder_folder(arguments.work)).half(),
         text_encoder=text_encoder.half(),
         tokenizer=CLIPTokenizer.from_pretrained(arguments.tokenizer),
         unet=unet.half(),

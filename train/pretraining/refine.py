@@ -19,6 +19,7 @@ from train.pretraining.denoiser import UNetJob, denoising_loss, train_exporting
 from train.pretraining.examples import Examples
 from train.pretraining.judge import LatentJudge, disturbed, label
 from train.pretraining.layers import SharedTextAttention, double_by_copies
+from train.pretraining.likeness import Likeness
 from train.pretraining.networks import new_scheduler
 from train.pretraining.trainer import micro_seed
 
@@ -84,6 +85,7 @@ class Studio:
         before = copy.deepcopy(module).requires_grad_(False)
         self.before = self.compiled(before.forward)
         self.empty = self.examples.captions.ids([""])
+        self.likeness = Likeness(settings) if settings.likeness_weight else None
 
     def compiled(self, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
         """The function, compiled where that is asked for."""
@@ -129,7 +131,7 @@ class Studio:
                 moments.append((output, change, share * self.rotation.effect(index)))
             noisy = self.rotation.step(index, noisy, free + settings.guidance * (velocity - free))
         drawn = noisy.requires_grad_()
-        verdict, numbers = self.verdict(drawn, self.labels.styles[picks], self.labels.concepts[picks])
+        verdict, numbers = self.verdict(drawn, picks)
         verdict.backward()
         stay = 2 * settings.stay / (settings.learning_steps * drawn.numel())
         gradients = [(factor * drawn.grad + stay * change).to(torch.bfloat16) for _, change, factor in moments]
@@ -137,14 +139,18 @@ class Studio:
         states.backward(named.grad)
         return numbers | {"change": sum(float(change.square().mean()) for _, change, _ in moments) / len(moments)}
 
-    def verdict(self, drawn: Tensor, styles: Tensor, concepts: Tensor) -> tuple[Tensor, dict[str, float]]:
-        """What the judge thinks of drawings: a loss, and numbers."""
+    def verdict(self, drawn: Tensor, picks: Tensor) -> tuple[Tensor, dict[str, float]]:
+        """What is thought of drawings of the icons at some indices: a loss, and numbers."""
+        styles, concepts = self.labels.styles[picks], self.labels.concepts[picks]
         style, concept = self.judge(disturbed(drawn, *JUDGED_NOISE))
         style_loss, concept_loss = F.cross_entropy(style, styles), F.cross_entropy(concept, concepts)
         loss = self.settings.style_weight * style_loss + self.settings.concept_weight * concept_loss
+        distance = self.likeness(drawn, picks) if self.likeness else torch.zeros(())
+        loss = loss + self.settings.likeness_weight * distance
         right = float((style.argmax(1) == styles).float().mean())
         found = float((concept.argmax(1) == concepts).float().mean())
-        return loss, {"verdict": float(loss.detach()), "style": right, "concept": found}
+        numbers = {"verdict": float(loss.detach()), "style": right, "concept": found}
+        return loss, numbers | {"distance": float(distance.detach())}
 
 
 def taught_steps(settings: argparse.Namespace) -> range:
@@ -156,4 +162,4 @@ def train_refine(arguments: argparse.Namespace) -> None:
     """Refine U-Net and text encoder, exporting a pipeline now and then."""
     if (taught := len(taught_steps(arguments))) < arguments.learning_steps:
         raise SystemExit(f"--learning-steps {arguments.learning_steps} are more than the {taught} that may be taught.")
-    train_exporting(RefineJob(arguments), ("loss", "error", "verdict", "style", "concept", "change"))
+    train_exporting(RefineJob(arguments), ("loss", "error", "verdict", "style", "concept", "distance", "change"))
