@@ -10,6 +10,7 @@ Stages, each resumable but the quick ones (interrupt it and run the same command
     python train/pretrain_base.py decoder data/icons work
     python train/pretrain_base.py export data/icons work --tokenizer TOKENIZER --export work/export
     python train/pretrain_base.py judge data/icons work
+    python train/pretrain_base.py colours data/icons work
     python train/pretrain_base.py refine data/icons work --start work/export --tokenizer TOKENIZER --export work/last
     python train/pretrain_base.py blend work/export work/last work/blend
     python train/pretrain_base.py samples work/blend samples.png
@@ -32,6 +33,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from train.pretraining.autoencoder import train_decoder, train_vae
+from train.pretraining.colours import train_colours
 from train.pretraining.curve import PLOTS, draw_curve
 from train.pretraining.denoiser import export_checkpoint, train_unet
 from train.pretraining.judge import train_judge
@@ -102,6 +104,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     judge.add_argument("--print-every", type=int, default=25)
     judge.add_argument("--seed", type=int, default=0)
     judge.set_defaults(run=train_judge)
+    colours = stages.add_parser("colours", help="fit the judge of colours that the next stage needs too")
+    colours.add_argument("--seed", type=int, default=0)
+    colours.set_defaults(run=train_colours)
     refine = stages.add_parser("refine", help="train U-Net and text encoder on the verdict on their drawings too")
     add_training_options(refine, steps=600, batch=32, micro=2, lr=7e-5, warmup=15, ema=0.985)
     refine.add_argument("--export-every", type=int, default=50, help="steps between exports and checkpoints")
@@ -117,12 +122,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     refine.add_argument("--guidance", type=float, default=4.0, help="guidance scale of the drawings")
     refine.add_argument("--style-weight", type=float, default=0.08, help="weight of the judged style")
     refine.add_argument("--concept-weight", type=float, default=0.02, help="weight of the judged concept")
-    refine.add_argument(
-        "--likeness-weight",
-        type=float,
-        default=3.0,
-        help="weight of the distance of a drawing's colours and strokes from the true picture's (default: 3)",
-    )
+    refine.add_argument("--colour-weight", type=float, default=0.01, help="weight of the judged colours")
     refine.add_argument("--stay", type=float, default=0.1, help="weight of the squared change of velocities")
     refine.set_defaults(run=train_refine)
     blend = stages.add_parser("blend", help="write a pipeline whose weights lie between those of two others")
@@ -148,7 +148,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
             metavar=("DRAWN", "MOVED", "SMALLER", "COLOUR"),
             help="how often each variant of a picture is shown; default: 0.5 0.22 0.14 0.14",
         )
-    for stage in (latents, redraw, text, unet, judge, refine, export):
+    for stage in (latents, redraw, text, unet, judge, colours, refine, export):
         stage.add_argument("icons", type=Path, help="folder that prepare_icons.py wrote")
         stage.add_argument("work", type=Path, help="folder for checkpoints and results")
     latents.add_argument("--seed", type=int, default=0)

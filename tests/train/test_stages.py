@@ -188,6 +188,7 @@ def test_refine_stage_learns_from_drawings_and_exports(icons, tokenizer, trained
     for name in ("latents.safetensors", "vae-normalised"):
         (tmp_path / name).symlink_to(trained / name)
     main(["judge", str(icons), str(tmp_path), "--steps", "2", "--batch", "8"])
+    main(["colours", str(icons), str(tmp_path)])
     start = ["--start", str(trained / "export"), "--tokenizer", str(TINY_BASE / "tokenizer")]
     drawing = ["--drawing-steps", "3", "--learning-steps", "2", "--taught", "1", "--export", str(tmp_path / "export")]
     refine = ["refine", str(icons), str(tmp_path), *start, *drawing, *STEPS, "--export-every", "2"]

@@ -15,11 +15,11 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor
 
+from train.pretraining.colours import Colours
 from train.pretraining.denoiser import UNetJob, denoising_loss, train_exporting
 from train.pretraining.examples import Examples
 from train.pretraining.judge import LatentJudge, disturbed, label
 from train.pretraining.layers import SharedTextAttention, double_by_copies
-from train.pretraining.likeness import Likeness
 from train.pretraining.networks import new_scheduler
 from train.pretraining.trainer import micro_seed
 
@@ -85,7 +85,7 @@ class Studio:
         before = copy.deepcopy(module).requires_grad_(False)
         self.before = self.compiled(before.forward)
         self.empty = self.examples.captions.ids([""])
-        self.likeness = Likeness(settings) if settings.likeness_weight else None
+        self.colours = Colours(settings.work) if settings.colour_weight else None
 
     def compiled(self, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
         """The function, compiled where that is asked for."""
@@ -145,12 +145,12 @@ class Studio:
         style, concept = self.judge(disturbed(drawn, *JUDGED_NOISE))
         style_loss, concept_loss = F.cross_entropy(style, styles), F.cross_entropy(concept, concepts)
         loss = self.settings.style_weight * style_loss + self.settings.concept_weight * concept_loss
-        distance = self.likeness(drawn, picks) if self.likeness else torch.zeros(())
-        loss = loss + self.settings.likeness_weight * distance
+        painted = self.colours(drawn) if self.colours else torch.zeros_like(style)
+        loss = loss + self.settings.colour_weight * F.cross_entropy(painted, styles)
         right = float((style.argmax(1) == styles).float().mean())
         found = float((concept.argmax(1) == concepts).float().mean())
-        numbers = {"verdict": float(loss.detach()), "style": right, "concept": found}
-        return loss, numbers | {"distance": float(distance.detach())}
+        met = float((painted.argmax(1) == styles).float().mean())
+        return loss, {"verdict": float(loss.detach()), "style": right, "concept": found, "colours": met}
 
 
 def taught_steps(settings: argparse.Namespace) -> range:
@@ -162,4 +162,4 @@ def train_refine(arguments: argparse.Namespace) -> None:
     """Refine U-Net and text encoder, exporting a pipeline now and then."""
     if (taught := len(taught_steps(arguments))) < arguments.learning_steps:
         raise SystemExit(f"--learning-steps {arguments.learning_steps} are more than the {taught} that may be taught.")
-    train_exporting(RefineJob(arguments), ("loss", "error", "verdict", "style", "concept", "distance", "change"))
+    train_exporting(RefineJob(arguments), ("loss", "error", "verdict", "style", "concept", "colours", "change"))

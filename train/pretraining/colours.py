@@ -1,0 +1,112 @@
+"""A judge of colours: in which artist's palette a picture is painted, whatever it shows."""
+
+from __future__ import annotations
+
+import argparse
+from itertools import product
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from train.prepare_icons import PRETRAINING_SETS
+from train.pretraining.folders import decoder_folder, write_tensors
+from train.pretraining.icons import load_icons, on_background
+from train.pretraining.layers import double_by_copies
+
+SHADES = 9
+RIDGE = 0.02
+FLOOR = 2e-4
+"""Added to each colour's share, whose square root is taken: keeps the gradient of an absent colour finite."""
+SHARPNESS = 8.0
+"""Makes logits of the least squares' fit, whose values lie about between 0 and 1."""
+NOISE = 0.3
+"""Strongest noise of the decoded pictures' latents, in standard deviations."""
+COLOURS_FILE = "colours.safetensors"
+
+
+def palette(pictures: Tensor) -> Tensor:
+    """Square roots of the share of each of 9^3 colours in pictures, N x 3 x H x W in [0, 1]; has a gradient.
+
+    A pixel counts for the eight colours around its own, by how near it is to each.
+    """
+    place = pictures.flatten(2).clamp(0, 1) * (SHADES - 1)
+    corner = place.detach().floor().clamp(max=SHADES - 2)
+    upper = place - corner
+    counts = pictures.new_zeros(len(pictures), SHADES**3)
+    for step in product((0, 1), repeat=3):
+        chosen = torch.tensor(step)[None, :, None]
+        share = torch.where(chosen == 1, upper, 1 - upper).prod(1)
+        red, green, blue = (corner.long() + chosen).unbind(1)
+        counts = counts.scatter_add(1, (red * SHADES + green) * SHADES + blue, share)
+    return (counts / place.shape[2] + FLOOR).sqrt()
+
+
+class ColourJudge(nn.Module):
+    """N x 3 x H x W pictures in [0, 1] to N x styles logits, linear in the palette."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mean: Tensor
+        self.spread: Tensor
+        self.register_buffer("mean", torch.zeros(SHADES**3))
+        self.register_buffer("spread", torch.ones(SHADES**3))
+        self.head = nn.Linear(SHADES**3, len(PRETRAINING_SETS))
+
+    def forward(self, pictures: Tensor) -> Tensor:
+        """Return the logits."""
+        logits: Tensor = SHARPNESS * self.head((palette(pictures) - self.mean) / self.spread)
+        return logits
+
+
+@torch.no_grad()
+def fit_colour_judge(pictures: Tensor, styles: Tensor) -> ColourJudge:
+    """Fit a judge to pictures, N x 3 x H x W in [0, 1], and N style numbers by least squares with a ridge."""
+    judge = ColourJudge()
+    found = torch.cat([palette(part) for part in pictures.split(256)])
+    judge.mean.copy_(found.mean(0))
+    judge.spread.copy_(found.std(0) + 1e-3)
+    known = (found - judge.mean) / judge.spread
+    wanted = F.one_hot(styles, len(PRETRAINING_SETS)).float()
+    judge.head.bias.copy_(wanted.mean(0))
+    square = known.T @ known + RIDGE * len(known) * torch.eye(known.shape[1])
+    judge.head.weight.copy_(torch.linalg.solve(square, known.T @ (wanted - wanted.mean(0))).T)
+    return judge.eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def train_colours(arguments: argparse.Namespace) -> None:
+    """Fit the judge to the icons, as drawn and as the decoder returns them, and write it to the work folder."""
+    icons, vae = load_icons(arguments.icons), AutoencoderKL.from_pretrained(decoder_folder(arguments.work))
+    torch.manual_seed(arguments.seed)
+    pictures, decoded = on_background(icons.pixels, torch.ones(len(icons.pixels), 3)), []
+    for part in pictures.split(32):
+        latents = vae.encode(part).latent_dist.mean
+        level = NOISE / vae.config.scaling_factor * torch.rand(len(part), 1, 1, 1)
+        decoded.append(vae.decode(latents + level * torch.randn(latents.shape)).sample)
+    styles = torch.tensor([PRETRAINING_SETS.index(record["set"]) for record in icons.records])
+    both = torch.cat([pictures, *decoded]) / 2 + 0.5
+    judge = fit_colour_judge(both, styles.repeat(2))
+    write_tensors(judge.state_dict(), arguments.work / COLOURS_FILE)
+
+
+class Colours:
+    """The verdict on the colours of drawings, given as latents."""
+
+    def __init__(self, work: Path) -> None:
+        self.judge = ColourJudge()
+        self.judge.load_state_dict(load_file(work / COLOURS_FILE))
+        self.judge.eval().requires_grad_(False)
+        self.vae = AutoencoderKL.from_pretrained(decoder_folder(work)).eval().requires_grad_(False)
+        double_by_copies(self.vae)
+
+    def __call__(self, drawn: Tensor) -> Tensor:
+        """The logits of scaled latents, N x 16 x 8 x 8."""
+        pictures = self.vae.decode(drawn / self.vae.config.scaling_factor).sample / 2 + 0.5
+        # Fine noise, that no colour be met to the last shade only.
+        level = 0.02 * torch.rand(len(pictures), 1, 1, 1)
+        logits: Tensor = self.judge(pictures + level * torch.randn_like(pictures))
+        return logits
