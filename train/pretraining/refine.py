@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor
 
-from train.pretraining.colours import Colours
+from train.pretraining.colours import COLOURS_FILE, Colours
 from train.pretraining.denoiser import UNetJob, denoising_loss, train_exporting
 from train.pretraining.examples import Examples
 from train.pretraining.judge import LatentJudge, disturbed, label
@@ -162,4 +162,6 @@ def train_refine(arguments: argparse.Namespace) -> None:
     """Refine U-Net and text encoder, exporting a pipeline now and then."""
     if (taught := len(taught_steps(arguments))) < arguments.learning_steps:
         raise SystemExit(f"--learning-steps {arguments.learning_steps} are more than the {taught} that may be taught.")
+    if arguments.colour_weight and not (arguments.work / COLOURS_FILE).exists():
+        raise SystemExit(f"--colour-weight needs {arguments.work / COLOURS_FILE}; run the stage colours first.")
     train_exporting(RefineJob(arguments), ("loss", "error", "verdict", "style", "concept", "colours", "change"))
