@@ -2,30 +2,15 @@
 
 from __future__ import annotations
 
-from itertools import product
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from restune_diffusion.evaluation import Lpips
+from train.pretraining.shares import colour_shares
 
-
-def palette(pictures: Tensor, levels: int = 7) -> Tensor:
-    """Share of each colour in pictures, N x 3 x H x W in [0, 1]: N x levels^3 in float32, each row summing to 1.
-
-    A pixel counts for the eight colours of the grid around its own, by how near it is to each (trilinear).
-    """
-    place = pictures.float().flatten(2).clamp(0, 1) * (levels - 1)
-    corner = place.floor().clamp(max=levels - 2)
-    upper = place - corner
-    counts = torch.zeros(len(pictures), levels**3)
-    for step in product((0, 1), repeat=3):
-        chosen = torch.tensor(step)[None, :, None]
-        share = torch.where(chosen == 1, upper, 1 - upper).prod(1)
-        red, green, blue = (corner.long() + chosen).unbind(1)
-        counts.scatter_add_(1, (red * levels + green) * levels + blue, share)
-    return counts / place.shape[2]
+LEVELS = 7
+"""Shades of each channel in the palette."""
 
 
 class StyleFeatures(nn.Module):
@@ -37,7 +22,7 @@ class StyleFeatures(nn.Module):
     few large values of both.
     """
 
-    size = 343 + 2 * (64 + 192 + 384 + 256)
+    size = LEVELS**3 + 2 * (64 + 192 + 384 + 256)
 
     def __init__(self) -> None:
         super().__init__()
@@ -47,7 +32,7 @@ class StyleFeatures(nn.Module):
     def forward(self, pictures: Tensor) -> Tensor:
         """Return the features."""
         large = F.interpolate(pictures, scale_factor=2, mode="bilinear", align_corners=False)
-        found = [palette(pictures)]
+        found = [colour_shares(pictures.float(), LEVELS)]
         for level in self.network.features(large)[:4]:
             found += [level.mean((2, 3)), level.flatten(2).std(2)]
         return torch.cat(found, 1).sqrt()

@@ -21,11 +21,12 @@ from benchmarks.icon_style.methods import batch_loss, bypass_variants, contestan
 from benchmarks.icon_style.report import COLUMNS, mean_and_spread, table, write_report
 from benchmarks.icon_style.runner import Settings, StyleRun, read_strip, slug
 from benchmarks.icon_style.scores import Scorer, Yardsticks
-from benchmarks.icon_style.style_features import StyleFeatures, palette
+from benchmarks.icon_style.style_features import StyleFeatures
 from benchmarks.icon_style.subject import SubjectRun
 from restune_diffusion.demo import SUBJECTS
 from restune_diffusion.evaluation import InceptionFeatures, Lpips
 from train.prepare_icons import DEMO_CONCEPTS, PRETRAINING_SETS, plain
+from train.pretraining.shares import colour_shares
 
 TINY = Settings(steps=3, batch=2, inference_steps=2, concepts=4, drift_concepts=1, sweep=False)
 
@@ -139,11 +140,11 @@ def test_disturbed_pictures_keep_their_range_and_follow_from_the_generator(icons
 def test_a_palette_is_the_share_of_each_colour():
     picture = torch.ones(1, 3, 4, 4)
     picture[:, :, :1] = torch.tensor([1.0, 0.0, 0.5])[None, :, None, None]
-    counts = palette(picture, levels=3)[0].view(3, 3, 3)
+    counts = colour_shares(picture, levels=3)[0].view(3, 3, 3)
     assert counts[2, 2, 2] == 0.75  # white
     assert counts[2, 0, 1] == 0.25
     # Half way between two levels counts for both.
-    between = palette(torch.full((1, 3, 4, 4), 0.25) * torch.tensor([1.0, 0, 0])[:, None, None], levels=3)
+    between = colour_shares(torch.full((1, 3, 4, 4), 0.25) * torch.tensor([1.0, 0, 0])[:, None, None], levels=3)
     assert torch.allclose(between[0].view(3, 3, 3)[:2, 0, 0], torch.tensor([0.5, 0.5]))
     assert torch.allclose(between.sum(), torch.tensor(1.0))
 

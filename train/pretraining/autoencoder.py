@@ -77,7 +77,7 @@ class Perceptual:
 
     def __init__(self, weight: float) -> None:
         self.weight = weight
-        self.lpips = Lpips().requires_grad_(False) if weight else None
+        self.lpips = Lpips() if weight else None
 
     def __call__(self, found: Tensor, wanted: Tensor) -> Tensor:
         """The weighted mean distance."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from itertools import product
 from pathlib import Path
 
 import torch
@@ -17,6 +16,7 @@ from train.prepare_icons import PRETRAINING_SETS
 from train.pretraining.folders import decoder_folder, write_tensors
 from train.pretraining.icons import load_icons, on_background
 from train.pretraining.layers import double_by_copies
+from train.pretraining.shares import colour_shares
 
 SHADES = 9
 RIDGE = 0.02
@@ -30,20 +30,8 @@ COLOURS_FILE = "colours.safetensors"
 
 
 def palette(pictures: Tensor) -> Tensor:
-    """Square roots of the share of each of 9^3 colours in pictures, N x 3 x H x W in [0, 1]; has a gradient.
-
-    A pixel counts for the eight colours around its own, by how near it is to each.
-    """
-    place = pictures.flatten(2).clamp(0, 1) * (SHADES - 1)
-    corner = place.detach().floor().clamp(max=SHADES - 2)
-    upper = place - corner
-    counts = pictures.new_zeros(len(pictures), SHADES**3)
-    for step in product((0, 1), repeat=3):
-        chosen = torch.tensor(step)[None, :, None]
-        share = torch.where(chosen == 1, upper, 1 - upper).prod(1)
-        red, green, blue = (corner.long() + chosen).unbind(1)
-        counts = counts.scatter_add(1, (red * SHADES + green) * SHADES + blue, share)
-    return (counts / place.shape[2] + FLOOR).sqrt()
+    """Square roots of the share of each of 9^3 colours in pictures, N x 3 x H x W in [0, 1]; has a gradient."""
+    return (colour_shares(pictures, SHADES) + FLOOR).sqrt()
 
 
 class ColourJudge(nn.Module):

@@ -145,12 +145,14 @@ class Studio:
         style, concept = self.judge(disturbed(drawn, *JUDGED_NOISE))
         style_loss, concept_loss = F.cross_entropy(style, styles), F.cross_entropy(concept, concepts)
         loss = self.settings.style_weight * style_loss + self.settings.concept_weight * concept_loss
-        painted = self.colours(drawn) if self.colours else torch.zeros_like(style)
-        loss = loss + self.settings.colour_weight * F.cross_entropy(painted, styles)
         right = float((style.argmax(1) == styles).float().mean())
         found = float((concept.argmax(1) == concepts).float().mean())
-        met = float((painted.argmax(1) == styles).float().mean())
-        return loss, {"verdict": float(loss.detach()), "style": right, "concept": found, "colours": met}
+        numbers = {"style": right, "concept": found}
+        if self.colours:
+            painted = self.colours(drawn)
+            loss = loss + self.settings.colour_weight * F.cross_entropy(painted, styles)
+            numbers["colours"] = float((painted.argmax(1) == styles).float().mean())
+        return loss, {"verdict": float(loss.detach())} | numbers
 
 
 def taught_steps(settings: argparse.Namespace) -> range:
@@ -164,4 +166,5 @@ def train_refine(arguments: argparse.Namespace) -> None:
         raise SystemExit(f"--learning-steps {arguments.learning_steps} are more than the {taught} that may be taught.")
     if arguments.colour_weight and not (arguments.work / COLOURS_FILE).exists():
         raise SystemExit(f"--colour-weight needs {arguments.work / COLOURS_FILE}; run the stage colours first.")
-    train_exporting(RefineJob(arguments), ("loss", "error", "verdict", "style", "concept", "colours", "change"))
+    verdicts = ("style", "concept", "colours") if arguments.colour_weight else ("style", "concept")
+    train_exporting(RefineJob(arguments), ("loss", "error", "verdict", *verdicts, "change"))

@@ -1,0 +1,26 @@
+"""How much of a picture each colour covers."""
+
+from __future__ import annotations
+
+from itertools import product
+
+import torch
+from torch import Tensor
+
+
+def colour_shares(pictures: Tensor, levels: int) -> Tensor:
+    """Share of each colour in pictures, N x 3 x H x W in [0, 1]: N x levels^3, each row summing to 1.
+
+    A pixel counts for the eight colours of the grid around its own, by how near it is to each (trilinear), which gives
+    the shares a gradient.
+    """
+    place = pictures.flatten(2).clamp(0, 1) * (levels - 1)
+    corner = place.detach().floor().clamp(max=levels - 2)
+    upper = place - corner
+    counts = pictures.new_zeros(len(pictures), levels**3)
+    for step in product((0, 1), repeat=3):
+        chosen = torch.tensor(step)[None, :, None]
+        share = torch.where(chosen == 1, upper, 1 - upper).prod(1)
+        red, green, blue = (corner.long() + chosen).unbind(1)
+        counts = counts.scatter_add(1, (red * levels + green) * levels + blue, share)
+    return counts / place.shape[2]
