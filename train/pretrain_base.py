@@ -120,6 +120,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         " pleases the judge by textures (default: 0.55)",
     )
     refine.add_argument("--guidance", type=float, default=4.0, help="guidance scale of the drawings")
+    refine.add_argument(
+        "--rescale", type=float, default=0.0, help="how much of guidance's gain in contrast is taken back (default: 0)"
+    )
     refine.add_argument("--style-weight", type=float, default=0.08, help="weight of the judged style")
     refine.add_argument("--concept-weight", type=float, default=0.02, help="weight of the judged concept")
     refine.add_argument(

@@ -4,6 +4,7 @@ import argparse
 
 import pytest
 import torch
+from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
 from safetensors.torch import load_file, save_file
 
 from tests.conftest import TINY_BASE
@@ -31,7 +32,7 @@ def settings(icons, tmp_path_factory):
     return argparse.Namespace(
         icons=icons, work=work, tokenizer=TINY_BASE / "tokenizer", variants=None, seed=0, start=None, compile=False,
         batch=4, drawing_steps=6, learning_steps=5, guidance=2.0, stay=0.0, style_weight=1.0, concept_weight=1.0,
-        taught=1.0, colour_weight=0.0,
+        taught=1.0, colour_weight=0.0, rescale=0.0,
     )  # fmt: skip
 
 
@@ -67,6 +68,29 @@ def test_effect_is_the_gradient_of_the_finished_drawing():
         drawing = rotation.step(index, drawing, velocity)
     for index, found in enumerate(torch.autograd.grad(drawing.sum(), velocities)):
         torch.testing.assert_close(found, torch.full((3,), rotation.effect(index)))
+
+
+@pytest.mark.parametrize("rescale", [0.0, 0.7])
+def test_a_drawing_is_guided_as_diffusers_guides(settings, rescale):
+    settings = argparse.Namespace(**vars(settings) | {"guidance": 6.0, "rescale": rescale})
+    studio = Studio(settings, denoiser(settings))
+    unet, step, found, guided = studio.unet, studio.rotation.step, [], []
+
+    def watched_unet(noisy, timesteps, states):
+        found.append(unet(noisy, timesteps, states))
+        return found[-1]
+
+    def watched_step(index, noisy, velocity):
+        guided.append(velocity)
+        return step(index, noisy, velocity)
+
+    studio.unet, studio.rotation.step = watched_unet, watched_step
+    studio.draw(0)
+    assert len(guided) == settings.drawing_steps
+    for free, named, velocity in zip(found[::2], found[1::2], guided, strict=True):
+        free, named = free.detach().float(), named.detach().float()
+        wanted = free + 6.0 * (named - free)
+        torch.testing.assert_close(velocity, rescale_noise_cfg(wanted, named, guidance_rescale=rescale))
 
 
 def test_judge_tells_styles_and_concepts_of_pictures(settings):

@@ -125,11 +125,13 @@ class Studio:
             with torch.set_grad_enabled(index in learning):
                 output = self.unet(given, timesteps, named)
             velocity = output.detach().float()
+            guided = free + settings.guidance * (velocity - free)
+            kept = kept_of_guided(velocity, guided, settings.rescale)
             if index in learning:
                 with torch.no_grad():
                     change = velocity - self.before(given, timesteps, ids).float()
-                moments.append((output, change, share * self.rotation.effect(index)))
-            noisy = self.rotation.step(index, noisy, free + settings.guidance * (velocity - free))
+                moments.append((output, change, kept * share * self.rotation.effect(index)))
+            noisy = self.rotation.step(index, noisy, kept * guided)
         drawn = noisy.requires_grad_()
         verdict, numbers = self.verdict(drawn, picks)
         verdict.backward()
@@ -153,6 +155,15 @@ class Studio:
             loss = loss + self.settings.colour_weight * F.cross_entropy(painted, styles)
             numbers["colours"] = float((painted.argmax(1) == styles).float().mean())
         return loss, {"verdict": float(loss.detach())} | numbers
+
+
+def kept_of_guided(named: Tensor, guided: Tensor, rescale: float) -> Tensor:
+    """What a guided velocity, N x C x H x W, is multiplied by to take back guidance's gain in contrast: N x 1 x 1 x 1.
+
+    Diffusers' `guidance_rescale` (arXiv 2305.08891, section 3.4); 1 for `rescale` 0.
+    """
+    contrast = named.std((1, 2, 3), keepdim=True) / guided.std((1, 2, 3), keepdim=True)
+    return 1 + rescale * (contrast - 1)
 
 
 def taught_steps(settings: argparse.Namespace) -> range:
