@@ -104,7 +104,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     judge.add_argument("--print-every", type=int, default=25)
     judge.add_argument("--seed", type=int, default=0)
     judge.set_defaults(run=train_judge)
-    colours = stages.add_parser("colours", help="fit the judge of colours that refine --colour-weight needs")
+    colours = stages.add_parser("colours", help="fit the judge of colours that two weights of refine need")
     colours.add_argument("--seed", type=int, default=0)
     colours.set_defaults(run=train_colours)
     refine = stages.add_parser("refine", help="train U-Net and text encoder on the verdict on their drawings too")
@@ -131,6 +131,12 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         default=0.0,
         help="weight of the judged colours, such as 0.025: more drawings are named by their style, and KID rises"
         " (default: 0)",
+    )
+    refine.add_argument(
+        "--evenness-weight",
+        type=float,
+        default=0.0,
+        help="weight of how much more uneven the drawings' areas are than the artist's, such as 1 (default: 0)",
     )
     refine.add_argument("--stay", type=float, default=0.1, help="weight of the squared change of velocities")
     refine.set_defaults(run=train_refine)
@@ -169,6 +175,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     samples.add_argument("--styles", help="comma-separated; an empty one leaves the style out")
     samples.add_argument("--steps", type=int, default=20)
     samples.add_argument("--guidance", type=float, default=4.0)
+    samples.add_argument("--rescale", type=float, default=0.0, help="diffusers' guidance_rescale")
     samples.add_argument("--zoom", type=int, default=2)
     samples.add_argument("--seed", type=int, default=0)
     samples.set_defaults(run=draw_samples)

@@ -8,7 +8,17 @@ from safetensors.torch import load_file
 
 from tests.conftest import TINY_BASE
 from train.prepare_icons import PRETRAINING_SETS
-from train.pretraining.colours import FLOOR, SHADES, ColourJudge, fit_colour_judge, palette, train_colours
+from train.pretraining.colours import (
+    FLOOR,
+    SHADES,
+    STEP,
+    ColourJudge,
+    Colours,
+    fit_colour_judge,
+    palette,
+    train_colours,
+    unevenness,
+)
 from train.pretraining.icons import load_icons, on_background
 
 
@@ -29,6 +39,22 @@ def test_palette_has_the_gradient_of_its_values():
     assert torch.autograd.gradcheck(palette, pictures, eps=1e-7)
 
 
+def test_unevenness_counts_edges_however_strong():
+    pictures = torch.full((4, 3, 8, 8), 0.5)
+    pictures[1, :, :, 4:] = 0.9  # an edge
+    pictures[2, 1, :, 4:] = 0.5 + STEP  # half of one
+    pictures[3, :, ::2] = 0.0  # an edge below each row
+    edge = 8 / 56 / 2
+    wanted = torch.tensor([0.0, edge * 0.48 / (0.48 + STEP**2), edge / 2, 0.75 / (0.75 + STEP**2) / 2])
+    torch.testing.assert_close(unevenness(pictures), wanted)
+
+
+def test_unevenness_has_the_gradient_of_its_values():
+    torch.manual_seed(0)
+    pictures = (0.5 + 0.05 * torch.randn(2, 3, 3, 3, dtype=torch.float64)).requires_grad_()
+    assert torch.autograd.gradcheck(unevenness, pictures, eps=1e-8, atol=1e-3)
+
+
 def test_judge_tells_palettes_of_pictures_it_has_not_seen():
     generator = torch.Generator().manual_seed(0)
     styles = torch.arange(100) % len(PRETRAINING_SETS)
@@ -36,6 +62,7 @@ def test_judge_tells_palettes_of_pictures_it_has_not_seen():
     picks = torch.randint(4, (100, 64), generator=generator)
     pictures = inks[styles[:, None], picks].transpose(1, 2).reshape(100, 3, 8, 8)
     judge = fit_colour_judge(pictures[:50], styles[:50])
+    torch.testing.assert_close(judge.uneven[2], unevenness(pictures[:50][styles[:50] == 2]).mean())
     assert torch.equal(judge(pictures[50:]).argmax(1), styles[50:])
 
 
@@ -48,3 +75,12 @@ def test_judge_of_the_icons_is_written_for_the_stage_that_refines(icons, tmp_pat
     pictures = on_background(made.pixels, torch.ones(len(made.pixels), 3)) / 2 + 0.5
     styles = torch.tensor([PRETRAINING_SETS.index(record["set"]) for record in made.records])
     assert (judge.eval()(pictures).argmax(1) == styles).float().mean() > 0.8
+
+    colours = Colours(tmp_path)
+    with torch.no_grad():
+        latents = colours.vae.encode(pictures * 2 - 1).latent_dist.mean * colours.vae.config.scaling_factor
+        decoded = colours.pictures(latents)
+        alone = colours.excess(decoded[:1], styles[:1])
+        assert float(colours.excess(decoded.mean((2, 3), keepdim=True).expand_as(decoded), styles)) == 0
+    assert float((decoded - pictures).abs().mean()) < 0.05
+    torch.testing.assert_close(alone, (unevenness(decoded[:1]) - judge.uneven[styles[:1]]).clamp(min=0).mean())

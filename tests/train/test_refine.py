@@ -32,7 +32,7 @@ def settings(icons, tmp_path_factory):
     return argparse.Namespace(
         icons=icons, work=work, tokenizer=TINY_BASE / "tokenizer", variants=None, seed=0, start=None, compile=False,
         batch=4, drawing_steps=6, learning_steps=5, guidance=2.0, stay=0.0, style_weight=1.0, concept_weight=1.0,
-        taught=1.0, colour_weight=0.0, rescale=0.0,
+        taught=1.0, colour_weight=0.0, evenness_weight=0.0, rescale=0.0,
     )  # fmt: skip
 
 
@@ -127,10 +127,12 @@ def test_a_step_against_the_gradient_improves_the_verdict(settings):
     assert after < before - 0.05
 
 
-def test_a_step_against_the_gradient_brings_the_colours_nearer(settings):
-    (settings.work / "vae-normalised").symlink_to(TINY_BASE / "vae")
-    train_colours(settings)
-    alone = {"colour_weight": 1.0, "style_weight": 0.0, "concept_weight": 0.0}
+@pytest.mark.parametrize("weight", ["colour_weight", "evenness_weight"])
+def test_a_step_against_the_gradient_brings_the_colours_nearer(settings, weight):
+    if not (settings.work / "colours.safetensors").exists():
+        (settings.work / "vae-normalised").symlink_to(TINY_BASE / "vae")
+        train_colours(settings)
+    alone = {"style_weight": 0.0, "concept_weight": 0.0, weight: 1.0}
     before, after, _ = verdicts_around_a_step(argparse.Namespace(**vars(settings) | alone), 1.0)
     assert after < 0.97 * before
 

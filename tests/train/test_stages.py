@@ -193,13 +193,15 @@ def test_refine_stage_learns_from_drawings_and_exports(icons, tokenizer, trained
     refine = ["refine", str(icons), str(tmp_path), *start, *drawing, *STEPS, "--export-every", "2"]
     with pytest.raises(SystemExit, match="--learning-steps 2 are more than the 1 that may be taught"):
         main([*refine, "--taught", "0.5"])
-    with pytest.raises(SystemExit, match="run the stage colours first"):
-        main([*refine, "--colour-weight", "0.01"])
+    for weight in ("--colour-weight", "--evenness-weight"):
+        with pytest.raises(SystemExit, match="run the stage colours first"):
+            main([*refine, weight, "0.01"])
     main(["colours", str(icons), str(tmp_path)])
-    main([*refine, "--colour-weight", "0.01"])
+    main([*refine, "--colour-weight", "0.01", "--evenness-weight", "1"])
     entries = [json.loads(line) for line in (tmp_path / "refine-log.jsonl").read_text().splitlines()]
     assert [entry["step"] for entry in entries] == [1, 2]
     assert entries[0]["change"] == 0 < entries[1]["change"]
+    assert all(entry["uneven"] > 0 for entry in entries)
     state = load_file(tmp_path / "refine-checkpoint" / "state.safetensors")
     unet = UNet2DConditionModel.from_pretrained(tmp_path / "export" / "unet").state_dict()
     averaged = Flat(TextAndUNet(len(captions(icons, tokenizer).used)))

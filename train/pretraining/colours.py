@@ -1,4 +1,4 @@
-"""A judge of colours: in which artist's palette a picture is painted, whatever it shows."""
+"""A judge of colours: in which artist's palette a picture is painted, and how evenly, whatever it shows."""
 
 from __future__ import annotations
 
@@ -26,6 +26,8 @@ SHARPNESS = 8.0
 """Makes logits of the least squares' fit, whose values lie about between 0 and 1."""
 NOISE = 0.3
 """Strongest noise of the decoded pictures' latents, in standard deviations."""
+STEP = 0.03
+"""Distance of two neighbouring pixels' colours, of 0..1, that makes half an edge."""
 COLOURS_FILE = "colours.safetensors"
 
 
@@ -34,15 +36,32 @@ def palette(pictures: Tensor) -> Tensor:
     return (colour_shares(pictures, SHADES) + FLOOR).sqrt()
 
 
+def unevenness(pictures: Tensor) -> Tensor:
+    """The share of neighbouring pixels that differ in N x 3 x H x W pictures in [0, 1]: N; has a gradient.
+
+    An edge counts as one however strong it is and a blotch nearly so (the function of Geman and McClure 1987), so that
+    what lowers it is evening out areas, not blurring edges.
+    """
+    across = (pictures[..., 1:] - pictures[..., :-1]).square().sum(1)
+    down = (pictures[..., 1:, :] - pictures[..., :-1, :]).square().sum(1)
+    return sum((step / (step + STEP**2)).mean((1, 2)) for step in (across, down)) / 2  # type: ignore[return-value]
+
+
 class ColourJudge(nn.Module):
-    """N x 3 x H x W pictures in [0, 1] to N x styles logits, linear in the palette."""
+    """N x 3 x H x W pictures in [0, 1] to N x styles logits, linear in the palette.
+
+    Attributes:
+        uneven: mean unevenness of each style's pictures.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.mean: Tensor
         self.spread: Tensor
+        self.uneven: Tensor
         self.register_buffer("mean", torch.zeros(SHADES**3))
         self.register_buffer("spread", torch.ones(SHADES**3))
+        self.register_buffer("uneven", torch.zeros(len(PRETRAINING_SETS)))
         self.head = nn.Linear(SHADES**3, len(PRETRAINING_SETS))
 
     def forward(self, pictures: Tensor) -> Tensor:
@@ -59,6 +78,9 @@ def fit_colour_judge(pictures: Tensor, styles: Tensor) -> ColourJudge:
     judge.mean.copy_(found.mean(0))
     judge.spread.copy_(found.std(0) + 1e-3)
     known = (found - judge.mean) / judge.spread
+    rough = torch.cat([unevenness(part) for part in pictures.split(256)])
+    for style in styles.unique().tolist():
+        judge.uneven[style] = rough[styles == style].mean()
     wanted = F.one_hot(styles, len(PRETRAINING_SETS)).float()
     judge.head.bias.copy_(wanted.mean(0))
     square = known.T @ known + RIDGE * len(known) * torch.eye(known.shape[1])
@@ -94,10 +116,18 @@ class Colours:
         self.vae = AutoencoderKL.from_pretrained(decoder_folder(work)).eval().requires_grad_(False)
         double_by_copies(self.vae)
 
-    def __call__(self, drawn: Tensor) -> Tensor:
-        """The logits of scaled latents, N x 16 x 8 x 8."""
-        pictures = self.vae.decode(drawn / self.vae.config.scaling_factor).sample / 2 + 0.5
+    def pictures(self, drawn: Tensor) -> Tensor:
+        """Scaled latents, N x 16 x 8 x 8, decoded: about [0, 1]."""
+        decoded: Tensor = self.vae.decode(drawn / self.vae.config.scaling_factor).sample
+        return decoded / 2 + 0.5
+
+    def logits(self, pictures: Tensor) -> Tensor:
+        """Whose palette it is, N x styles."""
         # Fine noise, that no colour be met to the last shade only.
         level = 0.02 * torch.rand(len(pictures), 1, 1, 1)
         logits: Tensor = self.judge(pictures + level * torch.randn_like(pictures))
         return logits
+
+    def excess(self, pictures: Tensor, styles: Tensor) -> Tensor:
+        """How much more uneven than their styles' pictures are: the mean over those that are."""
+        return (unevenness(pictures) - self.judge.uneven[styles]).clamp(min=0).mean()

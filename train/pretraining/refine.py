@@ -85,7 +85,7 @@ class Studio:
         before = copy.deepcopy(module).requires_grad_(False)
         self.before = self.compiled(before.forward)
         self.empty = self.examples.captions.ids([""])
-        self.colours = Colours(settings.work) if settings.colour_weight else None
+        self.colours = Colours(settings.work) if settings.colour_weight or settings.evenness_weight else None
 
     def compiled(self, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
         """The function, compiled where that is asked for."""
@@ -151,9 +151,12 @@ class Studio:
         found = float((concept.argmax(1) == concepts).float().mean())
         numbers = {"style": right, "concept": found}
         if self.colours:
-            painted = self.colours(drawn)
+            pictures = self.colours.pictures(drawn)
+            painted, uneven = self.colours.logits(pictures), self.colours.excess(pictures, styles)
             loss = loss + self.settings.colour_weight * F.cross_entropy(painted, styles)
+            loss = loss + self.settings.evenness_weight * uneven
             numbers["colours"] = float((painted.argmax(1) == styles).float().mean())
+            numbers["uneven"] = float(uneven.detach())
         return loss, {"verdict": float(loss.detach())} | numbers
 
 
@@ -175,7 +178,10 @@ def train_refine(arguments: argparse.Namespace) -> None:
     """Refine U-Net and text encoder, exporting a pipeline now and then."""
     if (taught := len(taught_steps(arguments))) < arguments.learning_steps:
         raise SystemExit(f"--learning-steps {arguments.learning_steps} are more than the {taught} that may be taught.")
-    if arguments.colour_weight and not (arguments.work / COLOURS_FILE).exists():
-        raise SystemExit(f"--colour-weight needs {arguments.work / COLOURS_FILE}; run the stage colours first.")
-    verdicts = ("style", "concept", "colours") if arguments.colour_weight else ("style", "concept")
+    coloured = arguments.colour_weight or arguments.evenness_weight
+    if coloured and not (arguments.work / COLOURS_FILE).exists():
+        raise SystemExit(
+            f"--colour-weight and --evenness-weight need {arguments.work / COLOURS_FILE}; run the stage colours first."
+        )
+    verdicts = ("style", "concept", "colours", "uneven") if coloured else ("style", "concept")
     train_exporting(RefineJob(arguments), ("loss", "error", "verdict", *verdicts, "change"))

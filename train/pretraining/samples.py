@@ -28,6 +28,7 @@ def draw_samples(arguments: argparse.Namespace) -> None:
             prompts,
             num_inference_steps=arguments.steps,
             guidance_scale=arguments.guidance,
+            guidance_rescale=arguments.rescale,
             generator=generators,
         ).images
         for column, image in enumerate(images):
