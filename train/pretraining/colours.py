@@ -44,7 +44,7 @@ def unevenness(pictures: Tensor) -> Tensor:
     """
     across = (pictures[..., 1:] - pictures[..., :-1]).square().sum(1)
     down = (pictures[..., 1:, :] - pictures[..., :-1, :]).square().sum(1)
-    return sum((step / (step + STEP**2)).mean((1, 2)) for step in (across, down)) / 2  # type: ignore[return-value]
+    return ((across / (across + STEP**2)).mean((1, 2)) + (down / (down + STEP**2)).mean((1, 2))) / 2
 
 
 class ColourJudge(nn.Module):
@@ -72,7 +72,10 @@ class ColourJudge(nn.Module):
 
 @torch.no_grad()
 def fit_colour_judge(pictures: Tensor, styles: Tensor) -> ColourJudge:
-    """Fit a judge to pictures, N x 3 x H x W in [0, 1], and N style numbers by least squares with a ridge."""
+    """Fit a judge to pictures, N x 3 x H x W in [0, 1], and N style numbers by least squares with a ridge.
+
+    Notes how uneven each style's pictures are, too.
+    """
     judge = ColourJudge()
     found = torch.cat([palette(part) for part in pictures.split(256)])
     judge.mean.copy_(found.mean(0))
@@ -129,5 +132,5 @@ class Colours:
         return logits
 
     def excess(self, pictures: Tensor, styles: Tensor) -> Tensor:
-        """How much more uneven than their styles' pictures are: the mean over those that are."""
+        """How much more uneven than their styles' pictures they are, on average; evener ones count as nothing."""
         return (unevenness(pictures) - self.judge.uneven[styles]).clamp(min=0).mean()
