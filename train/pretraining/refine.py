@@ -85,7 +85,7 @@ class Studio:
         before = copy.deepcopy(module).requires_grad_(False)
         self.before = self.compiled(before.forward)
         self.empty = self.examples.captions.ids([""])
-        self.colours = Colours(settings.work) if settings.colour_weight or settings.evenness_weight else None
+        self.colours = Colours(settings.work) if judges_colours(settings) else None
 
     def compiled(self, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
         """The function, compiled where that is asked for."""
@@ -174,11 +174,16 @@ def taught_steps(settings: argparse.Namespace) -> range:
     return range(1, 1 + round(settings.taught * (settings.drawing_steps - 1)))
 
 
+def judges_colours(settings: argparse.Namespace) -> bool:
+    """Whether the verdict is on colours too, for which drawings are decoded."""
+    return bool(settings.colour_weight or settings.evenness_weight)
+
+
 def train_refine(arguments: argparse.Namespace) -> None:
     """Refine U-Net and text encoder, exporting a pipeline now and then."""
     if (taught := len(taught_steps(arguments))) < arguments.learning_steps:
         raise SystemExit(f"--learning-steps {arguments.learning_steps} are more than the {taught} that may be taught.")
-    coloured = arguments.colour_weight or arguments.evenness_weight
+    coloured = judges_colours(arguments)
     if coloured and not (arguments.work / COLOURS_FILE).exists():
         raise SystemExit(
             f"--colour-weight and --evenness-weight need {arguments.work / COLOURS_FILE}; run the stage colours first."
