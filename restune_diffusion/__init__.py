@@ -10,15 +10,6 @@ if TYPE_CHECKING:
     from .attachment import Attachment, attach, detach
     from .config import BypassConfig, ControlConfig, ResConfig, SkipConfig, TextConfig
     from .enable import enable_restune
-    from .errors import (
-        BaseMismatchError,
-        ConditionError,
-        DataError,
-        RestuneError,
-        TrainingError,
-        TunerFileError,
-        TunerNameError,
-    )
     from .fileformat import load_tuner, save_tuner
     from .header import TunerInfo, read_info
     from .hub import push_to_hub
@@ -39,6 +30,15 @@ if TYPE_CHECKING:
     from .sites import BaseInfo, Site, describe_base, text_encoders
     from .tuner import Tuner
     from .tuner_cache import TunerCache
+    from .utils.errors import (
+        BaseMismatchError,
+        ConditionError,
+        DataError,
+        RestuneError,
+        TrainingError,
+        TunerFileError,
+        TunerNameError,
+    )
     from .weights import Schedule, TunerWeight, schedule
 
 __version__ = "0.1.0"
@@ -48,7 +48,7 @@ _MODULES = {
     "manager": ("TunerManager",),
     "config": ("BypassConfig", "ControlConfig", "ResConfig", "SkipConfig", "TextConfig"),
     "enable": ("enable_restune",),
-    "errors": (
+    "utils.errors": (
         "BaseMismatchError",
         "ConditionError",
         "DataError",

@@ -18,9 +18,9 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from .errors import RestuneError
 from .manager import TunerManager
 from .mixing import Layout
+from .utils.errors import RestuneError
 from .weights import Weight
 
 # Equal rows stay equal bit for bit on a CPU; a GPU may choose another kernel for another row. Other noise is far off.

@@ -10,9 +10,9 @@ from typing import Any, TypeAlias
 
 import torch
 
-from .errors import RestuneError
 from .manager import TunerManager
 from .mixing import Layout
+from .utils.errors import RestuneError
 from .weights import TunerWeight, Weight, as_weight
 
 MixPerImage: TypeAlias = Sequence[str | Mapping[str, float] | None]

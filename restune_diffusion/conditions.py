@@ -14,8 +14,8 @@ import torch
 from PIL import Image, ImageFilter
 
 from .edges import canny_edges
-from .errors import ConditionError
 from .images import has_transparency, to_rgb
+from .utils.errors import ConditionError
 
 Maker: TypeAlias = Callable[[Image.Image], Image.Image]
 

@@ -10,11 +10,11 @@ import torch
 from PIL import Image
 
 from .config import ResConfig
-from .errors import RestuneError
-from .fileformat import atomic_write
 from .training import TrainConfig, train
 from .training.base import load_base
 from .training.contact_sheet import labelled_grid
+from .utils.atomic_write import atomic_write
+from .utils.errors import RestuneError
 
 _ASSETS = Path(__file__).parent / "assets"
 BASE = _ASSETS / "restune-tiny"

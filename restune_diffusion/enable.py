@@ -7,10 +7,10 @@ from typing import Any
 
 from diffusers import DiffusionPipeline
 
-from .errors import RestuneError
 from .loaders import RestuneLoaderMixin
 from .saving import plain_class
 from .sites import describe_base
+from .utils.errors import RestuneError
 
 
 def enable_restune(pipe: DiffusionPipeline) -> Any:

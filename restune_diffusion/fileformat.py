@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from .config import TextConfig, parts_to_json
-from .display import printable
-from .errors import TunerFileError
 from .header import (
     BASE_KEY,
     CONFIG_KEY,
@@ -33,44 +29,15 @@ from .header import (
     read_info,
 )
 from .tuner import Tuner
+from .utils.atomic_write import atomic_write
+from .utils.display import printable
+from .utils.errors import TunerFileError
 
 _ALIGNMENT = 64  # bytes: torch's own allocator starts every CPU tensor at a multiple of it
 # As safetensors names them.
 _DTYPE_NAMES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
-__all__ = ["TunerInfo", "atomic_write", "load_tuner", "read_info", "save_tuner", "sync_directory"]
-
-
-@contextlib.contextmanager
-def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
-    """Open a file that takes its name only when it is written, synced and closed without an error.
-
-    A crash at any time leaves the old file or the new one, whole.
-
-    Raises:
-        TunerFileError: if the file cannot be written, for instance on a full disk; the old file is still there.
-    """
-    path = Path(path)
-    temporary: Path | None = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-        temporary = Path(name)
-        with os.fdopen(handle, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.chmod(0o666 & ~_umask())
-        temporary.replace(path)
-        sync_directory(path.parent)
-    except OSError as error:
-        raise TunerFileError(
-            f"Cannot write {path}: {error.strerror or error}; free space or choose another folder, "
-            "what was there before is unchanged."
-        ) from error
-    finally:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
+__all__ = ["TunerInfo", "load_tuner", "read_info", "save_tuner"]
 
 
 def save_tuner(
@@ -196,20 +163,3 @@ def _is_finite(value: torch.Tensor) -> bool:
     # NaN and infinity survive a sum, which reads the values once and makes no temporary, unlike `isfinite` on them
     # all. A sum of finite values may still overflow: then the extremes decide.
     return bool(value.sum().isfinite()) or all(bool(extreme.isfinite()) for extreme in torch.aminmax(value))
-
-
-def _umask() -> int:
-    current = os.umask(0)
-    os.umask(current)
-    return current
-
-
-def sync_directory(directory: Path) -> None:
-    """Make sure that the names in a directory, a new or renamed file among them, survive a power cut."""
-    # Windows has no directory handles to sync.
-    if os.name == "posix":
-        handle = os.open(directory, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)

@@ -19,10 +19,10 @@ from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 
 from .config import PartConfig, parts_from_json
-from .display import printable
-from .errors import RestuneError, TunerFileError
 from .sites import BaseInfo
 from .tuner import Tuner
+from .utils.display import printable
+from .utils.errors import RestuneError, TunerFileError
 
 FORMAT_VERSION = 1
 VERSION_KEY = "restune.format_version"

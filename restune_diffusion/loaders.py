@@ -17,7 +17,6 @@ from torch import nn
 from .attachment import attach
 from .calls import MixPerImage, call_layout, listed, mix_of_call, mixed, named_weights, weights_by_name
 from .encoding import converted_prompt, prompts_read
-from .errors import ConditionError, RestuneError, TunerFileError, TunerNameError
 from .fileformat import load_tuner, save_tuner
 from .manager import TunerManager, is_compiled, uncompiled
 from .mixing import Layout
@@ -28,6 +27,7 @@ from .steering import TunerImage, TunerScale, steered
 from .text_attachment import text_part
 from .tuner import Tuner
 from .tuner_cache import TunerCache
+from .utils.errors import ConditionError, RestuneError, TunerFileError, TunerNameError
 from .weights import TunerWeight, Weight
 from .words import Words
 

@@ -17,13 +17,13 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from .attached import Attached, Residual
-from .errors import RestuneError, TunerNameError
 from .mixing import Layout, Pass, check_images
 from .operations import operation_input, show_operation
 from .sites import TextEncoder, describe_base, structure_of
 from .text_attachment import EncoderHooks, attach_text, check_text
 from .tuner import Tuner
 from .tuners import Features, Operation
+from .utils.errors import RestuneError, TunerNameError
 from .weights import TunerWeight, Weight, as_weight
 
 

@@ -11,10 +11,10 @@ import torch
 from PIL import Image
 
 from .conditions import condition_to_tensor
-from .errors import ConditionError
 from .manager import TunerManager
 from .mixing import Layout
 from .tuners import ControlPart
+from .utils.errors import ConditionError
 
 ConditionImage: TypeAlias = Image.Image | np.ndarray[Any, Any] | torch.Tensor
 ConditionImages: TypeAlias = ConditionImage | Sequence[ConditionImage]

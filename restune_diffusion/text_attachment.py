@@ -18,12 +18,12 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from .attached import Attached
-from .errors import RestuneError
 from .mixing import Layout
 from .sites import TextEncoder, describe_text, text_stack
 from .sites.transformer_block import without_lora
 from .tuner import Tuner
 from .tuners import TextPart
+from .utils.errors import RestuneError
 from .words import NewWord, TokenizerCopy, Words
 
 if TYPE_CHECKING:

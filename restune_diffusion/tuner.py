@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from .config import BypassConfig, ControlConfig, PartConfig, ResConfig, SkipConfig, TextConfig
-from .errors import RestuneError
 from .sites import BaseInfo, TextEncoder, describe_base, describe_text, text_encoders
 from .tuners import BypassPart, ControlPart, Part, ResPart, SkipPart, TextPart, initialize_tokens
+from .utils.errors import RestuneError
 
 
 def _build_part(config: PartConfig, base: BaseInfo) -> Part:

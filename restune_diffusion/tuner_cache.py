@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 
-from .errors import RestuneError, TunerFileError
 from .fileformat import load_tuner
 from .sources import tuner_file
 from .tuner import Tuner
+from .utils.errors import RestuneError, TunerFileError
 
 _Stamp = tuple[int, int]
 

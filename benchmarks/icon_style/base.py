@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from restune_diffusion.fileformat import atomic_write
+from restune_diffusion.utils.atomic_write import atomic_write
 from train.prepare_icons import PRETRAINING_SETS
 
 from .data import IconData, to_images

@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from restune_diffusion.fileformat import atomic_write
 from restune_diffusion.training.batches import Batches
 from restune_diffusion.training.cache import Cache, build_cache
 from restune_diffusion.training.captions import find_examples
 from restune_diffusion.training.data import load_samples
 from restune_diffusion.training.objective import Objective
+from restune_diffusion.utils.atomic_write import atomic_write
 from train.prepare_icons import PRETRAINING_SETS
 
 from .data import IconData, Split, to_images, to_pixels, write_tuning_images

@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 
 from restune_diffusion.evaluation.metrics import similarity
-from restune_diffusion.fileformat import atomic_write
 from restune_diffusion.training.batches import Batches
 from restune_diffusion.training.cache import build_cache
 from restune_diffusion.training.captions import find_examples
 from restune_diffusion.training.data import load_samples
 from restune_diffusion.training.objective import Objective
+from restune_diffusion.utils.atomic_write import atomic_write
 
 from .character import CLASS_WORD, TOKEN, background_fidelity, held_out, render, training, write_training
 from .data import to_images, to_pixels

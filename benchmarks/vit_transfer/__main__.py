@@ -20,7 +20,7 @@ import tyro
 
 from benchmarks.icon_style.data import IconData
 from benchmarks.icon_style.report import environment
-from restune_diffusion.fileformat import atomic_write
+from restune_diffusion.utils.atomic_write import atomic_write
 from train.prepare_icons import DEVELOPMENT_SETS, PRETRAINING_SETS
 
 from .backbone import Shape, concept_rows, load_recognizer, recognized

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.icon_style.report import mean_and_spread
-from restune_diffusion.fileformat import atomic_write
+from restune_diffusion.utils.atomic_write import atomic_write
 
 Row = dict[str, Any]
 

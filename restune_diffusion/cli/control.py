@@ -45,7 +45,7 @@ def read_control_images(
 
 def _split(entry: str, names: Sequence[str]) -> tuple[str, Path]:
     """Split `CONDITION=FILE`; the file may contain such a sign itself."""
-    from ..errors import ConditionError
+    from ..utils.errors import ConditionError
 
     name, equals, path = entry.partition("=")
     if equals and name in names:
@@ -57,8 +57,8 @@ def _split(entry: str, names: Sequence[str]) -> tuple[str, Path]:
 
 
 def _read(path: Path) -> Any:
-    from ..errors import DataError
     from ..training.pictures import read_layer
+    from ..utils.errors import DataError
 
     try:
         return read_layer(path)[0]

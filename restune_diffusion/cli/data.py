@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from ..errors import DataError, RestuneError
 from ..training.data_config import DataConfig
-from ..training.settings import Settings
+from ..utils.errors import DataError, RestuneError
+from ..utils.settings import Settings
 from .quiet import quiet_libraries
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ class DataOptions(DataConfig, _Action):
 def _write(picture: Image.Image, path: Path) -> None:
     from PIL import Image as pillow
 
-    from ..fileformat import atomic_write
+    from ..utils.atomic_write import atomic_write
 
     kind = pillow.registered_extensions().get(path.suffix.lower())
     if kind not in pillow.SAVE:

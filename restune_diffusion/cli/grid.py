@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 from pydantic import Field
 
-from ..errors import RestuneError
+from ..utils.errors import RestuneError
 from .drawing import DrawOptions
 
 if TYPE_CHECKING:
@@ -57,8 +57,8 @@ class GridOptions(DrawOptions):
             raise RestuneError(f"--share-steps {self.share_steps} is more than the {self.steps} --steps.")
         from tqdm import tqdm
 
-        from ..fileformat import atomic_write
         from ..training.contact_sheet import fitting_cell, labelled_grid
+        from ..utils.atomic_write import atomic_write
 
         columns = self._columns()
         pipeline = self.load()

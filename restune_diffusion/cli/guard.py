@@ -6,8 +6,8 @@ import os
 import sys
 from collections.abc import Callable
 
-from ..display import printable
-from ..errors import RestuneError, TrainingInterrupted
+from ..utils.display import printable
+from ..utils.errors import RestuneError, TrainingInterrupted
 
 
 def run_guarded(action: Callable[[], object]) -> int:

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 from pydantic import BaseModel, ConfigDict
 
-from ..display import printable
-from ..errors import TunerFileError
 from ..training.config_file import recorded_yaml
+from ..utils.display import printable
+from ..utils.errors import TunerFileError
 
 if TYPE_CHECKING:
     from ..fileformat import TunerInfo

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict
 
-from ..errors import RestuneError
+from ..utils.errors import RestuneError
 
 if TYPE_CHECKING:
     from ..weights import TunerWeight

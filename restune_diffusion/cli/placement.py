@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from ..errors import RestuneError
+from ..utils.errors import RestuneError
 
 
 def load_placed(

@@ -14,12 +14,12 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from ..errors import DataError, RestuneError
 from ..fileformat import read_info
 from ..manager import TunerManager
 from ..training.base import training_resolution
 from ..training.captions import find_examples
 from ..training.data import Sample, load_samples
+from ..utils.errors import DataError, RestuneError
 from .features import InceptionFeatures
 from .lpips import Lpips
 from .metrics import kernel_distance, nearest_distance, retrieval_accuracy, similarity, style_share

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn.functional import normalize
 
-from ..errors import RestuneError
+from ..utils.errors import RestuneError
 from .packaged import require_package
 
 

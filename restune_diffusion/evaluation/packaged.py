@@ -6,7 +6,7 @@ import hashlib
 from importlib.util import find_spec
 from pathlib import Path
 
-from ..errors import RestuneError
+from ..utils.errors import RestuneError
 
 _INSTALL = "install it with: pip install 'restune-diffusion[evaluate]'"
 

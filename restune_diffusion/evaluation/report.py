@@ -12,9 +12,9 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from PIL import Image
 
-from ..fileformat import atomic_write
 from ..training.contact_sheet import labelled_grid
 from ..training.facts import library_versions
+from ..utils.atomic_write import atomic_write
 
 Row: TypeAlias = dict[str, float | None]
 """Measured numbers by name; None where a number is not measured, or is what it is by definition."""

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from diffusers import UNet2DConditionModel
 
-from ..errors import RestuneError
 from ..sites import BaseInfo, describe_base
+from ..utils.errors import RestuneError
 
 
 def describe_checkpoint(base: str) -> BaseInfo:

@@ -12,9 +12,9 @@ from collections.abc import Iterable
 import torch
 
 from ..config import ControlConfig
-from ..errors import TunerFileError
 from ..sites import BaseInfo
 from ..tuner import Tuner
+from ..utils.errors import TunerFileError
 from .foreign import ForeignFile, make_config
 from .names import skip_readers
 from .scepter import TENSORS

@@ -12,7 +12,7 @@ import torch
 from pydantic import BaseModel, ValidationError
 from safetensors import SafetensorError, safe_open
 
-from ..errors import TunerFileError
+from ..utils.errors import TunerFileError
 
 Config = TypeVar("Config", bound=BaseModel)
 

@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Literal, TypeAlias
 
-from ..errors import TunerFileError
 from ..sites import BaseInfo
 from ..tuner import Tuner
+from ..utils.errors import TunerFileError
 from . import csc, diffusers_lora, kohya, scepter, swift
 from .foreign import ForeignFile, read_foreign, some
 

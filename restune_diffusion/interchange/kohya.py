@@ -14,10 +14,10 @@ from pathlib import Path
 import torch
 from safetensors.torch import save
 
-from ..errors import TunerFileError
-from ..fileformat import atomic_write
 from ..sites import BaseInfo, module_path
 from ..tuner import Tuner
+from ..utils.atomic_write import atomic_write
+from ..utils.errors import TunerFileError
 from .foreign import ForeignFile, foreign_metadata
 from .lora_folding import LoraLayer
 from .lora_layers import layers_of, lora_layers, lora_tuner

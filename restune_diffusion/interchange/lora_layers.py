@@ -13,10 +13,10 @@ from typing import Any
 import torch
 
 from ..config import ResConfig
-from ..errors import TunerFileError
 from ..sites import BaseInfo
 from ..tuner import Tuner
 from ..tuners import ResPart
+from ..utils.errors import TunerFileError
 from .foreign import ForeignFile, make_config, some
 from .lora_folding import DTYPE_KEY, LAYERS_KEY, LoraLayer, as_noted, folds, read_notes, scaled
 from .names import linear_shapes

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 
-from ..errors import BaseMismatchError
 from ..sites import BaseInfo, module_path
+from ..utils.errors import BaseMismatchError
 
 _BLOCK = re.compile(r"(down|up)_blocks\.(\d+)\.attentions\.(\d+)\.(.+)")
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
-from ..errors import TunerFileError
 from ..sites import BaseInfo
 from ..tuner import Tuner
+from ..utils.errors import TunerFileError
 from .foreign import ForeignFile
 from .names import skip_readers
 from .skip_layers import SkipLayer, skip_tuner

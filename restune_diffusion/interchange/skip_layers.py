@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 
 from ..config import SkipConfig
-from ..errors import TunerFileError
 from ..sites import BaseInfo
 from ..tuner import Tuner
+from ..utils.errors import TunerFileError
 from .foreign import make_config
 
 WIDTHS_KEY = "restune.interchange.widths"

@@ -13,10 +13,10 @@ from pathlib import Path
 import torch
 from safetensors.torch import save
 
-from ..errors import TunerFileError
-from ..fileformat import atomic_write
 from ..sites import BaseInfo
 from ..tuner import Tuner
+from ..utils.atomic_write import atomic_write
+from ..utils.errors import TunerFileError
 from .foreign import ForeignFile
 from .names import skip_readers
 from .scepter import TENSORS, layer_at

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import RestuneError
+from ..utils.errors import RestuneError
 
 # A screen shows no more.
 _POINTS = 800

@@ -12,11 +12,11 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from ..fileformat import atomic_write
 from ..training import TrainConfig
 from ..training.config_file import recorded_yaml
-from ..training.layers import flat
 from ..training.metrics_file import Series
+from ..utils.atomic_write import atomic_write
+from ..utils.settings_merge import flat
 from .curves import import_matplotlib, plain, raw_and_smooth, several, smoothing_window
 from .pictures import chosen_steps, data_url
 from .run_folder import RunFolder, read_run_folder

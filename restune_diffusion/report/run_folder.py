@@ -8,12 +8,12 @@ from datetime import datetime, timezone
 from functools import cached_property
 from pathlib import Path
 
-from ..errors import RestuneError
 from ..fileformat import TunerInfo, read_info
 from ..training import TrainConfig, read_config
 from ..training.checkpoint import latest_checkpoint
 from ..training.config_record import CONFIG_FILE
 from ..training.metrics_file import METRICS_FILE, Series, read_metrics
+from ..utils.errors import RestuneError
 from .data_sheet import DataSheet, read_data_sheet
 
 _SAMPLES = re.compile(r"step-(\d+)")

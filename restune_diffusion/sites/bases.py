@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from ..errors import RestuneError
+from ..utils.errors import RestuneError
 from .description import BaseInfo
 from .motion_unet import MotionUNetStructure
 from .pixart import PixArtStructure

@@ -7,7 +7,7 @@ from typing import Any, Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from ..errors import BaseMismatchError
+from ..utils.errors import BaseMismatchError
 
 Kind: TypeAlias = Literal["self", "cross", "ff", "block"]
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from ..errors import RestuneError
+from ..utils.errors import RestuneError
 from .description import TextInfo
 from .transformer_block import linear_layers
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from ..errors import RestuneError
+from ..utils.errors import RestuneError
 from .description import BaseInfo, Site
 from .forward_hooks import enter_head, tap_output
 from .structure import Call, SiteHooks, Structure

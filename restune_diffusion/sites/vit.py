@@ -9,7 +9,7 @@ from typing import Any
 
 from torch.utils.hooks import RemovableHandle
 
-from ..errors import RestuneError
+from ..utils.errors import RestuneError
 from .description import Kind, Site
 from .forward_hooks import enter_head, tap_output
 from .structure import Call, SiteHooks, Structure

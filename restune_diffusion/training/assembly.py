@@ -10,8 +10,9 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from diffusers.optimization import get_scheduler
 
-from ..errors import TrainingError
 from ..tuner import Tuner
+from ..utils.errors import TrainingError
+from ..utils.seeds import derived_seed
 from .averaging import TunerAverage
 from .bank import bank_stream
 from .base import sampling_pipeline
@@ -29,7 +30,7 @@ from .parameter_groups import parameter_groups
 from .preservation import make_preservation
 from .processes import check_distribution
 from .run import TrainingRun
-from .stream import SampleStream, derived_seed
+from .stream import SampleStream
 from .tracking import tracker_name
 
 

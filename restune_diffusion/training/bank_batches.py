@@ -8,9 +8,10 @@ from dataclasses import replace
 
 import torch
 
+from ..utils.seeds import seeded
 from .batches import Batch, BatchSource
 from .feature_bank import FeatureBank
-from .stream import Draw, SampleStream, seeded
+from .stream import Draw, SampleStream
 
 
 class BankStream(SampleStream):

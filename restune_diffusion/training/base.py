@@ -21,7 +21,6 @@ from diffusers import (
 from safetensors import SafetensorError
 from torch import nn
 
-from ..errors import RestuneError, TrainingError
 from ..manager import TunerManager
 from ..pipelines import (
     RestuneStableDiffusionInpaintPipeline,
@@ -29,6 +28,7 @@ from ..pipelines import (
     RestuneStableDiffusionXLInpaintPipeline,
     RestuneStableDiffusionXLPipeline,
 )
+from ..utils.errors import RestuneError, TrainingError
 from .inpainting import is_inpainting
 
 PRECISIONS = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ..errors import NoImageError
+from ..utils.errors import NoImageError
 from .conditioning import Conditioning, encode_caption, encode_nothing
 from .data import Sample
 from .loss_masks import latent_mask

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
-from ..errors import NoImageError
+from ..utils.errors import NoImageError
 from .cache import Cache
 
 _T = TypeVar("_T")

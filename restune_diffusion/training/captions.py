@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from ..errors import DataError
+from ..utils.errors import DataError
 from .caption_rule import apply_rule
 from .data_config import DataConfig
 from .example import Example, check_caption

@@ -13,8 +13,9 @@ from typing import Any
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
-from ..errors import TrainingError
-from ..fileformat import atomic_write, load_tuner, save_tuner, sync_directory
+from ..fileformat import load_tuner, save_tuner
+from ..utils.atomic_write import atomic_write, sync_directory
+from ..utils.errors import TrainingError
 from .config_record import CONFIG_FILE
 from .data_sheet import FILE_NAME as DATA_FILE
 from .facts import library_versions, run_identity

@@ -11,7 +11,7 @@ from PIL import Image
 
 from ..conditions import MAKERS, condition_to_tensor, make_condition
 from ..config import ControlConfig
-from ..errors import DataError
+from ..utils.errors import DataError
 from .example import Example
 from .files import list_images
 from .metadata import METADATA_FILE

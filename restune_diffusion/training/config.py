@@ -8,11 +8,11 @@ from typing import Any, Literal, TypeAlias
 from pydantic import Field, model_validator
 
 from ..config import BypassConfig, ControlConfig, PartConfig, ResConfig, SkipConfig, TextConfig
+from ..utils.settings import Settings
+from ..utils.settings_merge import checked_fields, layered
 from ..words import holds_word
 from .data_config import DataConfig
-from .layers import checked_fields, layered
 from .presets import PRESETS, PresetName
-from .settings import Settings
 
 Kind: TypeAlias = Literal["skip", "control", "res", "bypass", "text"]
 _DEFAULTS: dict[Kind, PartConfig] = {

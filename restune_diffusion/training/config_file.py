@@ -8,11 +8,11 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from ..errors import SettingsError
+from ..utils.errors import SettingsError
+from ..utils.settings_merge import RefusedSetting, checked_fields, first_refused, first_unknown, layered
+from ..utils.yaml_file import YamlFile, read_yaml, to_yaml
 from .config import TrainConfig
-from .layers import RefusedSetting, checked_fields, first_refused, first_unknown, layered
 from .presets import PRESETS
-from .yaml_file import YamlFile, read_yaml, to_yaml
 
 
 def read_config(path: Path | str, **overrides: Any) -> TrainConfig:

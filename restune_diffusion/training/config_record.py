@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..fileformat import atomic_write
+from ..utils.atomic_write import atomic_write
 from .config_file import config_yaml
 from .run import Hook, TrainingRun
 

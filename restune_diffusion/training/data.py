@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 
-from ..errors import DataError
 from ..images import to_rgb
+from ..utils.errors import DataError
 from .condition_source import ConditionSource
 from .example import Example
 from .loss_masks import framed_mask

@@ -8,7 +8,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from .settings import Settings
+from ..utils.settings import Settings
 
 
 class DataConfig(Settings):

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..display import printable
-from ..fileformat import atomic_write
+from ..utils.atomic_write import atomic_write
+from ..utils.display import printable
 from .captions import nothing_usable
 from .data import Sample
 from .refusals import Refused

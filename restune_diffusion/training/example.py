@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..errors import DataError
+from ..utils.errors import DataError
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,8 @@ from importlib.metadata import version
 from typing import Any
 
 from .. import __version__
+from ..utils.settings_merge import flat
 from .config import TrainConfig
-from .layers import flat
 from .run import TrainingRun
 
 # Settings that may change when a run is resumed: they do not reach the tuner.

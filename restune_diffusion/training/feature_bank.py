@@ -14,9 +14,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import nn
 
-from ..display import readable_size
-from ..errors import TrainingError
-from ..fileformat import atomic_write
+from ..utils.atomic_write import atomic_write
+from ..utils.display import readable_size
+from ..utils.errors import TrainingError
 from .bank_layout import DTYPES, TIME, BankLayout, Shard
 from .quantization import stored_tensors
 from .tap_features import TapFeatures

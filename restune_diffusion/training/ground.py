@@ -12,8 +12,8 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from PIL import Image
 
-from ..errors import NoImageError, TrainingError
 from ..sites import text_encoders
+from ..utils.errors import NoImageError, TrainingError
 from ..words import holds_word
 from .bank import hash_of_models
 from .base import PRECISIONS, check_trainable, frozen, load_base, move_encoders, training_resolution

@@ -9,7 +9,7 @@ from typing import Any
 
 from PIL import Image
 
-from ..errors import RestuneError
+from ..utils.errors import RestuneError
 from .base import training_resolution
 from .buckets import bucket_step
 from .captions import read_examples

@@ -17,7 +17,8 @@ from typing import Any
 
 import torch
 
-from ..errors import TrainingError
+from ..utils.errors import TrainingError
+from ..utils.seeds import derived_seed
 from .base import sampling_pipeline
 from .batches import Batch
 from .conditioning import Conditioning, LiveEncoder, denoiser_inputs, encode_caption
@@ -27,7 +28,6 @@ from .objective import scheduler_changes
 from .pictures import Geometry
 from .prediction import base_alone, predict, tuner_at_hand
 from .run import Hook, StepReport, TrainingRun
-from .stream import derived_seed
 
 TIMESTEPS = 8
 """Number of noise levels of each prompt; each is one pass of the denoiser, alone."""

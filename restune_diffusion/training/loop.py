@@ -8,7 +8,7 @@ from collections.abc import Generator, Sequence
 
 import torch
 
-from ..errors import TrainingError, TrainingInterrupted
+from ..utils.errors import TrainingError, TrainingInterrupted
 from .batches import Batch
 from .checkpoint import latest_checkpoint
 from .optimizers import effective_learning_rate

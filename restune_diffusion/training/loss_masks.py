@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ..errors import DataError
 from ..masks import load_mask
+from ..utils.errors import DataError
 from .example import Example
 from .files import list_images
 from .pictures import Framing, same_shape

@@ -8,7 +8,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
-from ..errors import DataError
+from ..utils.errors import DataError
 from .example import Example, check_caption
 from .files import is_file, read_text
 from .refusals import Refused

@@ -7,7 +7,7 @@ from typing import Literal, TypeAlias
 
 import torch
 
-from ..errors import TrainingError
+from ..utils.errors import TrainingError
 
 TimestepSampling: TypeAlias = Literal["uniform", "logit_normal"]
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from diffusers import DDPMScheduler
 
-from ..errors import TrainingError
+from ..utils.errors import TrainingError
 from .weighting import debiased_weights, min_snr_weights
 
 _PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")

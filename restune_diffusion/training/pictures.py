@@ -9,8 +9,8 @@ from pathlib import Path
 
 from PIL import Image, ImageOps
 
-from ..errors import DataError
 from ..images import has_transparency, to_rgb, to_rgba
+from ..utils.errors import DataError
 
 _TOLERANCE = 0.02
 

@@ -7,12 +7,12 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from ..errors import DataError
+from ..utils.errors import DataError
+from ..utils.seeds import seeded
 from .buckets import Buckets, bucket_sizes
 from .data_config import DataConfig
 from .loss_masks import MaskFiles, MaskSource, alpha_mask
 from .pictures import Framing, centred
-from .stream import seeded
 
 # Beyond these an image is a line or a few pixels, of which training would see a blur.
 _LONGEST = 20

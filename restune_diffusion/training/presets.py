@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
-from .layers import flat
+from ..utils.settings_merge import flat
 
 PresetName: TypeAlias = Literal["style", "subject", "low-memory", "quality"]
 

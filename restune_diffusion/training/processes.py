@@ -9,7 +9,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import nn
 
-from ..errors import TrainingError
+from ..utils.errors import TrainingError
 
 _SHARDED = {
     DistributedType.FSDP: "FSDP",

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..errors import TrainingError
+from ..utils.errors import TrainingError
 
 
 def quantize_base(base: nn.Module) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..display import printable
+from ..utils.display import printable
 
 
 @dataclass(frozen=True)

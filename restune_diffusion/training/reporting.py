@@ -10,8 +10,8 @@ from typing import IO, Any
 
 from tqdm.auto import tqdm
 
-from ..display import readable_size
-from ..fileformat import atomic_write
+from ..utils.atomic_write import atomic_write
+from ..utils.display import readable_size
 from .metrics_file import METRICS_FILE
 from .quantization import parameter_bytes
 from .run import Hook, StepReport, TrainingRun

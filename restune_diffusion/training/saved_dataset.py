@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ..errors import DataError
+from ..utils.errors import DataError
 from .example import Example, check_caption
 from .files import is_file
 from .refusals import Refused

@@ -6,12 +6,13 @@ processes share the stream of one.
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
+
+from ..utils.seeds import seeded
 
 
 @dataclass(frozen=True)
@@ -114,16 +115,3 @@ class BucketedStream(SampleStream):
         number = self._round[self._turns[step]]
         before = sum(self._round[self._turns[first + earlier]] == number for earlier in range(turn))
         return number, rounds * self._shares[number] + before
-
-
-def seeded(seed: int, purpose: str, number: int) -> torch.Generator:
-    """Return a generator that depends on nothing but these."""
-    return torch.Generator().manual_seed(derived_seed(seed, purpose, number))
-
-
-def derived_seed(seed: int, purpose: str, number: int = 0) -> int:
-    """Return a seed that depends on the run's, on what it is for, and on a number."""
-    # A hash, because neighbouring seeds of the same purpose would overlap between runs: (seed 0, position 1)
-    # and (seed 1, position 0).
-    digest = hashlib.blake2b(f"{seed}/{purpose}/{number}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") >> 1

@@ -12,7 +12,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from ..errors import TrainingError
+from ..utils.errors import TrainingError
 from .config import TrainConfig
 from .shared_settings import OF_THE_TUNER
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from ..errors import TrainingError, TrainingInterrupted
+from ..utils.errors import TrainingError, TrainingInterrupted
 from .assembly import make_accelerator, make_run
 from .bank import use_bank
 from .config import TrainConfig

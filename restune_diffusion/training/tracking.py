@@ -5,7 +5,7 @@ from __future__ import annotations
 from accelerate import Accelerator
 from accelerate.utils import is_tensorboard_available, is_wandb_available
 
-from ..errors import TrainingError
+from ..utils.errors import TrainingError
 from .config import TrainConfig
 
 _AVAILABLE = {"tensorboard": is_tensorboard_available, "wandb": is_wandb_available}

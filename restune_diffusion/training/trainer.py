@@ -12,9 +12,9 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from ..attachment import attach
-from ..errors import TrainingError
 from ..fileformat import save_tuner
 from ..sites import text_encoders
+from ..utils.errors import TrainingError
 from .assembly import make_accelerator, make_run
 from .averaging import UpdateAverage
 from .bank import use_bank

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..config import ControlConfig, match_sites
-from ..errors import ConditionError
 from ..sites import BaseInfo
+from ..utils.errors import ConditionError
 from .base import Features, Part
 from .cascade import STEM_STRIDE, CascadeEncoder
 from .skip import SkipTuner

@@ -8,8 +8,8 @@ from typing import TypeAlias
 import torch
 
 from ..config import ResConfig, ResKind, match_sites
-from ..errors import RestuneError
 from ..sites import BaseInfo, Site
+from ..utils.errors import RestuneError
 from .adapter import ResAdapter
 from .attention import PlainAttention, ResAttention
 from .base import Features, Operation, Part

@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..config import SkipConfig, match_sites
-from ..errors import RestuneError
 from ..sites import BaseInfo, late_skips
+from ..utils.errors import RestuneError
 from .base import Features, Part, init_linear, init_zero, pointwise
 
 

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from ..config import TextConfig, match_sites
-from ..errors import RestuneError
 from ..sites import BaseInfo, TextEncoder
+from ..utils.errors import RestuneError
 from .base import Features, Part
 from .lora import ResLora
 

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from restune_diffusion.cli.train import parse_train_options
-from restune_diffusion.errors import SettingsError
 from restune_diffusion.fileformat import load_tuner, save_tuner
 from restune_diffusion.training import TrainConfig, read_config
 from restune_diffusion.training.presets import PRESETS
+from restune_diffusion.utils.errors import SettingsError
 
 Restune = Callable[..., tuple[int, str, str]]
 

@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 import torch
 
-from restune_diffusion.errors import RestuneError
 from restune_diffusion.evaluation.metrics import (
     kernel_distance,
     nearest_distance,
@@ -12,6 +11,7 @@ from restune_diffusion.evaluation.metrics import (
     similarity,
     style_share,
 )
+from restune_diffusion.utils.errors import RestuneError
 
 
 def draw(count: int, width: int = 16, *, seed: int = 0, shift: float = 0.0) -> torch.Tensor:

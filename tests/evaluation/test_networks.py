@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch.nn.functional import avg_pool2d, interpolate
 
-from restune_diffusion.errors import RestuneError
 from restune_diffusion.evaluation import InceptionFeatures, Lpips
 from restune_diffusion.evaluation.metrics import nearest_distance, retrieval_accuracy
 from restune_diffusion.evaluation.packaged import packaged_file, require_package
+from restune_diffusion.utils.errors import RestuneError
 
 
 def test_the_nearest_icon_of_a_shifted_icon_is_itself(

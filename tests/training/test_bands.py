@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from restune_diffusion.errors import TrainingError
 from restune_diffusion.training import StepReport, TrainConfig, train
 from restune_diffusion.training.bands import BandLosses
 from restune_diffusion.training.batches import Batches
@@ -19,6 +18,7 @@ from restune_diffusion.training.data import load_samples
 from restune_diffusion.training.objective import Objective
 from restune_diffusion.training.tracking import tracker_name
 from restune_diffusion.training.usage import peak_memory
+from restune_diffusion.utils.errors import TrainingError
 
 from .tiny import sd_pipeline
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from restune_diffusion.errors import DataError
 from restune_diffusion.training.captions import find_examples
+from restune_diffusion.utils.errors import DataError
 
 from .tiny import draw_image, write_images
 

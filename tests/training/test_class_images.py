@@ -12,10 +12,10 @@ from accelerate import Accelerator
 from PIL import Image
 
 from restune_diffusion import RestuneStableDiffusionPipeline
-from restune_diffusion.errors import DataError
 from restune_diffusion.training import TrainConfig
 from restune_diffusion.training import class_images as module
 from restune_diffusion.training.class_images import class_examples
+from restune_diffusion.utils.errors import DataError
 
 from . import tiny
 
@@ -90,7 +90,7 @@ def test_the_folder_keeps_how_its_images_are_drawn(drawn: Callable[..., list[Pat
 def test_the_image_is_what_the_base_draws(drawn: Callable[..., list[Path]], pipeline: Any) -> None:
     import torch
 
-    from restune_diffusion.training.stream import derived_seed
+    from restune_diffusion.utils.seeds import derived_seed
 
     path = drawn(num_class_images=2)[1]
     pipeline.set_progress_bar_config(disable=True)

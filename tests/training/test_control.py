@@ -16,7 +16,6 @@ from PIL import Image
 from restune_diffusion.attachment import attach
 from restune_diffusion.conditions import condition_to_tensor, palette
 from restune_diffusion.config import ControlConfig
-from restune_diffusion.errors import DataError
 from restune_diffusion.fileformat import load_tuner, read_info
 from restune_diffusion.manager import TunerManager
 from restune_diffusion.training import TrainConfig, ValidationConfig, train
@@ -27,6 +26,7 @@ from restune_diffusion.training.condition_source import ConditionSource
 from restune_diffusion.training.data import load_samples
 from restune_diffusion.training.objective import Objective
 from restune_diffusion.tuner import Tuner
+from restune_diffusion.utils.errors import DataError
 
 from .tiny import COLORS, draw_image, sd_pipeline, write_images
 

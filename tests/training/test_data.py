@@ -8,12 +8,12 @@ import pytest
 import torch
 from PIL import Image
 
-from restune_diffusion.errors import DataError
 from restune_diffusion.images import to_rgb
 from restune_diffusion.training.cache import build_cache
 from restune_diffusion.training.data import load_samples, to_tensor
 from restune_diffusion.training.example import Example
 from restune_diffusion.training.pictures import Geometry, centred, read_image
+from restune_diffusion.utils.errors import DataError
 
 from .tiny import draw_image, sd_pipeline
 

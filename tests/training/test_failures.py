@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from restune_diffusion.errors import DataError, TrainingError
 from restune_diffusion.fileformat import load_tuner
 from restune_diffusion.training import TrainConfig, train
 from restune_diffusion.training.checkpoint import list_checkpoints
+from restune_diffusion.utils.errors import DataError, TrainingError
 
 from .tiny import write_images
 

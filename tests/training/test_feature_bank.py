@@ -12,7 +12,6 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from restune_diffusion import BypassConfig
-from restune_diffusion.errors import TrainingError
 from restune_diffusion.training import TrainConfig, train
 from restune_diffusion.training.averaging import UpdateAverage
 from restune_diffusion.training.bank import bank_stream, use_bank
@@ -23,6 +22,7 @@ from restune_diffusion.training.loop import run_loop
 from restune_diffusion.training.run import TrainingRun
 from restune_diffusion.training.tap_features import record_features
 from restune_diffusion.training.trainer import FinalFile, acting, make_accelerator, make_run, prepared
+from restune_diffusion.utils.errors import TrainingError
 
 from .test_train import assert_same
 from .tiny import sd_pipeline, sdxl_pipeline, write_images

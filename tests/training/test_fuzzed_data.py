@@ -13,11 +13,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from restune_diffusion.display import printable
-from restune_diffusion.errors import DataError
 from restune_diffusion.training.data_config import DataConfig
 from restune_diffusion.training.data_sheet import DataSheet
 from restune_diffusion.training.inspection import Frame, describe_data, inspect_data
+from restune_diffusion.utils.display import printable
+from restune_diffusion.utils.errors import DataError
 
 
 def encoded(mode: str, size: tuple[int, int], kind: str, frames: int = 1) -> bytes:

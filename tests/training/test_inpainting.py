@@ -13,7 +13,6 @@ from diffusers import StableDiffusionInpaintPipeline, StableDiffusionXLInpaintPi
 from PIL import Image
 
 from restune_diffusion import RestuneStableDiffusionInpaintPipeline, RestuneStableDiffusionPipeline
-from restune_diffusion.errors import TrainingError
 from restune_diffusion.fileformat import load_tuner
 from restune_diffusion.training import TrainConfig, train
 from restune_diffusion.training.base import check_trainable, load_base, sampling_pipeline
@@ -23,6 +22,7 @@ from restune_diffusion.training.captions import find_examples
 from restune_diffusion.training.data import load_samples
 from restune_diffusion.training.inpainting import InpaintingInputs, draw_mask, validation_inputs
 from restune_diffusion.training.objective import Objective
+from restune_diffusion.utils.errors import TrainingError
 
 from . import tiny
 from .test_train import assert_same

@@ -14,7 +14,7 @@ from restune_diffusion.attachment import attach
 from restune_diffusion.sites import text_encoders
 from restune_diffusion.training import TrainConfig, train
 from restune_diffusion.training.objective import Objective
-from restune_diffusion.training.stream import derived_seed
+from restune_diffusion.utils.seeds import derived_seed
 
 from . import tiny
 from .test_train import assert_same

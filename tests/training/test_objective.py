@@ -4,8 +4,8 @@ import pytest
 import torch
 from diffusers import DDPMScheduler
 
-from restune_diffusion.errors import TrainingError
 from restune_diffusion.training.objective import Objective
+from restune_diffusion.utils.errors import TrainingError
 
 LATENTS = torch.tensor([[1.0, 2.0], [3.0, -4.0]])
 NOISE = torch.tensor([[0.5, -1.0], [2.0, 1.0]])

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-from restune_diffusion.errors import TrainingError
 from restune_diffusion.training import TrainConfig, train
 from restune_diffusion.training.optimizer_state import flatten_state, unflatten_state
 from restune_diffusion.training.optimizers import effective_learning_rate, make_optimizer
+from restune_diffusion.utils.errors import TrainingError
 
 from .test_train import assert_same
 

@@ -9,7 +9,6 @@ import pytest
 import torch
 from PIL import Image
 
-from restune_diffusion.errors import DataError
 from restune_diffusion.training import TrainConfig, train
 from restune_diffusion.training.batches import Batches
 from restune_diffusion.training.buckets import Buckets
@@ -21,6 +20,7 @@ from restune_diffusion.training.objective import Objective
 from restune_diffusion.training.pictures import Framing, decode_layer, read_image
 from restune_diffusion.training.preparation import Preparation
 from restune_diffusion.training.refusals import Refused
+from restune_diffusion.utils.errors import DataError
 
 from .tiny import scheduler, sd_pipeline
 

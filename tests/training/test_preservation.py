@@ -16,7 +16,6 @@ from pydantic import ValidationError
 
 from restune_diffusion import ResConfig, TextConfig, Tuner, text_encoders
 from restune_diffusion.attachment import attach
-from restune_diffusion.errors import TrainingError
 from restune_diffusion.fileformat import load_tuner
 from restune_diffusion.manager import TunerManager
 from restune_diffusion.training import StepReport, TrainConfig, train
@@ -31,7 +30,8 @@ from restune_diffusion.training.files import list_images
 from restune_diffusion.training.objective import Objective
 from restune_diffusion.training.preservation import OutputPreservation
 from restune_diffusion.training.run import ATTACHED_NAME
-from restune_diffusion.training.stream import derived_seed
+from restune_diffusion.utils.errors import TrainingError
+from restune_diffusion.utils.seeds import derived_seed
 
 from ..conftest import randomize
 from . import tiny

@@ -12,12 +12,12 @@ import torch
 from torch import nn
 
 from restune_diffusion import ResConfig, RestuneError, RestuneStableDiffusionPipeline, Tuner, attach, merge_lora
-from restune_diffusion.errors import TrainingError
 from restune_diffusion.fileformat import read_info
 from restune_diffusion.training import TrainConfig, train
 from restune_diffusion.training.base import load_base
 from restune_diffusion.training.feature_bank import models_hash
 from restune_diffusion.training.quantization import parameter_bytes, quantize_base, stored_tensors
+from restune_diffusion.utils.errors import TrainingError
 
 from ..conftest import make_inputs, make_unet, randomize
 from . import tiny

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from restune_diffusion.errors import TrainingError
 from restune_diffusion.fileformat import load_tuner
 from restune_diffusion.training import TrainConfig, train
 from restune_diffusion.training.checkpoint import latest_checkpoint, list_checkpoints
+from restune_diffusion.utils.errors import TrainingError
 
 from .test_train import assert_same
 from .tiny import write_images

@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 
-from restune_diffusion.errors import DataError
 from restune_diffusion.fileformat import read_info
 from restune_diffusion.training import TrainConfig, train
 from restune_diffusion.training.caption_rule import apply_rule
 from restune_diffusion.training.captions import find_examples, read_examples
 from restune_diffusion.training.data_config import DataConfig
 from restune_diffusion.training.refusals import Refused
+from restune_diffusion.utils.errors import DataError
 
 from .tiny import draw_image, write_images
 

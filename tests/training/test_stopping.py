@@ -14,11 +14,11 @@ from typing import Any
 import psutil
 import pytest
 
-from restune_diffusion.errors import TrainingInterrupted
 from restune_diffusion.fileformat import load_tuner
 from restune_diffusion.training import TrainConfig, train
 from restune_diffusion.training.checkpoint import list_checkpoints
 from restune_diffusion.training.stopping import StopRequest
+from restune_diffusion.utils.errors import TrainingInterrupted
 
 from .test_train import assert_same
 

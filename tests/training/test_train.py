@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from restune_diffusion.attachment import attach
-from restune_diffusion.errors import TrainingError
 from restune_diffusion.fileformat import load_tuner, read_info
 from restune_diffusion.manager import TunerManager
 from restune_diffusion.training import StepReport, TrainConfig, ValidationConfig, train
@@ -21,6 +20,7 @@ from restune_diffusion.training.captions import find_examples
 from restune_diffusion.training.data import load_samples
 from restune_diffusion.training.objective import Objective
 from restune_diffusion.tuner import Tuner
+from restune_diffusion.utils.errors import TrainingError
 
 from .tiny import sd_pipeline, sdxl_pipeline
 

@@ -15,11 +15,11 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import nn
 
-from restune_diffusion.errors import TrainingError
 from restune_diffusion.fileformat import load_tuner
 from restune_diffusion.training import TrainConfig, train
 from restune_diffusion.training.cache_shards import share
 from restune_diffusion.training.processes import average_gradients, check_distribution
+from restune_diffusion.utils.errors import TrainingError
 
 from . import tiny
 from .conftest import start_script

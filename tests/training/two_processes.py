@@ -15,13 +15,13 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
-from restune_diffusion.errors import RestuneError
 from restune_diffusion.training import TrainConfig, train
 from restune_diffusion.training.base import load_base
 from restune_diffusion.training.cache import Cache, build_cache
 from restune_diffusion.training.cache_shards import build_together
 from restune_diffusion.training.captions import find_examples
 from restune_diffusion.training.data import load_samples
+from restune_diffusion.utils.errors import RestuneError
 
 
 def values(cache: Cache) -> dict[str, Any]:

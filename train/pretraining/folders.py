@@ -10,7 +10,7 @@ from pathlib import Path
 from safetensors.torch import save
 from torch import Tensor
 
-from restune_diffusion.fileformat import atomic_write
+from restune_diffusion.utils.atomic_write import atomic_write
 
 
 def replace_folder(new: Path, folder: Path) -> None:

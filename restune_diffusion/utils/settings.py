@@ -6,7 +6,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, model_validator
 
-from .layers import first_unknown
+from .settings_merge import first_unknown
 
 
 class Settings(BaseModel):

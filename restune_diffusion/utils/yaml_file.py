@@ -9,9 +9,9 @@ from typing import Any
 
 import yaml
 
-from ..display import printable
-from ..errors import SettingsError
-from .layers import Place
+from .display import printable
+from .errors import SettingsError
+from .settings_merge import Place
 
 # Far more than a person writes, and little for a parser.
 _MOST_BYTES = 1 << 20
