@@ -32,7 +32,7 @@ from benchmarks.icon_style.data import IconData, write_tuning_images
 from benchmarks.icon_style.methods import held_out_loss
 from benchmarks.results_file import publish
 from restune_diffusion import BypassConfig, Tuner, attach
-from restune_diffusion.sites import describe_base
+from restune_diffusion.backbones import describe_base
 from restune_diffusion.training import TrainConfig
 from restune_diffusion.training.assembly import make_accelerator, make_run
 from restune_diffusion.training.bank import use_bank

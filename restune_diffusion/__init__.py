@@ -8,14 +8,15 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .attachment import Attachment, attach, detach
+    from .backbones import BaseInfo, Site, describe_base, text_encoders
     from .config import BypassConfig, ControlConfig, ResConfig, SkipConfig, TextConfig
     from .enable import enable_restune
     from .fileformat import load_tuner, save_tuner
     from .header import TunerInfo, read_info
     from .hub import push_to_hub
+    from .imaging.masks import load_mask, mask_from_image
     from .loaders import RestuneLoaderMixin
     from .manager import TunerManager
-    from .masks import load_mask, mask_from_image
     from .merging import MergedLora, merge_lora
     from .pipelines import (
         RestuneStableDiffusionControlNetPipeline,
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
         RestuneStableDiffusionXLInpaintPipeline,
         RestuneStableDiffusionXLPipeline,
     )
-    from .sites import BaseInfo, Site, describe_base, text_encoders
     from .tuner import Tuner
     from .tuner_cache import TunerCache
     from .utils.errors import (
@@ -61,7 +61,7 @@ _MODULES = {
     "header": ("TunerInfo", "read_info"),
     "hub": ("push_to_hub",),
     "loaders": ("RestuneLoaderMixin",),
-    "masks": ("load_mask", "mask_from_image"),
+    "imaging.masks": ("load_mask", "mask_from_image"),
     "merging": ("MergedLora", "merge_lora"),
     "pipelines": (
         "RestuneStableDiffusionControlNetPipeline",
@@ -73,7 +73,7 @@ _MODULES = {
         "RestuneStableDiffusionXLInpaintPipeline",
         "RestuneStableDiffusionXLPipeline",
     ),
-    "sites": ("BaseInfo", "Site", "describe_base", "text_encoders"),
+    "backbones": ("BaseInfo", "Site", "describe_base", "text_encoders"),
     "tuner": ("Tuner",),
     "tuner_cache": ("TunerCache",),
     "weights": ("Schedule", "TunerWeight", "schedule"),

@@ -7,8 +7,8 @@ from types import TracebackType
 
 from torch import nn
 
+from .backbones import TextEncoder, describe_base
 from .manager import TunerManager, is_compiled, refuse_if, uncompiled
-from .sites import TextEncoder, describe_base
 from .tuner import Tuner
 from .utils.errors import TunerNameError
 from .weights import Weight

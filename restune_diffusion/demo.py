@@ -10,9 +10,9 @@ import torch
 from PIL import Image
 
 from .config import ResConfig
+from .imaging.contact_sheet import labelled_grid
 from .training import TrainConfig, train
 from .training.base import load_base
-from .training.contact_sheet import labelled_grid
 from .utils.atomic_write import atomic_write
 from .utils.errors import RestuneError
 

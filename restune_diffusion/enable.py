@@ -7,9 +7,9 @@ from typing import Any
 
 from diffusers import DiffusionPipeline
 
+from .backbones import describe_base
 from .loaders import RestuneLoaderMixin
 from .saving import plain_class
-from .sites import describe_base
 from .utils.errors import RestuneError
 
 

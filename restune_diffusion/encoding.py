@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
-from .sites import text_encoders
+from .backbones import text_encoders
 from .text_attachment import EncoderHooks
 from .words import Words
 

@@ -18,8 +18,8 @@ from typing import Any
 from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 
+from .backbones import BaseInfo
 from .config import PartConfig, parts_from_json
-from .sites import BaseInfo
 from .tuner import Tuner
 from .utils.display import printable
 from .utils.errors import RestuneError, TunerFileError

@@ -15,13 +15,13 @@ from diffusers.loaders import TextualInversionLoaderMixin
 from torch import nn
 
 from .attachment import attach
+from .backbones import text_encoders
 from .calls import MixPerImage, call_layout, listed, mix_of_call, mixed, named_weights, weights_by_name
 from .encoding import converted_prompt, prompts_read
 from .fileformat import load_tuner, save_tuner
 from .manager import TunerManager, is_compiled, uncompiled
 from .mixing import Layout
 from .saving import PlainConfigMixin
-from .sites import text_encoders
 from .sources import TUNER_WEIGHT_NAME, local_tuner_file, tuner_file
 from .steering import TunerImage, TunerScale, steered
 from .text_attachment import text_part

@@ -17,9 +17,9 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from .attached import Attached, Residual
+from .backbones import TextEncoder, describe_base, structure_of
 from .mixing import Layout, Pass, check_images
 from .operations import operation_input, show_operation
-from .sites import TextEncoder, describe_base, structure_of
 from .text_attachment import EncoderHooks, attach_text, check_text
 from .tuner import Tuner
 from .tuners import Features, Operation

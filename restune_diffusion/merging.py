@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from .backbones import describe_base, site_module
 from .manager import TunerManager
-from .sites import describe_base, site_module
 from .tuner import Tuner
 from .tuners import ResLora, ResPart
 from .utils.errors import RestuneError

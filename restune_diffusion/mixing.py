@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from .sites import Site
+from .backbones import Site
 from .utils.errors import RestuneError
 from .weights import ROUNDING, TunerWeight
 

@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import nn
 
-from .sites import text_states
+from .backbones import text_states
 from .tuners import FrozenAttention, Operation
 
 Quiet: TypeAlias = Callable[[], AbstractContextManager[None]]

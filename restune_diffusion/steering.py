@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from .conditions import condition_to_tensor
+from .imaging.conditions import condition_to_tensor
 from .manager import TunerManager
 from .mixing import Layout
 from .tuners import ControlPart

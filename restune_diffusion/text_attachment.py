@@ -18,9 +18,9 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from .attached import Attached
+from .backbones import TextEncoder, describe_text, text_stack
+from .backbones.transformer_block import without_lora
 from .mixing import Layout
-from .sites import TextEncoder, describe_text, text_stack
-from .sites.transformer_block import without_lora
 from .tuner import Tuner
 from .tuners import TextPart
 from .utils.errors import RestuneError

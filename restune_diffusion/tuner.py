@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from .backbones import BaseInfo, TextEncoder, describe_base, describe_text, text_encoders
 from .config import BypassConfig, ControlConfig, PartConfig, ResConfig, SkipConfig, TextConfig
-from .sites import BaseInfo, TextEncoder, describe_base, describe_text, text_encoders
 from .tuners import BypassPart, ControlPart, Part, ResPart, SkipPart, TextPart, initialize_tokens
 from .utils.errors import RestuneError
 

@@ -20,8 +20,8 @@ from safetensors.torch import save
 from transformers import CLIPTextModel
 
 from restune_diffusion import BypassConfig, SkipConfig, Tuner, save_tuner
+from restune_diffusion.backbones import TextEncoder
 from restune_diffusion.config import ControlConfig, ResConfig, TextConfig
-from restune_diffusion.sites import TextEncoder
 
 from .conftest import make_unet, randomize
 from .training.tiny import text_config, tokenizer

@@ -6,7 +6,15 @@ import torch
 from PIL import Image
 
 from restune_diffusion import ConditionError
-from restune_diffusion.conditions import MAKERS, blur, canny, condition_to_tensor, make_condition, mask, palette
+from restune_diffusion.imaging.conditions import (
+    MAKERS,
+    blur,
+    canny,
+    condition_to_tensor,
+    make_condition,
+    mask,
+    palette,
+)
 
 # What cv2.Canny(pattern, 250, 500) of OpenCV 5.0.0 makes of the pattern below.
 OPENCV = [

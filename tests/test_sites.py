@@ -4,7 +4,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from peft import LoraConfig
 
 from restune_diffusion import BaseMismatchError, RestuneError, describe_base
-from restune_diffusion.sites import site_module
+from restune_diffusion.backbones import site_module
 
 from .conftest import SD15, SDXL, make_inputs, make_unet
 

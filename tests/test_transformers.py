@@ -18,7 +18,7 @@ from restune_diffusion import (
     load_tuner,
     save_tuner,
 )
-from restune_diffusion.sites import site_module
+from restune_diffusion.backbones import site_module
 
 from .conftest import make_inputs, make_unet, randomize
 from .test_attachment import assert_same, everything

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from restune_diffusion import RestuneError, Schedule, TunerWeight, schedule
+from restune_diffusion.backbones import Site
 from restune_diffusion.mixing import Dial, Layout, Pass, mask_at, row_factors
-from restune_diffusion.sites import Site
 from restune_diffusion.weights import as_weight, matches_site
 
 

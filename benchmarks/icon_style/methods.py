@@ -15,8 +15,8 @@ from peft import LoraConfig
 from torch import nn
 
 from restune_diffusion import BypassConfig, ResConfig, SkipConfig, Tuner, attach
+from restune_diffusion.backbones import describe_base
 from restune_diffusion.config import PartConfig
-from restune_diffusion.sites import describe_base
 from restune_diffusion.training.batches import Batch, Batches
 from restune_diffusion.training.cache import Cache
 from restune_diffusion.training.objective import Objective

@@ -10,7 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from restune_diffusion.training.contact_sheet import labelled_grid
+from restune_diffusion.imaging.contact_sheet import labelled_grid
 from restune_diffusion.utils.atomic_write import atomic_write
 
 from .data import IconData, to_images

@@ -27,7 +27,7 @@ def read_control_images(
     """
     from PIL import Image, ImageOps
 
-    from ..conditions import make_condition
+    from ..imaging.conditions import make_condition
     from ..steering import condition_names
     from ..training.base import training_resolution
 

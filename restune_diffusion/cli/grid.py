@@ -57,7 +57,7 @@ class GridOptions(DrawOptions):
             raise RestuneError(f"--share-steps {self.share_steps} is more than the {self.steps} --steps.")
         from tqdm import tqdm
 
-        from ..training.contact_sheet import fitting_cell, labelled_grid
+        from ..imaging.contact_sheet import fitting_cell, labelled_grid
         from ..utils.atomic_write import atomic_write
 
         columns = self._columns()

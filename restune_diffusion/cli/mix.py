@@ -43,7 +43,7 @@ class MixOptions(BaseModel):
         Raises:
             RestuneError: if an option has another form, or is for a tuner that is not given.
         """
-        from ..masks import load_mask
+        from ..imaging.masks import load_mask
         from ..weights import TunerWeight, schedule
 
         files = [split_weight(argument) for argument in self.tuner]

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from PIL import Image
 
-from ..training.contact_sheet import labelled_grid
+from ..imaging.contact_sheet import labelled_grid
 from ..training.facts import library_versions
 from ..utils.atomic_write import atomic_write
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from diffusers import UNet2DConditionModel
 
-from ..sites import BaseInfo, describe_base
+from ..backbones import BaseInfo, describe_base
 from ..utils.errors import RestuneError
 
 

@@ -11,8 +11,8 @@ from collections.abc import Iterable
 
 import torch
 
+from ..backbones import BaseInfo
 from ..config import ControlConfig
-from ..sites import BaseInfo
 from ..tuner import Tuner
 from ..utils.errors import TunerFileError
 from .foreign import ForeignFile, make_config

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from safetensors.torch import save
 
-from ..sites import BaseInfo, module_path
+from ..backbones import BaseInfo, module_path
 from ..tuner import Tuner
 from ..utils.atomic_write import atomic_write
 from ..utils.errors import TunerFileError

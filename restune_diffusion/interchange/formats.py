@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Literal, TypeAlias
 
-from ..sites import BaseInfo
+from ..backbones import BaseInfo
 from ..tuner import Tuner
 from ..utils.errors import TunerFileError
 from . import csc, diffusers_lora, kohya, scepter, swift

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
+from ..backbones import BaseInfo
 from ..config import ResConfig
-from ..sites import BaseInfo
 from ..tuner import Tuner
 from ..tuners import ResPart
 from ..utils.errors import TunerFileError

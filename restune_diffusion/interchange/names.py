@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from ..sites import BaseInfo, module_path
+from ..backbones import BaseInfo, module_path
 from ..utils.errors import BaseMismatchError
 
 _BLOCK = re.compile(r"(down|up)_blocks\.(\d+)\.attentions\.(\d+)\.(.+)")

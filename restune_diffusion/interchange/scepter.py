@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
-from ..sites import BaseInfo
+from ..backbones import BaseInfo
 from ..tuner import Tuner
 from ..utils.errors import TunerFileError
 from .foreign import ForeignFile

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from ..backbones import BaseInfo
 from ..config import SkipConfig
-from ..sites import BaseInfo
 from ..tuner import Tuner
 from ..utils.errors import TunerFileError
 from .foreign import make_config

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save
 
-from ..sites import BaseInfo
+from ..backbones import BaseInfo
 from ..tuner import Tuner
 from ..utils.atomic_write import atomic_write
 from ..utils.errors import TunerFileError

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 from tqdm.auto import tqdm
 
-from ..sites import describe_base
+from ..backbones import describe_base
 from .bank_batches import BankBatches, BankStream, PrefetchedBatches
 from .bank_layout import BankLayout, Shard
 from .batches import Batches

@@ -8,7 +8,7 @@ from typing import Literal, TypeAlias
 
 import torch
 
-from ..sites import BaseInfo
+from ..backbones import BaseInfo
 
 BankDtype: TypeAlias = Literal["fp16", "bf16", "fp32"]
 DTYPES: dict[BankDtype, torch.dtype] = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}

@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from ..conditions import MAKERS, condition_to_tensor, make_condition
 from ..config import ControlConfig
+from ..imaging.conditions import MAKERS, condition_to_tensor, make_condition
 from ..utils.errors import DataError
 from .example import Example
 from .files import list_images
@@ -22,7 +22,7 @@ class ConditionSource:
     """Where the condition images of a training run come from, decided for each condition on its own.
 
     Files win: those that `metadata.jsonl` names, or else those of a folder. A condition without files is made from
-    the training image, if its name is that of a maker (`restune_diffusion.conditions.MAKERS`).
+    the training image, if its name is that of a maker (`restune_diffusion.imaging.conditions.MAKERS`).
 
     Args:
         config: settings of the control part.

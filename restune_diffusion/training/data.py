@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 
-from ..images import to_rgb
+from ..imaging.rgb import to_rgb
 from ..utils.errors import DataError
 from .condition_source import ConditionSource
 from .example import Example

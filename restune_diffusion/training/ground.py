@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from PIL import Image
 
-from ..sites import text_encoders
+from ..backbones import text_encoders
 from ..utils.errors import NoImageError, TrainingError
 from ..words import holds_word
 from .bank import hash_of_models

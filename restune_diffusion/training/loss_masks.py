@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ..masks import load_mask
+from ..imaging.masks import load_mask
 from ..utils.errors import DataError
 from .example import Example
 from .files import list_images

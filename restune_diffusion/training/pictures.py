@@ -9,7 +9,7 @@ from pathlib import Path
 
 from PIL import Image, ImageOps
 
-from ..images import has_transparency, to_rgb, to_rgba
+from ..imaging.rgb import has_transparency, to_rgb, to_rgba
 from ..utils.errors import DataError
 
 _TOLERANCE = 0.02

@@ -11,8 +11,8 @@ from typing import Any
 
 from PIL import Image
 
+from ..imaging.contact_sheet import labelled_grid
 from ..utils.atomic_write import atomic_write
-from .contact_sheet import labelled_grid
 from .metrics_file import METRICS_FILE, read_metrics
 from .reporting import LOSS_WINDOW
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from ..sites import run_head, structure_of
+from ..backbones import run_head, structure_of
 from ..tuner import Tuner
 from ..tuners import Features
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 from PIL import Image
 
-from .contact_sheet import captioned_grid
+from ..imaging.contact_sheet import captioned_grid
 from .data import Sample
 
 _COLUMNS, _SHOWN = 6, 60

@@ -13,10 +13,10 @@ from PIL import Image
 from torch import nn
 
 from ..fileformat import save_tuner
+from ..imaging.contact_sheet import labelled_grid
 from ..manager import TunerManager
 from .base import move_encoders, sampling_pipeline
 from .config import ValidationConfig
-from .contact_sheet import labelled_grid
 from .inpainting import masked_picture, validation_inputs
 from .run import Hook, StepReport, TrainingRun
 

@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ..backbones import BaseInfo, Site
 from ..config import BypassConfig, match_sites
-from ..sites import BaseInfo, Site
 from .base import Features, Part, init_linear, init_zero, pointwise
 
 _TIME_WIDTH = 64

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ..backbones import Site
 from ..config import ControlConfig
-from ..sites import Site
 from .base import init_zero
 
 # Width and stride of the stem's convolutions, as published.

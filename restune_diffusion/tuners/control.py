@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ..backbones import BaseInfo
 from ..config import ControlConfig, match_sites
-from ..sites import BaseInfo
 from ..utils.errors import ConditionError
 from .base import Features, Part
 from .cascade import STEM_STRIDE, CascadeEncoder

@@ -7,8 +7,8 @@ from typing import TypeAlias
 
 import torch
 
+from ..backbones import BaseInfo, Site
 from ..config import ResConfig, ResKind, match_sites
-from ..sites import BaseInfo, Site
 from ..utils.errors import RestuneError
 from .adapter import ResAdapter
 from .attention import PlainAttention, ResAttention

@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ..backbones import BaseInfo, late_skips
 from ..config import SkipConfig, match_sites
-from ..sites import BaseInfo, late_skips
 from ..utils.errors import RestuneError
 from .base import Features, Part, init_linear, init_zero, pointwise
 

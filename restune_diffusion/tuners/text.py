@@ -7,8 +7,8 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
+from ..backbones import BaseInfo, TextEncoder
 from ..config import TextConfig, match_sites
-from ..sites import BaseInfo, TextEncoder
 from ..utils.errors import RestuneError
 from .base import Features, Part
 from .lora import ResLora

@@ -14,7 +14,7 @@ from PIL import Image, ImageOps
 
 from restune_diffusion import RestuneStableDiffusionPipeline, read_info
 from restune_diffusion.cli.mix import split_weight, unique_names
-from restune_diffusion.conditions import make_condition
+from restune_diffusion.imaging.conditions import make_condition
 
 Restune = Callable[..., tuple[int, str, str]]
 

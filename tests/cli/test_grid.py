@@ -10,7 +10,7 @@ import torch
 from PIL import Image, ImageFont
 
 from restune_diffusion import RestuneStableDiffusionPipeline, TunerWeight
-from restune_diffusion.training.contact_sheet import _wrapped, fitting_cell, labelled_grid
+from restune_diffusion.imaging.contact_sheet import _wrapped, fitting_cell, labelled_grid
 
 Restune = Callable[..., tuple[int, str, str]]
 

@@ -23,9 +23,9 @@ from restune_diffusion import (
     load_tuner,
     save_tuner,
 )
+from restune_diffusion.backbones import module_path
 from restune_diffusion.interchange import export_tuner, import_tuner
 from restune_diffusion.interchange.names import sgm_path
-from restune_diffusion.sites import module_path
 
 from ..conftest import make_inputs, make_unet, randomize
 

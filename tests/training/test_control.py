@@ -14,9 +14,9 @@ import torch
 from PIL import Image
 
 from restune_diffusion.attachment import attach
-from restune_diffusion.conditions import condition_to_tensor, palette
 from restune_diffusion.config import ControlConfig
 from restune_diffusion.fileformat import load_tuner, read_info
+from restune_diffusion.imaging.conditions import condition_to_tensor, palette
 from restune_diffusion.manager import TunerManager
 from restune_diffusion.training import TrainConfig, ValidationConfig, train
 from restune_diffusion.training.batches import Batches

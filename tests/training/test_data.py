@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from restune_diffusion.images import to_rgb
+from restune_diffusion.imaging.rgb import to_rgb
 from restune_diffusion.training.cache import build_cache
 from restune_diffusion.training.data import load_samples, to_tensor
 from restune_diffusion.training.example import Example

@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 
 from restune_diffusion import RestuneStableDiffusionPipeline
+from restune_diffusion.imaging.contact_sheet import labelled_grid
 from restune_diffusion.training import TrainConfig, TrainResult, ValidationConfig, train
-from restune_diffusion.training.contact_sheet import labelled_grid
 
 PROMPTS = ("a red disc", "a green disc")
 

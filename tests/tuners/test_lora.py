@@ -7,8 +7,8 @@ import torch
 from peft import LoraConfig
 
 from restune_diffusion import BaseMismatchError, ResConfig, RestuneError, SkipConfig, Tuner, attach, merge_lora
-from restune_diffusion.sites import site_module
-from restune_diffusion.sites.unet import module_path
+from restune_diffusion.backbones import site_module
+from restune_diffusion.backbones.unet import module_path
 from restune_diffusion.tuners.lora import ResLora
 
 from ..conftest import make_inputs, make_unet, randomize

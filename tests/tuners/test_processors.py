@@ -12,7 +12,7 @@ from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from torch.nn import functional as F
 
 from restune_diffusion import ResConfig, Tuner, attach
-from restune_diffusion.sites import site_module
+from restune_diffusion.backbones import site_module
 
 from ..conftest import make_inputs, make_unet, randomize
 from .operations import PrependingProcessor

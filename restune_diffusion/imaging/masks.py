@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-from .utils.errors import RestuneError
+from ..utils.errors import RestuneError
 
 
 def mask_from_image(image: Image.Image) -> torch.Tensor:

@@ -1,0 +1,1 @@
+"""Images as PIL and arrays: conversion to RGB, Canny edges, condition images, masks, contact sheets."""
