@@ -22,7 +22,7 @@ from diffusers import UNet2DConditionModel
 from peft import LoraConfig
 
 from restune_diffusion import BypassConfig, ResConfig, SkipConfig, Tuner, attach
-from restune_diffusion.config import PartConfig
+from restune_diffusion.tuners.configs import PartConfig
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

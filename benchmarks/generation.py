@@ -24,7 +24,7 @@ from torch import nn
 from benchmarks.backward_memory import SD15
 from benchmarks.results_file import publish
 from restune_diffusion import BypassConfig, ResConfig, SkipConfig, Tuner, attach
-from restune_diffusion.config import PartConfig
+from restune_diffusion.tuners.configs import PartConfig
 from restune_diffusion.weights import Weight
 
 Attach = Callable[[], Any]

@@ -18,8 +18,8 @@ import torch
 from benchmarks.preset_memory import BASES, build_unet, kept_bytes
 from benchmarks.results_file import publish
 from restune_diffusion import BypassConfig, ResConfig, SkipConfig, Tuner, attach
-from restune_diffusion.config import PartConfig
 from restune_diffusion.training import TrainConfig
+from restune_diffusion.tuners.configs import PartConfig
 
 
 def methods(blocks: int) -> dict[str, tuple[PartConfig, ...]]:

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .attachment import Attachment, attach, detach
     from .backbones import BaseInfo, Site, describe_base, text_encoders
-    from .config import BypassConfig, ControlConfig, ResConfig, SkipConfig, TextConfig
     from .enable import enable_restune
     from .fileformat import load_tuner, save_tuner
     from .header import TunerInfo, read_info
@@ -28,8 +27,9 @@ if TYPE_CHECKING:
         RestuneStableDiffusionXLInpaintPipeline,
         RestuneStableDiffusionXLPipeline,
     )
-    from .tuner import Tuner
     from .tuner_cache import TunerCache
+    from .tuners.configs import BypassConfig, ControlConfig, ResConfig, SkipConfig, TextConfig
+    from .tuners.tuner import Tuner
     from .utils.errors import (
         BaseMismatchError,
         ConditionError,
@@ -46,7 +46,7 @@ __version__ = "0.1.0"
 _MODULES = {
     "attachment": ("Attachment", "attach", "detach"),
     "manager": ("TunerManager",),
-    "config": ("BypassConfig", "ControlConfig", "ResConfig", "SkipConfig", "TextConfig"),
+    "tuners.configs": ("BypassConfig", "ControlConfig", "ResConfig", "SkipConfig", "TextConfig"),
     "enable": ("enable_restune",),
     "utils.errors": (
         "BaseMismatchError",
@@ -74,7 +74,7 @@ _MODULES = {
         "RestuneStableDiffusionXLPipeline",
     ),
     "backbones": ("BaseInfo", "Site", "describe_base", "text_encoders"),
-    "tuner": ("Tuner",),
+    "tuners.tuner": ("Tuner",),
     "tuner_cache": ("TunerCache",),
     "weights": ("Schedule", "TunerWeight", "schedule"),
 }

@@ -18,11 +18,11 @@ from typing import Literal, TypeAlias
 
 import torch
 
-from .config import ResConfig, TextConfig
 from .interchange.lora_folding import LoraLayer
 from .interchange.lora_layers import lora_layers, lora_tuner
 from .interchange.skip_layers import SkipLayer, skip_layers, skip_tuner
-from .tuner import Tuner
+from .tuners.configs import ResConfig, TextConfig
+from .tuners.tuner import Tuner
 from .utils.errors import RestuneError
 
 Method: TypeAlias = Literal["average", "interpolate", "add", "subtract", "stack"]

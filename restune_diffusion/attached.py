@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import torch
 
 from .mixing import Dial, Pass, mask_at, row_factors
-from .tuner import Tuner
 from .tuners import Features, Part
+from .tuners.tuner import Tuner
 from .utils.errors import ConditionError, RestuneError
 from .weights import TunerWeight
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from .backbones import TextEncoder, describe_base
 from .manager import TunerManager, is_compiled, refuse_if, uncompiled
-from .tuner import Tuner
+from .tuners.tuner import Tuner
 from .utils.errors import TunerNameError
 from .weights import Weight
 

@@ -9,10 +9,10 @@ from typing import Any, Literal, TypeAlias
 import torch
 from PIL import Image
 
-from .config import ResConfig
 from .imaging.contact_sheet import labelled_grid
 from .training import TrainConfig, train
 from .training.base import load_base
+from .tuners.configs import ResConfig
 from .utils.atomic_write import atomic_write
 from .utils.errors import RestuneError
 

@@ -13,7 +13,6 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from .config import TextConfig, parts_to_json
 from .header import (
     BASE_KEY,
     CONFIG_KEY,
@@ -28,7 +27,8 @@ from .header import (
     parse_metadata,
     read_info,
 )
-from .tuner import Tuner
+from .tuners.configs import TextConfig, parts_to_json
+from .tuners.tuner import Tuner
 from .utils.atomic_write import atomic_write
 from .utils.display import printable
 from .utils.errors import TunerFileError

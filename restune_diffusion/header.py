@@ -19,8 +19,8 @@ from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 
 from .backbones import BaseInfo
-from .config import PartConfig, parts_from_json
-from .tuner import Tuner
+from .tuners.configs import PartConfig, parts_from_json
+from .tuners.tuner import Tuner
 from .utils.display import printable
 from .utils.errors import RestuneError, TunerFileError
 

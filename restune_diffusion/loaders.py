@@ -25,8 +25,8 @@ from .saving import PlainConfigMixin
 from .sources import TUNER_WEIGHT_NAME, local_tuner_file, tuner_file
 from .steering import TunerImage, TunerScale, steered
 from .text_attachment import text_part
-from .tuner import Tuner
 from .tuner_cache import TunerCache
+from .tuners.tuner import Tuner
 from .utils.errors import ConditionError, RestuneError, TunerFileError, TunerNameError
 from .weights import TunerWeight, Weight
 from .words import Words

@@ -21,8 +21,8 @@ from .backbones import TextEncoder, describe_base, structure_of
 from .mixing import Layout, Pass, check_images
 from .operations import operation_input, show_operation
 from .text_attachment import EncoderHooks, attach_text, check_text
-from .tuner import Tuner
 from .tuners import Features, Operation
+from .tuners.tuner import Tuner
 from .utils.errors import RestuneError, TunerNameError
 from .weights import TunerWeight, Weight, as_weight
 

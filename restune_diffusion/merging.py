@@ -10,8 +10,8 @@ from torch import nn
 
 from .backbones import describe_base, site_module
 from .manager import TunerManager
-from .tuner import Tuner
 from .tuners import ResLora, ResPart
+from .tuners.tuner import Tuner
 from .utils.errors import RestuneError
 
 

@@ -21,8 +21,8 @@ from .attached import Attached
 from .backbones import TextEncoder, describe_text, text_stack
 from .backbones.transformer_block import without_lora
 from .mixing import Layout
-from .tuner import Tuner
 from .tuners import TextPart
+from .tuners.tuner import Tuner
 from .utils.errors import RestuneError
 from .words import NewWord, TokenizerCopy, Words
 

@@ -14,7 +14,7 @@ import torch
 
 from .fileformat import load_tuner
 from .sources import tuner_file
-from .tuner import Tuner
+from .tuners.tuner import Tuner
 from .utils.errors import RestuneError, TunerFileError
 
 _Stamp = tuple[int, int]

@@ -21,7 +21,7 @@ from transformers import CLIPTextModel
 
 from restune_diffusion import BypassConfig, SkipConfig, Tuner, save_tuner
 from restune_diffusion.backbones import TextEncoder
-from restune_diffusion.config import ControlConfig, ResConfig, TextConfig
+from restune_diffusion.tuners.configs import ControlConfig, ResConfig, TextConfig
 
 from .conftest import make_unet, randomize
 from .training.tiny import text_config, tokenizer

@@ -18,8 +18,8 @@ from restune_diffusion import (
     load_tuner,
     save_tuner,
 )
-from restune_diffusion.config import parts_from_json, parts_to_json
 from restune_diffusion.tuners import ControlPart, Features
+from restune_diffusion.tuners.configs import parts_from_json, parts_to_json
 
 from .conftest import SD15, SDXL, make_unet, randomize
 

@@ -18,7 +18,7 @@ from safetensors.torch import save
 from restune_diffusion import RestuneError, TunerFileError, attach, load_tuner, read_info
 from restune_diffusion.cli.guard import run_guarded
 from restune_diffusion.cli.inspect import InspectOptions
-from restune_diffusion.config import parts_from_json
+from restune_diffusion.tuners.configs import parts_from_json
 
 from .conftest import make_inputs
 from .malformed import CONTROL, MUTATIONS, SEEDS, Mutant, big_mutants, make_seeds, mutants, tiny_text, tiny_unet
@@ -176,7 +176,7 @@ MIXED = (
 
 
 def test_every_kind_of_part_is_fuzzed():
-    from restune_diffusion.config import PartConfig
+    from restune_diffusion.tuners.configs import PartConfig
 
     kinds = {config.part for configs, _ in SEEDS.values() for config in configs}
     union = PartConfig.__origin__  # type: ignore[attr-defined]

@@ -25,7 +25,7 @@ from transformers import (
 
 import restune_diffusion
 from restune_diffusion import BypassConfig, ResConfig, SkipConfig, Tuner, TunerManager, detach
-from restune_diffusion.config import PartConfig
+from restune_diffusion.tuners.configs import PartConfig
 
 from .conftest import SDXL, make_unet, randomize
 

@@ -16,10 +16,10 @@ from torch import nn
 
 from restune_diffusion import BypassConfig, ResConfig, SkipConfig, Tuner, attach
 from restune_diffusion.backbones import describe_base
-from restune_diffusion.config import PartConfig
 from restune_diffusion.training.batches import Batch, Batches
 from restune_diffusion.training.cache import Cache
 from restune_diffusion.training.objective import Objective
+from restune_diffusion.tuners.configs import PartConfig
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 FEED_FORWARD = ("ff.net.0.proj", "ff.net.2")

@@ -8,7 +8,7 @@ from typing import Literal, TypeAlias
 from safetensors import SafetensorError, safe_open
 
 from ..fileformat import load_tuner, save_tuner
-from ..tuner import Tuner
+from ..tuners.tuner import Tuner
 from ..utils.errors import RestuneError
 from .bases import describe_checkpoint
 from .formats import ExportLayout, export_tuner, import_tuner

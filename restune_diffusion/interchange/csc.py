@@ -12,8 +12,8 @@ from collections.abc import Iterable
 import torch
 
 from ..backbones import BaseInfo
-from ..config import ControlConfig
-from ..tuner import Tuner
+from ..tuners.configs import ControlConfig
+from ..tuners.tuner import Tuner
 from ..utils.errors import TunerFileError
 from .foreign import ForeignFile, make_config
 from .names import skip_readers

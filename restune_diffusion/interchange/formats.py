@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal, TypeAlias
 
 from ..backbones import BaseInfo
-from ..tuner import Tuner
+from ..tuners.tuner import Tuner
 from ..utils.errors import TunerFileError
 from . import csc, diffusers_lora, kohya, scepter, swift
 from .foreign import ForeignFile, read_foreign, some

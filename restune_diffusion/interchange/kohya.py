@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save
 
 from ..backbones import BaseInfo, module_path
-from ..tuner import Tuner
+from ..tuners.tuner import Tuner
 from ..utils.atomic_write import atomic_write
 from ..utils.errors import TunerFileError
 from .foreign import ForeignFile, foreign_metadata

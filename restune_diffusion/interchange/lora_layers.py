@@ -13,9 +13,9 @@ from typing import Any
 import torch
 
 from ..backbones import BaseInfo
-from ..config import ResConfig
-from ..tuner import Tuner
 from ..tuners import ResPart
+from ..tuners.configs import ResConfig
+from ..tuners.tuner import Tuner
 from ..utils.errors import TunerFileError
 from .foreign import ForeignFile, make_config, some
 from .lora_folding import DTYPE_KEY, LAYERS_KEY, LoraLayer, as_noted, folds, read_notes, scaled

@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterable
 
 from ..backbones import BaseInfo
-from ..tuner import Tuner
+from ..tuners.tuner import Tuner
 from ..utils.errors import TunerFileError
 from .foreign import ForeignFile
 from .names import skip_readers

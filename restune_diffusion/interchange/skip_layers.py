@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 
 from ..backbones import BaseInfo
-from ..config import SkipConfig
-from ..tuner import Tuner
+from ..tuners.configs import SkipConfig
+from ..tuners.tuner import Tuner
 from ..utils.errors import TunerFileError
 from .foreign import make_config
 

@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from diffusers.optimization import get_scheduler
 
-from ..tuner import Tuner
+from ..tuners.tuner import Tuner
 from ..utils.errors import TrainingError
 from ..utils.seeds import derived_seed
 from .averaging import TunerAverage

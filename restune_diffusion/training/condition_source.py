@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from ..config import ControlConfig
 from ..imaging.conditions import MAKERS, condition_to_tensor, make_condition
+from ..tuners.configs import ControlConfig
 from ..utils.errors import DataError
 from .example import Example
 from .files import list_images

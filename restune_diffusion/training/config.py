@@ -7,7 +7,7 @@ from typing import Any, Literal, TypeAlias
 
 from pydantic import Field, model_validator
 
-from ..config import BypassConfig, ControlConfig, PartConfig, ResConfig, SkipConfig, TextConfig
+from ..tuners.configs import BypassConfig, ControlConfig, PartConfig, ResConfig, SkipConfig, TextConfig
 from ..utils.settings import Settings
 from ..utils.settings_merge import checked_fields, layered
 from ..words import holds_word

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..tuner import Tuner
+from ..tuners.tuner import Tuner
 from .config import TrainConfig
 
 

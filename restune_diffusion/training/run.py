@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from accelerate import Accelerator
 
-from ..tuner import Tuner
+from ..tuners.tuner import Tuner
 from .bands import BandLosses
 from .batches import BatchSource
 from .cache import Cache

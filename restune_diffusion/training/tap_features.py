@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 from ..backbones import run_head, structure_of
-from ..tuner import Tuner
 from ..tuners import Features
+from ..tuners.tuner import Tuner
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..backbones import BaseInfo, Site
-from ..config import BypassConfig, match_sites
 from .base import Features, Part, init_linear, init_zero, pointwise
+from .configs import BypassConfig, match_sites
 
 _TIME_WIDTH = 64
 

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..backbones import Site
-from ..config import ControlConfig
 from .base import init_zero
+from .configs import ControlConfig
 
 # Width and stride of the stem's convolutions, as published.
 _STEM = ((16, 1), (16, 1), (32, 2), (32, 1), (96, 2), (96, 1), (256, 2))

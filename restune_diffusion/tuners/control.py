@@ -9,10 +9,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..backbones import BaseInfo
-from ..config import ControlConfig, match_sites
 from ..utils.errors import ConditionError
 from .base import Features, Part
 from .cascade import STEM_STRIDE, CascadeEncoder
+from .configs import ControlConfig, match_sites
 from .skip import SkipTuner
 
 

@@ -8,11 +8,11 @@ from typing import TypeAlias
 import torch
 
 from ..backbones import BaseInfo, Site
-from ..config import ResConfig, ResKind, match_sites
 from ..utils.errors import RestuneError
 from .adapter import ResAdapter
 from .attention import PlainAttention, ResAttention
 from .base import Features, Operation, Part
+from .configs import ResConfig, ResKind, match_sites
 from .gate import most_heads
 from .lora import ResLora
 from .prefix import AttentionPrefix, PlainPrefix

@@ -7,9 +7,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..backbones import BaseInfo, late_skips
-from ..config import SkipConfig, match_sites
 from ..utils.errors import RestuneError
 from .base import Features, Part, init_linear, init_zero, pointwise
+from .configs import SkipConfig, match_sites
 
 
 class SkipTuner(nn.Module):

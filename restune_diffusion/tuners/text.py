@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 from ..backbones import BaseInfo, TextEncoder
-from ..config import TextConfig, match_sites
 from ..utils.errors import RestuneError
 from .base import Features, Part
+from .configs import TextConfig, match_sites
 from .lora import ResLora
 
 # The standard deviation from which CLIP's own token embeddings are drawn.

@@ -9,7 +9,7 @@ from diffusers import UNet2DConditionModel
 from benchmarks import backward_memory, preset_memory
 from restune_diffusion.attachment import attach
 from restune_diffusion.training import TrainConfig
-from restune_diffusion.tuner import Tuner
+from restune_diffusion.tuners.tuner import Tuner
 
 STRUCTURE = {
     "sample_size": 8,

@@ -14,7 +14,6 @@ import torch
 from PIL import Image
 
 from restune_diffusion.attachment import attach
-from restune_diffusion.config import ControlConfig
 from restune_diffusion.fileformat import load_tuner, read_info
 from restune_diffusion.imaging.conditions import condition_to_tensor, palette
 from restune_diffusion.manager import TunerManager
@@ -25,7 +24,8 @@ from restune_diffusion.training.captions import find_examples
 from restune_diffusion.training.condition_source import ConditionSource
 from restune_diffusion.training.data import load_samples
 from restune_diffusion.training.objective import Objective
-from restune_diffusion.tuner import Tuner
+from restune_diffusion.tuners.configs import ControlConfig
+from restune_diffusion.tuners.tuner import Tuner
 from restune_diffusion.utils.errors import DataError
 
 from .tiny import COLORS, draw_image, sd_pipeline, write_images

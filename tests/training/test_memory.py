@@ -10,12 +10,12 @@ import pytest
 import torch
 from PIL import Image
 
-from restune_diffusion.config import BypassConfig, ResConfig, SkipConfig
 from restune_diffusion.fileformat import load_tuner
 from restune_diffusion.training import TrainConfig, ground, train
 from restune_diffusion.training.averaging import TunerAverage
 from restune_diffusion.training.memory import gradient_checkpointing
 from restune_diffusion.training.validation import draw_samples
+from restune_diffusion.tuners.configs import BypassConfig, ResConfig, SkipConfig
 from restune_diffusion.utils.errors import TrainingError
 
 from .tiny import sd_pipeline

@@ -19,7 +19,7 @@ from restune_diffusion.training.cache import build_cache
 from restune_diffusion.training.captions import find_examples
 from restune_diffusion.training.data import load_samples
 from restune_diffusion.training.objective import Objective
-from restune_diffusion.tuner import Tuner
+from restune_diffusion.tuners.tuner import Tuner
 from restune_diffusion.utils.errors import TrainingError
 
 from .tiny import sd_pipeline, sdxl_pipeline

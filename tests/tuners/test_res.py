@@ -10,8 +10,8 @@ from diffusers import UNet2DConditionModel
 
 from restune_diffusion import BaseInfo, ResConfig, RestuneError, Site, Tuner, describe_base
 from restune_diffusion.backbones import site_module
-from restune_diffusion.config import parts_from_json, parts_to_json
 from restune_diffusion.tuners import Features, Operation
+from restune_diffusion.tuners.configs import parts_from_json, parts_to_json
 
 from ..conftest import SD15, SDXL, make_unet, randomize
 from .operations import frozen

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from .backbones import BaseInfo, TextEncoder, describe_base, describe_text, text_encoders
-from .config import BypassConfig, ControlConfig, PartConfig, ResConfig, SkipConfig, TextConfig
-from .tuners import BypassPart, ControlPart, Part, ResPart, SkipPart, TextPart, initialize_tokens
-from .utils.errors import RestuneError
+from ..backbones import BaseInfo, TextEncoder, describe_base, describe_text, text_encoders
+from ..utils.errors import RestuneError
+from . import BypassPart, ControlPart, Part, ResPart, SkipPart, TextPart, initialize_tokens
+from .configs import BypassConfig, ControlConfig, PartConfig, ResConfig, SkipConfig, TextConfig
 
 
 def _build_part(config: PartConfig, base: BaseInfo) -> Part:

@@ -9,7 +9,7 @@ from typing import Annotated, Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, TypeAdapter, ValidationError, model_validator
 
-from .utils.errors import RestuneError
+from ..utils.errors import RestuneError
 
 
 class _PartConfig(BaseModel):
