@@ -24,8 +24,8 @@ from torch import nn
 from benchmarks.backward_memory import SD15
 from benchmarks.results_file import publish
 from restune_diffusion import BypassConfig, ResConfig, SkipConfig, Tuner, attach
+from restune_diffusion.hooks.weights import Weight
 from restune_diffusion.tuners.configs import PartConfig
-from restune_diffusion.weights import Weight
 
 Attach = Callable[[], Any]
 SMALL = SkipConfig(ratio=0.1)

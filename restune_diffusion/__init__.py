@@ -7,16 +7,17 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .attachment import Attachment, attach, detach
     from .backbones import BaseInfo, Site, describe_base, text_encoders
     from .enable import enable_restune
     from .fileformat import load_tuner, save_tuner
     from .header import TunerInfo, read_info
+    from .hooks.attachment import Attachment, attach, detach
+    from .hooks.manager import TunerManager
+    from .hooks.merging import MergedLora, merge_lora
+    from .hooks.weights import Schedule, TunerWeight, schedule
     from .hub import push_to_hub
     from .imaging.masks import load_mask, mask_from_image
     from .loaders import RestuneLoaderMixin
-    from .manager import TunerManager
-    from .merging import MergedLora, merge_lora
     from .pipelines import (
         RestuneStableDiffusionControlNetPipeline,
         RestuneStableDiffusionImg2ImgPipeline,
@@ -39,13 +40,12 @@ if TYPE_CHECKING:
         TunerFileError,
         TunerNameError,
     )
-    from .weights import Schedule, TunerWeight, schedule
 
 __version__ = "0.1.0"
 
 _MODULES = {
-    "attachment": ("Attachment", "attach", "detach"),
-    "manager": ("TunerManager",),
+    "hooks.attachment": ("Attachment", "attach", "detach"),
+    "hooks.manager": ("TunerManager",),
     "tuners.configs": ("BypassConfig", "ControlConfig", "ResConfig", "SkipConfig", "TextConfig"),
     "enable": ("enable_restune",),
     "utils.errors": (
@@ -62,7 +62,7 @@ _MODULES = {
     "hub": ("push_to_hub",),
     "loaders": ("RestuneLoaderMixin",),
     "imaging.masks": ("load_mask", "mask_from_image"),
-    "merging": ("MergedLora", "merge_lora"),
+    "hooks.merging": ("MergedLora", "merge_lora"),
     "pipelines": (
         "RestuneStableDiffusionControlNetPipeline",
         "RestuneStableDiffusionImg2ImgPipeline",
@@ -76,7 +76,7 @@ _MODULES = {
     "backbones": ("BaseInfo", "Site", "describe_base", "text_encoders"),
     "tuners.tuner": ("Tuner",),
     "tuner_cache": ("TunerCache",),
-    "weights": ("Schedule", "TunerWeight", "schedule"),
+    "hooks.weights": ("Schedule", "TunerWeight", "schedule"),
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
 

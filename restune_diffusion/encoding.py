@@ -7,11 +7,11 @@ from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 from .backbones import text_encoders
-from .text_attachment import EncoderHooks
-from .words import Words
+from .hooks.placeholder_tokens import Words
+from .hooks.text_encoders import EncoderHooks
 
 if TYPE_CHECKING:
-    from .manager import TunerManager
+    from .hooks.manager import TunerManager
 
 
 @contextmanager

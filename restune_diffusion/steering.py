@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from PIL import Image
 
+from .hooks.manager import TunerManager
+from .hooks.mixing import Layout
 from .imaging.conditions import condition_to_tensor
-from .manager import TunerManager
-from .mixing import Layout
 from .tuners import ControlPart
 from .utils.errors import ConditionError
 

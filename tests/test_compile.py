@@ -22,7 +22,7 @@ from restune_diffusion import (
     save_tuner,
     schedule,
 )
-from restune_diffusion.mixing import Layout
+from restune_diffusion.hooks.mixing import Layout
 
 from .conftest import make_inputs, make_unet, randomize
 

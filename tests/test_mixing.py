@@ -13,7 +13,7 @@ from restune_diffusion import (
     attach,
     schedule,
 )
-from restune_diffusion.mixing import Layout
+from restune_diffusion.hooks.mixing import Layout
 
 from .conftest import make_inputs
 from .test_attachment import KINDS, run, trained

@@ -15,7 +15,7 @@ from restune_diffusion import (
     Tuner,
     TunerManager,
 )
-from restune_diffusion.attachment import attach
+from restune_diffusion.hooks.attachment import attach
 from restune_diffusion.tuners import CascadeEncoder
 
 from .conftest import make_inputs, make_unet, randomize

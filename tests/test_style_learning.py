@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from restune_diffusion import TunerManager, load_tuner
-from restune_diffusion.attachment import attach
 from restune_diffusion.demo import BASE, IMAGES
+from restune_diffusion.hooks.attachment import attach
 from restune_diffusion.training import TrainConfig, train
 from restune_diffusion.training.base import load_base
 from restune_diffusion.training.cache import build_cache

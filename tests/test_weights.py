@@ -5,8 +5,8 @@ import torch
 
 from restune_diffusion import RestuneError, Schedule, TunerWeight, schedule
 from restune_diffusion.backbones import Site
-from restune_diffusion.mixing import Dial, Layout, Pass, mask_at, row_factors
-from restune_diffusion.weights import as_weight, matches_site
+from restune_diffusion.hooks.mixing import Dial, Layout, Pass, mask_at, row_factors
+from restune_diffusion.hooks.weights import as_weight, matches_site
 
 
 def one_pass(rows=1, timestep=499, size=(8, 8), layout=None):

@@ -15,7 +15,7 @@ from restune_diffusion import (
     attach,
     schedule,
 )
-from restune_diffusion.mixing import Layout
+from restune_diffusion.hooks.mixing import Layout
 
 from .conftest import make_inputs, make_unet
 from .test_attachment import trained

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict
 from ..utils.errors import RestuneError
 
 if TYPE_CHECKING:
-    from ..weights import TunerWeight
+    from ..hooks.weights import TunerWeight
 
 
 class MixOptions(BaseModel):
@@ -43,8 +43,8 @@ class MixOptions(BaseModel):
         Raises:
             RestuneError: if an option has another form, or is for a tuner that is not given.
         """
+        from ..hooks.weights import TunerWeight, schedule
         from ..imaging.masks import load_mask
-        from ..weights import TunerWeight, schedule
 
         files = [split_weight(argument) for argument in self.tuner]
         names = unique_names([path for path, _ in files])

@@ -15,7 +15,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from ..fileformat import read_info
-from ..manager import TunerManager
+from ..hooks.manager import TunerManager
 from ..training.base import training_resolution
 from ..training.captions import find_examples
 from ..training.data import Sample, load_samples

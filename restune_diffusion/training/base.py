@@ -21,7 +21,7 @@ from diffusers import (
 from safetensors import SafetensorError
 from torch import nn
 
-from ..manager import TunerManager
+from ..hooks.manager import TunerManager
 from ..pipelines import (
     RestuneStableDiffusionInpaintPipeline,
     RestuneStableDiffusionPipeline,

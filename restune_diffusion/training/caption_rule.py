@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from ..words import holds_word
+from ..hooks.placeholder_tokens import holds_word
 from .data_config import DataConfig
 
 

@@ -7,10 +7,10 @@ from typing import Any, Literal, TypeAlias
 
 from pydantic import Field, model_validator
 
+from ..hooks.placeholder_tokens import holds_word
 from ..tuners.configs import BypassConfig, ControlConfig, PartConfig, ResConfig, SkipConfig, TextConfig
 from ..utils.settings import Settings
 from ..utils.settings_merge import checked_fields, layered
-from ..words import holds_word
 from .data_config import DataConfig
 from .presets import PRESETS, PresetName
 

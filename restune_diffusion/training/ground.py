@@ -13,8 +13,8 @@ from accelerate.utils import gather_object
 from PIL import Image
 
 from ..backbones import text_encoders
+from ..hooks.placeholder_tokens import holds_word
 from ..utils.errors import NoImageError, TrainingError
-from ..words import holds_word
 from .bank import hash_of_models
 from .base import PRECISIONS, check_trainable, frozen, load_base, move_encoders, training_resolution
 from .buckets import bucket_step

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from ..attachment import attach
-from ..manager import TunerManager
+from ..hooks.attachment import attach
+from ..hooks.manager import TunerManager
 from .batches import Batch
 from .run import ATTACHED_NAME, TrainingRun
 from .tap_features import predict_from_features

@@ -11,9 +11,9 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from ..attachment import attach
 from ..backbones import text_encoders
 from ..fileformat import save_tuner
+from ..hooks.attachment import attach
 from ..utils.errors import TrainingError
 from .assembly import make_accelerator, make_run
 from .averaging import UpdateAverage

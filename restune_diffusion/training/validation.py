@@ -13,8 +13,8 @@ from PIL import Image
 from torch import nn
 
 from ..fileformat import save_tuner
+from ..hooks.manager import TunerManager
 from ..imaging.contact_sheet import labelled_grid
-from ..manager import TunerManager
 from .base import move_encoders, sampling_pipeline
 from .config import ValidationConfig
 from .inpainting import masked_picture, validation_inputs

@@ -7,7 +7,7 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from benchmarks import backward_memory, preset_memory
-from restune_diffusion.attachment import attach
+from restune_diffusion.hooks.attachment import attach
 from restune_diffusion.training import TrainConfig
 from restune_diffusion.tuners.tuner import Tuner
 

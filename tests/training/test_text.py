@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from benchmarks.icon_style import character
 from restune_diffusion import RestuneStableDiffusionPipeline, TextConfig, Tuner, load_tuner, read_info, text_encoders
-from restune_diffusion.text_attachment import EncoderHooks
+from restune_diffusion.hooks.text_encoders import EncoderHooks
 from restune_diffusion.training import TrainConfig, train
 from restune_diffusion.utils.errors import TrainingError
 

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from .backbones import describe_base, site_module
+from ..backbones import describe_base, site_module
+from ..tuners import ResLora, ResPart
+from ..tuners.tuner import Tuner
+from ..utils.errors import RestuneError
 from .manager import TunerManager
-from .tuners import ResLora, ResPart
-from .tuners.tuner import Tuner
-from .utils.errors import RestuneError
 
 
 @dataclass

@@ -7,10 +7,10 @@ from types import TracebackType
 
 from torch import nn
 
-from .backbones import TextEncoder, describe_base
+from ..backbones import TextEncoder, describe_base
+from ..tuners.tuner import Tuner
+from ..utils.errors import TunerNameError
 from .manager import TunerManager, is_compiled, refuse_if, uncompiled
-from .tuners.tuner import Tuner
-from .utils.errors import TunerNameError
 from .weights import Weight
 
 

@@ -9,8 +9,8 @@ from typing import Any, TypeAlias
 import torch
 from torch import nn
 
-from .backbones import text_states
-from .tuners import FrozenAttention, Operation
+from ..backbones import text_states
+from ..tuners import FrozenAttention, Operation
 
 Quiet: TypeAlias = Callable[[], AbstractContextManager[None]]
 Map: TypeAlias = Callable[[torch.Tensor], torch.Tensor]

@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ..tuners import Features, Part
+from ..tuners.tuner import Tuner
+from ..utils.errors import ConditionError, RestuneError
 from .mixing import Dial, Pass, mask_at, row_factors
-from .tuners import Features, Part
-from .tuners.tuner import Tuner
-from .utils.errors import ConditionError, RestuneError
 from .weights import TunerWeight
 
 

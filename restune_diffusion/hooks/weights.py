@@ -11,7 +11,7 @@ from typing import Literal, TypeAlias
 
 import torch
 
-from .utils.errors import RestuneError
+from ..utils.errors import RestuneError
 
 _PIECE = re.compile(r"(?P<start>[\d.]+)\s*-\s*(?P<end>[\d.]+)\s*:\s*(?P<first>-?[\d.]+)(?:\s*>\s*(?P<last>-?[\d.]+))?")
 ROUNDING = 1e-6

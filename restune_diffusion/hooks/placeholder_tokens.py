@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .utils.errors import RestuneError
+from ..utils.errors import RestuneError
 
 # The first character of the plane that Unicode leaves to private use: no prompt means anything by it.
 _FIRST = 0xF0000

@@ -17,14 +17,14 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from .attached import Attached
-from .backbones import TextEncoder, describe_text, text_stack
-from .backbones.transformer_block import without_lora
+from ..backbones import TextEncoder, describe_text, text_stack
+from ..backbones.transformer_block import without_lora
+from ..tuners import TextPart
+from ..tuners.tuner import Tuner
+from ..utils.errors import RestuneError
+from .attached_tuner import Attached
 from .mixing import Layout
-from .tuners import TextPart
-from .tuners.tuner import Tuner
-from .utils.errors import RestuneError
-from .words import NewWord, TokenizerCopy, Words
+from .placeholder_tokens import NewWord, TokenizerCopy, Words
 
 if TYPE_CHECKING:
     from .manager import TunerManager

@@ -16,14 +16,14 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from .attached import Attached, Residual
-from .backbones import TextEncoder, describe_base, structure_of
+from ..backbones import TextEncoder, describe_base, structure_of
+from ..tuners import Features, Operation
+from ..tuners.tuner import Tuner
+from ..utils.errors import RestuneError, TunerNameError
+from .attached_tuner import Attached, Residual
 from .mixing import Layout, Pass, check_images
 from .operations import operation_input, show_operation
-from .text_attachment import EncoderHooks, attach_text, check_text
-from .tuners import Features, Operation
-from .tuners.tuner import Tuner
-from .utils.errors import RestuneError, TunerNameError
+from .text_encoders import EncoderHooks, attach_text, check_text
 from .weights import TunerWeight, Weight, as_weight
 
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from .backbones import Site
-from .utils.errors import RestuneError
+from ..backbones import Site
+from ..utils.errors import RestuneError
 from .weights import ROUNDING, TunerWeight
 
 # Room in the tensors that a compiled graph reads; outgrowing it compiles once more.
