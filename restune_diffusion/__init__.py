@@ -9,13 +9,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .backbones import BaseInfo, Site, describe_base, text_encoders
     from .enable import enable_restune
-    from .fileformat import load_tuner, save_tuner
-    from .header import TunerInfo, read_info
     from .hooks.attachment import Attachment, attach, detach
     from .hooks.manager import TunerManager
     from .hooks.merging import MergedLora, merge_lora
     from .hooks.weights import Schedule, TunerWeight, schedule
-    from .hub import push_to_hub
     from .imaging.masks import load_mask, mask_from_image
     from .loaders import RestuneLoaderMixin
     from .pipelines import (
@@ -28,7 +25,10 @@ if TYPE_CHECKING:
         RestuneStableDiffusionXLInpaintPipeline,
         RestuneStableDiffusionXLPipeline,
     )
-    from .tuner_cache import TunerCache
+    from .storage.header import TunerInfo, read_info
+    from .storage.hub import push_to_hub
+    from .storage.tuner_cache import TunerCache
+    from .storage.tuner_file import load_tuner, save_tuner
     from .tuners.configs import BypassConfig, ControlConfig, ResConfig, SkipConfig, TextConfig
     from .tuners.tuner import Tuner
     from .utils.errors import (
@@ -57,9 +57,9 @@ _MODULES = {
         "TunerFileError",
         "TunerNameError",
     ),
-    "fileformat": ("load_tuner", "save_tuner"),
-    "header": ("TunerInfo", "read_info"),
-    "hub": ("push_to_hub",),
+    "storage.tuner_file": ("load_tuner", "save_tuner"),
+    "storage.header": ("TunerInfo", "read_info"),
+    "storage.hub": ("push_to_hub",),
     "loaders": ("RestuneLoaderMixin",),
     "imaging.masks": ("load_mask", "mask_from_image"),
     "hooks.merging": ("MergedLora", "merge_lora"),
@@ -75,7 +75,7 @@ _MODULES = {
     ),
     "backbones": ("BaseInfo", "Site", "describe_base", "text_encoders"),
     "tuners.tuner": ("Tuner",),
-    "tuner_cache": ("TunerCache",),
+    "storage.tuner_cache": ("TunerCache",),
     "hooks.weights": ("Schedule", "TunerWeight", "schedule"),
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}

@@ -17,7 +17,6 @@ from torch import nn
 from .backbones import text_encoders
 from .calls import MixPerImage, call_layout, listed, mix_of_call, mixed, named_weights, weights_by_name
 from .encoding import converted_prompt, prompts_read
-from .fileformat import load_tuner, save_tuner
 from .hooks.attachment import attach
 from .hooks.manager import TunerManager, is_compiled, uncompiled
 from .hooks.mixing import Layout
@@ -25,9 +24,10 @@ from .hooks.placeholder_tokens import Words
 from .hooks.text_encoders import text_part
 from .hooks.weights import TunerWeight, Weight
 from .saving import PlainConfigMixin
-from .sources import TUNER_WEIGHT_NAME, local_tuner_file, tuner_file
 from .steering import TunerImage, TunerScale, steered
-from .tuner_cache import TunerCache
+from .storage.sources import TUNER_WEIGHT_NAME, local_tuner_file, tuner_file
+from .storage.tuner_cache import TunerCache
+from .storage.tuner_file import load_tuner, save_tuner
 from .tuners.tuner import Tuner
 from .utils.errors import ConditionError, RestuneError, TunerFileError, TunerNameError
 

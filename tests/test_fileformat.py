@@ -24,7 +24,7 @@ from restune_diffusion import (
     read_info,
     save_tuner,
 )
-from restune_diffusion.header import MAX_HEADER_BYTES
+from restune_diffusion.storage.header import MAX_HEADER_BYTES
 
 from .conftest import make_unet, randomize
 

@@ -13,8 +13,8 @@ import yaml
 from PIL import Image
 
 from restune_diffusion import BypassConfig, RestuneError, SkipConfig, Tuner, TunerFileError, read_info, save_tuner
-from restune_diffusion.card import model_card
-from restune_diffusion.hub import hub_files, push_to_hub
+from restune_diffusion.storage.hub import hub_files, push_to_hub
+from restune_diffusion.storage.model_card import model_card
 
 from .conftest import ROOT, TINY_BASE, make_unet, randomize
 from .fake_hub import COMMIT, FakeHub

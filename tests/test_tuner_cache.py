@@ -15,7 +15,7 @@ from restune_diffusion import (
     attach,
     save_tuner,
 )
-from restune_diffusion import tuner_cache as module
+from restune_diffusion.storage import tuner_cache as module
 
 from .conftest import make_inputs, make_unet, randomize
 from .test_attachment import run

@@ -15,7 +15,7 @@ from ..utils.display import printable
 from ..utils.errors import TunerFileError
 
 if TYPE_CHECKING:
-    from ..fileformat import TunerInfo
+    from ..storage.tuner_file import TunerInfo
 
 
 class InspectOptions(BaseModel):
@@ -36,7 +36,7 @@ class InspectOptions(BaseModel):
 
     def run(self) -> None:
         """Print the facts."""
-        from ..fileformat import read_info
+        from ..storage.tuner_file import read_info
 
         info = read_info(self.file)
         if self.config_output:

@@ -14,8 +14,8 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from ..fileformat import read_info
 from ..hooks.manager import TunerManager
+from ..storage.tuner_file import read_info
 from ..training.base import training_resolution
 from ..training.captions import find_examples
 from ..training.data import Sample, load_samples

@@ -7,7 +7,7 @@ from typing import Literal, TypeAlias
 
 from safetensors import SafetensorError, safe_open
 
-from ..fileformat import load_tuner, save_tuner
+from ..storage.tuner_file import load_tuner, save_tuner
 from ..tuners.tuner import Tuner
 from ..utils.errors import RestuneError
 from .bases import describe_checkpoint

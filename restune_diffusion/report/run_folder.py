@@ -8,7 +8,7 @@ from datetime import datetime, timezone
 from functools import cached_property
 from pathlib import Path
 
-from ..fileformat import TunerInfo, read_info
+from ..storage.tuner_file import TunerInfo, read_info
 from ..training import TrainConfig, read_config
 from ..training.checkpoint import latest_checkpoint
 from ..training.config_record import CONFIG_FILE

@@ -13,7 +13,7 @@ from typing import Any
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
-from ..fileformat import load_tuner, save_tuner
+from ..storage.tuner_file import load_tuner, save_tuner
 from ..utils.atomic_write import atomic_write, sync_directory
 from ..utils.errors import TrainingError
 from .config_record import CONFIG_FILE

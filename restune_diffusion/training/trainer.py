@@ -12,8 +12,8 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from ..backbones import text_encoders
-from ..fileformat import save_tuner
 from ..hooks.attachment import attach
+from ..storage.tuner_file import save_tuner
 from ..utils.errors import TrainingError
 from .assembly import make_accelerator, make_run
 from .averaging import UpdateAverage

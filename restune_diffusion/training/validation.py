@@ -12,9 +12,9 @@ import torch
 from PIL import Image
 from torch import nn
 
-from ..fileformat import save_tuner
 from ..hooks.manager import TunerManager
 from ..imaging.contact_sheet import labelled_grid
+from ..storage.tuner_file import save_tuner
 from .base import move_encoders, sampling_pipeline
 from .config import ValidationConfig
 from .inpainting import masked_picture, validation_inputs

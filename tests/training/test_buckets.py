@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from restune_diffusion.fileformat import load_tuner
+from restune_diffusion.storage.tuner_file import load_tuner
 from restune_diffusion.training import TrainConfig, train
 from restune_diffusion.training.batches import Batches
 from restune_diffusion.training.buckets import Buckets, bucket_sizes, bucket_step

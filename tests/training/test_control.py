@@ -13,10 +13,10 @@ import pytest
 import torch
 from PIL import Image
 
-from restune_diffusion.fileformat import load_tuner, read_info
 from restune_diffusion.hooks.attachment import attach
 from restune_diffusion.hooks.manager import TunerManager
 from restune_diffusion.imaging.conditions import condition_to_tensor, palette
+from restune_diffusion.storage.tuner_file import load_tuner, read_info
 from restune_diffusion.training import TrainConfig, ValidationConfig, train
 from restune_diffusion.training.batches import Batches
 from restune_diffusion.training.cache import Cache, build_cache

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from restune_diffusion.fileformat import load_tuner
+from restune_diffusion.storage.tuner_file import load_tuner
 from restune_diffusion.training import TrainConfig, train
 from restune_diffusion.training.checkpoint import list_checkpoints
 from restune_diffusion.utils.errors import DataError, TrainingError

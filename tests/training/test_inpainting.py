@@ -13,7 +13,7 @@ from diffusers import StableDiffusionInpaintPipeline, StableDiffusionXLInpaintPi
 from PIL import Image
 
 from restune_diffusion import RestuneStableDiffusionInpaintPipeline, RestuneStableDiffusionPipeline
-from restune_diffusion.fileformat import load_tuner
+from restune_diffusion.storage.tuner_file import load_tuner
 from restune_diffusion.training import TrainConfig, train
 from restune_diffusion.training.base import check_trainable, load_base, sampling_pipeline
 from restune_diffusion.training.batches import Batch, Batches

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from restune_diffusion.fileformat import load_tuner
+from restune_diffusion.storage.tuner_file import load_tuner
 from restune_diffusion.training import TrainConfig, ground, train
 from restune_diffusion.training.averaging import TunerAverage
 from restune_diffusion.training.memory import gradient_checkpointing

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from restune_diffusion.fileformat import load_tuner
+from restune_diffusion.storage.tuner_file import load_tuner
 from restune_diffusion.training import TrainConfig, train
 
 SCRIPT = Path(__file__).parents[2] / "train" / "train_style.py"

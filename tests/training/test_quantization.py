@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from restune_diffusion import ResConfig, RestuneError, RestuneStableDiffusionPipeline, Tuner, attach, merge_lora
-from restune_diffusion.fileformat import read_info
+from restune_diffusion.storage.tuner_file import read_info
 from restune_diffusion.training import TrainConfig, train
 from restune_diffusion.training.base import load_base
 from restune_diffusion.training.feature_bank import models_hash

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from restune_diffusion.fileformat import load_tuner
+from restune_diffusion.storage.tuner_file import load_tuner
 from restune_diffusion.training import TrainConfig, train
 from restune_diffusion.training.checkpoint import latest_checkpoint, list_checkpoints
 from restune_diffusion.utils.errors import TrainingError

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from restune_diffusion.fileformat import read_info
+from restune_diffusion.storage.tuner_file import read_info
 from restune_diffusion.training import TrainConfig, train
 from restune_diffusion.training.caption_rule import apply_rule
 from restune_diffusion.training.captions import find_examples, read_examples

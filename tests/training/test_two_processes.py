@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import nn
 
-from restune_diffusion.fileformat import load_tuner
+from restune_diffusion.storage.tuner_file import load_tuner
 from restune_diffusion.training import TrainConfig, train
 from restune_diffusion.training.cache_shards import share
 from restune_diffusion.training.processes import average_gradients, check_distribution

@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 
-from .fileformat import load_tuner
+from ..tuners.tuner import Tuner
+from ..utils.errors import RestuneError, TunerFileError
 from .sources import tuner_file
-from .tuners.tuner import Tuner
-from .utils.errors import RestuneError, TunerFileError
+from .tuner_file import load_tuner
 
 _Stamp = tuple[int, int]
 

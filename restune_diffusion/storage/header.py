@@ -18,11 +18,11 @@ from typing import Any
 from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 
-from .backbones import BaseInfo
-from .tuners.configs import PartConfig, parts_from_json
-from .tuners.tuner import Tuner
-from .utils.display import printable
-from .utils.errors import RestuneError, TunerFileError
+from ..backbones import BaseInfo
+from ..tuners.configs import PartConfig, parts_from_json
+from ..tuners.tuner import Tuner
+from ..utils.display import printable
+from ..utils.errors import RestuneError, TunerFileError
 
 FORMAT_VERSION = 1
 VERSION_KEY = "restune.format_version"

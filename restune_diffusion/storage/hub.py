@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
-from .card import model_card, sample_paths
+from ..utils.errors import RestuneError
 from .header import read_info
+from .model_card import model_card, sample_paths
 from .sources import TUNER_WEIGHT_NAME
-from .utils.errors import RestuneError
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -6,7 +6,7 @@ import os
 import re
 from pathlib import Path
 
-from .utils.errors import TunerFileError
+from ..utils.errors import TunerFileError
 
 TUNER_WEIGHT_NAME = "pytorch_tuner_weights.safetensors"
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")

@@ -13,6 +13,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
+from ..tuners.configs import TextConfig, parts_to_json
+from ..tuners.tuner import Tuner
+from ..utils.atomic_write import atomic_write
+from ..utils.display import printable
+from ..utils.errors import TunerFileError
 from .header import (
     BASE_KEY,
     CONFIG_KEY,
@@ -27,11 +32,6 @@ from .header import (
     parse_metadata,
     read_info,
 )
-from .tuners.configs import TextConfig, parts_to_json
-from .tuners.tuner import Tuner
-from .utils.atomic_write import atomic_write
-from .utils.display import printable
-from .utils.errors import TunerFileError
 
 _ALIGNMENT = 64  # bytes: torch's own allocator starts every CPU tensor at a multiple of it
 # As safetensors names them.

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import PurePosixPath
 from typing import Any
 
+from ..tuners.configs import PartConfig
 from .header import TunerInfo
-from .tuners.configs import PartConfig
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 _PARTS = {
