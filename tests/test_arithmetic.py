@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from restune_diffusion import BaseMismatchError, BypassConfig, ResConfig, RestuneError, SkipConfig, Tuner, attach
-from restune_diffusion.arithmetic import merge_tuners, reduce_rank
+from restune_diffusion.conversion.arithmetic import merge_tuners, reduce_rank
 from restune_diffusion.tuners import Features
 
 from .conftest import make_inputs, make_unet, randomize

@@ -34,7 +34,7 @@ class ConvertOptions(BaseModel):
 
     def run(self) -> None:
         """Convert and say where the result is."""
-        from ..interchange import convert
+        from ..conversion import convert
         from .quiet import quiet_libraries
 
         quiet_libraries()

@@ -34,7 +34,7 @@ class MergeOptions(BaseModel):
 
     def run(self) -> None:
         """Merge, and say where the result is."""
-        from ..arithmetic import merge_tuners, reduce_rank
+        from ..conversion.arithmetic import merge_tuners, reduce_rank
         from ..storage.tuner_file import load_tuner, save_tuner
         from .mix import split_weight
 

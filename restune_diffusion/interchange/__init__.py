@@ -1,7 +1,5 @@
-"""Read and write the files of other programs: ms-swift, SCEPTER, diffusers' LoRA loader, kohya's sd-scripts."""
+"""Read and write the files of other programs: the public name of `restune_diffusion.conversion`."""
 
-from .bases import describe_checkpoint
-from .convert import Layout, convert, load_any
-from .formats import ExportLayout, export_tuner, import_tuner
+from ..conversion import ExportLayout, Layout, convert, describe_checkpoint, export_tuner, import_tuner, load_any
 
 __all__ = ["ExportLayout", "Layout", "convert", "describe_checkpoint", "export_tuner", "import_tuner", "load_any"]

@@ -7,7 +7,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from restune_diffusion import TunerFileError, describe_base
-from restune_diffusion.interchange import import_tuner
+from restune_diffusion.conversion import import_tuner
 from restune_diffusion.tuners import Features
 
 from ..conftest import make_unet, randomize

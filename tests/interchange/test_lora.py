@@ -24,8 +24,8 @@ from restune_diffusion import (
     save_tuner,
 )
 from restune_diffusion.backbones import module_path
-from restune_diffusion.interchange import export_tuner, import_tuner
-from restune_diffusion.interchange.names import sgm_path
+from restune_diffusion.conversion import export_tuner, import_tuner
+from restune_diffusion.conversion.names import sgm_path
 
 from ..conftest import make_inputs, make_unet, randomize
 

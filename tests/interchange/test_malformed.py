@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save
 
 from restune_diffusion import RestuneError, describe_base
-from restune_diffusion.interchange import export_tuner, import_tuner
+from restune_diffusion.conversion import export_tuner, import_tuner
 
 from ..conftest import make_unet
 from .swift_files import swift_tensors

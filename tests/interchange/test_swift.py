@@ -24,7 +24,7 @@ from restune_diffusion import (
     load_tuner,
     save_tuner,
 )
-from restune_diffusion.interchange import describe_checkpoint, export_tuner, import_tuner
+from restune_diffusion.conversion import describe_checkpoint, export_tuner, import_tuner
 
 from ..conftest import TINY_BASE, make_inputs, make_unet, randomize
 from .swift_files import READERS, swift_tensors, write_swift

@@ -18,12 +18,12 @@ from typing import Literal, TypeAlias
 
 import torch
 
-from .interchange.lora_folding import LoraLayer
-from .interchange.lora_layers import lora_layers, lora_tuner
-from .interchange.skip_layers import SkipLayer, skip_layers, skip_tuner
-from .tuners.configs import ResConfig, TextConfig
-from .tuners.tuner import Tuner
-from .utils.errors import RestuneError
+from ..tuners.configs import ResConfig, TextConfig
+from ..tuners.tuner import Tuner
+from ..utils.errors import RestuneError
+from .lora_folding import LoraLayer
+from .lora_layers import lora_layers, lora_tuner
+from .skip_layers import SkipLayer, skip_layers, skip_tuner
 
 Method: TypeAlias = Literal["average", "interpolate", "add", "subtract", "stack"]
 """`average`: `sum w_i T_i / sum w_i`. `interpolate`: `(1 - w) A + w B`, `w` the weight of the second. `add`, or
