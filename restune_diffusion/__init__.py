@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .backbones import BaseInfo, Site, describe_base, text_encoders
-    from .enable import enable_restune
     from .hooks.attachment import Attachment, attach, detach
     from .hooks.manager import TunerManager
     from .hooks.merging import MergedLora, merge_lora
     from .hooks.weights import Schedule, TunerWeight, schedule
     from .imaging.masks import load_mask, mask_from_image
-    from .loaders import RestuneLoaderMixin
-    from .pipelines import (
+    from .pipelines.enable import enable_restune
+    from .pipelines.loaders import RestuneLoaderMixin
+    from .pipelines.stable_diffusion import (
         RestuneStableDiffusionControlNetPipeline,
         RestuneStableDiffusionImg2ImgPipeline,
         RestuneStableDiffusionInpaintPipeline,
@@ -47,7 +47,7 @@ _MODULES = {
     "hooks.attachment": ("Attachment", "attach", "detach"),
     "hooks.manager": ("TunerManager",),
     "tuners.configs": ("BypassConfig", "ControlConfig", "ResConfig", "SkipConfig", "TextConfig"),
-    "enable": ("enable_restune",),
+    "pipelines.enable": ("enable_restune",),
     "utils.errors": (
         "BaseMismatchError",
         "ConditionError",
@@ -60,10 +60,10 @@ _MODULES = {
     "storage.tuner_file": ("load_tuner", "save_tuner"),
     "storage.header": ("TunerInfo", "read_info"),
     "storage.hub": ("push_to_hub",),
-    "loaders": ("RestuneLoaderMixin",),
+    "pipelines.loaders": ("RestuneLoaderMixin",),
     "imaging.masks": ("load_mask", "mask_from_image"),
     "hooks.merging": ("MergedLora", "merge_lora"),
-    "pipelines": (
+    "pipelines.stable_diffusion": (
         "RestuneStableDiffusionControlNetPipeline",
         "RestuneStableDiffusionImg2ImgPipeline",
         "RestuneStableDiffusionInpaintPipeline",

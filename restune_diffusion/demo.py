@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 
 from .imaging.contact_sheet import labelled_grid
+from .pipelines.load_base import load_base
 from .training import TrainConfig, train
-from .training.base import load_base
 from .tuners.configs import ResConfig
 from .utils.atomic_write import atomic_write
 from .utils.errors import RestuneError

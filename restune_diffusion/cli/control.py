@@ -28,8 +28,8 @@ def read_control_images(
     from PIL import Image, ImageOps
 
     from ..imaging.conditions import make_condition
-    from ..steering import condition_names
-    from ..training.base import training_resolution
+    from ..pipelines.control_images import condition_names
+    from ..pipelines.load_base import training_resolution
 
     if not images and not pictures:
         return None

@@ -24,7 +24,7 @@ def load_placed(
     """
     import torch
 
-    from ..training.base import load_base
+    from ..pipelines.load_base import load_base
 
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"

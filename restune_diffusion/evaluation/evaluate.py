@@ -15,8 +15,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from ..hooks.manager import TunerManager
+from ..pipelines.load_base import training_resolution
 from ..storage.tuner_file import read_info
-from ..training.base import training_resolution
 from ..training.captions import find_examples
 from ..training.data import Sample, load_samples
 from ..utils.errors import DataError, RestuneError

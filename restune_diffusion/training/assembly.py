@@ -10,12 +10,12 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from diffusers.optimization import get_scheduler
 
+from ..pipelines.load_base import sampling_pipeline
 from ..tuners.tuner import Tuner
 from ..utils.errors import TrainingError
 from ..utils.seeds import derived_seed
 from .averaging import TunerAverage
 from .bank import bank_stream
-from .base import sampling_pipeline
 from .batches import Batches
 from .cache import Cache
 from .checkpoint import latest_checkpoint, restore_checkpoint

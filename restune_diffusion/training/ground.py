@@ -14,9 +14,10 @@ from PIL import Image
 
 from ..backbones import text_encoders
 from ..hooks.placeholder_tokens import holds_word
+from ..pipelines.load_base import PRECISIONS, is_inpainting, load_base, training_resolution
 from ..utils.errors import NoImageError, TrainingError
 from .bank import hash_of_models
-from .base import PRECISIONS, check_trainable, frozen, load_base, move_encoders, training_resolution
+from .base import check_trainable, frozen, move_encoders
 from .buckets import bucket_step
 from .cache import Cache, build_cache
 from .cache_shards import build_together
@@ -27,7 +28,6 @@ from .config import TrainConfig
 from .data import load_samples
 from .data_sheet import DataSheet
 from .example import Example
-from .inpainting import is_inpainting
 from .leak import LeakPrompt, draw_leak_prompts
 from .memory import drop_encoders
 from .preparation import Preparation

@@ -24,11 +24,6 @@ _SMALLEST = 0.1
 """Shortest side of the other masks, in sides of the picture."""
 
 
-def is_inpainting(pipeline: Any) -> bool:
-    """Whether the U-Net takes a mask and a masked picture beside the noisy latent."""
-    return bool(pipeline.unet.config.in_channels == 2 * pipeline.vae.config.latent_channels + 1)
-
-
 def draw_mask(height: int, width: int, generator: torch.Generator, whole: float = WHOLE) -> torch.Tensor:
     """Draw a mask, `1 x height x width`, fp32: 1 where the base shall paint, else 0.
 

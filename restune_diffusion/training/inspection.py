@@ -9,8 +9,8 @@ from typing import Any
 
 from PIL import Image
 
+from ..pipelines.load_base import training_resolution
 from ..utils.errors import RestuneError
-from .base import training_resolution
 from .buckets import bucket_step
 from .captions import read_examples
 from .data import load_samples

@@ -17,13 +17,12 @@ from typing import Any
 
 import torch
 
+from ..pipelines.load_base import is_inpainting, sampling_pipeline
 from ..utils.errors import TrainingError
 from ..utils.seeds import derived_seed
-from .base import sampling_pipeline
 from .batches import Batch
 from .conditioning import Conditioning, LiveEncoder, denoiser_inputs, encode_caption
 from .config import TrainConfig
-from .inpainting import is_inpainting
 from .objective import scheduler_changes
 from .pictures import Geometry
 from .prediction import base_alone, predict, tuner_at_hand

@@ -14,8 +14,9 @@ from torch import nn
 
 from ..hooks.manager import TunerManager
 from ..imaging.contact_sheet import labelled_grid
+from ..pipelines.load_base import sampling_pipeline
 from ..storage.tuner_file import save_tuner
-from .base import move_encoders, sampling_pipeline
+from .base import move_encoders
 from .config import ValidationConfig
 from .inpainting import masked_picture, validation_inputs
 from .run import Hook, StepReport, TrainingRun

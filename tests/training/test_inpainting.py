@@ -11,11 +11,12 @@ import pytest
 import torch
 from diffusers import StableDiffusionInpaintPipeline, StableDiffusionXLInpaintPipeline, UNet2DConditionModel
 from PIL import Image
+from restune_diffusion.pipelines.stable_diffusion.load_base import load_base, sampling_pipeline
 
 from restune_diffusion import RestuneStableDiffusionInpaintPipeline, RestuneStableDiffusionPipeline
 from restune_diffusion.storage.tuner_file import load_tuner
 from restune_diffusion.training import TrainConfig, train
-from restune_diffusion.training.base import check_trainable, load_base, sampling_pipeline
+from restune_diffusion.training.base import check_trainable
 from restune_diffusion.training.batches import Batch, Batches
 from restune_diffusion.training.cache import build_cache
 from restune_diffusion.training.captions import find_examples

@@ -13,13 +13,13 @@ import pytest
 import torch
 from accelerate import Accelerator
 from pydantic import ValidationError
+from restune_diffusion.pipelines.stable_diffusion.load_base import sampling_pipeline
 
 from restune_diffusion import ResConfig, TextConfig, Tuner, text_encoders
 from restune_diffusion.hooks.attachment import attach
 from restune_diffusion.hooks.manager import TunerManager
 from restune_diffusion.storage.tuner_file import load_tuner
 from restune_diffusion.training import StepReport, TrainConfig, train
-from restune_diffusion.training.base import sampling_pipeline
 from restune_diffusion.training.batches import Batches
 from restune_diffusion.training.cache import build_cache
 from restune_diffusion.training.captions import find_examples

@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 import torch
+from restune_diffusion.pipelines.stable_diffusion.load_base import load_base
 from torch import nn
 
 from restune_diffusion import ResConfig, RestuneError, RestuneStableDiffusionPipeline, Tuner, attach, merge_lora
 from restune_diffusion.storage.tuner_file import read_info
 from restune_diffusion.training import TrainConfig, train
-from restune_diffusion.training.base import load_base
 from restune_diffusion.training.feature_bank import models_hash
 from restune_diffusion.training.quantization import parameter_bytes, quantize_base, stored_tensors
 from restune_diffusion.utils.errors import TrainingError

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from restune_diffusion.pipelines.stable_diffusion.load_base import load_base
 
 from restune_diffusion.training import TrainConfig, train
-from restune_diffusion.training.base import load_base
 from restune_diffusion.training.cache import Cache, build_cache
 from restune_diffusion.training.cache_shards import build_together
 from restune_diffusion.training.captions import find_examples

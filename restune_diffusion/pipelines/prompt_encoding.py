@@ -6,12 +6,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
-from .backbones import text_encoders
-from .hooks.placeholder_tokens import Words
-from .hooks.text_encoders import EncoderHooks
+from ..backbones import text_encoders
+from ..hooks.placeholder_tokens import Words
+from ..hooks.text_encoders import EncoderHooks
 
 if TYPE_CHECKING:
-    from .hooks.manager import TunerManager
+    from ..hooks.manager import TunerManager
 
 
 @contextmanager

@@ -10,11 +10,11 @@ import numpy as np
 import torch
 from PIL import Image
 
-from .hooks.manager import TunerManager
-from .hooks.mixing import Layout
-from .imaging.conditions import condition_to_tensor
-from .tuners import ControlPart
-from .utils.errors import ConditionError
+from ..hooks.manager import TunerManager
+from ..hooks.mixing import Layout
+from ..imaging.conditions import condition_to_tensor
+from ..tuners import ControlPart
+from ..utils.errors import ConditionError
 
 ConditionImage: TypeAlias = Image.Image | np.ndarray[Any, Any] | torch.Tensor
 ConditionImages: TypeAlias = ConditionImage | Sequence[ConditionImage]

@@ -18,10 +18,10 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from .hooks.manager import TunerManager
-from .hooks.mixing import Layout
-from .hooks.weights import Weight
-from .utils.errors import RestuneError
+from ..hooks.manager import TunerManager
+from ..hooks.mixing import Layout
+from ..hooks.weights import Weight
+from ..utils.errors import RestuneError
 
 # Equal rows stay equal bit for bit on a CPU; a GPU may choose another kernel for another row. Other noise is far off.
 _SAME = 1e-2

@@ -10,10 +10,10 @@ from typing import Any, TypeAlias
 
 import torch
 
-from .hooks.manager import TunerManager
-from .hooks.mixing import Layout
-from .hooks.weights import TunerWeight, Weight, as_weight
-from .utils.errors import RestuneError
+from ..hooks.manager import TunerManager
+from ..hooks.mixing import Layout
+from ..hooks.weights import TunerWeight, Weight, as_weight
+from ..utils.errors import RestuneError
 
 MixPerImage: TypeAlias = Sequence[str | Mapping[str, float] | None]
 

@@ -7,10 +7,10 @@ from typing import Any
 
 from diffusers import DiffusionPipeline
 
-from .backbones import describe_base
+from ..backbones import describe_base
+from ..utils.errors import RestuneError
 from .loaders import RestuneLoaderMixin
 from .saving import plain_class
-from .utils.errors import RestuneError
 
 
 def enable_restune(pipe: DiffusionPipeline) -> Any:

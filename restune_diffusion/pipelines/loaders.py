@@ -14,22 +14,22 @@ import torch
 from diffusers.loaders import TextualInversionLoaderMixin
 from torch import nn
 
-from .backbones import text_encoders
-from .calls import MixPerImage, call_layout, listed, mix_of_call, mixed, named_weights, weights_by_name
-from .encoding import converted_prompt, prompts_read
-from .hooks.attachment import attach
-from .hooks.manager import TunerManager, is_compiled, uncompiled
-from .hooks.mixing import Layout
-from .hooks.placeholder_tokens import Words
-from .hooks.text_encoders import text_part
-from .hooks.weights import TunerWeight, Weight
+from ..backbones import text_encoders
+from ..hooks.attachment import attach
+from ..hooks.manager import TunerManager, is_compiled, uncompiled
+from ..hooks.mixing import Layout
+from ..hooks.placeholder_tokens import Words
+from ..hooks.text_encoders import text_part
+from ..hooks.weights import TunerWeight, Weight
+from ..storage.sources import TUNER_WEIGHT_NAME, local_tuner_file, tuner_file
+from ..storage.tuner_cache import TunerCache
+from ..storage.tuner_file import load_tuner, save_tuner
+from ..tuners.tuner import Tuner
+from ..utils.errors import ConditionError, RestuneError, TunerFileError, TunerNameError
+from .call_options import MixPerImage, call_layout, listed, mix_of_call, mixed, named_weights, weights_by_name
+from .control_images import TunerImage, TunerScale, steered
+from .prompt_encoding import converted_prompt, prompts_read
 from .saving import PlainConfigMixin
-from .steering import TunerImage, TunerScale, steered
-from .storage.sources import TUNER_WEIGHT_NAME, local_tuner_file, tuner_file
-from .storage.tuner_cache import TunerCache
-from .storage.tuner_file import load_tuner, save_tuner
-from .tuners.tuner import Tuner
-from .utils.errors import ConditionError, RestuneError, TunerFileError, TunerNameError
 
 _NAME = re.compile(r"[^./\\\x00-\x1f][^/\\\x00-\x1f]*")
 
