@@ -22,7 +22,7 @@ from peft import LoraConfig
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-from restune_diffusion.training.example import Example
+from restune_diffusion.data.example import Example
 
 ATTENTION = ["to_k", "to_q", "to_v", "to_out.0"]
 Item = dict[str, torch.Tensor]

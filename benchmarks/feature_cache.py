@@ -33,6 +33,8 @@ from benchmarks.icon_style.methods import held_out_loss
 from benchmarks.results_file import publish
 from restune_diffusion import BypassConfig, Tuner, attach
 from restune_diffusion.backbones import describe_base
+from restune_diffusion.data.captions import find_examples
+from restune_diffusion.data.training_images import load_samples
 from restune_diffusion.training import TrainConfig
 from restune_diffusion.training.assembly import make_accelerator, make_run
 from restune_diffusion.training.bank import use_bank
@@ -40,8 +42,6 @@ from restune_diffusion.training.bank_batches import BankBatches, BankStream
 from restune_diffusion.training.bank_layout import BankLayout
 from restune_diffusion.training.batches import BatchSource
 from restune_diffusion.training.cache import Cache, build_cache
-from restune_diffusion.training.captions import find_examples
-from restune_diffusion.training.data import load_samples
 from restune_diffusion.training.ground import Ground, prepared
 from restune_diffusion.training.loop import steps_of
 from restune_diffusion.training.run import TrainingRun

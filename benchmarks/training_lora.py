@@ -37,9 +37,9 @@ from benchmarks.backward_memory import SD15, kept_storages
 from benchmarks.diffusers_lora import Settings, train_lora
 from benchmarks.results_file import publish
 from restune_diffusion import ResConfig
+from restune_diffusion.data.captions import find_examples
 from restune_diffusion.hooks.manager import TunerManager
 from restune_diffusion.training import TrainConfig, train
-from restune_diffusion.training.captions import find_examples
 
 ASSETS = Path(__file__).parents[1] / "restune_diffusion" / "assets"
 IMAGES = ASSETS / "demo"

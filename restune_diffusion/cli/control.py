@@ -57,7 +57,7 @@ def _split(entry: str, names: Sequence[str]) -> tuple[str, Path]:
 
 
 def _read(path: Path) -> Any:
-    from ..training.pictures import read_layer
+    from ..data.image_files import read_layer
     from ..utils.errors import DataError
 
     try:

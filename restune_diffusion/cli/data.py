@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from ..training.data_config import DataConfig
+from ..data.config import DataConfig
 from ..utils.errors import DataError, RestuneError
 from ..utils.settings import Settings
 from .quiet import quiet_libraries
@@ -17,7 +17,7 @@ from .quiet import quiet_libraries
 if TYPE_CHECKING:
     from PIL import Image
 
-    from ..training.data_sheet import DataSheet
+    from ..data.data_sheet import DataSheet
 
 
 class _Action(Settings):
@@ -53,8 +53,8 @@ class DataOptions(DataConfig, _Action):
             DataError: if nothing can be trained on.
         """
         quiet_libraries()
-        from ..training.data_sheet import DataSheet
-        from ..training.inspection import inspect_data, read_frame
+        from ..data.data_sheet import DataSheet
+        from ..data.inspection import inspect_data, read_frame
 
         frame = read_frame(self.base, self.resolution)
         sheet = DataSheet(self.data, [])
@@ -71,7 +71,7 @@ class DataOptions(DataConfig, _Action):
                 print(f"{'sheet':<12}{self.sheet}")
 
     def _print(self, sheet: DataSheet) -> None:
-        from ..training.inspection import describe_data
+        from ..data.inspection import describe_data
 
         text = json.dumps(sheet.as_json(), indent=1) if self.json_output else describe_data(sheet)
         encoding = sys.stdout.encoding or "utf-8"

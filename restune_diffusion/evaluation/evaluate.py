@@ -14,11 +14,11 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
+from ..data.captions import find_examples
+from ..data.training_images import Sample, load_samples
 from ..hooks.manager import TunerManager
 from ..pipelines.load_base import training_resolution
 from ..storage.tuner_file import read_info
-from ..training.captions import find_examples
-from ..training.data import Sample, load_samples
 from ..utils.errors import DataError, RestuneError
 from .features import InceptionFeatures
 from .lpips import Lpips

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from ..training.data_sheet import FILE_NAME
+from ..data.data_sheet import FILE_NAME
 
 
 class _Facts(BaseModel):

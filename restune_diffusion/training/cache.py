@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 
+from ..data.image_files import Geometry
+from ..data.loss_masks import latent_mask
+from ..data.training_images import Sample
 from ..utils.errors import NoImageError
 from .conditioning import Conditioning, encode_caption, encode_nothing
-from .data import Sample
-from .loss_masks import latent_mask
-from .pictures import Geometry
 from .precision import in_fp32
 
 

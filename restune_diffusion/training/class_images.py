@@ -13,14 +13,14 @@ from PIL import Image
 from pydantic import ValidationError
 from tqdm.auto import tqdm
 
+from ..data.example import Example
+from ..data.files import list_images
 from ..pipelines.load_base import is_inpainting, sampling_pipeline
 from ..utils.atomic_write import atomic_write
 from ..utils.errors import DataError
 from ..utils.seeds import derived_seed
 from ..utils.settings import Settings
 from .config import TrainConfig
-from .example import Example
-from .files import list_images
 from .objective import scheduler_changes
 
 DEFAULT_COUNT = 100

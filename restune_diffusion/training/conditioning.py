@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from .pictures import Geometry
+from ..data.image_files import Geometry
 
 
 @dataclass(frozen=True)

@@ -7,11 +7,11 @@ from typing import Any, Literal, TypeAlias
 
 from pydantic import Field, model_validator
 
+from ..data.config import DataConfig
 from ..hooks.placeholder_tokens import holds_word
 from ..tuners.configs import BypassConfig, ControlConfig, PartConfig, ResConfig, SkipConfig, TextConfig
 from ..utils.settings import Settings
 from ..utils.settings_merge import checked_fields, layered
-from .data_config import DataConfig
 from .presets import PRESETS, PresetName
 
 Kind: TypeAlias = Literal["skip", "control", "res", "bypass", "text"]

@@ -13,24 +13,24 @@ from accelerate.utils import gather_object
 from PIL import Image
 
 from ..backbones import text_encoders
+from ..data.buckets import bucket_step
+from ..data.captions import read_examples
+from ..data.condition_source import ConditionSource
+from ..data.data_sheet import DataSheet
+from ..data.example import Example
+from ..data.image_transform import Preparation
+from ..data.training_images import load_samples
 from ..hooks.placeholder_tokens import holds_word
 from ..pipelines.load_base import PRECISIONS, is_inpainting, load_base, training_resolution
 from ..utils.errors import NoImageError, TrainingError
 from .bank import hash_of_models
 from .base import check_trainable, frozen, move_encoders
-from .buckets import bucket_step
 from .cache import Cache, build_cache
 from .cache_shards import build_together
-from .captions import read_examples
-from .condition_source import ConditionSource
 from .conditioning import Conditioning
 from .config import TrainConfig
-from .data import load_samples
-from .data_sheet import DataSheet
-from .example import Example
 from .leak import LeakPrompt, draw_leak_prompts
 from .memory import drop_encoders
-from .preparation import Preparation
 from .preservation import know_class
 from .quantization import quantize_base
 

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from ..data.image_files import Geometry
 from ..pipelines.load_base import is_inpainting, sampling_pipeline
 from ..utils.errors import TrainingError
 from ..utils.seeds import derived_seed
@@ -24,7 +25,6 @@ from .batches import Batch
 from .conditioning import Conditioning, LiveEncoder, denoiser_inputs, encode_caption
 from .config import TrainConfig
 from .objective import scheduler_changes
-from .pictures import Geometry
 from .prediction import base_alone, predict, tuner_at_hand
 from .run import Hook, StepReport, TrainingRun
 

@@ -17,13 +17,13 @@ import torch
 from accelerate import Accelerator
 from torch.nn.functional import mse_loss
 
+from ..data.training_images import load_samples
 from ..pipelines.load_base import is_inpainting
 from .batches import Batch, Batches
 from .cache import Cache, build_cache
 from .class_images import class_examples
 from .conditioning import Conditioning, encode_caption
 from .config import TrainConfig
-from .data import load_samples
 from .prediction import base_alone, predict
 from .run import TrainingRun
 

@@ -9,17 +9,17 @@ from typing import TYPE_CHECKING, Any
 
 from accelerate import Accelerator
 
+from ..data.condition_source import ConditionSource
 from ..tuners.tuner import Tuner
 from .bands import BandLosses
 from .batches import BatchSource
 from .cache import Cache
-from .condition_source import ConditionSource
 from .config import TrainConfig
 from .objective import Objective
 
 if TYPE_CHECKING:
+    from ..data.data_sheet import DataSheet
     from .averaging import TunerAverage
-    from .data_sheet import DataSheet
     from .preservation import Preservation
 
 ATTACHED_NAME = "in training"

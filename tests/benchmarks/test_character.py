@@ -7,7 +7,7 @@ from PIL import Image
 
 from benchmarks.icon_style import character
 from benchmarks.icon_style.character import BACKGROUNDS, Pose, background_fidelity, draw, held_out, render, training
-from restune_diffusion.training.captions import find_examples
+from restune_diffusion.data.captions import find_examples
 
 pytest.importorskip("resvg_py")
 

@@ -3,10 +3,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from restune_diffusion.data.captions import find_examples
+from restune_diffusion.data.training_images import load_samples
 from restune_diffusion.demo import IMAGES
 from restune_diffusion.evaluation import InceptionFeatures, Lpips
-from restune_diffusion.training.captions import find_examples
-from restune_diffusion.training.data import load_samples
 
 
 @pytest.fixture(scope="session")

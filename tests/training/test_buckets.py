@@ -11,13 +11,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from restune_diffusion.data.buckets import Buckets, bucket_sizes, bucket_step
+from restune_diffusion.data.image_files import Geometry, centred
 from restune_diffusion.storage.tuner_file import load_tuner
 from restune_diffusion.training import TrainConfig, train
 from restune_diffusion.training.batches import Batches
-from restune_diffusion.training.buckets import Buckets, bucket_sizes, bucket_step
 from restune_diffusion.training.cache import Cache, Latent
 from restune_diffusion.training.conditioning import Conditioning
-from restune_diffusion.training.pictures import Geometry, centred
 from restune_diffusion.training.stream import BucketedStream, SampleStream
 
 from .test_train import assert_same

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from restune_diffusion.training.captions import find_examples
+from restune_diffusion.data.captions import find_examples
 from restune_diffusion.utils.errors import DataError
 
 from .tiny import draw_image, write_images

@@ -13,6 +13,9 @@ import pytest
 import torch
 from PIL import Image
 
+from restune_diffusion.data.captions import find_examples
+from restune_diffusion.data.condition_source import ConditionSource
+from restune_diffusion.data.training_images import load_samples
 from restune_diffusion.hooks.attachment import attach
 from restune_diffusion.hooks.manager import TunerManager
 from restune_diffusion.imaging.conditions import condition_to_tensor, palette
@@ -20,9 +23,6 @@ from restune_diffusion.storage.tuner_file import load_tuner, read_info
 from restune_diffusion.training import TrainConfig, ValidationConfig, train
 from restune_diffusion.training.batches import Batches
 from restune_diffusion.training.cache import Cache, build_cache
-from restune_diffusion.training.captions import find_examples
-from restune_diffusion.training.condition_source import ConditionSource
-from restune_diffusion.training.data import load_samples
 from restune_diffusion.training.objective import Objective
 from restune_diffusion.tuners.configs import ControlConfig
 from restune_diffusion.tuners.tuner import Tuner

@@ -13,9 +13,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from restune_diffusion.training.data_config import DataConfig
-from restune_diffusion.training.data_sheet import DataSheet
-from restune_diffusion.training.inspection import Frame, describe_data, inspect_data
+from restune_diffusion.data.config import DataConfig
+from restune_diffusion.data.data_sheet import DataSheet
+from restune_diffusion.data.inspection import Frame, describe_data, inspect_data
 from restune_diffusion.utils.display import printable
 from restune_diffusion.utils.errors import DataError
 

@@ -9,17 +9,17 @@ import pytest
 import torch
 from PIL import Image
 
+from restune_diffusion.data.buckets import Buckets
+from restune_diffusion.data.example import Example
+from restune_diffusion.data.image_files import Framing, decode_layer, read_image
+from restune_diffusion.data.image_transform import Preparation
+from restune_diffusion.data.loss_masks import MaskFiles, alpha_mask, framed_mask, latent_mask
+from restune_diffusion.data.refusals import Refused
+from restune_diffusion.data.training_images import Sample, load_samples
 from restune_diffusion.training import TrainConfig, train
 from restune_diffusion.training.batches import Batches
-from restune_diffusion.training.buckets import Buckets
 from restune_diffusion.training.cache import build_cache
-from restune_diffusion.training.data import Sample, load_samples
-from restune_diffusion.training.example import Example
-from restune_diffusion.training.loss_masks import MaskFiles, alpha_mask, framed_mask, latent_mask
 from restune_diffusion.training.objective import Objective
-from restune_diffusion.training.pictures import Framing, decode_layer, read_image
-from restune_diffusion.training.preparation import Preparation
-from restune_diffusion.training.refusals import Refused
 from restune_diffusion.utils.errors import DataError
 
 from .tiny import scheduler, sd_pipeline

@@ -16,17 +16,17 @@ from pydantic import ValidationError
 from restune_diffusion.pipelines.stable_diffusion.load_base import sampling_pipeline
 
 from restune_diffusion import ResConfig, TextConfig, Tuner, text_encoders
+from restune_diffusion.data.captions import find_examples
+from restune_diffusion.data.example import Example
+from restune_diffusion.data.files import list_images
+from restune_diffusion.data.training_images import load_samples
 from restune_diffusion.hooks.attachment import attach
 from restune_diffusion.hooks.manager import TunerManager
 from restune_diffusion.storage.tuner_file import load_tuner
 from restune_diffusion.training import StepReport, TrainConfig, train
 from restune_diffusion.training.batches import Batches
 from restune_diffusion.training.cache import build_cache
-from restune_diffusion.training.captions import find_examples
 from restune_diffusion.training.conditioning import LiveEncoder, encode_caption
-from restune_diffusion.training.data import load_samples
-from restune_diffusion.training.example import Example
-from restune_diffusion.training.files import list_images
 from restune_diffusion.training.objective import Objective
 from restune_diffusion.training.preservation import OutputPreservation
 from restune_diffusion.training.run import ATTACHED_NAME

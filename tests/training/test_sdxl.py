@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from restune_diffusion.data.captions import find_examples
+from restune_diffusion.data.training_images import load_samples
 from restune_diffusion.training import TrainConfig, train
 from restune_diffusion.training.batches import Batches
 from restune_diffusion.training.cache import build_cache
-from restune_diffusion.training.captions import find_examples
-from restune_diffusion.training.data import load_samples
 from restune_diffusion.training.stream import SampleStream
 
 from . import tiny

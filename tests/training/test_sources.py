@@ -9,12 +9,11 @@ from typing import Any
 
 import pytest
 
+from restune_diffusion.data.captions import apply_rule, find_examples, read_examples
+from restune_diffusion.data.config import DataConfig
+from restune_diffusion.data.refusals import Refused
 from restune_diffusion.storage.tuner_file import read_info
 from restune_diffusion.training import TrainConfig, train
-from restune_diffusion.training.caption_rule import apply_rule
-from restune_diffusion.training.captions import find_examples, read_examples
-from restune_diffusion.training.data_config import DataConfig
-from restune_diffusion.training.refusals import Refused
 from restune_diffusion.utils.errors import DataError
 
 from .tiny import draw_image, write_images

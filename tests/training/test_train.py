@@ -10,14 +10,14 @@ import pytest
 import torch
 from restune_diffusion.pipelines.stable_diffusion.load_base import load_base
 
+from restune_diffusion.data.captions import find_examples
+from restune_diffusion.data.training_images import load_samples
 from restune_diffusion.hooks.attachment import attach
 from restune_diffusion.hooks.manager import TunerManager
 from restune_diffusion.storage.tuner_file import load_tuner, read_info
 from restune_diffusion.training import StepReport, TrainConfig, ValidationConfig, train
 from restune_diffusion.training.batches import Batches
 from restune_diffusion.training.cache import build_cache
-from restune_diffusion.training.captions import find_examples
-from restune_diffusion.training.data import load_samples
 from restune_diffusion.training.objective import Objective
 from restune_diffusion.tuners.tuner import Tuner
 from restune_diffusion.utils.errors import TrainingError

@@ -16,11 +16,11 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from restune_diffusion.pipelines.stable_diffusion.load_base import load_base
 
+from restune_diffusion.data.captions import find_examples
+from restune_diffusion.data.training_images import load_samples
 from restune_diffusion.training import TrainConfig, train
 from restune_diffusion.training.cache import Cache, build_cache
 from restune_diffusion.training.cache_shards import build_together
-from restune_diffusion.training.captions import find_examples
-from restune_diffusion.training.data import load_samples
 from restune_diffusion.utils.errors import RestuneError
 
 

@@ -8,9 +8,9 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+from ..hooks.placeholder_tokens import holds_word
 from ..utils.errors import DataError
-from .caption_rule import apply_rule
-from .data_config import DataConfig
+from .config import DataConfig
 from .example import Example, check_caption
 from .files import IMAGE_SUFFIXES, is_file, list_files, read_text
 from .metadata import METADATA_CSV, METADATA_FILE, read_metadata
@@ -151,3 +151,19 @@ def _repeated_folder(path: Path, folder: Path) -> re.Match[str] | None:
         if match or parent == folder:
             return match
     return None
+
+
+def apply_rule(caption: str, config: DataConfig) -> str:
+    """Put the trigger word and the template of a config around a caption.
+
+    Without a template the trigger word comes first, where the caption does not have it already; with one, the template
+    alone decides.
+    """
+    trigger = config.trigger_word or ""
+    if config.caption_template is not None:
+        values = {"trigger": trigger, "caption": caption}
+        # At once, so that braces in a caption are not read as names.
+        return re.sub(r"\{(trigger|caption)\}", lambda name: values[name[1]], config.caption_template)
+    if not trigger or holds_word(caption, [trigger]):
+        return caption
+    return f"{trigger}, {caption}" if caption else trigger

@@ -13,7 +13,7 @@ from ..imaging.masks import load_mask
 from ..utils.errors import DataError
 from .example import Example
 from .files import list_images
-from .pictures import Framing, same_shape
+from .image_files import Framing, same_shape
 
 
 def alpha_mask(example: Example, layer: Image.Image) -> Image.Image:

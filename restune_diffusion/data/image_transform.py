@@ -10,9 +10,9 @@ import torch
 from ..utils.errors import DataError
 from ..utils.seeds import seeded
 from .buckets import Buckets, bucket_sizes
-from .data_config import DataConfig
+from .config import DataConfig
+from .image_files import Framing, centred
 from .loss_masks import MaskFiles, MaskSource, alpha_mask
-from .pictures import Framing, centred
 
 # Beyond these an image is a line or a few pixels, of which training would see a blur.
 _LONGEST = 20

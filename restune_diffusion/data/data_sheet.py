@@ -13,8 +13,8 @@ from typing import Any
 from ..utils.atomic_write import atomic_write
 from ..utils.display import printable
 from .captions import nothing_usable
-from .data import Sample
 from .refusals import Refused
+from .training_images import Sample
 
 logger = logging.getLogger(__name__)
 

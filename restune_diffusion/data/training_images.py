@@ -14,9 +14,9 @@ from ..imaging.rgb import to_rgb
 from ..utils.errors import DataError
 from .condition_source import ConditionSource
 from .example import Example
+from .image_files import Framing, Geometry, decode_layer
+from .image_transform import Preparation
 from .loss_masks import framed_mask
-from .pictures import Framing, Geometry, decode_layer
-from .preparation import Preparation
 from .refusals import Refused
 
 logger = logging.getLogger(__name__)

@@ -14,8 +14,8 @@ from ..tuners.configs import ControlConfig
 from ..utils.errors import DataError
 from .example import Example
 from .files import list_images
+from .image_files import Framing, centred, read_layer, same_shape
 from .metadata import METADATA_FILE
-from .pictures import Framing, centred, read_layer, same_shape
 
 
 class ConditionSource:

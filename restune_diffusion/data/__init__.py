@@ -1,0 +1,1 @@
+"""Training data: from a folder to cropped, captioned samples."""
