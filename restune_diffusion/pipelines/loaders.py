@@ -30,6 +30,7 @@ from .call_options import MixPerImage, call_layout, listed, mix_of_call, mixed, 
 from .control_images import TunerImage, TunerScale, steered
 from .prompt_encoding import converted_prompt, prompts_read
 from .saving import PlainConfigMixin
+from .signatures import adopt_signature
 
 _NAME = re.compile(r"[^./\\\x00-\x1f][^/\\\x00-\x1f]*")
 
@@ -47,6 +48,11 @@ class RestuneLoaderMixin(PlainConfigMixin):
     _tuner_hotswap = False
     _new_words: tuple[Words, ...] = ()
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        adopt_signature(cls, RestuneLoaderMixin, "__call__")
+        adopt_signature(cls, RestuneLoaderMixin, "encode_prompt")
+
     def __call__(
         self,
         *args: Any,
@@ -55,10 +61,9 @@ class RestuneLoaderMixin(PlainConfigMixin):
         tuner_conditioning_scale: TunerScale = 1.0,
         **kwargs: Any,
     ) -> Any:
-        """Generate as the pipeline does.
+        """Generate with the loaded tuners. Takes the pipeline's own arguments, and by keyword these.
 
         Args:
-            args: the pipeline's own arguments.
             tuners: which tuner acts on each prompt, for this call only: a list with one entry for each prompt, an
                 entry being a name, a mapping from names to weights, or None for the base alone. Without it, the mix
                 of `set_tuners` acts on all images.
@@ -67,7 +72,6 @@ class RestuneLoaderMixin(PlainConfigMixin):
                 of the picture; `restune_diffusion.conditions` makes some from a picture. Without an acting control
                 tuner it has no effect.
             tuner_conditioning_scale: factor on what the conditions add, or factors by name.
-            kwargs: the pipeline's own arguments.
 
         Returns:
             What the pipeline returns.
