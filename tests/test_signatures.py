@@ -13,9 +13,9 @@ import torch
 from diffusers import AnimateDiffPipeline, StableDiffusionPipeline
 
 from restune_diffusion import RestuneLoaderMixin, enable_restune
-from restune_diffusion.calls import MixPerImage
-from restune_diffusion.enable import _enabled_class
-from restune_diffusion.steering import TunerImage, TunerScale
+from restune_diffusion.pipelines.call_options import MixPerImage
+from restune_diffusion.pipelines.enable import _enabled_class
+from restune_diffusion.pipelines.control_images import TunerImage, TunerScale
 
 from .peers import lora
 from .tiny_pipelines import (
