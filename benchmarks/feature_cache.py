@@ -36,18 +36,18 @@ from restune_diffusion.backbones import describe_base
 from restune_diffusion.data.captions import find_examples
 from restune_diffusion.data.training_images import load_samples
 from restune_diffusion.training import TrainConfig
-from restune_diffusion.training.assembly import make_accelerator, make_run
-from restune_diffusion.training.bank import use_bank
-from restune_diffusion.training.bank_batches import BankBatches, BankStream
-from restune_diffusion.training.bank_layout import BankLayout
-from restune_diffusion.training.batches import BatchSource
-from restune_diffusion.training.cache import Cache, build_cache
-from restune_diffusion.training.ground import Ground, prepared
+from restune_diffusion.training.build import make_accelerator, make_run
+from restune_diffusion.training.feature_cache.batches import BankBatches, BankStream
+from restune_diffusion.training.feature_cache.layout import BankLayout
+from restune_diffusion.training.feature_cache.shared_pass import share_passes
+from restune_diffusion.training.feature_cache.tap_features import TapFeatures, predict_from_features, record_features
+from restune_diffusion.training.feature_cache.use import use_bank
+from restune_diffusion.training.inputs import Ground, prepared
+from restune_diffusion.training.latents.batches import BatchSource
+from restune_diffusion.training.latents.cache import Cache, build_cache
 from restune_diffusion.training.loop import steps_of
-from restune_diffusion.training.run import TrainingRun
-from restune_diffusion.training.shared_pass import share_passes
-from restune_diffusion.training.sweep_grid import parse_sweep
-from restune_diffusion.training.tap_features import TapFeatures, predict_from_features, record_features
+from restune_diffusion.training.state import TrainingRun
+from restune_diffusion.training.sweep.grid import parse_sweep
 from restune_diffusion.training.trainer import acting
 
 TINY = Path(__file__).parents[1] / "restune_diffusion" / "assets" / "restune-tiny"

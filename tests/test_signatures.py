@@ -14,8 +14,8 @@ from diffusers import AnimateDiffPipeline, StableDiffusionPipeline
 
 from restune_diffusion import RestuneLoaderMixin, enable_restune
 from restune_diffusion.pipelines.call_options import MixPerImage
-from restune_diffusion.pipelines.enable import _enabled_class
 from restune_diffusion.pipelines.control_images import TunerImage, TunerScale
+from restune_diffusion.pipelines.enable import _enabled_class
 
 from .peers import lora
 from .tiny_pipelines import (

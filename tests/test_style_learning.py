@@ -12,8 +12,8 @@ from restune_diffusion.data.training_images import load_samples
 from restune_diffusion.demo import BASE, IMAGES
 from restune_diffusion.hooks.attachment import attach
 from restune_diffusion.training import TrainConfig, train
-from restune_diffusion.training.cache import build_cache
-from restune_diffusion.training.objective import Objective
+from restune_diffusion.training.latents.cache import build_cache
+from restune_diffusion.training.losses.objective import Objective
 
 
 @pytest.fixture(scope="module")

@@ -16,9 +16,9 @@ from torch import nn
 
 from restune_diffusion import BypassConfig, ResConfig, SkipConfig, Tuner, attach
 from restune_diffusion.backbones import describe_base
-from restune_diffusion.training.batches import Batch, Batches
-from restune_diffusion.training.cache import Cache
-from restune_diffusion.training.objective import Objective
+from restune_diffusion.training.latents.batches import Batch, Batches
+from restune_diffusion.training.latents.cache import Cache
+from restune_diffusion.training.losses.objective import Objective
 from restune_diffusion.tuners.configs import PartConfig
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from restune_diffusion.data.captions import find_examples
 from restune_diffusion.data.training_images import load_samples
-from restune_diffusion.training.batches import Batches
-from restune_diffusion.training.cache import Cache, build_cache
-from restune_diffusion.training.objective import Objective
+from restune_diffusion.training.latents.batches import Batches
+from restune_diffusion.training.latents.cache import Cache, build_cache
+from restune_diffusion.training.losses.objective import Objective
 from restune_diffusion.utils.atomic_write import atomic_write
 from train.prepare_icons import PRETRAINING_SETS
 

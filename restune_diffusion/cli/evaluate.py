@@ -50,8 +50,8 @@ class EvaluateOptions(BaseModel):
 
         quiet_libraries()
         from ..evaluation import evaluate_tuner
-        from .mix import split_weight
-        from .placement import load_placed
+        from .options.mix import split_weight
+        from .options.placement import load_placed
 
         pipeline = load_placed(self.base, self.device, self.dtype)
         pipeline.set_progress_bar_config(disable=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from .drawing import DrawOptions
+from .options.sampling import DrawOptions
 
 
 class GenerateOptions(DrawOptions):
@@ -36,7 +36,7 @@ class GenerateOptions(DrawOptions):
             print(path)
 
     def _images(self, pipeline: Any) -> Any:
-        from .control import read_control_images
+        from .options.control_images import read_control_images
 
         steering = read_control_images(pipeline, self.control_image, self.control_from, (self.width, self.height))
         for number, prompt in enumerate(self.prompt):

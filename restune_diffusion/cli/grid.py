@@ -11,7 +11,7 @@ import tyro
 from pydantic import Field
 
 from ..utils.errors import RestuneError
-from .drawing import DrawOptions
+from .options.sampling import DrawOptions
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -79,7 +79,7 @@ class GridOptions(DrawOptions):
             print(path)
 
     def _columns(self) -> list[Column]:
-        from .mix import split_weight, unique_names
+        from .options.mix import split_weight, unique_names
 
         files = [split_weight(argument) for argument in self.tuner]
         names = unique_names([path for path, _ in files])

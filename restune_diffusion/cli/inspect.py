@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 from pydantic import BaseModel, ConfigDict
 
-from ..training.config_file import recorded_yaml
+from ..training.config.config_file import recorded_yaml
 from ..utils.display import printable
 from ..utils.errors import TunerFileError
 

@@ -36,7 +36,7 @@ class MergeOptions(BaseModel):
         """Merge, and say where the result is."""
         from ..conversion.arithmetic import merge_tuners, reduce_rank
         from ..storage.tuner_file import load_tuner, save_tuner
-        from .mix import split_weight
+        from .options.mix import split_weight
 
         sources = [split_weight(tuner) for tuner in self.tuners]
         weights = [weight for _, weight in sources]

@@ -27,6 +27,6 @@ class ReportOptions(BaseModel):
         from .quiet import quiet_libraries
 
         quiet_libraries()
-        from ..report import write_report
+        from ..training.report import write_report
 
         print(write_report(self.folder, self.output))

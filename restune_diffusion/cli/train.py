@@ -9,9 +9,9 @@ from typing import Annotated, Any
 
 import tyro
 
-from ..training.config import TrainConfig
-from ..training.config_file import given_settings
-from ..training.presets import PRESETS
+from ..training.config.config_file import given_settings
+from ..training.config.presets import PRESETS
+from ..training.config.train_config import TrainConfig
 from .quiet import quiet_libraries
 
 TRAIN_HELP = """Train a tuner on a folder of images.

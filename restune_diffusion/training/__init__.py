@@ -3,13 +3,13 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from .config import TrainConfig, ValidationConfig
-from .config_file import read_config
+from .config.config_file import read_config
+from .config.train_config import TrainConfig, ValidationConfig
 
 if TYPE_CHECKING:
-    from .run import StepReport
-    from .sweep_report import SweepResult, SweepRow
-    from .sweeping import sweep
+    from .state import StepReport
+    from .sweep.report import SweepResult, SweepRow
+    from .sweep.run import sweep
     from .trainer import TrainResult, train
 
 __all__ = [
@@ -25,11 +25,11 @@ __all__ = [
 ]
 
 _HOME = {
-    "StepReport": "run",
-    "SweepResult": "sweep_report",
-    "SweepRow": "sweep_report",
+    "StepReport": "state",
+    "SweepResult": "sweep.report",
+    "SweepRow": "sweep.report",
     "TrainResult": "trainer",
-    "sweep": "sweeping",
+    "sweep": "sweep.run",
     "train": "trainer",
 }
 

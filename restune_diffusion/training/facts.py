@@ -7,8 +7,8 @@ from typing import Any
 
 from .. import __version__
 from ..utils.settings_merge import flat
-from .config import TrainConfig
-from .run import TrainingRun
+from .config.train_config import TrainConfig
+from .state import TrainingRun
 
 # Settings that may change when a run is resumed: they do not reach the tuner.
 _IMMATERIAL = {"name", "preset", "validation", "checkpoint_every", "checkpoints_kept", "log_with"} | {

@@ -15,22 +15,22 @@ from ..backbones import text_encoders
 from ..hooks.attachment import attach
 from ..storage.tuner_file import save_tuner
 from ..utils.errors import TrainingError
-from .assembly import make_accelerator, make_run
-from .averaging import UpdateAverage
-from .bank import use_bank
+from .build import make_accelerator, make_run
+from .callbacks.averaging import UpdateAverage
+from .callbacks.config_record import ConfigFile
+from .callbacks.drift import LeakProbe
+from .callbacks.reporting import MetricsLog, Progress, ProgressBar, SheetFile, describe_plan
+from .callbacks.tracking import start_trackers
+from .callbacks.validation import ValidationSamples
 from .checkpoint import Checkpoints, latest_checkpoint
-from .config import TrainConfig
-from .config_record import ConfigFile
+from .config.train_config import TrainConfig
 from .facts import training_facts, trigger_words
-from .ground import Ground, prepared
-from .leak import LeakProbe
+from .feature_cache.use import use_bank
+from .inputs import Ground, prepared
 from .loop import run_loop
 from .memory import gradient_checkpointing
-from .reporting import MetricsLog, Progress, ProgressBar, SheetFile, describe_plan
-from .run import ATTACHED_NAME, Hook, StepReport, TrainingRun
+from .state import ATTACHED_NAME, Hook, StepReport, TrainingRun
 from .stopping import StopRequest
-from .tracking import start_trackers
-from .validation import ValidationSamples
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import torch
 from PIL import Image, ImageOps
 
 from restune_diffusion import RestuneStableDiffusionPipeline, read_info
-from restune_diffusion.cli.mix import split_weight, unique_names
+from restune_diffusion.cli.options.mix import split_weight, unique_names
 from restune_diffusion.imaging.conditions import make_condition
 
 Restune = Callable[..., tuple[int, str, str]]

@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from restune_diffusion import RestuneError, schedule
-from restune_diffusion.cli.mix import MixOptions
+from restune_diffusion.cli.options.mix import MixOptions
 
 
 def test_each_option_reaches_its_tuner(tmp_path: Path) -> None:

@@ -16,11 +16,11 @@ import pytest
 from PIL import Image
 
 from restune_diffusion.cli import main
-from restune_diffusion.report import write_report
-from restune_diffusion.report.curves import running_mean
-from restune_diffusion.report.pictures import chosen_steps
-from restune_diffusion.report.run_folder import read_run_folder
 from restune_diffusion.training import TrainConfig, ValidationConfig, train
+from restune_diffusion.training.report import write_report
+from restune_diffusion.training.report.curves import running_mean
+from restune_diffusion.training.report.images import chosen_steps
+from restune_diffusion.training.report.run_folder import read_run_folder
 from restune_diffusion.utils.errors import RestuneError
 
 from ..training import tiny

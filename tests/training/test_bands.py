@@ -12,12 +12,12 @@ import torch
 from restune_diffusion.data.captions import find_examples
 from restune_diffusion.data.training_images import load_samples
 from restune_diffusion.training import StepReport, TrainConfig, train
-from restune_diffusion.training.bands import BandLosses
-from restune_diffusion.training.batches import Batches
-from restune_diffusion.training.cache import build_cache
-from restune_diffusion.training.objective import Objective
-from restune_diffusion.training.tracking import tracker_name
-from restune_diffusion.training.usage import peak_memory
+from restune_diffusion.training.callbacks.peak_memory import peak_memory
+from restune_diffusion.training.callbacks.tracking import tracker_name
+from restune_diffusion.training.latents.batches import Batches
+from restune_diffusion.training.latents.cache import build_cache
+from restune_diffusion.training.losses.bands import BandLosses
+from restune_diffusion.training.losses.objective import Objective
 from restune_diffusion.utils.errors import TrainingError
 
 from .tiny import sd_pipeline

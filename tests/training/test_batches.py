@@ -8,8 +8,8 @@ import torch
 
 from restune_diffusion.data.captions import find_examples
 from restune_diffusion.data.training_images import load_samples
-from restune_diffusion.training.batches import Batches
-from restune_diffusion.training.cache import Cache, Latent, build_cache
+from restune_diffusion.training.latents.batches import Batches
+from restune_diffusion.training.latents.cache import Cache, Latent, build_cache
 
 from .tiny import sd_pipeline
 

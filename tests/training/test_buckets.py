@@ -15,10 +15,10 @@ from restune_diffusion.data.buckets import Buckets, bucket_sizes, bucket_step
 from restune_diffusion.data.image_files import Geometry, centred
 from restune_diffusion.storage.tuner_file import load_tuner
 from restune_diffusion.training import TrainConfig, train
-from restune_diffusion.training.batches import Batches
-from restune_diffusion.training.cache import Cache, Latent
-from restune_diffusion.training.conditioning import Conditioning
-from restune_diffusion.training.stream import BucketedStream, SampleStream
+from restune_diffusion.training.latents.batches import Batches
+from restune_diffusion.training.latents.cache import Cache, Latent
+from restune_diffusion.training.latents.sampler import BucketedStream, SampleStream
+from restune_diffusion.training.latents.text_conditioning import Conditioning
 
 from .test_train import assert_same
 from .tiny import draw_image, sdxl_pipeline

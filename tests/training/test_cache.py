@@ -6,7 +6,7 @@ import torch
 
 from restune_diffusion.data.captions import find_examples
 from restune_diffusion.data.training_images import load_samples
-from restune_diffusion.training.cache import build_cache, encode_image
+from restune_diffusion.training.latents.cache import build_cache, encode_image
 
 from .tiny import sd_pipeline, write_images
 

@@ -13,8 +13,8 @@ from PIL import Image
 
 from restune_diffusion import RestuneStableDiffusionPipeline
 from restune_diffusion.training import TrainConfig
-from restune_diffusion.training import class_images as module
-from restune_diffusion.training.class_images import class_examples
+from restune_diffusion.training.losses import class_images as module
+from restune_diffusion.training.losses.class_images import class_examples
 from restune_diffusion.utils.errors import DataError
 
 from . import tiny

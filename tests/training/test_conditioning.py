@@ -3,7 +3,7 @@ from __future__ import annotations
 import torch
 
 from restune_diffusion.data.image_files import Geometry
-from restune_diffusion.training.conditioning import denoiser_inputs, encode_caption, encode_nothing
+from restune_diffusion.training.latents.text_conditioning import denoiser_inputs, encode_caption, encode_nothing
 
 from .tiny import sd_pipeline, sdxl_pipeline
 

@@ -21,9 +21,9 @@ from restune_diffusion.hooks.manager import TunerManager
 from restune_diffusion.imaging.conditions import condition_to_tensor, palette
 from restune_diffusion.storage.tuner_file import load_tuner, read_info
 from restune_diffusion.training import TrainConfig, ValidationConfig, train
-from restune_diffusion.training.batches import Batches
-from restune_diffusion.training.cache import Cache, build_cache
-from restune_diffusion.training.objective import Objective
+from restune_diffusion.training.latents.batches import Batches
+from restune_diffusion.training.latents.cache import Cache, build_cache
+from restune_diffusion.training.losses.objective import Objective
 from restune_diffusion.tuners.configs import ControlConfig
 from restune_diffusion.tuners.tuner import Tuner
 from restune_diffusion.utils.errors import DataError

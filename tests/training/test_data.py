@@ -12,7 +12,7 @@ from restune_diffusion.data.example import Example
 from restune_diffusion.data.image_files import Geometry, centred, read_image
 from restune_diffusion.data.training_images import load_samples, to_tensor
 from restune_diffusion.imaging.rgb import to_rgb
-from restune_diffusion.training.cache import build_cache
+from restune_diffusion.training.latents.cache import build_cache
 from restune_diffusion.utils.errors import DataError
 
 from .tiny import draw_image, sd_pipeline

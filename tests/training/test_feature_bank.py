@@ -13,14 +13,14 @@ from safetensors.torch import load_file, save_file
 
 from restune_diffusion import BypassConfig
 from restune_diffusion.training import TrainConfig, train
-from restune_diffusion.training.averaging import UpdateAverage
-from restune_diffusion.training.bank import bank_stream, use_bank
-from restune_diffusion.training.bank_layout import BankLayout
-from restune_diffusion.training.batches import Batches
-from restune_diffusion.training.feature_bank import FeatureBank
+from restune_diffusion.training.callbacks.averaging import UpdateAverage
+from restune_diffusion.training.feature_cache.cache import FeatureBank
+from restune_diffusion.training.feature_cache.layout import BankLayout
+from restune_diffusion.training.feature_cache.tap_features import record_features
+from restune_diffusion.training.feature_cache.use import bank_stream, use_bank
+from restune_diffusion.training.latents.batches import Batches
 from restune_diffusion.training.loop import run_loop
-from restune_diffusion.training.run import TrainingRun
-from restune_diffusion.training.tap_features import record_features
+from restune_diffusion.training.state import TrainingRun
 from restune_diffusion.training.trainer import FinalFile, acting, make_accelerator, make_run, prepared
 from restune_diffusion.utils.errors import TrainingError
 

@@ -18,11 +18,11 @@ from restune_diffusion.data.captions import find_examples
 from restune_diffusion.data.training_images import load_samples
 from restune_diffusion.storage.tuner_file import load_tuner
 from restune_diffusion.training import TrainConfig, train
-from restune_diffusion.training.base import check_trainable
-from restune_diffusion.training.batches import Batch, Batches
-from restune_diffusion.training.cache import build_cache
-from restune_diffusion.training.inpainting import InpaintingInputs, draw_mask, validation_inputs
-from restune_diffusion.training.objective import Objective
+from restune_diffusion.training.frozen_base import check_trainable
+from restune_diffusion.training.latents.batches import Batch, Batches
+from restune_diffusion.training.latents.cache import build_cache
+from restune_diffusion.training.latents.inpainting import InpaintingInputs, draw_mask, validation_inputs
+from restune_diffusion.training.losses.objective import Objective
 from restune_diffusion.utils.errors import TrainingError
 
 from . import tiny

@@ -13,7 +13,7 @@ from restune_diffusion import TextConfig, load_tuner
 from restune_diffusion.backbones import text_encoders
 from restune_diffusion.hooks.attachment import attach
 from restune_diffusion.training import TrainConfig, train
-from restune_diffusion.training.objective import Objective
+from restune_diffusion.training.losses.objective import Objective
 from restune_diffusion.utils.seeds import derived_seed
 
 from . import tiny

@@ -11,10 +11,11 @@ import torch
 from PIL import Image
 
 from restune_diffusion.storage.tuner_file import load_tuner
-from restune_diffusion.training import TrainConfig, ground, train
-from restune_diffusion.training.averaging import TunerAverage
+from restune_diffusion.training import TrainConfig, train
+from restune_diffusion.training import inputs as ground
+from restune_diffusion.training.callbacks.averaging import TunerAverage
+from restune_diffusion.training.callbacks.validation import draw_samples
 from restune_diffusion.training.memory import gradient_checkpointing
-from restune_diffusion.training.validation import draw_samples
 from restune_diffusion.tuners.configs import BypassConfig, ResConfig, SkipConfig
 from restune_diffusion.utils.errors import TrainingError
 
@@ -124,7 +125,7 @@ def test_encoders_of_a_pipeline_in_use_are_not_dropped(config: MakeConfig) -> No
 def test_samples_are_drawn_with_the_schedule_that_was_trained(
     config: MakeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from restune_diffusion.training import validation
+    from restune_diffusion.training.callbacks import validation
 
     seen: list[Any] = []
     make = validation.sampling_pipeline

@@ -12,9 +12,9 @@ import torch
 
 from restune_diffusion.data.captions import find_examples
 from restune_diffusion.data.training_images import load_samples
-from restune_diffusion.training.batches import Batch, Batches
-from restune_diffusion.training.cache import Cache, build_cache
-from restune_diffusion.training.noising import Noising
+from restune_diffusion.training.latents.batches import Batch, Batches
+from restune_diffusion.training.latents.cache import Cache, build_cache
+from restune_diffusion.training.latents.noising import Noising
 from restune_diffusion.utils.errors import TrainingError
 
 from .tiny import sd_pipeline

@@ -4,7 +4,7 @@ import pytest
 import torch
 from diffusers import DDPMScheduler
 
-from restune_diffusion.training.objective import Objective
+from restune_diffusion.training.losses.objective import Objective
 from restune_diffusion.utils.errors import TrainingError
 
 LATENTS = torch.tensor([[1.0, 2.0], [3.0, -4.0]])

@@ -17,9 +17,9 @@ from restune_diffusion.data.loss_masks import MaskFiles, alpha_mask, framed_mask
 from restune_diffusion.data.refusals import Refused
 from restune_diffusion.data.training_images import Sample, load_samples
 from restune_diffusion.training import TrainConfig, train
-from restune_diffusion.training.batches import Batches
-from restune_diffusion.training.cache import build_cache
-from restune_diffusion.training.objective import Objective
+from restune_diffusion.training.latents.batches import Batches
+from restune_diffusion.training.latents.cache import build_cache
+from restune_diffusion.training.losses.objective import Objective
 from restune_diffusion.utils.errors import DataError
 
 from .tiny import scheduler, sd_pipeline

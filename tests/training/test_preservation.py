@@ -24,12 +24,12 @@ from restune_diffusion.hooks.attachment import attach
 from restune_diffusion.hooks.manager import TunerManager
 from restune_diffusion.storage.tuner_file import load_tuner
 from restune_diffusion.training import StepReport, TrainConfig, train
-from restune_diffusion.training.batches import Batches
-from restune_diffusion.training.cache import build_cache
-from restune_diffusion.training.conditioning import LiveEncoder, encode_caption
-from restune_diffusion.training.objective import Objective
-from restune_diffusion.training.preservation import OutputPreservation
-from restune_diffusion.training.run import ATTACHED_NAME
+from restune_diffusion.training.latents.batches import Batches
+from restune_diffusion.training.latents.cache import build_cache
+from restune_diffusion.training.latents.text_conditioning import LiveEncoder, encode_caption
+from restune_diffusion.training.losses.objective import Objective
+from restune_diffusion.training.losses.preservation import OutputPreservation
+from restune_diffusion.training.state import ATTACHED_NAME
 from restune_diffusion.utils.errors import TrainingError
 from restune_diffusion.utils.seeds import derived_seed
 

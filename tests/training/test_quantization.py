@@ -15,7 +15,7 @@ from torch import nn
 from restune_diffusion import ResConfig, RestuneError, RestuneStableDiffusionPipeline, Tuner, attach, merge_lora
 from restune_diffusion.storage.tuner_file import read_info
 from restune_diffusion.training import TrainConfig, train
-from restune_diffusion.training.feature_bank import models_hash
+from restune_diffusion.training.feature_cache.cache import models_hash
 from restune_diffusion.training.quantization import parameter_bytes, quantize_base, stored_tensors
 from restune_diffusion.utils.errors import TrainingError
 

@@ -11,9 +11,9 @@ import torch
 from restune_diffusion.data.captions import find_examples
 from restune_diffusion.data.training_images import load_samples
 from restune_diffusion.training import TrainConfig, train
-from restune_diffusion.training.batches import Batches
-from restune_diffusion.training.cache import build_cache
-from restune_diffusion.training.stream import SampleStream
+from restune_diffusion.training.latents.batches import Batches
+from restune_diffusion.training.latents.cache import build_cache
+from restune_diffusion.training.latents.sampler import SampleStream
 
 from . import tiny
 from .test_train import assert_same

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import torch
 
-from restune_diffusion.training.stream import SampleStream
+from restune_diffusion.training.latents.sampler import SampleStream
 
 
 def test_every_pass_shows_every_image_once_in_a_new_order() -> None:

@@ -16,9 +16,9 @@ from restune_diffusion.hooks.attachment import attach
 from restune_diffusion.hooks.manager import TunerManager
 from restune_diffusion.storage.tuner_file import load_tuner, read_info
 from restune_diffusion.training import StepReport, TrainConfig, ValidationConfig, train
-from restune_diffusion.training.batches import Batches
-from restune_diffusion.training.cache import build_cache
-from restune_diffusion.training.objective import Objective
+from restune_diffusion.training.latents.batches import Batches
+from restune_diffusion.training.latents.cache import build_cache
+from restune_diffusion.training.losses.objective import Objective
 from restune_diffusion.tuners.tuner import Tuner
 from restune_diffusion.utils.errors import TrainingError
 

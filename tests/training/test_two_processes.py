@@ -17,7 +17,7 @@ from torch import nn
 
 from restune_diffusion.storage.tuner_file import load_tuner
 from restune_diffusion.training import TrainConfig, train
-from restune_diffusion.training.cache_shards import share
+from restune_diffusion.training.latents.cache_shards import share
 from restune_diffusion.training.processes import average_gradients, check_distribution
 from restune_diffusion.utils.errors import TrainingError
 

@@ -19,8 +19,8 @@ from restune_diffusion.pipelines.stable_diffusion.load_base import load_base
 from restune_diffusion.data.captions import find_examples
 from restune_diffusion.data.training_images import load_samples
 from restune_diffusion.training import TrainConfig, train
-from restune_diffusion.training.cache import Cache, build_cache
-from restune_diffusion.training.cache_shards import build_together
+from restune_diffusion.training.latents.cache import Cache, build_cache
+from restune_diffusion.training.latents.cache_shards import build_together
 from restune_diffusion.utils.errors import RestuneError
 
 

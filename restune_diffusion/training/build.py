@@ -1,0 +1,152 @@
+"""Put the parts of a training run together."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from diffusers.optimization import get_scheduler
+
+from ..pipelines.load_base import sampling_pipeline
+from ..tuners.tuner import Tuner
+from ..utils.errors import TrainingError
+from ..utils.seeds import derived_seed
+from .callbacks.averaging import TunerAverage
+from .callbacks.tracking import tracker_name
+from .checkpoint import latest_checkpoint, restore_checkpoint
+from .config.train_config import TrainConfig
+from .feature_cache.use import bank_stream
+from .inputs import Ground
+from .latents.batches import Batches
+from .latents.cache import Cache
+from .latents.inpainting import InpaintingInputs
+from .latents.noising import Noising
+from .latents.sampler import SampleStream
+from .latents.text_conditioning import LiveEncoder
+from .losses.objective import Objective
+from .losses.preservation import make_preservation
+from .optimizers import make_optimizer
+from .parameter_groups import parameter_groups
+from .processes import check_distribution
+from .state import TrainingRun
+
+
+def make_accelerator(config: TrainConfig) -> Accelerator:
+    """Make what places the run on its devices; raises `TrainingError` if it cannot run here."""
+    tracker = tracker_name(config)
+    # Two runs of one process may differ in precision, which accelerate keeps in a state of the whole process.
+    AcceleratorState._reset_state()
+    try:
+        accelerator = Accelerator(
+            mixed_precision=config.mixed_precision,
+            gradient_accumulation_steps=config.gradient_accumulation_steps,
+            cpu=config.cpu,
+            log_with=tracker,
+            project_dir=config.output,
+        )
+    except (ValueError, ImportError) as error:
+        raise TrainingError(f"Training cannot start: {str(error).strip().splitlines()[0]}") from error
+    check_distribution(accelerator)
+    if config.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+        raise TrainingError("fp16 needs a GPU; train on the CPU in fp32 (mixed precision `no`) or bf16.")
+    return accelerator
+
+
+def make_run(config: TrainConfig, accelerator: Accelerator, ground: Ground) -> TrainingRun:
+    """Put the parts of a run together, and restore them from the newest checkpoint if asked."""
+    pipeline, cache = ground.pipeline, ground.cache
+    objective = Objective(
+        pipeline.scheduler,
+        config.snr_gamma,
+        debiased_estimation=config.debiased_estimation,
+        prediction_type=config.prediction_type,
+        rescale_betas_zero_snr=config.rescale_betas_zero_snr,
+    )
+    tuner = Tuner.for_pipeline(pipeline, *config.parts, generator=torch.Generator().manual_seed(config.seed))
+    tuner.to(accelerator.device)
+    optimizer = make_optimizer(
+        config.optimizer,
+        parameter_groups(config, tuner),
+        learning_rate=config.learning_rate,
+        weight_decay=config.weight_decay,
+    )
+    encode = LiveEncoder(sampling_pipeline(pipeline)) if "text" in config.kinds else None
+    draw = partial(_draw, config, accelerator, pipeline, objective.timesteps, encode)
+    class_batches = partial(draw, seed=derived_seed(config.seed, "class"))
+    run = TrainingRun(
+        config=config,
+        accelerator=accelerator,
+        pipeline=pipeline,
+        tuner=tuner,
+        # Only the optimizer is prepared: the tuner runs in hooks, and the schedule counts steps, not processes.
+        optimizer=accelerator.prepare(optimizer),
+        lr_scheduler=_make_lr_scheduler(config, optimizer),
+        cache=cache,
+        batches=draw(cache, seed=config.seed, stream=bank_stream(config, cache)),
+        objective=objective,
+        resolution=ground.resolution,
+        conditions=ground.conditions,
+        data=ground.data,
+        preservation=make_preservation(config.class_prompt, ground.known_class, class_batches, encode),
+        average=TunerAverage(tuner, config.ema_decay) if config.ema_decay is not None else None,
+    )
+    checkpoint = latest_checkpoint(config.output) if config.resume else None
+    if checkpoint is not None:
+        restore_checkpoint(run, checkpoint)
+    return run
+
+
+def _draw(
+    config: TrainConfig,
+    accelerator: Accelerator,
+    pipeline: Any,
+    timesteps: int,
+    encode: LiveEncoder | None,
+    cache: Cache,
+    *,
+    seed: int,
+    stream: SampleStream | None = None,
+) -> Batches:
+    """Draw batches from a cache."""
+    return Batches(
+        cache,
+        seed=seed,
+        size=config.batch_size,
+        timesteps=timesteps,
+        caption_dropout=config.caption_dropout,
+        device=accelerator.device,
+        dtype=pipeline.unet.dtype,
+        noising=_noising(config),
+        encode=encode,
+        step_size=config.batch_size * config.gradient_accumulation_steps * accelerator.num_processes,
+        unmasked_weight=config.unmasked_weight,
+        inpainting=InpaintingInputs(pipeline.vae, cache.pictures) if cache.pictures else None,
+        stream=stream,
+    )
+
+
+def _make_lr_scheduler(config: TrainConfig, optimizer: torch.optim.Optimizer) -> Any:
+    return get_scheduler(
+        config.lr_scheduler,
+        optimizer,
+        step_rules=config.lr_step_rules,
+        num_warmup_steps=config.lr_warmup_steps,
+        num_training_steps=config.steps,
+        num_cycles=config.lr_num_cycles,
+        power=config.lr_power,
+    )
+
+
+def _noising(config: TrainConfig) -> Noising:
+    return Noising(
+        offset=config.noise_offset,
+        perturbation=config.input_perturbation,
+        sampling=config.timestep_sampling,
+        logit_mean=config.logit_mean,
+        logit_std=config.logit_std,
+        low=config.min_timestep,
+        high=config.max_timestep,
+    )

@@ -1,0 +1,20 @@
+"""Write a run's settings down beside its result."""
+
+from __future__ import annotations
+
+from ...utils.atomic_write import atomic_write
+from ..config.config_file import config_yaml
+from ..state import Hook, TrainingRun
+
+CONFIG_FILE = "config.yaml"
+_HEADER = "# The settings of this run: restune train --config config.yaml --output OTHER does the same again.\n"
+
+
+class ConfigFile(Hook):
+    """Writes `config.yaml`; a resumed run, which may have other settings, writes it anew."""
+
+    def on_start(self, run: TrainingRun) -> None:
+        """Write the file."""
+        if run.accelerator.is_main_process:
+            with atomic_write(run.config.output / CONFIG_FILE) as file:
+                file.write((_HEADER + config_yaml(run.config)).encode())

@@ -1,0 +1,158 @@
+"""Tell the user and the log how training goes."""
+
+from __future__ import annotations
+
+import json
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO, Any
+
+from tqdm.auto import tqdm
+
+from ...utils.atomic_write import atomic_write
+from ...utils.display import readable_size
+from ..quantization import parameter_bytes
+from ..state import Hook, StepReport, TrainingRun
+from .metrics_file import METRICS_FILE
+from .peak_memory import peak_memory
+
+# Losses of single steps differ by the timestep that was drawn far more than by learning.
+LOSS_WINDOW = 50
+
+
+def describe_plan(run: TrainingRun) -> str:
+    """Say in a few lines what the run is about to do."""
+    config, cache = run.config, run.cache
+    images = run.images_per_step
+    epochs = config.steps * images / sum(cache.repeats)
+    precision = {"no": "fp32", "fp16": "fp16", "bf16": "bf16"}[config.mixed_precision]
+    # weight, gradient and two moments of Adam, four bytes each
+    tuner_memory, base_memory = run.tuner.num_parameters() * 16, parameter_bytes(run.pipeline.unet)
+    lines = [
+        f"base        {config.base} ({run.objective.prediction_type}, {precision}, {run.accelerator.device})",
+        *_describe_data(run),
+        f"tuner       {' + '.join(config.kinds)}, {run.tuner.num_parameters():,} parameters",
+        *(["masks       drawn anew in each step"] if cache.pictures else []),
+        *([f"steered by  {run.conditions.describe()}"] if run.conditions is not None else []),
+        *([f"preserved   {run.preservation.describe()}"] if run.preservation is not None else []),
+        f"training    {config.steps} steps of {images} images = {epochs:.1f} epochs",
+        f"memory      U-Net {readable_size(base_memory)}, tuner and optimizer {readable_size(tuner_memory)}, "
+        f"cached data {readable_size(cache.bytes)} (in main memory), and activations",
+        f"output      {config.file}",
+    ]
+    return "\n".join(lines)
+
+
+def _describe_data(run: TrainingRun) -> list[str]:
+    if run.data is None:
+        return [f"images      {len(run.cache)} at {run.resolution} x {run.resolution}"]
+    notes = run.data.notes()
+    lines = [f"images      {run.data.images_line(run.resolution)}"]
+    return lines + [f"{'' if number else 'left out':<12}{note}" for number, note in enumerate(notes)]
+
+
+class SheetFile(Hook):
+    """Writes `data.json`: what is trained on, and what is left out and why."""
+
+    def on_start(self, run: TrainingRun) -> None:
+        """Write the file."""
+        if run.data is not None and run.accelerator.is_main_process:
+            run.data.write(run.config.output)
+
+
+class ProgressBar(Hook):
+    """Shows the smoothed loss, the speed, the time left and the peak memory of the main process on the terminal."""
+
+    def __init__(self) -> None:
+        self._recent: deque[StepReport] = deque(maxlen=LOSS_WINDOW)
+        self._bar: Any = None
+
+    def on_start(self, run: TrainingRun) -> None:
+        """Show the bar."""
+        shown = run.accelerator.is_main_process
+        self._bar = tqdm(
+            total=run.config.steps, initial=run.step, unit="step", desc=run.config.name, disable=not shown
+        )
+
+    def on_step(self, run: TrainingRun, report: StepReport) -> None:
+        """Move the bar on."""
+        self._recent.append(report)
+        loss = sum(recent.loss for recent in self._recent) / len(self._recent)
+        speed = sum(recent.images for recent in self._recent) / sum(recent.seconds for recent in self._recent)
+        memory = peak_memory(run.accelerator.device)
+        used = f", {readable_size(memory)}" if memory is not None else ""
+        self._bar.set_postfix_str(f"loss {loss:.4f}, {speed:.1f} images/s{used}", refresh=False)
+        self._bar.update()
+
+    def close(self) -> None:
+        """Leave the bar's last state on the terminal."""
+        if self._bar is not None:
+            self._bar.close()
+
+
+class MetricsLog(Hook):
+    """Appends one line of JSON per step to `metrics.jsonl`, and tells accelerate's trackers the same."""
+
+    def __init__(self) -> None:
+        self._file: IO[str] | None = None
+
+    def on_start(self, run: TrainingRun) -> None:
+        """Open the log; a resumed run forgets the steps that it is about to repeat."""
+        if run.accelerator.is_main_process:
+            path = run.config.output / METRICS_FILE
+            _keep_until(path, run.step or -1)
+            self._file = path.open("a", encoding="utf-8")
+
+    def on_step(self, run: TrainingRun, report: StepReport) -> None:
+        """Log the step."""
+        values = {
+            "loss": report.loss,
+            "grad_norm": report.grad_norm,
+            "learning_rate": report.learning_rate,
+            "seconds": report.seconds,
+            "images_per_second": report.images / report.seconds,
+            **{f"loss_by_timestep/{band}": loss for band, loss in report.band_losses.items()},
+        }
+        if report.preservation_loss is not None:
+            values["preservation_loss"] = report.preservation_loss
+        memory = peak_memory(run.accelerator.device)
+        if memory is not None:
+            values["peak_memory_mib"] = memory / 2**20
+        self.note(run, values)
+
+    def note(self, run: TrainingRun, values: dict[str, float]) -> None:
+        """Log figures for the present step, on a line of their own."""
+        if self._file is not None:
+            self._file.write(json.dumps({"step": run.step, **values}) + "\n")
+            self._file.flush()
+        run.accelerator.log(values, step=run.step)
+
+    def close(self) -> None:
+        """Close the log."""
+        if self._file is not None:
+            self._file.close()
+
+
+class Progress(Hook):
+    """Hands every step's report to a function of the caller."""
+
+    def __init__(self, function: Callable[[StepReport], None]) -> None:
+        self._function = function
+
+    def on_step(self, run: TrainingRun, report: StepReport) -> None:
+        """Call the function."""
+        self._function(report)
+
+
+def _keep_until(path: Path, step: int) -> None:
+    """Cut a log back to the steps up to this one; a line that a crash left unfinished goes too."""
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except (ValueError, KeyError, TypeError):
+            continue
+    with atomic_write(path) as file:
+        file.write("".join(kept).encode())

@@ -1,0 +1,144 @@
+"""Sample images while training, made the way that a user will make them: from a tuner file, with the pipeline."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import nn
+
+from ...hooks.manager import TunerManager
+from ...imaging.contact_sheet import labelled_grid
+from ...pipelines.load_base import sampling_pipeline
+from ...storage.tuner_file import save_tuner
+from ..config.train_config import ValidationConfig
+from ..frozen_base import move_encoders
+from ..latents.inpainting import masked_picture, validation_inputs
+from ..state import Hook, StepReport, TrainingRun
+
+_NAME = "validation sample"
+
+
+class ValidationSamples(Hook):
+    """Draws the validation prompts at the start, every so many steps, and at the end.
+
+    Place it after `FinalFile`: the last samples are drawn from the finished file.
+
+    Args:
+        steering: for a control tuner the condition images of each prompt, by name.
+    """
+
+    def __init__(self, steering: Sequence[Mapping[str, Image.Image]] = ()) -> None:
+        self.folders: list[Path] = []
+        self._steering = steering
+
+    def on_start(self, run: TrainingRun) -> None:
+        """Draw what the base makes of the prompts, unless the run is resumed."""
+        if run.step == 0:
+            self._sample_from_state(run)
+
+    def on_step(self, run: TrainingRun, report: StepReport) -> None:
+        """Draw if it is time."""
+        every = run.config.validation.every
+        if every and run.step % every == 0 and run.step < run.config.steps:
+            self._sample_from_state(run)
+
+    def on_end(self, run: TrainingRun) -> None:
+        """Draw from the finished file."""
+        self._sample(run, run.config.file)
+
+    def _sample_from_state(self, run: TrainingRun) -> None:
+        if run.config.validation.prompts and run.accelerator.is_main_process:
+            with TemporaryDirectory(dir=run.config.output, prefix=".sample-", suffix=".tmp") as folder:
+                file = Path(folder) / "tuner.safetensors"
+                with run.released_weights():
+                    save_tuner(run.tuner, file)
+                self._sample(run, file)
+        run.accelerator.wait_for_everyone()
+
+    def _sample(self, run: TrainingRun, file: Path) -> None:
+        if not run.config.validation.prompts or not run.accelerator.is_main_process:
+            return
+        validation = run.config.validation
+        changes = run.objective.scheduler_changes
+        repainted = validation_inputs(run.cache.pictures, len(validation.prompts), validation.seed)
+        images = draw_samples(
+            run.pipeline, file, validation, run.accelerator.device, self._steering, changes, repainted
+        )
+        folder = run.config.output / "samples" / f"step-{run.step:06d}"
+        folder.mkdir(parents=True, exist_ok=True)
+        for number, image in enumerate(images):
+            image.save(folder / f"{number:02d}.png")
+        shown = [dict(conditions) for conditions in self._steering or [{} for _ in images]]
+        for number, inputs in enumerate(repainted):
+            shown[number] |= {"masked": masked_picture(**inputs)}
+        rows = [[*conditions.values(), image] for conditions, image in zip(shown, images, strict=True)]
+        sheet = labelled_grid(rows, validation.prompts, [*shown[0], f"step {run.step}"])
+        sheet.save(folder / "sheet.png")
+        self.folders.append(folder)
+
+
+def draw_samples(
+    pipeline: Any,
+    file: Path,
+    config: ValidationConfig,
+    device: torch.device,
+    steering: Sequence[Mapping[str, Image.Image]] = (),
+    scheduler_changes: Mapping[str, Any] | None = None,
+    repainted: Sequence[Mapping[str, Image.Image]] = (),
+) -> list[Image.Image]:
+    """Generate one image per prompt with the tuner in a file; tuners on the base are set aside meanwhile.
+
+    `steering` holds the condition images of each prompt, by name, if the tuner takes any, `scheduler_changes` what the
+    scheduler must have other than in the base, and `repainted` the `image` and `mask_image` of each prompt, if the
+    base is for inpainting. No random state but the samples' own is used, so sampling does not change the course of
+    training.
+    """
+    sampler = sampling_pipeline(pipeline, scheduler_changes)
+    images = []
+    with _only_tuner(sampler, file), _encoders_on(pipeline, device):
+        for number, prompt in enumerate(config.prompts):
+            result = sampler(
+                prompt,
+                tuner_image=steering[number] if steering else None,
+                num_inference_steps=config.steps,
+                guidance_scale=config.guidance,
+                generator=torch.Generator("cpu").manual_seed(config.seed),
+                # Nothing of the picture is to shine through the mask.
+                **({**repainted[number], "strength": 1.0} if repainted else {}),
+            )
+            images.append(result.images[0])
+    return images
+
+
+@contextmanager
+def _only_tuner(sampler: Any, file: Path) -> Iterator[None]:
+    """Load a tuner file as the only active tuner, and give the others their weights back afterwards."""
+    before = sampler.get_list_tuners()
+    sampler.load_tuner_weights(file, tuner_name=_NAME)
+    try:
+        sampler.set_tuners(_NAME)
+        yield
+    finally:
+        sampler.delete_tuners(_NAME)
+        manager = TunerManager.of(sampler.unet)
+        if manager is not None:
+            manager.set_weights(before)
+
+
+@contextmanager
+def _encoders_on(pipeline: Any, device: torch.device) -> Iterator[None]:
+    """Bring the models that training itself does not need to the device, for as long as they are needed."""
+    models = {name: model for name, model in pipeline.components.items() if isinstance(model, nn.Module)}
+    before = {name: next(model.parameters()).device for name, model in models.items()}
+    move_encoders(pipeline, device)
+    try:
+        yield
+    finally:
+        for name, model in models.items():
+            model.to(before[name])

@@ -1,0 +1,59 @@
+"""One pass of the base for several bypass tuners that train on the same batches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
+
+from ..latents.batches import Batch, BatchSource
+from ..state import TrainingRun
+from .tap_features import TapFeatures, record_features
+
+
+def tapped_by(runs: Sequence[TrainingRun]) -> set[str]:
+    """Return the sites that the tuners of some runs read."""
+    return {site for run in runs for part in run.tuner.parts() for site in part.taps}
+
+
+def features_of(run: TrainingRun, taps: Collection[str], batch: Batch) -> TapFeatures:
+    """Run the base on a batch, under the run's precision and without tuners, and return what a bypass reads of it."""
+    unet = run.pipeline.unet
+    noisy = run.objective.add_noise(batch.latents, batch.input_noise, batch.timesteps)
+    with run.accelerator.autocast():
+        sample = batch.denoiser_sample(noisy).to(unet.dtype)
+        return record_features(unet, taps, sample, batch.timesteps, batch.inputs)
+
+
+class PassBatches:
+    """Batches with the features of a pass of the base; whoever asks for one of the last batches gets the same.
+
+    Args:
+        batches: the batches without features.
+        compute: makes the features of a batch.
+        kept: how many batches stay.
+    """
+
+    def __init__(self, batches: BatchSource, compute: Callable[[Batch], TapFeatures], kept: int) -> None:
+        self._batches, self._compute, self._kept = batches, compute, kept
+        self._ready: dict[int, Batch] = {}
+
+    def __getitem__(self, number: int) -> Batch:
+        if number not in self._ready:
+            batch = self._batches[number]
+            self._ready[number] = replace(batch, features=self._compute(batch))
+            while len(self._ready) > self._kept:
+                del self._ready[next(iter(self._ready))]
+        return self._ready[number]
+
+
+def share_passes(runs: Sequence[TrainingRun]) -> None:
+    """Let bypass runs of the same batches learn from one pass of the base for each of them.
+
+    The tuners must not be attached. Each has a pass of its own through the output head, of the size that it has when
+    it is trained alone, so that both give the same to the last bit.
+    """
+    run, taps = runs[0], tapped_by(runs)
+    kept = run.config.gradient_accumulation_steps
+    shared = PassBatches(run.batches, lambda batch: features_of(run, taps, batch), kept)
+    for each in runs:
+        each.batches = shared

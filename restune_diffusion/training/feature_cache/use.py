@@ -1,0 +1,106 @@
+"""Give training runs their feature bank: build what is missing, then feed the runs from it."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+from tqdm.auto import tqdm
+
+from ...backbones import describe_base
+from ..config.shared_settings import batch_settings
+from ..config.train_config import TrainConfig
+from ..latents.batches import Batches
+from ..latents.cache import Cache
+from ..state import TrainingRun
+from .batches import BankBatches, BankStream, PrefetchedBatches
+from .cache import FeatureBank, models_hash
+from .layout import BankLayout, Shard
+from .shared_pass import features_of, tapped_by
+from .tap_features import TapFeatures
+
+_FORMAT = 1
+# The batches of a run may differ in these, and the bank is the same.
+_OF_THE_ORDER = {"base", "prompt", "batch_size", "gradient_accumulation_steps"}
+
+
+def bank_stream(config: TrainConfig, cache: Cache) -> BankStream | None:
+    """Return the stream of a run that trains from a bank."""
+    return None if config.feature_bank is None else BankStream(len(cache.shown), config.seed, config.feature_bank)
+
+
+def hash_of_models(pipeline: Any) -> str:
+    """Return a hash of the weights of all models of a pipeline."""
+    return models_hash(model for _, model in sorted(pipeline.components.items()) if isinstance(model, nn.Module))
+
+
+def use_bank(runs: Sequence[TrainingRun], models: str | None, verbose: bool = True) -> FeatureBank:
+    """Complete the bank of runs that draw the same batches, and let them train from it.
+
+    Args:
+        runs: pure bypass runs.
+        models: hash of the base's models.
+        verbose: whether to say how large the bank is, and to show how its making goes.
+
+    Raises:
+        TrainingError: if the bank does not fit on the disk, or a feature into its dtype.
+        TunerFileError: if a file cannot be written.
+    """
+    run = runs[0]
+    config, accelerator, batches = run.config, run.accelerator, run.batches
+    stream = bank_stream(config, run.cache)
+    assert stream is not None
+    assert isinstance(batches, Batches)
+    bank = _open_bank(run, tapped_by(runs), models)
+    if verbose:
+        accelerator.print(f"features    {bank.describe()}")
+    bank.check_space()
+    # All processes must have looked at the disk before one of them fills it.
+    accelerator.wait_for_everyone()
+    _complete(bank, run, batches, stream, verbose)
+    device, dtype = accelerator.device, run.pipeline.unet.dtype
+    fed = BankBatches(batches, stream, bank, size=config.batch_size, device=device, dtype=dtype)
+    kept = config.gradient_accumulation_steps
+    shared = PrefetchedBatches(fed, stride=accelerator.num_processes, kept=kept)
+    for each in runs:
+        each.batches = shared
+    return bank
+
+
+def _open_bank(run: TrainingRun, taps: set[str], models: str | None) -> FeatureBank:
+    config = run.config
+    latents = [run.cache.latents[views[0]].mean for views in run.cache.shown]
+    sizes = [(latent.shape[-2], latent.shape[-1]) for latent in latents]
+    assert config.feature_bank is not None
+    layout = BankLayout.of(
+        describe_base(run.pipeline.unet), taps, sizes, config.feature_bank, config.feature_bank_dtype
+    )
+    noise_levels = run.objective.noise_scheduler.alphas_cumprod.numpy().tobytes()
+    identity = {
+        "format": _FORMAT,
+        "models": models,
+        "images and captions": run.cache.data_hash,
+        "resolution": run.resolution,
+        "noise levels": hashlib.sha256(noise_levels).hexdigest(),
+        "taps": layout.taps,
+        "settings": {key: value for key, value in batch_settings(config).items() if key not in _OF_THE_ORDER},
+    }
+    return FeatureBank(config.feature_bank_dir or config.output / "feature-bank", layout, identity)
+
+
+def _complete(bank: FeatureBank, run: TrainingRun, batches: Batches, stream: BankStream, verbose: bool) -> None:
+    accelerator = run.accelerator
+
+    def compute(shard: Shard) -> TapFeatures:
+        draws = [stream.draw(shard.image, shard.first + number) for number in range(shard.count)]
+        return features_of(run, bank.layout.taps, batches.of(draws))
+
+    share, shares = accelerator.process_index, accelerator.num_processes
+    shown = verbose and accelerator.is_main_process and bool(bank.missing())
+    with tqdm(total=-(-sum(1 for _ in bank.layout.shards()) // shares), desc="features", disable=not shown) as bar:
+        bank.build(compute, share, shares, bar.update)
+    accelerator.wait_for_everyone()
+    # Where the processes share no disk, each machine makes the rest itself.
+    bank.build(compute)

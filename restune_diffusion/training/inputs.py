@@ -1,0 +1,145 @@
+"""What training runs stand on, and what several of them may share: the base and the encoded data."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from PIL import Image
+
+from ..backbones import text_encoders
+from ..data.buckets import bucket_step
+from ..data.captions import read_examples
+from ..data.condition_source import ConditionSource
+from ..data.data_sheet import DataSheet
+from ..data.example import Example
+from ..data.image_transform import Preparation
+from ..data.training_images import load_samples
+from ..hooks.placeholder_tokens import holds_word
+from ..pipelines.load_base import PRECISIONS, is_inpainting, load_base, training_resolution
+from ..utils.errors import NoImageError, TrainingError
+from .callbacks.drift import LeakPrompt, draw_leak_prompts
+from .config.train_config import TrainConfig
+from .feature_cache.use import hash_of_models
+from .frozen_base import check_trainable, frozen, move_encoders
+from .latents.cache import Cache, build_cache
+from .latents.cache_shards import build_together
+from .latents.text_conditioning import Conditioning
+from .losses.preservation import know_class
+from .memory import drop_encoders
+from .quantization import quantize_base
+
+
+@dataclass(frozen=True)
+class Ground:
+    """The base, and all that it was asked for before a tuner is on it."""
+
+    pipeline: Any
+    cache: Cache
+    data: DataSheet
+    """What is trained on and what is left out."""
+    resolution: int
+    conditions: ConditionSource | None
+    steering: Sequence[Mapping[str, Image.Image]]
+    """What steers the validation samples of a control tuner."""
+    known_class: Cache | Conditioning | None
+    """What preservation needs to know of the class."""
+    leak_prompts: Sequence[LeakPrompt]
+    """What the leak is measured on."""
+    models: str | None
+    """Hash of the models, if a feature bank asks for it."""
+
+
+@contextmanager
+def prepared(
+    config: TrainConfig, accelerator: Accelerator, pipeline: Any = None, *, verbose: bool = False
+) -> Iterator[Ground]:
+    """Load the base and encode the data, and give the pipeline back at the end as it was.
+
+    Args:
+        config: the settings; where several runs share the ground, what all of them have in common.
+        accelerator: says where, and which of the processes this is.
+        pipeline: a loaded pipeline to take instead of loading `config.base`.
+        verbose: whether to show how far drawing class images is.
+
+    Raises:
+        DataError: if the images or captions cannot be used.
+        TrainingError: if the pipeline cannot be trained on.
+    """
+    if config.drop_encoders and pipeline is not None:
+        raise TrainingError("The encoders of a pipeline that is in use cannot be dropped; leave drop_encoders out.")
+    if config.base_quantization is not None and pipeline is not None:
+        raise TrainingError("A pipeline that is in use is not quantised; leave base_quantization out.")
+    sheet = DataSheet(config.data, [])
+    examples = read_examples(config, sheet.refused)
+    _check_words(config, examples)
+    conditions = ConditionSource(config.control, config.control_data) if "control" in config.kinds else None
+    if conditions is not None:
+        examples = conditions.paired(examples, config.data)
+    if pipeline is None:
+        pipeline = load_base(config.base, PRECISIONS[config.mixed_precision])
+        if config.base_quantization is not None:
+            # Before it goes to the device, which never holds it in full.
+            quantize_base(pipeline.unet)
+    check_trainable(pipeline)
+    inpainting = is_inpainting(pipeline)
+    if config.drop_encoders and inpainting:
+        raise TrainingError("An inpainting base encodes masked images in each step; leave drop_encoders out.")
+    resolution = training_resolution(pipeline, config.resolution)
+    steering = conditions.samples(config.validation.control_images, resolution) if conditions is not None else []
+    pipeline.to(accelerator.device)
+    with frozen(pipeline):
+        cache = _encode(config, accelerator, pipeline, examples, resolution, conditions, sheet)
+        known = know_class(config, accelerator, pipeline, resolution, verbose=verbose)
+        leak_prompts = draw_leak_prompts(config, pipeline, resolution) if accelerator.is_main_process else []
+        models = hash_of_models(pipeline) if config.feature_bank is not None else None
+        if config.drop_encoders:
+            drop_encoders(pipeline)
+        kept = (*(text_encoders(pipeline) if "text" in config.kinds else ()), *(["vae"] if inpainting else ()))
+        move_encoders(pipeline, torch.device("cpu"), keep=kept)
+        try:
+            yield Ground(pipeline, cache, sheet, resolution, conditions, steering, known, leak_prompts, models)
+        finally:
+            move_encoders(pipeline, accelerator.device)
+
+
+def _encode(
+    config: TrainConfig,
+    accelerator: Accelerator,
+    pipeline: Any,
+    examples: Sequence[Example],
+    resolution: int,
+    conditions: ConditionSource | None,
+    sheet: DataSheet,
+) -> Cache:
+    """Encode the data, each process a share, and write down what it is."""
+    preparation = Preparation.of(config, resolution, bucket_step(pipeline), config.seed)
+    own = DataSheet(config.data, [])
+
+    def build(share: Sequence[Example]) -> Cache:
+        samples = load_samples(share, resolution, conditions, preparation=preparation, refused=own.refused)
+        return build_cache(pipeline, own.watched(samples), is_inpainting(pipeline))
+
+    cache: Cache | None = None
+    with suppress(NoImageError):
+        cache = build_together(accelerator, examples, build)
+    sheet.add(gather_object([own]))
+    sheet.check()
+    assert cache is not None
+    sheet.count_tokens([encoder.tokenizer for encoder in text_encoders(pipeline).values()])
+    return cache
+
+
+def _check_words(config: TrainConfig, examples: Sequence[Example]) -> None:
+    words = config.text.tokens if "text" in config.kinds else ()
+    missing = [word for word in words if not any(holds_word(example.caption, [word]) for example in examples)]
+    if missing:
+        raise TrainingError(
+            f"No caption has the new word {missing[0]}, which could learn nothing then; write it into the captions, "
+            f'for instance --prompt "a picture of {missing[0]}".'
+        )

@@ -1,0 +1,1 @@
+"""Batches of noisy latents: cached encodings, sampling, noising and text conditioning."""

@@ -1,0 +1,86 @@
+"""What the text encoders tell the denoiser, computed once per caption by the pipeline's own code."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ...data.image_files import Geometry
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """Text states of one caption; `pooled` is what SDXL adds to the time embedding."""
+
+    states: torch.Tensor
+    pooled: torch.Tensor | None = None
+
+
+def encode_caption(pipeline: Any, caption: str) -> Conditioning:
+    """Encode a caption as the pipeline does when it generates."""
+    with torch.no_grad():
+        encoded = pipeline.encode_prompt(
+            prompt=caption,
+            device=pipeline.unet.device,
+            num_images_per_prompt=1,
+            do_classifier_free_guidance=False,
+        )
+    # SD 1.x and 2.x return (positive, negative), SDXL (positive, negative, pooled, negative pooled).
+    pooled = encoded[2][0].cpu() if len(encoded) == 4 else None
+    return Conditioning(encoded[0][0].cpu(), pooled)
+
+
+class LiveEncoder:
+    """Encodes the captions of a batch anew, with gradient: for a tuner that acts on the text encoders.
+
+    Args:
+        pipeline: a pipeline with `RestuneLoaderMixin`, to whose base the tuner is attached.
+    """
+
+    def __init__(self, pipeline: Any) -> None:
+        self._pipeline = pipeline
+        self._zeros = bool(pipeline.config.get("force_zeros_for_empty_prompt", False))
+
+    def __call__(self, captions: Sequence[str | None]) -> list[Conditioning]:
+        """Return the text states of captions, on the device; None is the unconditional half of guidance."""
+        encoded = self._pipeline.encode_prompt(
+            prompt=[caption or "" for caption in captions],
+            device=self._pipeline.unet.device,
+            num_images_per_prompt=1,
+            do_classifier_free_guidance=False,
+        )
+        pooled = encoded[2] if len(encoded) == 4 else [None] * len(captions)
+        return [
+            # Not new zeros: a batch in which every caption is dropped has a gradient too.
+            Conditioning(states * 0, each * 0)
+            if caption is None and self._zeros and each is not None
+            else Conditioning(states, each)
+            for caption, states, each in zip(captions, encoded[0], pooled, strict=True)
+        ]
+
+
+def encode_nothing(pipeline: Any) -> Conditioning:
+    """Encode the empty caption, as the unconditional half of guidance sees it."""
+    empty = encode_caption(pipeline, "")
+    if empty.pooled is not None and pipeline.config.get("force_zeros_for_empty_prompt", False):
+        return Conditioning(torch.zeros_like(empty.states), torch.zeros_like(empty.pooled))
+    return empty
+
+
+def denoiser_inputs(
+    conditionings: Sequence[Conditioning], geometries: Sequence[Geometry], device: torch.device, dtype: torch.dtype
+) -> dict[str, Any]:
+    """Stack the conditionings of a batch into the keyword arguments of `UNet2DConditionModel`."""
+    states = torch.stack([conditioning.states for conditioning in conditionings]).to(device, dtype)
+    inputs: dict[str, Any] = {"encoder_hidden_states": states}
+    pooled = [conditioning.pooled for conditioning in conditionings if conditioning.pooled is not None]
+    if pooled:
+        sizes = [[*geometry.original, *geometry.corner, *geometry.size] for geometry in geometries]
+        inputs["added_cond_kwargs"] = {
+            "text_embeds": torch.stack(pooled).to(device, dtype),
+            "time_ids": torch.tensor(sizes, device=device, dtype=dtype),
+        }
+    return inputs

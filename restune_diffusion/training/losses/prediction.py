@@ -1,0 +1,57 @@
+"""What the denoiser predicts for a training batch, with the tuner or by the base alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from ...hooks.attachment import attach
+from ...hooks.manager import TunerManager
+from ..feature_cache.tap_features import predict_from_features
+from ..latents.batches import Batch
+from ..state import ATTACHED_NAME, TrainingRun
+
+
+def predict(run: TrainingRun, batch: Batch) -> torch.Tensor:
+    """Return the prediction for a batch's noisy latents under the run's precision, in the shape of the latents."""
+    unet = run.pipeline.unet
+    if batch.features is not None:
+        with run.accelerator.autocast():
+            return predict_from_features(unet, run.tuner, batch.features)
+    noisy = run.objective.add_noise(batch.latents, batch.input_noise, batch.timesteps)
+    manager = TunerManager.of(unet)
+    if manager is not None and batch.conditions:
+        manager.set_conditions(ATTACHED_NAME, batch.conditions)
+    with run.accelerator.autocast():
+        sample = batch.denoiser_sample(noisy).to(unet.dtype)
+        prediction: torch.Tensor = unet(sample, batch.timesteps, return_dict=False, **batch.inputs)[0]
+    return prediction
+
+
+@contextmanager
+def tuner_at_hand(run: TrainingRun) -> Iterator[None]:
+    """Within, a run's tuner acts on the base, also where it is trained on features that are known."""
+    manager = TunerManager.of(run.pipeline.unet)
+    if manager is not None and ATTACHED_NAME in manager.names:
+        yield
+        return
+    with attach(run.pipeline.unet, run.tuner, ATTACHED_NAME):
+        yield
+
+
+@contextmanager
+def base_alone(unet: Any) -> Iterator[None]:
+    """Within, the base predicts as if no tuner were attached, and without gradient."""
+    manager = TunerManager.of(unet)
+    before = manager.enabled if manager is not None else True
+    if manager is not None:
+        manager.enabled = False
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        if manager is not None:
+            manager.enabled = before

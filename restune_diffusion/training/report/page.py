@@ -1,0 +1,202 @@
+"""Put the page together."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from ...utils.atomic_write import atomic_write
+from ...utils.settings_merge import flat
+from .. import TrainConfig
+from ..callbacks.metrics_file import Series
+from ..config.config_file import recorded_yaml
+from .curves import import_matplotlib, plain, raw_and_smooth, several, smoothing_window
+from .images import chosen_steps, data_url
+from .run_folder import RunFolder, read_run_folder
+from .usage import command_example, example_prompt, python_example
+
+_MOST_STEPS = 6
+_MOST_PROMPTS = 16
+_BAND = "loss_by_timestep/"
+# Figures with a place of their own on the page.
+_PLACED = {"loss", "learning_rate", "images_per_second", "seconds", "peak_memory_mib", "grad_norm", "leak"}
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A drawing with what stands above and below it."""
+
+    title: str
+    svg: Markup
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Strip:
+    """The samples of one prompt: the step and image of each, None where it cannot be read."""
+
+    prompt: str
+    images: list[tuple[int, str | None]]
+
+
+def write_report(folder: Path | str, output: Path | None = None) -> Path:
+    """Write one HTML page, which needs nothing but itself, about a training run.
+
+    Args:
+        folder: the output folder of the run, which may still be going on or have been broken off.
+        output: where to; `report.html` in the folder by default.
+
+    Returns:
+        Where the page is.
+
+    Raises:
+        RestuneError: if this is no such folder, or matplotlib is not installed.
+        TunerFileError: if the page cannot be written.
+    """
+    import_matplotlib()
+    run = read_run_folder(Path(folder))
+    path = output if output is not None else run.path / "report.html"
+    with atomic_write(path) as file:
+        file.write(render(run).encode())
+    return path
+
+
+def render(run: RunFolder) -> str:
+    """Return the page; all that a user wrote is escaped."""
+    environment = Environment(
+        loader=PackageLoader(__name__.rpartition(".")[0], "templates"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    steps = chosen_steps(list(run.samples), _MOST_STEPS)
+    return environment.get_template("page.html.j2").render(
+        run=run,
+        config=run.config,
+        facts=_facts(run),
+        strips=_strips(run, steps),
+        steps_left_out=len(run.samples) - len(steps),
+        charts=_charts(run.config, run.series),
+        settings=_changed_settings(run.config),
+        all_settings=recorded_yaml(run.config.recorded()),
+        usage=_usage(run),
+    )
+
+
+def _facts(run: RunFolder) -> list[tuple[str, str]]:
+    config, tuner = run.config, run.tuner
+    facts = [("Tuner", " + ".join(config.kinds)), ("Base", Path(config.base).name or config.base)]
+    if tuner is not None:
+        facts[0] = (
+            "Tuner",
+            f"{facts[0][1]}, {tuner[1].num_parameters:,} parameters, {tuner[1].bytes / 2**20:.1f} MiB",
+        )
+    facts.append(("Steps", f"{run.step:,} of {config.steps:,}"))
+    losses = [value for _, value in run.series.get("loss", [])]
+    if losses:
+        window = smoothing_window(len(losses))
+        first, last = (sum(each) / len(each) for each in (losses[:window], losses[-window:]))
+        facts.append(("Loss", f"{first:.4f} → {last:.4f} (means of {window} steps)"))
+    speeds = [value for _, value in run.series.get("images_per_second", [])]
+    if speeds:
+        facts.append(("Speed", f"{median(speeds):.3g} images/s"))
+    seconds = [value for _, value in run.series.get("seconds", [])]
+    if seconds:
+        facts.append(("Time in steps", _duration(sum(seconds))))
+        if run.step < config.steps:
+            facts.append(("Time left", f"about {_duration((config.steps - run.step) * median(seconds[-50:]))}"))
+    memory = [value for _, value in run.series.get("peak_memory_mib", [])]
+    if memory:
+        facts.append(("Peak memory", f"{max(memory) / 1024:.2f} GiB"))
+    return facts
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {seconds} s" if minutes else f"{seconds} s"
+
+
+def _strips(run: RunFolder, steps: list[int]) -> list[Strip]:
+    prompts = run.config.validation.prompts
+    numbers = sorted({number for step in steps for number in run.samples[step]})[:_MOST_PROMPTS]
+    return [
+        Strip(
+            prompts[number] if number < len(prompts) else f"sample {number}",
+            [(step, data_url(run.samples[step][number]) if number in run.samples[step] else None) for step in steps],
+        )
+        for number in numbers
+    ]
+
+
+def _charts(config: TrainConfig, series: Mapping[str, Series]) -> list[Chart]:
+    charts = []
+    if loss := series.get("loss"):
+        window = smoothing_window(len(loss))
+        note = f"Each step, pale, and the mean of {window}. Steps differ mostly by the timesteps that were drawn."
+        charts.append(Chart("Loss", Markup(raw_and_smooth(loss, "loss by step")), note))
+    if bands := _bands(series):
+        note = "Means of the last samples in each band of timesteps; high timesteps are noisy."
+        charts.append(Chart("Loss by timestep", Markup(several(bands, "loss by step, for bands of timesteps")), note))
+    if leak := series.get("leak"):
+        note = "How far prompts without the subject have moved from the base, in percent; 0 is untouched."
+        charts.append(Chart("Leak", Markup(plain(leak, "leak by step")), note))
+    if rate := series.get("learning_rate"):
+        charts.append(Chart("Learning rate", Markup(plain(rate, "learning rate by step"))))
+    if norm := series.get("grad_norm"):
+        note = f"Before clipping to {config.max_grad_norm:g}."
+        charts.append(Chart("Gradient norm", Markup(raw_and_smooth(norm, "gradient norm by step")), note))
+    for name, each in series.items():
+        if name not in _PLACED and not name.startswith(_BAND):
+            drawn = raw_and_smooth(each, "a logged figure by step")
+            charts.append(Chart(name.replace("_", " ").capitalize(), Markup(drawn)))
+    return charts
+
+
+def _bands(series: Mapping[str, Series]) -> dict[str, Series]:
+    """Return the losses by band, in the order of the timesteps."""
+    found = {}
+    for name, each in series.items():
+        first, _, last = name.removeprefix(_BAND).partition("-")
+        if name.startswith(_BAND) and first.isdecimal() and last.isdecimal():
+            found[int(first)] = (f"{first}-{last}", each)
+    return dict(found[first] for first in sorted(found))
+
+
+def _changed_settings(config: TrainConfig) -> list[tuple[str, str]]:
+    """Return the settings that differ from the defaults, without the paths of this machine."""
+    plain_config = TrainConfig(base="", data=Path(), output=Path(), tuner=config.tuner)
+    usual = dict(flat(plain_config.recorded())) if config.kinds == plain_config.kinds else {}
+    return [
+        (name, _shown(value))
+        for name, value in flat(config.recorded())
+        # The constant by which a part's settings are told apart is no setting.
+        if not name.endswith(".part") and value != usual.get(name, math.nan)
+    ]
+
+
+def _shown(value: Any) -> str:
+    return "; ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def _usage(run: RunFolder) -> dict[str, Any] | None:
+    if run.tuner is None:
+        return None
+    file, _, step = run.tuner
+    captions = [caption.text for caption in run.data.captions] if run.data is not None else []
+    prompt = example_prompt(run.config, captions)
+    return {
+        "step": step,
+        "python": python_example(run.config, file, prompt),
+        "command": command_example(run.config, file, prompt),
+    }

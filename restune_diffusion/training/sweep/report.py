@@ -1,0 +1,102 @@
+"""What came out of a sweep, as a table and as pictures side by side."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from PIL import Image
+
+from ...imaging.contact_sheet import labelled_grid
+from ...utils.atomic_write import atomic_write
+from ..callbacks.metrics_file import METRICS_FILE, read_metrics
+from ..callbacks.reporting import LOSS_WINDOW
+
+
+@dataclass(frozen=True)
+class SweepRow:
+    """One tuner of a sweep; `error` says why it stopped early.
+
+    `loss` is the mean of its last 50 steps; only the main process knows it.
+    """
+
+    name: str
+    settings: dict[str, str]
+    steps: int
+    loss: float | None
+    file: Path | None
+    error: str | None = None
+
+
+@dataclass(frozen=True)
+class SweepResult:
+    """All tuners of a sweep; `summary` is the JSON file that says the same, `sheet` the samples side by side."""
+
+    rows: tuple[SweepRow, ...]
+    summary: Path
+    seconds: float
+    sheet: Path | None = None
+
+    def with_sheet(self, sheet: Path | None) -> SweepResult:
+        """Return the same with the samples."""
+        return replace(self, sheet=sheet)
+
+    def table(self) -> str:
+        """Lay the rows out as text, the lowest loss first."""
+        ordered = sorted(self.rows, key=lambda row: (row.loss is None, row.loss or 0.0))
+        names = list(ordered[0].settings)
+        cells = [[*names, "loss", "file"]]
+        for row in ordered:
+            loss = "stopped" if row.error is not None else "" if row.loss is None else f"{row.loss:.4f}"
+            cells.append([*row.settings.values(), loss, str(row.file or row.error)])
+        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+        return "\n".join(
+            "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in cells
+        )
+
+
+def final_loss(output: Path) -> float | None:
+    """Return the mean loss of the last 50 steps of the run in an output folder, or None where there are none."""
+    losses = [loss for _, loss in read_metrics(output / METRICS_FILE).get("loss", [])[-LOSS_WINDOW:]]
+    return mean(losses) if losses else None
+
+
+def write_summary(result: SweepResult) -> None:
+    """Write the rows as JSON, the files by their path from there."""
+    folder = result.summary.parent
+
+    def plain(row: SweepRow) -> dict[str, Any]:
+        file = None if row.file is None else row.file.relative_to(folder).as_posix()
+        return {**vars(row), "file": file}
+
+    with atomic_write(result.summary) as file:
+        file.write(json.dumps([plain(row) for row in result.rows], indent=2).encode())
+
+
+def comparison(drawn: Mapping[str, Sequence[Path]], prompts: Sequence[str], path: Path) -> Path | None:
+    """Lay the last samples of every tuner side by side, a row for each prompt.
+
+    Args:
+        drawn: the folders of samples of each tuner, by its name.
+        prompts: what is drawn.
+        path: where to write.
+
+    Returns:
+        The path, or None where nothing was drawn.
+    """
+    if not drawn:
+        return None
+    last = [folders[-1] for folders in drawn.values()]
+    rows = [[_image(folder / f"{number:02d}.png") for folder in last] for number in range(len(prompts))]
+    with atomic_write(path) as file:
+        labelled_grid(rows, prompts, list(drawn)).save(file, format="PNG")
+    return path
+
+
+def _image(path: Path) -> Image.Image:
+    with Image.open(path) as image:
+        return image.convert("RGB")
