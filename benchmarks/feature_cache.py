@@ -47,7 +47,7 @@ from restune_diffusion.training.latents.batches import BatchSource
 from restune_diffusion.training.latents.cache import Cache, build_cache
 from restune_diffusion.training.loop import steps_of
 from restune_diffusion.training.state import TrainingRun
-from restune_diffusion.training.sweep.grid import parse_sweep
+from restune_diffusion.training.sweeps.grid import parse_sweep
 from restune_diffusion.training.trainer import acting
 
 TINY = Path(__file__).parents[1] / "restune_diffusion" / "assets" / "restune-tiny"

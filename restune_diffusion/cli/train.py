@@ -37,7 +37,8 @@ class TrainOptions(TrainConfig):
     def run(self) -> None:
         """Train a tuner, or those of a sweep, and say where they are."""
         quiet_libraries()  # before the imports below, which warn
-        from ..training import sweep, train
+        from ..training import sweeps as sweep
+        from ..training import train
 
         config = self.settings()
         if config.sweep is not None:

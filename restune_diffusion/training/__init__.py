@@ -8,8 +8,8 @@ from .config.train_config import TrainConfig, ValidationConfig
 
 if TYPE_CHECKING:
     from .state import StepReport
-    from .sweep.report import SweepResult, SweepRow
-    from .sweep.run import sweep
+    from .sweeps.report import SweepResult, SweepRow
+    from .sweeps.run import sweep
     from .trainer import TrainResult, train
 
 __all__ = [
@@ -26,10 +26,10 @@ __all__ = [
 
 _HOME = {
     "StepReport": "state",
-    "SweepResult": "sweep.report",
-    "SweepRow": "sweep.report",
+    "SweepResult": "sweeps.report",
+    "SweepRow": "sweeps.report",
     "TrainResult": "trainer",
-    "sweep": "sweep.run",
+    "sweep": "sweeps.run",
     "train": "trainer",
 }
 
