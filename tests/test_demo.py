@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from restune_diffusion import RestuneStableDiffusionPipeline, read_info
-from restune_diffusion.demo import BASE, IMAGES, STYLE, SUBJECTS, run_demo
+from restune_diffusion.cli.run_demo import BASE, IMAGES, STYLE, SUBJECTS, run_demo
 
 
 @pytest.fixture(scope="module")

@@ -29,7 +29,7 @@ from PIL import Image
 from restune_diffusion.pipelines.stable_diffusion.load_base import load_base
 
 from restune_diffusion.cli.quiet import quiet_libraries
-from restune_diffusion.demo import BASE
+from restune_diffusion.cli.run_demo import BASE
 from restune_diffusion.evaluation import InceptionFeatures, Lpips
 from restune_diffusion.imaging.contact_sheet import labelled_grid
 from restune_diffusion.utils.atomic_write import atomic_write

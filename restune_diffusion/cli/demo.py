@@ -27,7 +27,7 @@ class DemoOptions(BaseModel):
         from .quiet import quiet_libraries
 
         quiet_libraries()
-        from ..demo import run_demo
+        from .run_demo import run_demo
 
         options = {} if self.steps is None else {"steps": self.steps}
         run_demo(self.output, seed=self.seed, **options)

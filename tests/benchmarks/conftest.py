@@ -7,7 +7,7 @@ import torch
 from restune_diffusion.pipelines.stable_diffusion.load_base import load_base
 
 from benchmarks.icon_style.data import IconData
-from restune_diffusion.demo import BASE
+from restune_diffusion.cli.run_demo import BASE
 from train.prepare_icons import COMMON, DEVELOPMENT_SETS, PRETRAINING_SETS
 
 CONCEPTS = sorted(COMMON)[:104]

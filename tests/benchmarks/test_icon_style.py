@@ -23,7 +23,7 @@ from benchmarks.icon_style.runner import Settings, StyleRun, read_strip, slug
 from benchmarks.icon_style.scores import Scorer, Yardsticks
 from benchmarks.icon_style.style_features import StyleFeatures
 from benchmarks.icon_style.subject import SubjectRun
-from restune_diffusion.demo import SUBJECTS
+from restune_diffusion.cli.run_demo import SUBJECTS
 from restune_diffusion.evaluation import InceptionFeatures, Lpips
 from train.prepare_icons import DEMO_CONCEPTS, PRETRAINING_SETS, plain
 from train.pretraining.shares import colour_shares

@@ -3,9 +3,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from restune_diffusion.cli.run_demo import IMAGES
 from restune_diffusion.data.captions import find_examples
 from restune_diffusion.data.training_images import load_samples
-from restune_diffusion.demo import IMAGES
 from restune_diffusion.evaluation import InceptionFeatures, Lpips
 
 

@@ -10,7 +10,7 @@ from PIL import Image
 
 from restune_diffusion import RestuneStableDiffusionPipeline, SkipConfig, Tuner, save_tuner
 from restune_diffusion.cli import main
-from restune_diffusion.demo import BASE, IMAGES
+from restune_diffusion.cli.run_demo import BASE, IMAGES
 
 from ..conftest import randomize
 

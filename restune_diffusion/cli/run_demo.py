@@ -9,14 +9,14 @@ from typing import Any, Literal, TypeAlias
 import torch
 from PIL import Image
 
-from .imaging.contact_sheet import labelled_grid
-from .pipelines.load_base import load_base
-from .training import TrainConfig, train
-from .tuners.configs import ResConfig
-from .utils.atomic_write import atomic_write
-from .utils.errors import RestuneError
+from ..imaging.contact_sheet import labelled_grid
+from ..pipelines.load_base import load_base
+from ..training import TrainConfig, train
+from ..tuners.configs import ResConfig
+from ..utils.atomic_write import atomic_write
+from ..utils.errors import RestuneError
 
-_ASSETS = Path(__file__).parent / "assets"
+_ASSETS = Path(__file__).parents[1] / "assets"
 BASE = _ASSETS / "restune-tiny"
 IMAGES = _ASSETS / "demo"
 STYLE = "ink style"
