@@ -116,7 +116,7 @@ def apply_tuner(model: Any, tuner: Tuner, weight: float, start_percent: float, e
 
 def _check_fits(base: BaseInfo, config: Mapping[str, Any]) -> int:
     """Compare a tuner's base with a U-Net's settings in ComfyUI; return the number of skip connections."""
-    ours = [site.channels for name, site in base.sites.items() if name.startswith("skip.")]
+    ours = [base.sites[name].channels for name in base.skips]
     theirs = _skip_channels(config)
     text = (base.structure.get("cross_attention_dim"), config.get("context_dim"))
     if ours != theirs:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from ..utils.errors import BaseMismatchError
-
-Kind: TypeAlias = Literal["self", "cross", "ff", "block"]
+from .site_names import Kind, of_family
 
 
 class Site(BaseModel):
@@ -77,6 +76,11 @@ class BaseInfo(BaseModel):
     def stations(self) -> list[str]:
         """Names of the sites between the base's blocks: all but those of operations."""
         return [name for name, site in self.sites.items() if site.operation is None]
+
+    @property
+    def skips(self) -> list[str]:
+        """Names of the skip connections' sites, from the shallowest; none for a transformer."""
+        return of_family(self.sites, "skip")
 
     def narrowed(self, operations: Iterable[str], encoders: Iterable[str] = ()) -> BaseInfo:
         """Leave out the sites of transformer blocks and the text encoders but those named.

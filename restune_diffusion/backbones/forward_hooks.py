@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .site_names import OUT
 from .structure import SiteHooks
 
 
@@ -17,4 +18,4 @@ def tap_output(hooks: SiteHooks, site: str, module: nn.Module, args: Any, output
 
 def enter_head(hooks: SiteHooks, module: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...] | None:
     """Add the residuals of the site `out` to the output head's input; a forward pre-hook."""
-    return (hooks.tuned("out", args[0]), *args[1:]) if hooks.active() else None
+    return (hooks.tuned(OUT, args[0]), *args[1:]) if hooks.active() else None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -13,10 +12,9 @@ from torch.utils.hooks import RemovableHandle
 
 from .description import Site
 from .forward_hooks import enter_head, tap_output
+from .site_names import OUT, SiteName
 from .structure import Call, SiteHooks, Structure
-from .transformer_block import PATH_OF_OPERATION, block_sites
-
-_OPERATION_SITE = re.compile(r"block\.(\d+)\.(self|cross|ff|block)(?:\.(.+))?")
+from .transformer_block import PATH_OF_OPERATION, block_sites, inside
 
 
 class PixArtStructure(Structure):
@@ -38,9 +36,9 @@ class PixArtStructure(Structure):
         """Yield the sites in the order of the forward pass."""
         width, stride = base.inner_dim, base.config.patch_size
         for number, block in enumerate(base.transformer_blocks):
-            yield from block_sites(f"block.{number}", block, stride)
-            yield f"block.{number}", Site(channels=width, stride=stride, tokens=True)
-        yield "out", Site(channels=width, stride=stride, tokens=True)
+            yield from block_sites(_block(number), block, stride)
+            yield _block(number), Site(channels=width, stride=stride, tokens=True)
+        yield OUT, Site(channels=width, stride=stride, tokens=True)
 
     def time_channels(self, base: Any) -> int:
         """Return the width of the embedded time step."""
@@ -48,18 +46,15 @@ class PixArtStructure(Structure):
 
     def module_path(self, site: str) -> str:
         """Return the path of what runs at a site, for instance `block.3.cross.to_k`."""
-        match = _OPERATION_SITE.fullmatch(site)
-        assert match is not None, site
-        number, operation, linear = match.groups()
-        path = [f"transformer_blocks.{number}", PATH_OF_OPERATION[operation], linear]  # type: ignore[index]
-        return ".".join(step for step in path if step)
+        name = SiteName.parse(site)
+        return inside(f"transformer_blocks.{name.index}", name, PATH_OF_OPERATION)
 
     def install(self, base: Any, hooks: SiteHooks) -> list[RemovableHandle]:
         """Hook the embedding of the time step, the blocks and the output norm."""
         return [
             base.adaln_single.register_forward_hook(partial(_see_time, hooks)),
             *(
-                block.register_forward_hook(partial(tap_output, hooks, f"block.{number}"))
+                block.register_forward_hook(partial(tap_output, hooks, _block(number)))
                 for number, block in enumerate(base.transformer_blocks)
             ),
             base.norm_out.register_forward_pre_hook(partial(enter_head, hooks)),
@@ -75,3 +70,7 @@ class PixArtStructure(Structure):
 def _see_time(hooks: SiteHooks, module: nn.Module, args: Any, output: tuple[torch.Tensor, torch.Tensor]) -> None:
     # The first is for the blocks' own modulation; the second is the embedding.
     hooks.see(time=output[1])
+
+
+def _block(number: int) -> str:
+    return str(SiteName("block", number))

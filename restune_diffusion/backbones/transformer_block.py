@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import nn
 
-from .description import Kind, Site
+from ..utils.errors import RestuneError
+from .description import Site
+from .site_names import Kind, SiteName
 
 PATH_OF_OPERATION: dict[Kind, str] = {"self": "attn1", "cross": "attn2", "ff": "ff", "block": ""}
 
@@ -35,6 +37,22 @@ def block_sites(name: str, block: Any, stride: int) -> Iterator[tuple[str, Site]
                 linears={} if operation == "block" else dict(linear_layers(module)),
             ),
         )
+
+
+def inside(block: str, name: SiteName, path_of: Mapping[Kind, str]) -> str:
+    """Return the path of what runs at a site inside a transformer block.
+
+    Args:
+        block: path of the transformer block.
+        name: the site.
+        path_of: path in the block of each operation.
+
+    Raises:
+        RestuneError: if the site is not that of an operation.
+    """
+    if name.operation is None or name.operation not in path_of:
+        raise RestuneError(f"`{name}` is not an operation of this base; its operations are {', '.join(path_of)}.")
+    return ".".join(step for step in (block, path_of[name.operation], name.linear) if step)
 
 
 def linear_layers(module: nn.Module, path: str = "") -> Iterator[tuple[str, tuple[int, int]]]:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -14,10 +13,9 @@ from torch.utils.hooks import RemovableHandle
 from ..utils.errors import RestuneError
 from .description import BaseInfo, Site
 from .forward_hooks import enter_head, tap_output
+from .site_names import MID, OUT, SiteName
 from .structure import Call, SiteHooks, Structure
-from .transformer_block import PATH_OF_OPERATION, block_sites
-
-_OPERATION_SITE = re.compile(r"(down|mid|up)(?:\.(\d+))?\.attn\.(\d+)\.block\.(\d+)\.(self|cross|ff|block)(?:\.(.+))?")
+from .transformer_block import PATH_OF_OPERATION, block_sites, inside
 
 
 class UNetStructure(Structure):
@@ -51,14 +49,15 @@ class UNetStructure(Structure):
         """Hook the up blocks, which take the skips, the mid block and the head."""
         counts = _skip_counts(base)
         stop = sum(counts)
+        skips = tuple(_skip(number) for number in range(stop))
         handles = []
         for number, (block, count) in enumerate(zip(base.up_blocks, counts, strict=True)):
-            enter = partial(_enter_up_block, hooks, stop - count)
+            enter = partial(_enter_up_block, hooks, skips[stop - count : stop])
             handles.append(block.register_forward_pre_hook(enter, with_kwargs=True))
-            handles.append(block.register_forward_hook(partial(tap_output, hooks, f"up.{number}")))
+            handles.append(block.register_forward_hook(partial(tap_output, hooks, _up(number))))
             stop -= count
         if getattr(base, "mid_block", None) is not None:
-            handles.append(base.mid_block.register_forward_hook(partial(tap_output, hooks, "mid")))
+            handles.append(base.mid_block.register_forward_hook(partial(tap_output, hooks, MID)))
         handles.append(_head(base).register_forward_pre_hook(partial(enter_head, hooks)))
         return handles
 
@@ -74,14 +73,16 @@ def module_path(site: str) -> str:
 
     Args:
         site: for instance `down.1.attn.0.block.0.ff`, or one of its linear layers, `mid.attn.0.block.0.self.to_q`.
+
+    Raises:
+        RestuneError: if the site is of another kind.
     """
-    match = _OPERATION_SITE.fullmatch(site)
-    assert match is not None, site
-    stage, number, attention, block, operation, linear = match.groups()
-    parent = "mid_block" if stage == "mid" else f"{stage}_blocks.{number}"
-    transformer = f"attentions.{attention}.transformer_blocks.{block}"
-    path = [parent, transformer, PATH_OF_OPERATION[operation], linear]  # type: ignore[index]
-    return ".".join(step for step in path if step)
+    name = SiteName.parse(site)
+    if name.attention is None:
+        raise RestuneError(f"`{site}` is not in a transformer block; expected for instance `mid.attn.0.block.0.ff`.")
+    parent = "mid_block" if name.family == MID else f"{name.family}_blocks.{name.index}"
+    transformer = f"{parent}.attentions.{name.attention}.transformer_blocks.{name.block}"
+    return inside(transformer, name, PATH_OF_OPERATION)
 
 
 def run_head(base: Any, x: torch.Tensor) -> torch.Tensor:
@@ -116,7 +117,7 @@ def late_skips(base: BaseInfo, depth: int) -> list[str]:
         raise RestuneError("The structure of this base does not say which skips its up blocks take.") from error
     if depth > blocks:
         raise RestuneError(f"This base has {blocks} up blocks, but a grad_depth of {depth} asks for more.")
-    return [f"skip.{number}" for number in range(sum(counts[:depth]))]
+    return [_skip(number) for number in range(sum(counts[:depth]))]
 
 
 def text_states(states: Any) -> torch.Tensor | None:
@@ -125,14 +126,22 @@ def text_states(states: Any) -> torch.Tensor | None:
 
 
 def _enter_up_block(
-    hooks: SiteHooks, first_skip: int, module: nn.Module, args: Any, kwargs: dict[str, Any]
+    hooks: SiteHooks, sites: Sequence[str], module: nn.Module, args: Any, kwargs: dict[str, Any]
 ) -> tuple[Any, dict[str, Any]] | None:
     if not hooks.active():
         return None
     hooks.see(time=kwargs["temb"], text=text_states(kwargs.get("encoder_hidden_states")))
     skips = kwargs["res_hidden_states_tuple"]
-    tuned = tuple(hooks.tuned(f"skip.{first_skip + offset}", skip) for offset, skip in enumerate(skips))
+    tuned = tuple(hooks.tuned(site, skip) for site, skip in zip(sites, skips, strict=True))
     return args, {**kwargs, "res_hidden_states_tuple": tuned}
+
+
+def _skip(number: int) -> str:
+    return str(SiteName("skip", number))
+
+
+def _up(number: int) -> str:
+    return str(SiteName("up", number))
 
 
 def _skip_counts(base: Any) -> list[int]:
@@ -150,29 +159,29 @@ def _head(base: Any) -> nn.Module:
 
 def _unet_sites(base: Any) -> Iterator[tuple[str, Site]]:
     stride, index = 1, 0
-    yield "skip.0", Site(channels=base.conv_in.out_channels, stride=stride)
+    yield _skip(0), Site(channels=base.conv_in.out_channels, stride=stride)
     for number, block in enumerate(base.down_blocks):
         yield from _operation_sites(f"down.{number}", block, stride)
         for resnet in block.resnets:
             index += 1
-            yield f"skip.{index}", Site(channels=resnet.out_channels, stride=stride)
+            yield _skip(index), Site(channels=resnet.out_channels, stride=stride)
         if getattr(block, "downsamplers", None):
             index, stride = index + 1, stride * 2
-            yield f"skip.{index}", Site(channels=block.resnets[-1].out_channels, stride=stride)
+            yield _skip(index), Site(channels=block.resnets[-1].out_channels, stride=stride)
     if index + 1 != sum(_skip_counts(base)):
         raise RestuneError(
             f"This {type(base).__name__} has blocks whose skip connections are not understood: the encoder makes "
             f"{index + 1} and the decoder takes {sum(_skip_counts(base))}."
         )
     if getattr(base, "mid_block", None) is not None:
-        yield from _operation_sites("mid", base.mid_block, stride)
-        yield "mid", Site(channels=base.mid_block.resnets[-1].out_channels, stride=stride)
+        yield from _operation_sites(MID, base.mid_block, stride)
+        yield MID, Site(channels=base.mid_block.resnets[-1].out_channels, stride=stride)
     for number, block in enumerate(base.up_blocks):
-        yield from _operation_sites(f"up.{number}", block, stride)
+        yield from _operation_sites(_up(number), block, stride)
         if getattr(block, "upsamplers", None):
             stride //= 2
-        yield f"up.{number}", Site(channels=block.resnets[-1].out_channels, stride=stride)
-    yield "out", Site(channels=base.conv_out.in_channels, stride=stride)
+        yield _up(number), Site(channels=block.resnets[-1].out_channels, stride=stride)
+    yield OUT, Site(channels=base.conv_out.in_channels, stride=stride)
 
 
 def _operation_sites(stage: str, block: Any, stride: int) -> Iterator[tuple[str, Site]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -10,12 +9,12 @@ from typing import Any
 from torch.utils.hooks import RemovableHandle
 
 from ..utils.errors import RestuneError
-from .description import Kind, Site
+from .description import Site
 from .forward_hooks import enter_head, tap_output
+from .site_names import OUT, Kind, SiteName
 from .structure import Call, SiteHooks, Structure
-from .transformer_block import linear_layers
+from .transformer_block import inside, linear_layers
 
-_OPERATION_SITE = re.compile(r"block\.(\d+)\.(self|ff|block)(?:\.(.+))?")
 _PATH_OF_OPERATION: dict[Kind, str] = {"self": "attention", "ff": "mlp", "block": ""}
 
 
@@ -40,7 +39,7 @@ class ViTStructure(Structure):
         for number, layer in enumerate(base.layers):
             for operation, path in _PATH_OF_OPERATION.items():
                 yield (
-                    f"block.{number}.{operation}",
+                    str(SiteName("block", number, operation=operation)),
                     Site(
                         channels=width,
                         stride=1,
@@ -50,8 +49,8 @@ class ViTStructure(Structure):
                         linears=dict(linear_layers(layer.get_submodule(path))) if path else {},
                     ),
                 )
-            yield f"block.{number}", tokens
-        yield "out", tokens
+            yield _block(number), tokens
+        yield OUT, tokens
 
     def time_channels(self, base: Any) -> int:
         """Return 0: there is no time."""
@@ -59,17 +58,14 @@ class ViTStructure(Structure):
 
     def module_path(self, site: str) -> str:
         """Return the path of what runs at a site, for instance `block.3.self.q_proj`."""
-        match = _OPERATION_SITE.fullmatch(site)
-        assert match is not None, site
-        number, operation, linear = match.groups()
-        path = [f"layers.{number}", _PATH_OF_OPERATION[operation], linear]  # type: ignore[index]
-        return ".".join(step for step in path if step)
+        name = SiteName.parse(site)
+        return inside(f"layers.{name.index}", name, _PATH_OF_OPERATION)
 
     def install(self, base: Any, hooks: SiteHooks) -> list[RemovableHandle]:
         """Hook the layers and the last norm."""
         return [
             *(
-                layer.register_forward_hook(partial(tap_output, hooks, f"block.{number}"))
+                layer.register_forward_hook(partial(tap_output, hooks, _block(number)))
                 for number, layer in enumerate(base.layers)
             ),
             base.layernorm.register_forward_pre_hook(partial(enter_head, hooks)),
@@ -80,3 +76,7 @@ class ViTStructure(Structure):
         pixels = args[0] if args else kwargs["pixel_values"]
         height, width = base.embeddings.patch_embeddings.patch_size
         return Call(pixels.shape[0], (pixels.shape[-2] // height, pixels.shape[-1] // width), pixels.device, 0.0)
+
+
+def _block(number: int) -> str:
+    return str(SiteName("block", number))

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from ..backbones import BaseInfo
+from ..backbones.site_names import SiteName
 from ..tuners import ResPart
 from ..tuners.configs import ResConfig
 from ..tuners.tuner import Tuner
@@ -158,11 +159,11 @@ def _check(layers: Mapping[str, LoraLayer], base: BaseInfo, source: str) -> None
 
 def _config(layers: Mapping[str, LoraLayer], base: BaseInfo, whole: LoraLayer, source: str) -> ResConfig:
     """Describe the least part that has all the layers."""
-    chosen = {site: _split(site) for site in linear_shapes(base)}
-    operations = {chosen[site][1] for site in layers}
-    blocks = {chosen[site][0] for site in layers}
-    linears = {site.removeprefix(".".join(chosen[site]) + ".") for site in layers}
-    possible = dict.fromkeys(block for block, operation in chosen.values() if operation in operations)
+    names = {site: SiteName.parse(site) for site in linear_shapes(base)}
+    operations = {names[site].operation for site in layers}
+    blocks = {names[site].transformer_block for site in layers}
+    linears = {str(names[site].linear) for site in layers}
+    possible = dict.fromkeys(name.transformer_block for name in names.values() if name.operation in operations)
     return make_config(
         ResConfig,
         source,
@@ -172,10 +173,3 @@ def _config(layers: Mapping[str, LoraLayer], base: BaseInfo, whole: LoraLayer, s
         linears=tuple(sorted(linears)),
         sites=("*",) if blocks == possible.keys() else tuple(block for block in possible if block in blocks),
     )
-
-
-def _split(site: str) -> tuple[str, str]:
-    """Split off block and operation of a linear layer's site, `down.1.attn.0.block.0` and `self`."""
-    head, tail = site.split(".block.", 1)
-    number, operation, *_ = tail.split(".")
-    return f"{head}.block.{number}", operation

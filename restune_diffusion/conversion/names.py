@@ -57,7 +57,7 @@ def skip_readers(base: BaseInfo) -> dict[str, str]:
     Raises:
         BaseMismatchError: if the base's decoder is not understood.
     """
-    skips = [name for name in base.sites if name.startswith("skip.")]
+    skips = base.skips
     counts = [layers + 1 for layers in reversed(layers_per_block(base))]
     readers = [f"up_blocks.{block}.resnets.{layer}" for block, count in enumerate(counts) for layer in range(count)]
     if len(readers) != len(skips):

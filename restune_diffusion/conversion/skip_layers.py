@@ -90,7 +90,7 @@ def skip_tuner(layers: Mapping[str, SkipLayer], base: BaseInfo, metadata: Mappin
     Raises:
         TunerFileError: if there are none, or one does not fit its site.
     """
-    skips = {name: site.channels for name, site in base.sites.items() if name.startswith("skip.")}
+    skips = {name: base.sites[name].channels for name in base.skips}
     if not layers:
         raise TunerFileError(f"{source} holds no tuner of a skip connection.")
     for site, layer in layers.items():

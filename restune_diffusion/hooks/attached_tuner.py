@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ..backbones import BaseInfo, Site
+from ..backbones.site_names import SiteName
 from ..tuners import Features, Part
 from ..tuners.tuner import Tuner
 from ..utils.errors import ConditionError, RestuneError
@@ -62,6 +64,7 @@ class Attached:
         self.tuner = tuner
         self.sites = tuple(dict.fromkeys(site for part in tuner.parts() for site in part.writes))
         self.taps = frozenset(site for part in tuner.parts() for site in part.taps)
+        self._described = {site: _described(site, tuner.base) for site in self.sites}
         self.conditions: Conditions | None = None
         self.dial = Dial(self.sites, tuner.device)
         self.set_weight(weight, self.site_factors(weight))
@@ -182,8 +185,7 @@ class Attached:
     def _masked(self, site: str, residual: torch.Tensor, this: Pass, rows: torch.Tensor | None = None) -> torch.Tensor:
         if self.weight.mask is None:
             return residual
-        described = self.tuner.base.sites.get(site) or self.tuner.base.sites[_operation_of(site, self.tuner)]
-        mask = mask_at(self.weight, described, residual, this)
+        mask = mask_at(self.weight, self._described[site], residual, this)
         assert mask is not None
         return residual * (mask[rows] if rows is not None and len(mask) > 1 else mask)
 
@@ -242,6 +244,6 @@ def _miscounted(images: int, pictures: int) -> str:
     return f"There are {images} condition images for {pictures} pictures; give one, or one for each picture."
 
 
-def _operation_of(site: str, tuner: Tuner) -> str:
-    """Name the operation that a linear layer's site belongs to."""
-    return next(name for name in tuner.base.sites if site.startswith(f"{name}."))
+def _described(site: str, base: BaseInfo) -> Site:
+    """Return the description of a site, or of the operation that a linear layer's site belongs to."""
+    return base.sites.get(site) or base.sites[SiteName.parse(site).operation_site]

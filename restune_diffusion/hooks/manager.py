@@ -17,6 +17,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from ..backbones import TextEncoder, describe_base, structure_of
+from ..backbones.site_names import OUT
 from ..tuners import Features, Operation
 from ..tuners.tuner import Tuner
 from ..utils.errors import RestuneError, TunerNameError
@@ -229,7 +230,7 @@ class TunerManager:
         """
         self.check_known(names)
         for name in names:
-            if self._tuners[name].sites != ("out",):
+            if self._tuners[name].sites != (OUT,):
                 raise RestuneError(f"Only bypass tuners share a pass of the base, and `{name}` writes to other sites.")
         if not self._structure.head_takes_any_batch:
             raise RestuneError(f"The output head of {self._structure.class_name} cannot serve several tuners at once.")
@@ -312,7 +313,7 @@ class TunerManager:
     def tuned(self, site: str, x: torch.Tensor) -> torch.Tensor:
         """Add the active residuals to a feature, all of them made from it as the base made it."""
         self.tap(site, x)
-        if site == "out" and self._sharing:
+        if site == OUT and self._sharing:
             assert self._pass is not None
             each = [attached.residuals(site, x, self._features, self._pass) for attached in self._sharing]
             return torch.cat([Residual.add(x, residuals) for residuals in each])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -11,12 +10,12 @@ from typing import Literal, TypeAlias
 
 import torch
 
+from ..backbones.site_names import SitePattern
 from ..utils.errors import RestuneError
 
 _PIECE = re.compile(r"(?P<start>[\d.]+)\s*-\s*(?P<end>[\d.]+)\s*:\s*(?P<first>-?[\d.]+)(?:\s*>\s*(?P<last>-?[\d.]+))?")
 ROUNDING = 1e-6
 """A time step of exactly a piece's start belongs to it, although its progress is a rounded number."""
-_RANGE = re.compile(r"(\d+)-(\d+)")
 
 
 @dataclass(frozen=True)
@@ -135,7 +134,7 @@ class TunerWeight:
         names = list(sites)
         factors = dict.fromkeys(names, 1.0)
         for pattern, factor in self.sites.items():
-            matched = [name for name in names if matches_site(pattern, name)]
+            matched = SitePattern(pattern).select(names)
             if not matched:
                 raise RestuneError(f"No site of the tuner matches `{pattern}`; it acts on {', '.join(names)}.")
             factors.update(dict.fromkeys(matched, float(factor)))
@@ -161,22 +160,6 @@ def as_weight(weight: Weight | str) -> TunerWeight:
     if isinstance(weight, Mapping):
         return TunerWeight(sites=dict(weight))
     return TunerWeight(float(weight)) if isinstance(weight, int | float) else TunerWeight(tuple(weight))
-
-
-def matches_site(pattern: str, site: str) -> bool:
-    """Say whether a pattern fits a site: `fnmatch`, with ranges as in `skip.0-3`."""
-    steps, names = pattern.split("."), site.split(".")
-    if not _RANGE.search(pattern):
-        return fnmatch.fnmatchcase(site, pattern)
-    if len(steps) > len(names):
-        return False
-    # A star may stand for several steps of a name, so each range is tried as each of its numbers.
-    match = _RANGE.search(pattern)
-    assert match is not None
-    first, last = int(match[1]), int(match[2])
-    head, tail = pattern[: match.start()], pattern[match.end() :]
-    numbers = {int(name) for name in names if name.isdecimal() and first <= int(name) <= last}
-    return any(matches_site(f"{head}{number}{tail}", site) for number in numbers)
 
 
 def _check_mask(mask: torch.Tensor) -> None:

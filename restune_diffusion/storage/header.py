@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import re
 import struct
 from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 
 from ..backbones import BaseInfo
+from ..backbones.site_names import is_dotted_name
 from ..tuners.configs import PartConfig, parts_from_json
 from ..tuners.tuner import Tuner
 from ..utils.display import printable
@@ -37,8 +37,6 @@ _MAX_SITES = 1024
 _MAX_ENTRY = {CONFIG_KEY: 1 << 16, BASE_KEY: 1 << 18, TRAINING_KEY: 1 << 20}
 _MAX_DEPTH = 32
 _ATTEMPTS = 20
-# Each step of a name is a module inside the last.
-_SITE_NAME = re.compile(r"\w{1,64}(\.\w{1,64}){0,11}", re.ASCII)
 _DTYPES = ("F64", "F32", "F16", "BF16")
 
 
@@ -265,11 +263,11 @@ def _check_base(base: BaseInfo) -> None:
     if len(base.sites) > _MAX_SITES:
         raise ValueError(f"the base has {len(base.sites)} sites, where {_MAX_SITES} is the most")
     for name in base.sites:
-        if not _SITE_NAME.fullmatch(name):
+        if not is_dotted_name(name):
             raise ValueError(f"`{printable(name, 40)}` is no name of a site")
     for name, encoder in base.text.items():
         for step in (name, *encoder.linears):
-            if not _SITE_NAME.fullmatch(step):
+            if not is_dotted_name(step):
                 raise ValueError(f"`{printable(step, 40)}` is no name of a text encoder or its layers")
     layers = sum(encoder.num_hidden_layers * len(encoder.linears) for encoder in base.text.values())
     if layers > _MAX_SITES:

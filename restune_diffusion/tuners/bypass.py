@@ -13,8 +13,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..backbones import BaseInfo, Site
+from ..backbones.site_names import OUT, match_sites, of_family
 from .base import Features, Part, init_linear, init_zero, pointwise
-from .configs import BypassConfig, match_sites
+from .configs import BypassConfig
 
 _TIME_WIDTH = 64
 
@@ -164,9 +165,9 @@ class BypassPart(Part):
 
     def __init__(self, config: BypassConfig, base: BaseInfo) -> None:
         super().__init__()
-        stations = [name for name in base.stations if name != "out"]
+        stations = [name for name in base.stations if name != OUT]
         self.taps = tuple(match_sites(config.taps, stations) if config.taps else _usual_taps(stations))
-        self.writes = ("out",)
+        self.writes = (OUT,)
         self._sites = {name: base.sites[name] for name in self.taps}
         timed = base.time_channels > 0
         self.time = nn.Linear(base.time_channels, _TIME_WIDTH) if timed else None
@@ -177,7 +178,7 @@ class BypassPart(Part):
             self._register_site(name, stage)
             previous = channels
         assert previous is not None
-        self.gate = nn.Linear(previous, base.sites["out"].channels)
+        self.gate = nn.Linear(previous, base.sites[OUT].channels)
 
     def forward(self, site: str, x: torch.Tensor, features: Features) -> torch.Tensor:
         """Run the chain over the tapped features and return the residual for `out`."""
@@ -211,7 +212,7 @@ def _usual_taps(stations: list[str]) -> list[str]:
 
     More taps of a U-Net show a bypass which training picture it has before it, and it learns the pictures by heart.
     """
-    return [stations[0], stations[-1]] if stations[0].startswith("skip.") else stations
+    return [stations[0], stations[-1]] if of_family(stations[:1], "skip") else stations
 
 
 def _as_map(x: torch.Tensor, site: Site, size: tuple[int, int]) -> torch.Tensor:

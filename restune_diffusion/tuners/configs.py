@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
-import re
 from collections.abc import Iterable
 from typing import Annotated, Literal, TypeAlias
 
@@ -26,7 +24,7 @@ class SkipConfig(_PartConfig):
     ratio: float = Field(default=1.0, gt=0, le=8)
     """Width of the bottleneck over the width of the skip feature."""
     sites: tuple[str, ...] = ("skip.*",)
-    """Patterns of the sites that get a tuner, as `fnmatch` reads them."""
+    """Patterns of the sites that get a tuner, for instance `skip.0-3`; `SitePattern` says how they are written."""
     grad_depth: int | None = Field(default=None, ge=1, le=64)
     """Of these only the skips that the last so many up blocks take; gradients end there (as the late layers of SHERL,
     ECCV 2024). Beside a bypass it is the dial from least memory (bypass alone) to most capacity (no limit)."""
@@ -199,23 +197,3 @@ def parts_from_json(text: str) -> tuple[PartConfig, ...]:
         first = error.errors()[0]
         place = ".".join(str(step) for step in first["loc"]) or "the list"
         raise RestuneError(f"The tuner config is not valid at {place}: {first['msg']}.") from error
-
-
-def match_sites(patterns: Iterable[str], names: Iterable[str], what: str = "site") -> list[str]:
-    """Select the names that match any of the patterns, in the order of `names`.
-
-    Raises:
-        RestuneError: if a pattern matches nothing; names the valid ones, calling each a `what`.
-    """
-    names = list(names)
-    if not names:
-        raise RestuneError(f"This base has no {what} for such a tuner; choose another kind of tuner.")
-    chosen: set[str] = set()
-    # A list from a file may be long, so each pattern is compiled once.
-    for pattern in dict.fromkeys(patterns):
-        matches = re.compile(fnmatch.translate(pattern)).match
-        found = [name for name in names if matches(name)]
-        if not found:
-            raise RestuneError(f"No {what} matches `{pattern}`; this base has {', '.join(names)}.")
-        chosen.update(found)
-    return [name for name in names if name in chosen]

@@ -9,10 +9,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..backbones import BaseInfo
+from ..backbones.site_names import match_sites
 from ..utils.errors import ConditionError
 from .base import Features, Part
 from .cascade import STEM_STRIDE, CascadeEncoder
-from .configs import ControlConfig, match_sites
+from .configs import ControlConfig
 from .skip import SkipTuner
 
 
@@ -25,8 +26,7 @@ class ControlPart(Part):
 
     def __init__(self, config: ControlConfig, base: BaseInfo) -> None:
         super().__init__()
-        skips = [name for name in base.sites if name.startswith("skip.")]
-        sites = {name: base.sites[name] for name in match_sites(["*"], skips)}
+        sites = {name: base.sites[name] for name in match_sites(["*"], base.skips)}
         self.conditions = config.conditions
         """Names of the conditions, in the order in which their images are given."""
         self.channels = config.channels

@@ -8,11 +8,12 @@ from typing import TypeAlias
 import torch
 
 from ..backbones import BaseInfo, Site
+from ..backbones.site_names import SiteName, match_sites
 from ..utils.errors import RestuneError
 from .adapter import ResAdapter
 from .attention import PlainAttention, ResAttention
 from .base import Features, Operation, Part
-from .configs import ResConfig, ResKind, match_sites
+from .configs import ResConfig, ResKind
 from .gate import most_heads
 from .lora import ResLora
 from .prefix import AttentionPrefix, PlainPrefix
@@ -103,7 +104,7 @@ def _blocks_with(base: BaseInfo, operations: set[str]) -> dict[str, set[str]]:
     blocks: dict[str, set[str]] = {}
     for name, site in base.sites.items():
         if site.operation in operations:
-            blocks.setdefault(name.rsplit(".", 1)[0], set()).add(site.operation)
+            blocks.setdefault(SiteName.parse(name).transformer_block, set()).add(site.operation)
     if not blocks:
         settings = " or ".join(setting for operation, setting in _SETTINGS.items() if operation in operations)
         raise RestuneError(f"This base has no transformer block with {settings}; choose another operation.")

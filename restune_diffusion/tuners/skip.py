@@ -7,9 +7,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..backbones import BaseInfo, late_skips
+from ..backbones.site_names import match_sites
 from ..utils.errors import RestuneError
 from .base import Features, Part, init_linear, init_zero, pointwise
-from .configs import SkipConfig, match_sites
+from .configs import SkipConfig
 
 
 class SkipTuner(nn.Module):
@@ -40,9 +41,8 @@ class SkipPart(Part):
 
     def __init__(self, config: SkipConfig, base: BaseInfo) -> None:
         super().__init__()
-        skips = [name for name in base.sites if name.startswith("skip.")]
         self.taps = ()
-        self.writes = tuple(match_sites(config.sites, skips))
+        self.writes = tuple(match_sites(config.sites, base.skips))
         if config.grad_depth is not None:
             late = late_skips(base, config.grad_depth)
             self.writes = tuple(site for site in self.writes if site in late)

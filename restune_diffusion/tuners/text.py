@@ -8,9 +8,10 @@ import torch
 from torch import nn
 
 from ..backbones import BaseInfo, TextEncoder
+from ..backbones.site_names import match_sites
 from ..utils.errors import RestuneError
 from .base import Features, Part
-from .configs import TextConfig, match_sites
+from .configs import TextConfig
 from .lora import ResLora
 
 # The standard deviation from which CLIP's own token embeddings are drawn.

@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import nn
 
+from ...backbones.site_names import OUT
 from ...utils.atomic_write import atomic_write
 from ...utils.display import readable_size
 from ...utils.errors import TrainingError
@@ -99,7 +100,7 @@ class FeatureBank:
         rows = [self._row(*entry) for entry in entries]
         by_site = {site: torch.stack([row[site] for row in rows]) for site in self.layout.stored}
         if self.layout.head_input in self.layout.taps:
-            by_site[self.layout.head_input] = by_site["out"]
+            by_site[self.layout.head_input] = by_site[OUT]
         return TapFeatures(by_site, torch.stack([row[TIME] for row in rows]), self.layout.sizes[entries[0][0]])
 
     def _row(self, image: int, draw: int) -> dict[str, torch.Tensor]:

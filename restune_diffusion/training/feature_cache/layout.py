@@ -9,6 +9,7 @@ from typing import Literal, TypeAlias
 import torch
 
 from ...backbones import BaseInfo
+from ...backbones.site_names import OUT
 
 BankDtype: TypeAlias = Literal["fp16", "bf16", "fp32"]
 DTYPES: dict[BankDtype, torch.dtype] = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
@@ -66,7 +67,7 @@ class BankLayout:
     @property
     def stored(self) -> tuple[str, ...]:
         """The sites that are in the files; what is the same feature is there once."""
-        return (*(site for site in self.taps if site != self.head_input), "out")
+        return (*(site for site in self.taps if site != self.head_input), OUT)
 
     def shards(self) -> Iterator[Shard]:
         """Yield all files."""

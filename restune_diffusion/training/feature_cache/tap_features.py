@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from ...backbones import run_head, structure_of
+from ...backbones.site_names import OUT
 from ...tuners import Features
 from ...tuners.tuner import Tuner
 
@@ -41,7 +42,7 @@ class _Recorder:
     def __init__(self, sites: Collection[str]) -> None:
         self.by_site: dict[str, torch.Tensor] = {}
         self.time: torch.Tensor | None = None
-        self._sites = {*sites, "out"}
+        self._sites = {*sites, OUT}
 
     def active(self) -> bool:
         return True
@@ -92,6 +93,6 @@ def predict_from_features(unet: Any, tuner: Tuner, features: TapFeatures) -> tor
         features: in the base's dtype; their batch is that of the prediction.
     """
     (part,) = tuner.parts()
-    out = features.by_site["out"]
-    residual = part("out", out, Features(dict(features.by_site), features.time, size=features.size))
+    out = features.by_site[OUT]
+    residual = part(OUT, out, Features(dict(features.by_site), features.time, size=features.size))
     return run_head(unet, out + residual.to(out.dtype))
