@@ -155,7 +155,7 @@ def time_of_steps(unet: Any, what: str, batch: int, size: int, rounds: int) -> l
     states = torch.randn(batch, 77, unet.config.cross_attention_dim, generator=generator)
     (part,) = tuner.parts()
     layout = BankLayout.of(describe_base(unet), part.taps, [(size, size)], 1, "fp16")
-    features: TapFeatures = record_features(unet, part.taps, noisy, timesteps, {"encoder_hidden_states": states})
+    features: TapFeatures = record_features(unet, part.taps, noisy, timesteps, encoder_hidden_states=states)
     halves = features.to(torch.device("cpu"), torch.float16)
     optimizer = torch.optim.AdamW(tuner.parameters())
 

@@ -12,13 +12,13 @@ from restune_diffusion import (
     RestuneError,
     SkipConfig,
     Tuner,
-    TunerManager,
     attach,
     describe_base,
     load_tuner,
     save_tuner,
 )
-from restune_diffusion.backbones import site_module
+from restune_diffusion.backbones import site_module, structure_of
+from restune_diffusion.training.feature_cache.tap_features import predict_from_features, record_features
 
 from .conftest import make_inputs, make_unet, randomize
 from .test_attachment import assert_same, everything
@@ -64,9 +64,12 @@ def make_pixart():
     return model.eval().requires_grad_(False)
 
 
+def vit_pixels():
+    return torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+
+
 def run_vit(vit):
-    pixels = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
-    return vit(pixels).last_hidden_state
+    return vit(vit_pixels()).last_hidden_state
 
 
 def run_pixart(model):
@@ -184,47 +187,52 @@ def test_a_bypass_keeps_nothing_of_a_vit_for_backward():
 def test_one_pass_of_a_vit_serves_several_tasks_exactly():
     vit = make_vit()
     heads = {f"task{index}": torch.nn.Linear(32, 5 + index) for index in range(3)}
-    for index, name in enumerate(heads):
-        tuner = Tuner.for_base(vit, BypassConfig(ratio=0.25 * (index + 1)))
+    tuners = {name: Tuner.for_base(vit, BypassConfig(ratio=0.25 * (index + 1))) for index, name in enumerate(heads)}
+    for index, tuner in enumerate(tuners.values()):
         randomize(tuner, index)
-        attach(vit, tuner, name)
-    manager = TunerManager.of(vit)
     passes = []
     vit.layers[0].register_forward_hook(lambda m, args, output: passes.append(len(output)))
     with torch.no_grad():
         alone = {}
         for name, head in heads.items():
-            manager.set_weights({name: 1.0})
-            alone[name] = head(run_vit(vit)[:, 0])
-        manager.set_weights(dict.fromkeys(heads, 1.0))
+            with attach(vit, tuners[name]):
+                alone[name] = head(run_vit(vit)[:, 0])
         passes.clear()
-        with manager.one_pass(list(heads)):
-            states = run_vit(vit).chunk(3)
+        features = record_features(vit, taps_of(tuners.values()), vit_pixels())
+        states = {name: predict_from_features(vit, tuner, features) for name, tuner in tuners.items()}
         assert passes == [2]
-        for state, (name, head) in zip(states, heads.items(), strict=True):
-            assert torch.equal(head(state[:, 0]), alone[name])
+        for name, head in heads.items():
+            assert torch.equal(head(states[name][:, 0]), alone[name])
+    assert features.size == (4, 4)
+    assert features.time is None
     assert (alone["task0"] - alone["task1"][:, :5]).abs().max() > 1e-3
 
 
 def test_one_pass_of_a_unet_serves_several_bypass_tuners():
     unet, inputs = make_unet(), make_inputs()
-    alone, tuners = [], {name: Tuner.for_base(unet, BypassConfig(ratio=0.25)) for name in "01"}
-    for name, tuner in tuners.items():
-        randomize(tuner, int(name))
-        with attach(unet, tuner), torch.no_grad():
-            alone.append(unet(*inputs).sample)
-    for name, tuner in tuners.items():
-        attach(unet, tuner, name)
-    with TunerManager.of(unet).one_pass(["0", "1"]), torch.no_grad():
-        together = unet(*inputs).sample
-    torch.testing.assert_close(together, torch.cat(alone), rtol=0, atol=1e-5)
+    alone, tuners = [], [Tuner.for_base(unet, BypassConfig(ratio=0.25)) for _ in range(2)]
+    with torch.no_grad():
+        for seed, tuner in enumerate(tuners):
+            randomize(tuner, seed)
+            with attach(unet, tuner):
+                alone.append(unet(*inputs).sample)
+        features = record_features(unet, taps_of(tuners), *inputs)
+        for tuner, expected in zip(tuners, alone, strict=True):
+            assert torch.equal(predict_from_features(unet, tuner, features), expected)
+    assert not torch.equal(*alone)
 
 
 def test_a_pass_is_shared_by_bypass_tuners_alone():
     vit, pixart = make_vit(), make_pixart()
-    attach(vit, Tuner.for_base(vit, ResConfig(width=4)), "res")
-    attach(pixart, Tuner.for_base(pixart, BypassConfig()), "bypass")
-    with pytest.raises(RestuneError, match="`res` writes to other sites"), TunerManager.of(vit).one_pass(["res"]):
-        pass
-    with pytest.raises(RestuneError, match="head of PixArt"), TunerManager.of(pixart).one_pass(["bypass"]):
-        pass
+    bypass, res = Tuner.for_base(vit, BypassConfig()), Tuner.for_base(vit, ResConfig(width=4))
+    features = record_features(vit, taps_of([bypass]), vit_pixels())
+    with pytest.raises(RestuneError, match=r"Only a tuner of one `bypass` part works .* this has res; attach"):
+        predict_from_features(vit, res, features)
+    with pytest.raises(RestuneError, match="head of PixArtTransformer2DModel cannot run on recorded features"):
+        structure_of(pixart).run_head(pixart, torch.zeros(2, 64, 32))
+    with attach(vit, bypass, "mine"), pytest.raises(RestuneError, match="but mine act on it; detach them"):
+        record_features(vit, taps_of([bypass]), vit_pixels())
+
+
+def taps_of(tuners):
+    return {site for tuner in tuners for part in tuner.parts() for site in part.taps}

@@ -57,7 +57,16 @@ def read_out(vit: Any, pictures: Tensor) -> Tensor:
 
     The class token alone would hide from a bypass, which mixes no tokens, all that the patches hold.
     """
-    state: Tensor = vit(pictures * 2 - 1).last_hidden_state
+    return pooled(vit(pixel_values(pictures)).last_hidden_state)
+
+
+def pixel_values(pictures: Tensor) -> Tensor:
+    """Bring pictures from [0, 1] to the range that the backbone takes."""
+    return pictures * 2 - 1
+
+
+def pooled(state: Tensor) -> Tensor:
+    """Return the mean of a last hidden state (N, tokens, width) over all tokens, N x width."""
     return state.mean(1)
 
 

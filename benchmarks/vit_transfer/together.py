@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from restune_diffusion import Tuner, TunerManager, attach
+from restune_diffusion.training.feature_cache.tap_features import predict_from_features, record_features
 
-from .backbone import read_out
+from .backbone import pixel_values, pooled, read_out
 
 
 @dataclass(frozen=True)
@@ -37,12 +38,12 @@ def alone(vit: Any, tasks: Mapping[str, Served], pictures: Tensor) -> dict[str, 
 
 @torch.no_grad()
 def together(vit: Any, tasks: Mapping[str, Served], pictures: Tensor) -> dict[str, Tensor]:
-    """Run the backbone once for all tasks, whose tuners are attached: the logits of each."""
-    manager = TunerManager.of(vit)
-    assert manager is not None
-    with manager.one_pass(list(tasks)):
-        features = read_out(vit, pictures).chunk(len(tasks))
-    return {name: served.head(own) for own, (name, served) in zip(features, tasks.items(), strict=True)}
+    """Run the backbone once for all tasks, with no tuner attached: the logits of each."""
+    taps = {site for served in tasks.values() for part in served.tuner.parts() for site in part.taps}
+    features = record_features(vit, taps, pixel_values(pictures))
+    return {
+        name: served.head(pooled(predict_from_features(vit, served.tuner, features))) for name, served in tasks.items()
+    }
 
 
 @torch.no_grad()
@@ -61,11 +62,11 @@ def compare(vit: Any, tasks: Mapping[str, Served], pictures: Tensor, repeats: in
     Both are timed in turns in this process; attaching is left out of both.
     """
     expected = alone(vit, tasks, pictures)
-    with attached(vit, tasks):
-        found = together(vit, tasks, pictures)
-        seconds: dict[str, list[float]] = {"one pass": [], "a pass each": []}
-        for _ in range(repeats):
-            seconds["one pass"].append(_seconds(lambda: together(vit, tasks, pictures)))
+    found = together(vit, tasks, pictures)
+    seconds: dict[str, list[float]] = {"one pass": [], "a pass each": []}
+    for _ in range(repeats):
+        seconds["one pass"].append(_seconds(lambda: together(vit, tasks, pictures)))
+        with attached(vit, tasks):
             seconds["a pass each"].append(_seconds(lambda: _one_by_one(vit, tasks, pictures)))
     one, each = (statistics.median(times) for times in seconds.values())
     return {

@@ -4,7 +4,7 @@ from .bases import describe_base, site_module, structure_of
 from .description import BaseInfo, Site, TextInfo
 from .structure import Call, SiteHooks, Structure
 from .text import TextEncoder, describe_text, text_encoders, text_stack
-from .unet import late_skips, module_path, run_head, text_states
+from .unet import late_skips, module_path, text_states
 
 __all__ = [
     "BaseInfo",
@@ -18,7 +18,6 @@ __all__ = [
     "describe_text",
     "late_skips",
     "module_path",
-    "run_head",
     "site_module",
     "structure_of",
     "text_encoders",

@@ -30,7 +30,6 @@ class PixArtStructure(Structure):
         "patch_size",
         "norm_type",
     )
-    head_takes_any_batch = False
 
     def sites(self, base: Any) -> Iterator[tuple[str, Site]]:
         """Yield the sites in the order of the forward pass."""

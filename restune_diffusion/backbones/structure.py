@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from ..utils.errors import RestuneError
 from .description import BaseInfo, Site
 from .transformer_block import without_lora
 
@@ -50,8 +51,6 @@ class Structure(ABC):
     """Name of the model's class, or of one that it extends."""
     keys: ClassVar[tuple[str, ...]]
     """Keys of the model's config that decide which tuner fits."""
-    head_takes_any_batch: ClassVar[bool] = True
-    """Whether what follows the site `out` depends on nothing else that has a row for each of the batch."""
 
     def fits(self, base: nn.Module) -> bool:
         """Say whether a model is of this kind."""
@@ -92,6 +91,22 @@ class Structure(ABC):
     @abstractmethod
     def call(self, base: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
         """Read off the arguments of the model's forward what the batch is."""
+
+    def run_head(self, base: Any, x: torch.Tensor) -> torch.Tensor:
+        """Return the base's output from the feature at its site `out`; none of its blocks runs.
+
+        Args:
+            base: a model of this kind.
+            x: the feature, in the base's dtype: `(batch, channels, height, width)`, or `(batch, tokens, channels)` of
+                a transformer.
+
+        Raises:
+            RestuneError: if the output head of this kind needs more than the feature.
+        """
+        raise RestuneError(
+            f"The output head of {self.class_name} cannot run on recorded features, as it depends on the time step "
+            f"too; attach the tuner and run the whole base."
+        )
 
     def module(self, base: nn.Module, site: str) -> nn.Module:
         """Return what runs at a site of a transformer block, or at one of its linear layers."""

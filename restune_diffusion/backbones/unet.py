@@ -61,6 +61,13 @@ class UNetStructure(Structure):
         handles.append(_head(base).register_forward_pre_hook(partial(enter_head, hooks)))
         return handles
 
+    def run_head(self, base: Any, x: torch.Tensor) -> torch.Tensor:
+        """Return what the U-Net predicts from the feature at its site `out`, `(batch, channels, height, width)`."""
+        if base.conv_norm_out is not None:
+            x = base.conv_act(base.conv_norm_out(x))
+        predicted: torch.Tensor = base.conv_out(x)
+        return predicted
+
     def call(self, base: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
         """Read the batch off `sample` and `timestep`."""
         sample = args[0] if args else kwargs["sample"]
@@ -83,19 +90,6 @@ def module_path(site: str) -> str:
     parent = "mid_block" if name.family == MID else f"{name.family}_blocks.{name.index}"
     transformer = f"{parent}.attentions.{name.attention}.transformer_blocks.{name.block}"
     return inside(transformer, name, PATH_OF_OPERATION)
-
-
-def run_head(base: Any, x: torch.Tensor) -> torch.Tensor:
-    """Return what a `UNet2DConditionModel` predicts from the feature at its site `out`.
-
-    Args:
-        base: the U-Net; none of its blocks runs.
-        x: `(batch, channels, height, width)`, in the U-Net's dtype.
-    """
-    if base.conv_norm_out is not None:
-        x = base.conv_act(base.conv_norm_out(x))
-    predicted: torch.Tensor = base.conv_out(x)
-    return predicted
 
 
 def late_skips(base: BaseInfo, depth: int) -> list[str]:

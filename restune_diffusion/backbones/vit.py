@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
+import torch
 from torch.utils.hooks import RemovableHandle
 
 from ..utils.errors import RestuneError
@@ -70,6 +71,11 @@ class ViTStructure(Structure):
             ),
             base.layernorm.register_forward_pre_hook(partial(enter_head, hooks)),
         ]
+
+    def run_head(self, base: Any, x: torch.Tensor) -> torch.Tensor:
+        """Return the last hidden state `(batch, tokens, channels)` from the last block's."""
+        state: torch.Tensor = base.layernorm(x)
+        return state
 
     def call(self, base: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
         """Read the batch off `pixel_values`; the size is that of the grid of patches."""

@@ -17,7 +17,6 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from ..backbones import TextEncoder, describe_base, structure_of
-from ..backbones.site_names import OUT
 from ..tuners import Features, Operation
 from ..tuners.tuner import Tuner
 from ..utils.errors import RestuneError, TunerNameError
@@ -51,7 +50,6 @@ class TunerManager:
         self._features = Features()
         self._pass: Pass | None = None
         self._quiet = False
-        self._sharing: list[Attached] = []
         self._traced = False
         self._operation_handles: dict[str, RemovableHandle] = {}
         self._handles: list[RemovableHandle]
@@ -214,32 +212,6 @@ class TunerManager:
         for attached in self._tuners.values():
             attached.conditions = None
 
-    @contextlib.contextmanager
-    def one_pass(self, names: Sequence[str]) -> Iterator[None]:
-        """Within, one pass of the base serves several bypass tuners: it returns the rows of one after the other's.
-
-        A bypass changes nothing before the output head, so what it gives here equals what it gives alone. Split
-        the output `(len(names) * batch, ...)` with `chunk(len(names))`.
-
-        Args:
-            names: attached tuners that write at the output head alone, which is the case for the `bypass` part.
-
-        Raises:
-            TunerNameError: if a name is unknown.
-            RestuneError: if a tuner writes elsewhere too, or the base's head cannot take a larger batch.
-        """
-        self.check_known(names)
-        for name in names:
-            if self._tuners[name].sites != (OUT,):
-                raise RestuneError(f"Only bypass tuners share a pass of the base, and `{name}` writes to other sites.")
-        if not self._structure.head_takes_any_batch:
-            raise RestuneError(f"The output head of {self._structure.class_name} cannot serve several tuners at once.")
-        self._sharing = [self._tuners[name] for name in names]
-        try:
-            yield
-        finally:
-            self._sharing = []
-
     def has_conditions(self, name: str) -> bool:
         """Say whether a tuner was given condition images; raises `TunerNameError` for an unknown name."""
         self.check_known([name])
@@ -313,10 +285,6 @@ class TunerManager:
     def tuned(self, site: str, x: torch.Tensor) -> torch.Tensor:
         """Add the active residuals to a feature, all of them made from it as the base made it."""
         self.tap(site, x)
-        if site == OUT and self._sharing:
-            assert self._pass is not None
-            each = [attached.residuals(site, x, self._features, self._pass) for attached in self._sharing]
-            return torch.cat([Residual.add(x, residuals) for residuals in each])
         return self._summed(site, x, x)
 
     def see(self, *, time: torch.Tensor | None = None, text: torch.Tensor | None = None) -> None:

@@ -75,7 +75,7 @@ def test_features_from_the_bank_are_the_ones_that_a_pass_makes(
             draws = [stream.draw(2, first + number) for number in range(count)]
             batch = batches.of(draws)
             noisy = run.objective.add_noise(batch.latents, batch.input_noise, batch.timesteps)
-            expected = record_features(pipeline.unet, bank.layout.taps, noisy, batch.timesteps, batch.inputs)
+            expected = record_features(pipeline.unet, bank.layout.taps, noisy, batch.timesteps, **batch.inputs)
             found = bank.read([(2, first + number) for number in range(count)])
             assert found.by_site.keys() == expected.by_site.keys() >= {"skip.0", "mid", "up.0", "out"}
             assert found.size == expected.size

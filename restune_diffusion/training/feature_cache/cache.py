@@ -117,6 +117,7 @@ class FeatureBank:
 
     def _write(self, shard: Shard, features: TapFeatures) -> None:
         dtype = DTYPES[self.layout.dtype]
+        assert features.time is not None
         stored = {TIME: features.time, **{site: features.by_site[site] for site in self.layout.stored}}
         tensors = {name: value.to("cpu", dtype).contiguous() for name, value in stored.items()}
         for name, value in tensors.items():

@@ -21,7 +21,7 @@ def features_of(run: TrainingRun, taps: Collection[str], batch: Batch) -> TapFea
     noisy = run.objective.add_noise(batch.latents, batch.input_noise, batch.timesteps)
     with run.accelerator.autocast():
         sample = batch.denoiser_sample(noisy).to(unet.dtype)
-        return record_features(unet, taps, sample, batch.timesteps, batch.inputs)
+        return record_features(unet, taps, sample, batch.timesteps, return_dict=False, **batch.inputs)
 
 
 class PassBatches:

@@ -12,28 +12,32 @@ from typing import Any
 
 import torch
 
-from ...backbones import run_head, structure_of
+from ...backbones import structure_of
 from ...backbones.site_names import OUT
+from ...hooks.manager import TunerManager
 from ...tuners import Features
 from ...tuners.tuner import Tuner
+from ...utils.errors import RestuneError
 
 
 @dataclass(frozen=True)
 class TapFeatures:
     """What one pass of the base showed to a bypass.
 
-    `by_site` holds `(batch, channels, height, width)` of each tapped site and of `out`, `time` the time embedding
-    `(batch, channels)` before its activation, and `size` height and width of the latents.
+    `by_site` holds `(batch, channels, height, width)`, or `(batch, tokens, channels)` of a transformer, of each tapped
+    site and of `out`. `time` is the time embedding `(batch, channels)` before its activation, None of a base without
+    one, and `size` height and width of what the base was called on, in the unit of the sites' strides.
     """
 
     by_site: Mapping[str, torch.Tensor]
-    time: torch.Tensor
+    time: torch.Tensor | None
     size: tuple[int, int]
 
     def to(self, device: torch.device, dtype: torch.dtype) -> TapFeatures:
         """Return the same on a device and in a dtype."""
         by_site = {site: feature.to(device, dtype) for site, feature in self.by_site.items()}
-        return replace(self, by_site=by_site, time=self.time.to(device, dtype))
+        time = None if self.time is None else self.time.to(device, dtype)
+        return replace(self, by_site=by_site, time=time)
 
 
 class _Recorder:
@@ -61,38 +65,58 @@ class _Recorder:
 
 
 @torch.no_grad()
-def record_features(
-    unet: Any, taps: Collection[str], noisy: torch.Tensor, timesteps: torch.Tensor, inputs: Mapping[str, Any]
-) -> TapFeatures:
+def record_features(base: Any, taps: Collection[str], *args: Any, **kwargs: Any) -> TapFeatures:
     """Run the base, without tuners, and return what a bypass reads of it.
 
     Args:
-        unet: the base.
+        base: the base; no tuner may act on it.
         taps: the sites to keep beside `out`.
-        noisy: noisy latents `(batch, channels, height, width)`, in the base's dtype.
-        timesteps: `(batch,)`.
-        inputs: further keyword arguments of the base.
+        *args: positional arguments of the base's forward.
+        **kwargs: its keyword arguments.
+
+    Raises:
+        RestuneError: if a tuner acts on the base.
     """
-    recorder = _Recorder(taps)
-    handles = structure_of(unet).install(unet, recorder)
+    manager = TunerManager.of(base)
+    if manager is not None and manager.active_names:
+        raise RestuneError(
+            f"Features are recorded of the base alone, but {', '.join(manager.active_names)} act on it; detach them, "
+            f"or give them weight zero."
+        )
+    structure, recorder = structure_of(base), _Recorder(taps)
+    handles = structure.install(base, recorder)
     try:
-        unet(noisy, timesteps, return_dict=False, **inputs)
+        base(*args, **kwargs)
     finally:
         for handle in handles:
             handle.remove()
-    assert recorder.time is not None
-    return TapFeatures(recorder.by_site, recorder.time, (noisy.shape[-2], noisy.shape[-1]))
+    return TapFeatures(recorder.by_site, recorder.time, structure.call(base, args, kwargs).size)
 
 
-def predict_from_features(unet: Any, tuner: Tuner, features: TapFeatures) -> torch.Tensor:
-    """Return what the base predicts with a bypass tuner; of the base only the output head runs.
+def predict_from_features(base: Any, tuner: Tuner, features: TapFeatures) -> torch.Tensor:
+    """Return what the base makes with a bypass tuner; of the base only the output head runs.
+
+    The features of one pass serve any number of tuners. Each has a pass of its own through the head, of the size that
+    it has alone, so that the result equals that of the tuner attached, of weight 1, to the last bit.
 
     Args:
-        unet: the base, to which no tuner needs to be attached.
+        base: the base, to which no tuner needs to be attached.
         tuner: a tuner of a `bypass` part alone.
         features: in the base's dtype; their batch is that of the prediction.
+
+    Returns:
+        The prediction of a U-Net, `(batch, channels, height, width)`, or the last hidden state of a `ViTModel`.
+
+    Raises:
+        RestuneError: if the tuner has another part, or the base's head needs more than the features.
     """
-    (part,) = tuner.parts()
+    parts = list(tuner.parts())
+    if [part.writes for part in parts] != [(OUT,)]:
+        kinds = ", ".join(config.part for config in tuner.configs)
+        raise RestuneError(
+            f"Only a tuner of one `bypass` part works on recorded features, but this has {kinds}; attach the tuner "
+            f"and run the whole base."
+        )
     out = features.by_site[OUT]
-    residual = part(OUT, out, Features(dict(features.by_site), features.time, size=features.size))
-    return run_head(unet, out + residual.to(out.dtype))
+    residual = parts[0](OUT, out, Features(dict(features.by_site), features.time, size=features.size))
+    return structure_of(base).run_head(base, out + residual.to(out.dtype))
