@@ -2,6 +2,8 @@ import math
 
 import pytest
 import torch
+from hypothesis import example, given
+from hypothesis import strategies as st
 
 from restune_diffusion import RestuneError, Schedule, TunerWeight, schedule
 from restune_diffusion.backbones import Site
@@ -116,6 +118,38 @@ def test_a_dial_follows_any_schedule_in_place():
         expected = [weight.steps.at(step) for step in this.progress.tolist()]
         torch.testing.assert_close(dial.factors("out", weight, this), torch.tensor(expected))
     assert all(vars(dial)[key] is value for key, value in before.items())
+
+
+PIECES = st.lists(
+    st.tuples(
+        st.lists(st.integers(0, 10), min_size=2, max_size=2, unique=True).map(sorted),
+        st.integers(-3, 3),
+        st.integers(-3, 3),
+    ).map(lambda piece: (piece[0][0] / 10, piece[0][1] / 10, float(piece[1]), float(piece[2]))),
+    max_size=4,
+)
+
+
+@given(PIECES, st.lists(st.integers(0, 999), min_size=2, max_size=2), st.sampled_from(["both", "cond", "uncond"]))
+@example([(0.0, 0.6, 1.0, 1.0), (0.4, 1.0, 2.0, 2.0)], [499, 500], "both")
+def test_both_ways_of_computing_a_factor_agree_on_any_schedule(pieces, timesteps, on):
+    weight = TunerWeight((0.5, -2.0), steps=Schedule(tuple(pieces)), on=on)
+    this = one_pass(4, timestep=torch.tensor(timesteps * 2), layout=GUIDED)
+    dial = Dial(["out"], torch.device("cpu"))
+    dial.set(weight, {"out": 1.0})
+    found = row_factors(weight, this)
+    eager = torch.tensor(found if len(found) > 1 else found * 4)
+    torch.testing.assert_close(dial.factors("out", weight, this), eager, rtol=1e-5, atol=1e-5)
+
+
+def test_of_pieces_that_overlap_the_first_decides():
+    steps = Schedule(((0.4, 0.6, 1.0, 3.0), (0.0, 1.0, 5.0, 5.0), (0.5, 1.0, 7.0, 7.0)))
+    assert [steps.at(progress) for progress in (0.2, 0.5, 0.8, 1.0)] == [5.0, pytest.approx(2.0), 5.0, 5.0]
+    assert [(begin, end, first) for begin, end, _, _, first, _ in steps.disjoint()] == [
+        (0.4, 0.6, 1.0),
+        (0.0, 0.4, 5.0),
+        (0.6, 1.0, 5.0),
+    ]
 
 
 def test_a_weight_for_other_images_is_refused():

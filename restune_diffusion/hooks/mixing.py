@@ -10,12 +10,14 @@ import torch.nn.functional as F
 
 from ..backbones import Site
 from ..utils.errors import RestuneError
-from .weights import ROUNDING, TunerWeight
+from .weights import Schedule, TunerWeight, Value, piece_factor, piece_holds, row_factor
 
 # Room in the tensors that a compiled graph reads; outgrowing it compiles once more.
 _IMAGES = 64
 _PIECES = 16
-_ALWAYS = ((0.0, 1.0, 1.0, 1.0),)
+_ALWAYS = Schedule(((0.0, 1.0, 1.0, 1.0),))
+# Beyond any progress, so that it never holds.
+_UNUSED = 2.0
 
 
 @dataclass(frozen=True)
@@ -99,27 +101,28 @@ def row_factors(weight: TunerWeight, this: Pass) -> tuple[float, ...]:
     Raises:
         RestuneError: if the weight is for another number of images than the batch has.
     """
-    rows = range(this.rows)
-    factors: Sequence[float] = weight.values
-    if len(factors) > 1 or weight.on != "both":
+    # Each of them has one number for all rows, or one for each row or image.
+    values, halves, steps = weight.values, [1.0], [1.0]
+    if len(values) > 1 or weight.on != "both":
         images = this.images(weight)
-        factors = [factors[row % images if len(factors) > 1 else 0] for row in rows]
         if weight.on != "both":
-            factors = [factors[row] * _heard(weight.on, row // images, this, images) for row in rows]
+            halves = [half for half in _halves(weight.on, this, images) for _ in range(images)]
     if weight.steps is not None:
         steps = [weight.steps.at(progress) for progress in this.progress.flatten().tolist()]
-        # Either may be one number for all rows.
-        count = max(len(factors), len(steps))
-        factors = [factors[row % len(factors)] * steps[row % len(steps)] for row in range(count)]
+    count = this.rows if max(len(values), len(halves), len(steps)) > 1 else 1
+    factors = [
+        row_factor(values[row % len(values)], halves[row % len(halves)], steps[row % len(steps)])
+        for row in range(count)
+    ]
     if len(set(factors)) == 1:
         return (factors[0],)
     return tuple(factor for factor in factors for _ in range(this.frames))
 
 
-def _heard(on: str, copy: int, this: Pass, images: int) -> float:
-    """Say whether a copy of the images belongs to the half of guidance that a tuner acts on."""
+def _halves(on: str, this: Pass, images: int) -> list[float]:
+    """Return 1 for each copy of the images in the half of guidance that a tuner acts on, 0 for each other."""
     guided = this.layout.guided if this.layout is not None else this.rows > images
-    return float((on == "uncond") == (guided and copy == 0))
+    return [float((on == "uncond") == (guided and copy == 0)) for copy in range(this.rows // images)]
 
 
 def mask_at(weight: TunerWeight, site: Site, x: torch.Tensor, this: Pass) -> torch.Tensor | None:
@@ -159,7 +162,7 @@ class Dial:
         self.values = torch.zeros(_IMAGES, device=device)
         self.count = torch.ones((), dtype=torch.long, device=device)
         self.sites = torch.ones(len(sites), device=device)
-        self.curve = torch.full((_PIECES, 4), 2.0, device=device)
+        self.curve = torch.full((_PIECES, 6), _UNUSED, device=device)
 
     def set(self, weight: TunerWeight, factors: dict[str, float]) -> None:
         """Write a weight and its factors by site into the tensors."""
@@ -170,10 +173,10 @@ class Dial:
         self.count.fill_(len(values))
         self.sites.copy_(torch.tensor([factors[site] for site in self.place]))
         # Without a schedule the factor is one throughout, so that setting one later finds the same graph.
-        pieces = weight.steps.pieces if weight.steps is not None else _ALWAYS
+        pieces = (weight.steps or _ALWAYS).disjoint()
         if len(pieces) > len(self.curve):
-            self.curve = torch.full((len(pieces), 4), 2.0, device=self.curve.device)
-        self.curve.fill_(2.0)
+            self.curve = torch.full((len(pieces), 6), _UNUSED, device=self.curve.device)
+        self.curve.fill_(_UNUSED)
         if pieces:
             self.curve[: len(pieces)] = torch.tensor(pieces, device=self.curve.device)
 
@@ -188,19 +191,17 @@ class Dial:
         That the batch is a multiple of the number of values is not checked here: it is not known to the graph.
         """
         rows = torch.arange(this.rows, device=self.values.device)
-        factors = self.values[rows % self.count] * self.sites[self.place[site]]
-        factors = factors * self._step(this.progress.to(rows.device))
+        value, step = self.values[rows % self.count], self._step(this.progress.to(rows.device))
+        half: Value = 1.0
         if weight.on != "both":
             images = this.images(weight)
-            heard = [_heard(weight.on, copy, this, images) for copy in range(this.rows // images)]
-            factors = factors * torch.tensor(heard, device=rows.device).repeat_interleave(images)
+            half = torch.tensor(_halves(weight.on, this, images), device=rows.device).repeat_interleave(images)
+        factors: torch.Tensor = row_factor(value, half, step) * self.sites[self.place[site]]
         return factors if this.frames == 1 else factors.repeat_interleave(this.frames)
 
     def _step(self, progress: torch.Tensor) -> torch.Tensor:
         """`Schedule.at` for a tensor of progresses."""
-        start, end, first, last = self.curve.unbind(1)
+        begin, end, start, length, first, last = self.curve.unbind(1)
         progress = progress[..., None]
-        last_step = (progress >= 1 - ROUNDING) & (end == 1)
-        inside = ((progress >= start - ROUNDING) & (progress < end - ROUNDING)) | last_step
-        ramp = first + (last - first) * (progress - start) / (end - start).clamp(min=1e-9)
-        return torch.where(inside, ramp, 0).sum(-1)
+        factors = piece_factor(progress, start, length, first, last)
+        return torch.where(piece_holds(progress, begin, end), factors, 0).sum(-1)

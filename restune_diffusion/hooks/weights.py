@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 
@@ -16,6 +16,9 @@ from ..utils.errors import RestuneError
 _PIECE = re.compile(r"(?P<start>[\d.]+)\s*-\s*(?P<end>[\d.]+)\s*:\s*(?P<first>-?[\d.]+)(?:\s*>\s*(?P<last>-?[\d.]+))?")
 ROUNDING = 1e-6
 """A time step of exactly a piece's start belongs to it, although its progress is a rounded number."""
+
+
+Value: TypeAlias = float | torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -42,11 +45,51 @@ class Schedule:
                 )
 
     def at(self, progress: float) -> float:
-        """Return the factor at a progress in [0, 1]."""
+        """Return the factor at a progress in [0, 1]; of pieces that overlap, the first counts."""
         for start, end, first, last in self.pieces:
-            if start - ROUNDING <= progress < end - ROUNDING or (progress >= 1 - ROUNDING and end == 1):
-                return first + (last - first) * (progress - start) / (end - start)
+            if piece_holds(progress, start, end):
+                return piece_factor(progress, start, end - start, first, last)
         return 0.0
+
+    def disjoint(self) -> list[tuple[float, float, float, float, float, float]]:
+        """Return the stretches on which each piece decides, none of which overlap.
+
+        Returns:
+            `(from, to, start, length, first, last)` of each stretch, with start and length of the whole piece.
+        """
+        stretches = []
+        for number, (start, end, first, last) in enumerate(self.pieces):
+            free = [(start, end)]
+            for low, high in (piece[:2] for piece in self.pieces[:number]):
+                both = [side for a, b in free for side in ((a, min(b, low)), (max(a, high), b))]
+                free = [(a, b) for a, b in both if a < b]
+            stretches += [(a, b, start, end - start, first, last) for a, b in free]
+        return stretches
+
+
+# The equations of a weight. Each is written with operators that numbers and tensors both have: an eager pass evaluates
+# them on Python numbers, a compiled graph on the tensors of a `Dial`.
+
+
+def piece_holds(progress: Value, start: Value, end: Value) -> Any:
+    """Return whether a piece of a schedule holds at a progress: from its start to before its end, or through 1."""
+    return ((progress >= start - ROUNDING) & (progress < end - ROUNDING)) | ((progress >= 1 - ROUNDING) & (end == 1))
+
+
+def piece_factor(progress: Value, start: Value, length: Value, first: Value, last: Value) -> Any:
+    """Return the factor of a piece of a schedule at a progress: a line from `first` to `last`."""
+    return first + (last - first) * (progress - start) / length
+
+
+def row_factor(value: Value, half: Value, step: Value) -> Any:
+    """Return the factor of a row of the batch.
+
+    Args:
+        value: the weight's value for the row's image.
+        half: 1 for a row of the half of guidance that the tuner acts on, or 0.
+        step: the schedule's factor.
+    """
+    return value * half * step
 
 
 def schedule(text: str) -> Schedule:
