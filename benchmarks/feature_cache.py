@@ -1,6 +1,6 @@
 """What a feature bank and a sweep save a bypass tuner in time, and what a bank costs it in quality.
 
-    python train/prepare_icons.py data/icons --download --benchmark
+    python research/restune_tiny/prepare_icons.py data/icons --download --benchmark
     python -m benchmarks.feature_cache quality --icons data/icons --output benchmarks/results/feature_cache
     python -m benchmarks.feature_cache time --output benchmarks/results/feature_cache
     python -m benchmarks.feature_cache size --output benchmarks/results/feature_cache

@@ -20,12 +20,12 @@ from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
-from restune_diffusion.training.config.train_config.presets import PRESETS
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks.backward_memory import SD15, kept_storages
 from restune_diffusion import Tuner, attach
 from restune_diffusion.training import TrainConfig
+from restune_diffusion.training.config.presets import PRESETS
 
 _SD21 = {**SD15, "cross_attention_dim": 1024, "attention_head_dim": (5, 10, 20, 20), "use_linear_projection": True}
 _SDXL = {

@@ -4,6 +4,6 @@ diffusers copies this file to its cache and wants exactly one pipeline class in 
 installed package.
 """
 
-from restune_diffusion.pipelines.stable_diffusion.stable_diffusion import (
+from restune_diffusion.pipelines import (
     RestuneStableDiffusionXLPipeline as RestuneStableDiffusionXLPipeline,
 )

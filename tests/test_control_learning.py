@@ -4,7 +4,6 @@ import shutil
 
 import pytest
 import torch
-from restune_diffusion.pipelines.stable_diffusion.load_base import load_base
 
 from restune_diffusion import ControlConfig, TunerManager, load_tuner
 from restune_diffusion.cli.run_demo import BASE, IMAGES
@@ -12,6 +11,7 @@ from restune_diffusion.data.captions import find_examples
 from restune_diffusion.data.condition_source import ConditionSource
 from restune_diffusion.data.training_images import load_samples
 from restune_diffusion.hooks.attachment import attach
+from restune_diffusion.pipelines.load_base import load_base
 from restune_diffusion.training import TrainConfig, train
 from restune_diffusion.training.latents.cache import build_cache
 from restune_diffusion.training.losses.objective import Objective

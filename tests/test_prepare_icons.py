@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from train import prepare_icons
-from train.prepare_icons import Source, describe, emoji_names, hex_key, kept, plain, svg, weight_of
+from research.restune_tiny import prepare_icons
+from research.restune_tiny.icon_sources import Source
+from research.restune_tiny.prepare_icons import describe, emoji_names, hex_key, kept, plain, svg, weight_of
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,6 @@
 """The icon-style benchmark: tune towards a style that the base has never seen, and ask for what it knows.
 
-    python train/prepare_icons.py data/icons --download --benchmark
+    python research/restune_tiny/prepare_icons.py data/icons --download --benchmark
     python -m benchmarks.icon_style all openmoji --icons data/icons --work work --out work/report
 
 The parts of it, and what more there is:
@@ -26,14 +26,14 @@ from typing import Annotated, Any
 import torch
 import tyro
 from PIL import Image
-from restune_diffusion.pipelines.stable_diffusion.load_base import load_base
 
+from research.restune_tiny.icon_sources import DEVELOPMENT_SETS
 from restune_diffusion.cli.quiet import quiet_libraries
 from restune_diffusion.cli.run_demo import BASE
 from restune_diffusion.evaluation import InceptionFeatures, Lpips
 from restune_diffusion.imaging.contact_sheet import labelled_grid
+from restune_diffusion.pipelines.load_base import load_base
 from restune_diffusion.utils.atomic_write import atomic_write
-from train.prepare_icons import DEVELOPMENT_SETS
 
 from .base import judge_base
 from .beside import run_beside
@@ -52,7 +52,7 @@ class Common:
     """What every command takes."""
 
     icons: Path
-    """Folder that `train/prepare_icons.py --benchmark` wrote."""
+    """Folder that `research/restune_tiny/prepare_icons.py --benchmark` wrote."""
     work: Path
     """Folder for intermediate results."""
     base: Path = BASE

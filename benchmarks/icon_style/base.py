@@ -13,8 +13,8 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from research.restune_tiny.icon_sources import PRETRAINING_SETS
 from restune_diffusion.utils.atomic_write import atomic_write
-from train.prepare_icons import PRETRAINING_SETS
 
 from .data import IconData, to_images
 from .draw import Artist

@@ -17,8 +17,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from train import prepare_icons
-from train.palette import COLOURS
+from research.restune_tiny import prepare_icons
+from research.restune_tiny.palette import COLOURS
 
 TOKEN = "zorp"
 CLASS_WORD = "creature"

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from train.prepare_icons import COMMON, DEVELOPMENT_SETS, PRETRAINING_SETS, SOURCES
+from research.restune_tiny.icon_sources import COMMON, DEVELOPMENT_SETS, PRETRAINING_SETS, SOURCES
 
 CONCEPTS = Path(__file__).with_name("concepts.json")
 WIDELY_DRAWN = 4
@@ -24,7 +24,7 @@ class IconStyle:
     """All pictures of one icon set, by concept.
 
     Args:
-        folder: what `train/prepare_icons.py --benchmark` wrote.
+        folder: what `research/restune_tiny/prepare_icons.py --benchmark` wrote.
         name: name of the set.
     """
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from train.prepare_icons import PRETRAINING_SETS
+from research.restune_tiny.icon_sources import PRETRAINING_SETS
 
 from .data import IconData
 from .style_features import StyleFeatures

@@ -14,13 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from research.restune_tiny.icon_sources import PRETRAINING_SETS
 from restune_diffusion.data.captions import find_examples
 from restune_diffusion.data.training_images import load_samples
 from restune_diffusion.training.latents.batches import Batches
 from restune_diffusion.training.latents.cache import Cache, build_cache
 from restune_diffusion.training.losses.objective import Objective
 from restune_diffusion.utils.atomic_write import atomic_write
-from train.prepare_icons import PRETRAINING_SETS
 
 from .data import IconData, Split, to_images, to_pixels, write_tuning_images
 from .draw import Artist

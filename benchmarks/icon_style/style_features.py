@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from research.restune_tiny.parts.shares import colour_shares
 from restune_diffusion.evaluation import Lpips
-from train.pretraining.shares import colour_shares
 
 LEVELS = 7
 """Shades of each channel in the palette."""

@@ -1,6 +1,6 @@
 """Transfer one small ViT to several tasks: linear probe, bypass, dual res, LoRA and full fine-tuning side by side.
 
-    python train/prepare_icons.py data/icons --download --benchmark
+    python research/restune_tiny/prepare_icons.py data/icons --download --benchmark
     python -m benchmarks.vit_transfer --icons data/icons --work work/vit --output benchmarks/results/vit_transfer
 
 The backbone and every finished row stay in the work folder and are not computed again.
@@ -20,8 +20,8 @@ import tyro
 
 from benchmarks.icon_style.data import IconData
 from benchmarks.icon_style.report import environment
+from research.restune_tiny.icon_sources import DEVELOPMENT_SETS, PRETRAINING_SETS
 from restune_diffusion.utils.atomic_write import atomic_write
-from train.prepare_icons import DEVELOPMENT_SETS, PRETRAINING_SETS
 
 from .backbone import Shape, concept_rows, load_recognizer, recognized
 from .learning import Course, Learnt, learn, sweep
@@ -36,7 +36,7 @@ class Run:
     """What one run is made of."""
 
     icons: Path
-    """Folder that `train/prepare_icons.py --benchmark` wrote."""
+    """Folder that `research/restune_tiny/prepare_icons.py --benchmark` wrote."""
     work: Path
     """Folder for the backbone and for finished rows; keep those of different settings apart."""
     output: Path

@@ -14,7 +14,7 @@ from transformers import ViTConfig, ViTModel
 
 from benchmarks.icon_style.data import IconData
 from benchmarks.icon_style.judges import disturb_shapes, kept
-from train.prepare_icons import PRETRAINING_SETS
+from research.restune_tiny.icon_sources import PRETRAINING_SETS
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.icon_style.data import IconData
-from train.prepare_icons import DEVELOPMENT_SETS, PRETRAINING_SETS
+from research.restune_tiny.icon_sources import DEVELOPMENT_SETS, PRETRAINING_SETS
 
 from .backbone import shrink
 

@@ -37,8 +37,7 @@ class TrainOptions(TrainConfig):
     def run(self) -> None:
         """Train a tuner, or those of a sweep, and say where they are."""
         quiet_libraries()  # before the imports below, which warn
-        from ..training import sweeps as sweep
-        from ..training import train
+        from ..training import sweep, train
 
         config = self.settings()
         if config.sweep is not None:

@@ -4,11 +4,11 @@ import json
 import numpy as np
 import pytest
 import torch
-from restune_diffusion.pipelines.stable_diffusion.load_base import load_base
 
 from benchmarks.icon_style.data import IconData
+from research.restune_tiny.icon_sources import COMMON, DEVELOPMENT_SETS, PRETRAINING_SETS
 from restune_diffusion.cli.run_demo import BASE
-from train.prepare_icons import COMMON, DEVELOPMENT_SETS, PRETRAINING_SETS
+from restune_diffusion.pipelines.load_base import load_base
 
 CONCEPTS = sorted(COMMON)[:104]
 

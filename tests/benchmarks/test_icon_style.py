@@ -23,10 +23,11 @@ from benchmarks.icon_style.runner import Settings, StyleRun, read_strip, slug
 from benchmarks.icon_style.scores import Scorer, Yardsticks
 from benchmarks.icon_style.style_features import StyleFeatures
 from benchmarks.icon_style.subject import SubjectRun
+from research.restune_tiny.icon_sources import DEMO_CONCEPTS, PRETRAINING_SETS
+from research.restune_tiny.parts.shares import colour_shares
+from research.restune_tiny.prepare_icons import plain
 from restune_diffusion.cli.run_demo import SUBJECTS
 from restune_diffusion.evaluation import InceptionFeatures, Lpips
-from train.prepare_icons import DEMO_CONCEPTS, PRETRAINING_SETS, plain
-from train.pretraining.shares import colour_shares
 
 TINY = Settings(steps=3, batch=2, inference_steps=2, concepts=4, drift_concepts=1, sweep=False)
 

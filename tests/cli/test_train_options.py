@@ -6,11 +6,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from restune_diffusion.training.config.train_config.presets import PRESETS
 
 from restune_diffusion.cli.train import parse_train_options
 from restune_diffusion.storage.tuner_file import load_tuner, save_tuner
 from restune_diffusion.training import TrainConfig, read_config
+from restune_diffusion.training.config.presets import PRESETS
 from restune_diffusion.utils.errors import SettingsError
 
 Restune = Callable[..., tuple[int, str, str]]

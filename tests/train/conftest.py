@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from transformers import CLIPTokenizer
 
+from research.restune_tiny.icon_sources import PRETRAINING_SETS
 from tests.conftest import TINY_BASE
-from train.prepare_icons import PRETRAINING_SETS
 
 NAMES = ("apple", "red heart", "sun", "house")
 

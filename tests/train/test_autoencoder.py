@@ -1,8 +1,14 @@
 import pytest
 import torch
 
+from research.restune_tiny.stages.autoencoder import (
+    SCALING_FACTOR,
+    Perceptual,
+    new_vae,
+    normalise,
+    reconstruction_loss,
+)
 from restune_diffusion.evaluation import Lpips
-from train.pretraining.autoencoder import SCALING_FACTOR, Perceptual, new_vae, normalise, reconstruction_loss
 
 
 @torch.no_grad()

@@ -2,8 +2,8 @@ import random
 
 import pytest
 
-from train.palette import COLOURS
-from train.pretraining.captions import Captions
+from research.restune_tiny.palette import COLOURS
+from research.restune_tiny.parts.captions import Captions
 
 RECORDS = [
     {"captions": ["apple", "red apple"], "tags": ["fruit", "food"], "style": "noto style"},

@@ -6,9 +6,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.conftest import TINY_BASE
-from train.prepare_icons import PRETRAINING_SETS
-from train.pretraining.colours import (
+from research.restune_tiny.icon_sources import PRETRAINING_SETS
+from research.restune_tiny.parts.icons import load_icons, on_background
+from research.restune_tiny.stages.colours import (
     FLOOR,
     SHADES,
     STEP,
@@ -19,7 +19,7 @@ from train.pretraining.colours import (
     train_colours,
     unevenness,
 )
-from train.pretraining.icons import load_icons, on_background
+from tests.conftest import TINY_BASE
 
 
 def test_palette_counts_colours_by_nearness():

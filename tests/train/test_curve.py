@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from train.pretraining import log
-from train.pretraining.curve import draw_curve, images_seen, running_mean
+from research.restune_tiny.parts import log
+from research.restune_tiny.parts.curve import draw_curve, images_seen, running_mean
 
 
 def entry(step, loss=0.5, images=8):

@@ -1,9 +1,9 @@
 import torch
 
 from benchmarks.icon_style.character import BACKGROUNDS
-from train.palette import COLOURS
-from train.prepare_icons import PRETRAINING_SETS
-from train.pretraining.icons import load_icons, on_background, shifted, smaller, variants
+from research.restune_tiny.icon_sources import PRETRAINING_SETS
+from research.restune_tiny.palette import COLOURS
+from research.restune_tiny.parts.icons import load_icons, on_background, shifted, smaller, variants
 
 PALETTE = [torch.tensor(colour) / 127.5 - 1 for colour in COLOURS.values()]
 

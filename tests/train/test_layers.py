@@ -4,7 +4,7 @@ from diffusers.models.attention_processor import Attention, AttnProcessor
 from diffusers.models.upsampling import Upsample2D
 from torch import nn
 
-from train.pretraining.layers import SharedTextAttention, double_by_copies
+from research.restune_tiny.parts.layers import SharedTextAttention, double_by_copies
 
 
 @pytest.mark.parametrize("use_conv", [False, True])

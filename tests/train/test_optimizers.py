@@ -2,8 +2,8 @@ import pytest
 import torch
 from torch import nn
 
-from train.pretraining.flat import Flat
-from train.pretraining.optimizers import new_optimizers
+from research.restune_tiny.parts.flat import Flat
+from research.restune_tiny.parts.optimizers import new_optimizers
 
 
 class Small(nn.Module):

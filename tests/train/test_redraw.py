@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from train.pretraining.networks import new_scheduler
-from train.pretraining.redraw import redraw
+from research.restune_tiny.parts.networks import new_scheduler
+from research.restune_tiny.stages.redraw import redraw
 
 WANTED = torch.linspace(-2, 2, 2 * 16 * 8 * 8).view(2, 16, 8, 8)
 

@@ -7,13 +7,13 @@ import torch
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
 from safetensors.torch import load_file, save_file
 
+from research.restune_tiny.parts.examples import caption_source
+from research.restune_tiny.parts.icons import load_icons
+from research.restune_tiny.parts.networks import TextAndUNet, new_scheduler
+from research.restune_tiny.stages.colours import train_colours
+from research.restune_tiny.stages.judge import LatentJudge, label, train_judge
+from research.restune_tiny.stages.refine import RefineJob, Rotation, Studio
 from tests.conftest import TINY_BASE
-from train.pretraining.colours import train_colours
-from train.pretraining.examples import caption_source
-from train.pretraining.icons import load_icons
-from train.pretraining.judge import LatentJudge, label, train_judge
-from train.pretraining.networks import TextAndUNet, new_scheduler
-from train.pretraining.refine import RefineJob, Rotation, Studio
 
 
 @pytest.fixture(scope="module")

@@ -13,17 +13,17 @@ from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionMod
 from safetensors.torch import load_file
 from transformers import CLIPTextModel
 
+from research.restune_tiny.parts.captions import Captions
+from research.restune_tiny.parts.flat import Flat
+from research.restune_tiny.parts.folders import write_tensors
+from research.restune_tiny.parts.icons import VARIANT_WEIGHTS, load_icons, variants
+from research.restune_tiny.parts.networks import TextAndUNet
+from research.restune_tiny.pretrain_base import main
+from research.restune_tiny.stages import denoiser, latents
+from research.restune_tiny.stages.autoencoder import new_vae
+from research.restune_tiny.stages.pipeline import export_pipeline, load_pipeline
+from research.restune_tiny.stages.redraw import REDRAWN, Redrawn
 from tests.conftest import ROOT, TINY_BASE
-from train.pretrain_base import main
-from train.pretraining import denoiser, latents
-from train.pretraining.autoencoder import new_vae
-from train.pretraining.captions import Captions
-from train.pretraining.flat import Flat
-from train.pretraining.folders import write_tensors
-from train.pretraining.icons import VARIANT_WEIGHTS, load_icons, variants
-from train.pretraining.networks import TextAndUNet
-from train.pretraining.pipeline import export_pipeline, load_pipeline
-from train.pretraining.redraw import REDRAWN, Redrawn
 
 SCRIPT = ROOT / "train" / "pretrain_base.py"
 STEPS = ["--steps", "2", "--batch", "4", "--micro", "1", "--workers", "1", "--warmup", "1", "--print-every", "1"]

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import nn
 
-from train.pretraining.flat import Flat
-from train.pretraining.folders import replace_folder
-from train.pretraining.trainer import Trainer, learning_rate
+from research.restune_tiny.parts.flat import Flat
+from research.restune_tiny.parts.folders import replace_folder
+from research.restune_tiny.parts.trainer import Trainer, learning_rate
 
 
 @pytest.fixture

@@ -11,11 +11,11 @@ import pytest
 import torch
 from diffusers import StableDiffusionInpaintPipeline, StableDiffusionXLInpaintPipeline, UNet2DConditionModel
 from PIL import Image
-from restune_diffusion.pipelines.stable_diffusion.load_base import load_base, sampling_pipeline
 
 from restune_diffusion import RestuneStableDiffusionInpaintPipeline, RestuneStableDiffusionPipeline
 from restune_diffusion.data.captions import find_examples
 from restune_diffusion.data.training_images import load_samples
+from restune_diffusion.pipelines.load_base import load_base, sampling_pipeline
 from restune_diffusion.storage.tuner_file import load_tuner
 from restune_diffusion.training import TrainConfig, train
 from restune_diffusion.training.frozen_base import check_trainable

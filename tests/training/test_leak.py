@@ -49,7 +49,7 @@ def leak_by_hand(settings: TrainConfig, prompt: str) -> float:
     ]
 
     def predictions() -> torch.Tensor:
-        from restune_diffusion.pipelines.stable_diffusion.load_base import sampling_pipeline
+        from restune_diffusion.pipelines.load_base import sampling_pipeline
 
         states = sampling_pipeline(pipeline).encode_prompt(
             prompt, device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=False

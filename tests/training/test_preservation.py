@@ -13,7 +13,6 @@ import pytest
 import torch
 from accelerate import Accelerator
 from pydantic import ValidationError
-from restune_diffusion.pipelines.stable_diffusion.load_base import sampling_pipeline
 
 from restune_diffusion import ResConfig, TextConfig, Tuner, text_encoders
 from restune_diffusion.data.captions import find_examples
@@ -22,6 +21,7 @@ from restune_diffusion.data.files import list_images
 from restune_diffusion.data.training_images import load_samples
 from restune_diffusion.hooks.attachment import attach
 from restune_diffusion.hooks.manager import TunerManager
+from restune_diffusion.pipelines.load_base import sampling_pipeline
 from restune_diffusion.storage.tuner_file import load_tuner
 from restune_diffusion.training import StepReport, TrainConfig, train
 from restune_diffusion.training.latents.batches import Batches

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from restune_diffusion.pipelines.stable_diffusion.load_base import load_base
 from torch import nn
 
 from restune_diffusion import ResConfig, RestuneError, RestuneStableDiffusionPipeline, Tuner, attach, merge_lora
+from restune_diffusion.pipelines.load_base import load_base
 from restune_diffusion.storage.tuner_file import read_info
 from restune_diffusion.training import TrainConfig, train
 from restune_diffusion.training.feature_cache.cache import models_hash

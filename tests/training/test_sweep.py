@@ -9,12 +9,11 @@ from typing import Any
 
 import pytest
 from PIL import Image
-from restune_diffusion.training.config.train_config.shared_settings import OF_THE_OUTPUT, OF_THE_TUNER
 
 from restune_diffusion.cli import main
-from restune_diffusion.training import StepReport, TrainConfig, train
-from restune_diffusion.training import sweeps as sweep
+from restune_diffusion.training import StepReport, TrainConfig, sweep, train
 from restune_diffusion.training.checkpoint import latest_checkpoint
+from restune_diffusion.training.config.shared_settings import OF_THE_OUTPUT, OF_THE_TUNER
 from restune_diffusion.training.sweeps.grid import parse_sweep
 from restune_diffusion.utils.errors import TrainingError, TrainingInterrupted
 

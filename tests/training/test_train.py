@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from restune_diffusion.pipelines.stable_diffusion.load_base import load_base
 
 from restune_diffusion.data.captions import find_examples
 from restune_diffusion.data.training_images import load_samples
 from restune_diffusion.hooks.attachment import attach
 from restune_diffusion.hooks.manager import TunerManager
+from restune_diffusion.pipelines.load_base import load_base
 from restune_diffusion.storage.tuner_file import load_tuner, read_info
 from restune_diffusion.training import StepReport, TrainConfig, ValidationConfig, train
 from restune_diffusion.training.latents.batches import Batches

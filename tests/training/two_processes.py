@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from restune_diffusion.pipelines.stable_diffusion.load_base import load_base
 
 from restune_diffusion.data.captions import find_examples
 from restune_diffusion.data.training_images import load_samples
+from restune_diffusion.pipelines.load_base import load_base
 from restune_diffusion.training import TrainConfig, train
 from restune_diffusion.training.latents.cache import Cache, build_cache
 from restune_diffusion.training.latents.cache_shards import build_together

@@ -1,20 +1,21 @@
-"""Pretrain `restune-tiny`, the small Stable Diffusion checkpoint that ships with the package, from icon pictures.
+r"""Pretrain `restune-tiny`, the small Stable Diffusion checkpoint that ships with the package, from icon pictures.
 
 Stages, each resumable but the quick ones (interrupt it and run the same command again):
-    python train/prepare_icons.py data/icons --download
-    python train/pretrain_base.py vae data/icons work --compile
-    python train/pretrain_base.py latents data/icons work
-    python train/pretrain_base.py text data/icons work --tokenizer TOKENIZER
-    python train/pretrain_base.py unet data/icons work --tokenizer TOKENIZER --export work/export
-    python train/pretrain_base.py redraw data/icons work --start work/export --tokenizer TOKENIZER
-    python train/pretrain_base.py decoder data/icons work
-    python train/pretrain_base.py export data/icons work --tokenizer TOKENIZER --export work/export
-    python train/pretrain_base.py judge data/icons work
-    python train/pretrain_base.py colours data/icons work
-    python train/pretrain_base.py refine data/icons work --start work/export --tokenizer TOKENIZER --export work/last
-    python train/pretrain_base.py blend work/export work/last work/blend
-    python train/pretrain_base.py samples work/blend samples.png
-    python train/pretrain_base.py curve work curve.png --stage unet
+    python research/restune_tiny/prepare_icons.py data/icons --download
+    python research/restune_tiny/pretrain_base.py vae data/icons work --compile
+    python research/restune_tiny/pretrain_base.py latents data/icons work
+    python research/restune_tiny/pretrain_base.py text data/icons work --tokenizer TOKENIZER
+    python research/restune_tiny/pretrain_base.py unet data/icons work --tokenizer TOKENIZER --export work/export
+    python research/restune_tiny/pretrain_base.py redraw data/icons work --start work/export --tokenizer TOKENIZER
+    python research/restune_tiny/pretrain_base.py decoder data/icons work
+    python research/restune_tiny/pretrain_base.py export data/icons work --tokenizer TOKENIZER --export work/export
+    python research/restune_tiny/pretrain_base.py judge data/icons work
+    python research/restune_tiny/pretrain_base.py colours data/icons work
+    python research/restune_tiny/pretrain_base.py refine data/icons work --start work/export --tokenizer TOKENIZER \
+        --export work/last
+    python research/restune_tiny/pretrain_base.py blend work/export work/last work/blend
+    python research/restune_tiny/pretrain_base.py samples work/blend samples.png
+    python research/restune_tiny/pretrain_base.py curve work curve.png --stage unet
 
 TOKENIZER is a folder with the standard CLIP tokenizer, such as restune_diffusion/assets/restune-tiny/tokenizer.
 """
@@ -30,19 +31,19 @@ from typing import Any
 import torch
 
 # Python looks for a script's imports beside it: here that is inside the package they come from.
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from train.pretraining.autoencoder import train_decoder, train_vae
-from train.pretraining.colours import train_colours
-from train.pretraining.curve import PLOTS, draw_curve
-from train.pretraining.denoiser import export_checkpoint, train_unet
-from train.pretraining.judge import train_judge
-from train.pretraining.latents import encode_latents
-from train.pretraining.pipeline import blend_pipelines
-from train.pretraining.redraw import redraw_latents
-from train.pretraining.refine import train_refine
-from train.pretraining.samples import draw_samples
-from train.pretraining.text import train_text
+from research.restune_tiny.parts.curve import PLOTS, draw_curve
+from research.restune_tiny.stages.autoencoder import train_decoder, train_vae
+from research.restune_tiny.stages.colours import train_colours
+from research.restune_tiny.stages.denoiser import export_checkpoint, train_unet
+from research.restune_tiny.stages.judge import train_judge
+from research.restune_tiny.stages.latents import encode_latents
+from research.restune_tiny.stages.pipeline import blend_pipelines
+from research.restune_tiny.stages.redraw import redraw_latents
+from research.restune_tiny.stages.refine import train_refine
+from research.restune_tiny.stages.samples import draw_samples
+from research.restune_tiny.stages.text import train_text
 
 
 def add_training_options(parser: argparse.ArgumentParser, **defaults: Any) -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from train.pretraining import log
+from research.restune_tiny.parts import log
 
 
 @dataclass(frozen=True)

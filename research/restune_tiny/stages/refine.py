@@ -15,13 +15,13 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor
 
-from train.pretraining.colours import COLOURS_FILE, Colours
-from train.pretraining.denoiser import UNetJob, denoising_loss, train_exporting
-from train.pretraining.examples import Examples
-from train.pretraining.judge import LatentJudge, disturbed, label
-from train.pretraining.layers import SharedTextAttention, double_by_copies
-from train.pretraining.networks import new_scheduler
-from train.pretraining.trainer import micro_seed
+from research.restune_tiny.parts.examples import Examples
+from research.restune_tiny.parts.layers import SharedTextAttention, double_by_copies
+from research.restune_tiny.parts.networks import new_scheduler
+from research.restune_tiny.parts.trainer import micro_seed
+from research.restune_tiny.stages.colours import COLOURS_FILE, Colours
+from research.restune_tiny.stages.denoiser import UNetJob, denoising_loss, train_exporting
+from research.restune_tiny.stages.judge import LatentJudge, disturbed, label
 
 JUDGED_NOISE = (0.1, 0.8)
 """Noise that is laid over a drawing before it is judged, in standard deviations of the latents."""

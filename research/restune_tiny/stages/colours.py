@@ -12,11 +12,11 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from train.prepare_icons import PRETRAINING_SETS
-from train.pretraining.folders import decoder_folder, write_tensors
-from train.pretraining.icons import load_icons, on_background
-from train.pretraining.layers import double_by_copies
-from train.pretraining.shares import colour_shares
+from research.restune_tiny.icon_sources import PRETRAINING_SETS
+from research.restune_tiny.parts.folders import decoder_folder, write_tensors
+from research.restune_tiny.parts.icons import load_icons, on_background
+from research.restune_tiny.parts.layers import double_by_copies
+from research.restune_tiny.parts.shares import colour_shares
 
 SHADES = 9
 RIDGE = 0.02

@@ -10,9 +10,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import CLIPTokenizer
 
-from train.palette import COLOURS
-from train.pretraining.captions import Captions
-from train.pretraining.icons import VARIANT_WEIGHTS, load_icons
+from research.restune_tiny.palette import COLOURS
+from research.restune_tiny.parts.captions import Captions
+from research.restune_tiny.parts.icons import VARIANT_WEIGHTS, load_icons
 
 
 def caption_source(settings: argparse.Namespace) -> Captions:

@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from train.prepare_icons import PRETRAINING_SETS
-from train.pretraining.folders import write_tensors
-from train.pretraining.icons import load_icons
+from research.restune_tiny.icon_sources import PRETRAINING_SETS
+from research.restune_tiny.parts.folders import write_tensors
+from research.restune_tiny.parts.icons import load_icons
 
 CHANNELS = 96
 NOISE = 1.2

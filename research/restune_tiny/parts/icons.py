@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from train.palette import COLOURS
-from train.prepare_icons import PRETRAINING_SETS
+from research.restune_tiny.icon_sources import PRETRAINING_SETS
+from research.restune_tiny.palette import COLOURS
 
 # How often each stored variant of a picture is shown: as drawn, shifted, smaller, on a colour.
 VARIANT_WEIGHTS = (0.5, 0.22, 0.14, 0.14)

@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from train.pretraining.examples import Examples, caption_source
-from train.pretraining.folders import write_tensors
-from train.pretraining.networks import TEXT_WIDTH, new_text_encoder
-from train.pretraining.trainer import Trainer, micro_seed
+from research.restune_tiny.parts.examples import Examples, caption_source
+from research.restune_tiny.parts.folders import write_tensors
+from research.restune_tiny.parts.networks import TEXT_WIDTH, new_text_encoder
+from research.restune_tiny.parts.trainer import Trainer, micro_seed
 
 TEXT_LENGTH = 40  # tokens while the text encoder learns words; all later positions then start as padding
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import CLIPTokenizer
 
-from train.palette import COLOURS
+from research.restune_tiny.palette import COLOURS
 
 
 class Captions:

@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from train.pretraining.folders import decoder_folder, replace_folder
-from train.pretraining.networks import TEXT_WIDTH, TextAndUNet, new_scheduler, new_text_encoder, new_unet
+from research.restune_tiny.parts.folders import decoder_folder, replace_folder
+from research.restune_tiny.parts.networks import TEXT_WIDTH, TextAndUNet, new_scheduler, new_text_encoder, new_unet
 
 
 def load_pipeline(module: TextAndUNet, folder: Path, used: list[int]) -> None:

@@ -9,9 +9,9 @@ from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file
 from torch import Tensor
 
-from train.pretraining.examples import Examples
-from train.pretraining.folders import write_tensors
-from train.pretraining.icons import Icons
+from research.restune_tiny.parts.examples import Examples
+from research.restune_tiny.parts.folders import write_tensors
+from research.restune_tiny.parts.icons import Icons
 
 REDRAWN = "redrawn.safetensors"
 LAST_STEPS = (1, 2, 3, 4)

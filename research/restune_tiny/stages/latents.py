@@ -12,9 +12,9 @@ import torch.multiprocessing as mp
 from diffusers import AutoencoderKL
 from torch import Tensor
 
-from train.pretraining.autoencoder import normalise
-from train.pretraining.folders import write_tensors
-from train.pretraining.icons import VARIANT_WEIGHTS, load_icons
+from research.restune_tiny.parts.folders import write_tensors
+from research.restune_tiny.parts.icons import VARIANT_WEIGHTS, load_icons
+from research.restune_tiny.stages.autoencoder import normalise
 
 PART = 400
 

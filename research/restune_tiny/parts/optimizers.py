@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from train.pretraining.flat import Flat
+from research.restune_tiny.parts.flat import Flat
 
 
 @dataclass

@@ -16,10 +16,10 @@ import torch.multiprocessing as mp
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from train.pretraining.flat import Flat
-from train.pretraining.folders import replace_folder
-from train.pretraining.log import append
-from train.pretraining.optimizers import new_optimizers
+from research.restune_tiny.parts.flat import Flat
+from research.restune_tiny.parts.folders import replace_folder
+from research.restune_tiny.parts.log import append
+from research.restune_tiny.parts.optimizers import new_optimizers
 
 
 class Job(Protocol):

@@ -11,12 +11,12 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from train.pretraining.examples import Examples, caption_source
-from train.pretraining.flat import Flat
-from train.pretraining.layers import SharedTextAttention, double_by_copies
-from train.pretraining.networks import TextAndUNet, new_scheduler
-from train.pretraining.pipeline import export_pipeline, load_pipeline
-from train.pretraining.trainer import Trainer, micro_seed
+from research.restune_tiny.parts.examples import Examples, caption_source
+from research.restune_tiny.parts.flat import Flat
+from research.restune_tiny.parts.layers import SharedTextAttention, double_by_copies
+from research.restune_tiny.parts.networks import TextAndUNet, new_scheduler
+from research.restune_tiny.parts.trainer import Trainer, micro_seed
+from research.restune_tiny.stages.pipeline import export_pipeline, load_pipeline
 
 
 @dataclass

@@ -13,12 +13,12 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
+from research.restune_tiny.parts.folders import replace_folder
+from research.restune_tiny.parts.icons import Icons, load_icons, on_background, shifted
+from research.restune_tiny.parts.layers import double_by_copies
+from research.restune_tiny.parts.trainer import Trainer, micro_seed
+from research.restune_tiny.stages.redraw import REDRAWN, Redrawn
 from restune_diffusion.evaluation import Lpips
-from train.pretraining.folders import replace_folder
-from train.pretraining.icons import Icons, load_icons, on_background, shifted
-from train.pretraining.layers import double_by_copies
-from train.pretraining.redraw import REDRAWN, Redrawn
-from train.pretraining.trainer import Trainer, micro_seed
 
 # Stable Diffusion's own factor: latents are normalised to its inverse, so forgetting to scale them shows.
 SCALING_FACTOR = 0.18215
