@@ -1,4 +1,4 @@
-.PHONY: install peers demo test test-fast lint style
+.PHONY: install peers demo test test-all lint style
 
 install:
 	python -m pip install -c constraints.txt -e ".[dev]"
@@ -13,10 +13,11 @@ demo:
 	restune demo
 
 test:
-	python -m pytest
+	python -m pytest --numprocesses=2 --dist=loadfile
 
-test-fast:
-	python -m pytest -m "not slow"
+# Learning, compiling, several processes, full-size models: what the unit tests leave out, and they.
+test-all:
+	python -m pytest tests/unit tests/integration --numprocesses=2 --dist=loadfile
 
 lint:
 	ruff check .

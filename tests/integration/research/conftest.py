@@ -1,0 +1,3 @@
+from ...unit.research.conftest import icons, tokenizer
+
+__all__ = ["icons", "tokenizer"]

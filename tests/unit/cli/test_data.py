@@ -1,0 +1,80 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from ...tiny_training import draw_image
+
+Restune = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Path:
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for number, size in enumerate([(64, 64), (128, 64), (128, 64), (40, 80)]):
+        draw_image("red", size).save(folder / f"{number}.png")
+        (folder / f"{number}.txt").write_text("a disc" if number else "a disc, " * 40)
+    (folder / "broken.png").write_bytes(b"no image")
+    (folder / "broken.txt").write_text("x")
+    (folder / "notes.md").write_text("x")
+    return folder
+
+
+def test_inspect_tells_what_would_be_trained_on(
+    restune: Restune, workplace: Path, images: Path, tmp_path: Path
+) -> None:
+    sheet = tmp_path / "sheet.png"
+    code, output, errors = restune(
+        "data", "inspect", images, "--base", workplace / "base", "--resolution=64", "--bucketing", "--flip",
+        "--trigger-word=sks", "--sheet", sheet,
+    )  # fmt: skip
+    assert code == 0, errors
+    for fact in (
+        "4 to train on, 1 left out, 8 views", "80 x 48 (5:3): 2", "64 x 64 (1:1): 1", '"sks, a disc" (3 images)',
+        "the text encoder sees only the beginning", "3.png 1.2 times", "1.png = 2.png",
+        "broken.png is no image of a known kind.", "notes.md has not the suffix of an image.", str(sheet),
+    ):  # fmt: skip
+        assert fact in output, (fact, output)
+    with Image.open(sheet) as picture:
+        colours = picture.convert("RGB").getcolors(1 << 24)
+        assert colours is not None
+        assert (255, 0, 0) in {colour for _, colour in colours}
+
+
+def test_inspect_without_a_base_prints_json_for_other_programs(restune: Restune, images: Path) -> None:
+    code, output, errors = restune("data", "inspect", images, "--json")
+    assert code == 0, errors
+    told = json.loads(output)
+    assert told["buckets"] == [{"width": 512, "height": 512, "images": 4}]
+    assert [each["name"] for each in told["left_out"]] == ["broken.png", "notes.md"]
+    assert told["files"][3] == {
+        "name": "3.png", "caption": "a disc", "width": 40, "height": 80, "bucket": [512, 512], "repeats": 1,
+        "views": 1,
+    }  # fmt: skip
+
+
+def test_inspect_ends_with_an_error_where_nothing_can_be_used(restune: Restune, images: Path) -> None:
+    for path in images.glob("*.txt"):
+        path.unlink()
+    code, output, errors = restune("data", "inspect", images)
+    assert code == 1
+    assert output.count("has no caption") == 5
+    assert "None of the images" in errors
+    assert errors.count("\n") == 1
+    code, _, errors = restune("data", "inspect", images / "none")
+    assert code == 1
+    assert "does not exist" in errors
+    code, _, errors = restune("data", "inspect", images, "--prompt=x", "--sheet=sheet.doc")
+    assert code == 1
+    assert "has not the suffix of a picture" in errors
+
+
+def test_help_has_an_example(restune: Restune) -> None:
+    code, output, _ = restune("data", "--help")
+    assert code == 0
+    assert "Example: restune data inspect" in output

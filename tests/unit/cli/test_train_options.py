@@ -1,0 +1,137 @@
+from __future__ import annotations
+
+import runpy
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from restune_diffusion.cli.train import parse_train_options
+from restune_diffusion.storage.tuner_file import load_tuner, save_tuner
+from restune_diffusion.training import TrainConfig, read_config
+from restune_diffusion.training.config.presets import PRESETS
+from restune_diffusion.utils.errors import SettingsError
+
+Restune = Callable[..., tuple[int, str, str]]
+
+FILE = """\
+base: b
+data: d
+output: o
+preset: style
+steps: 30
+tuner: skip
+skip: {ratio: 0.5}
+validation:
+  prompts: [a fox, a hen]
+  every: 10
+"""
+
+
+def parse(*args: str) -> TrainConfig:
+    return parse_train_options("", args).settings()
+
+
+def test_flags_win_over_the_file_and_the_file_over_the_preset(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(FILE)
+    config = parse("--config", str(path), "--output", "p", "--validation.every=5", "--skip.sites", "skip.0")
+    assert (config.base, config.output, config.steps) == ("b", Path("p"), 30)
+    assert (config.skip.ratio, config.skip.sites) == (0.5, ("skip.0",))
+    assert (config.validation.prompts, config.validation.every) == (("a fox", "a hen"), 5)
+    assert (
+        config.batch_size == PRESETS["style"].settings["batch_size"] != TrainConfig.model_fields["batch_size"].default
+    )
+    other = parse("--output", "p", f"--config={path}", "--preset", "quality")
+    assert (other.preset, other.ema_decay, other.steps) == ("quality", PRESETS["quality"].settings["ema_decay"], 30)
+
+
+def test_flags_and_file_say_the_same(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(FILE)
+    flags = ["--base=b", "--data=d", "--output=o", "--preset=style", "--steps=30", "--tuner=skip"]
+    flags.append("--skip.ratio=0.5")
+    assert parse(*flags, "--validation.every=10", "--validation.prompts", "a fox", "a hen") == read_config(path)
+
+
+def test_a_scripts_own_default_lies_between_preset_and_file(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("base: b\ndata: d\noutput: o\npreset: style\n")
+    control = {"tuner": "control"}
+    assert parse_train_options("", ["--config", str(path)], defaults=control).tuner == "control"
+    path.write_text(path.read_text() + "tuner: [skip, control]\n")
+    assert parse_train_options("", ["--config", str(path)], defaults=control).tuner == ("skip", "control")
+    assert parse_train_options("", ["--config", str(path), "--tuner", "skip"], defaults=control).tuner == "skip"
+
+
+def test_a_preset_and_another_tuner_fit_together() -> None:
+    assert parse("--base=b", "--data=d", "--output=o", "--preset=style", "--tuner=skip").kinds == ("skip",)
+    needed = ("--base=b", "--data=d", "--output=o", "--preset=subject")
+    assert parse(*needed, "--tuner", "skip").kinds == ("skip",)
+    assert parse(*needed).kinds == ("skip", "text")
+
+
+def test_bad_files_and_flags_end_in_one_sentence(restune: Restune, tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("steps: 3\nvalidation:\n  evry: 3\n")
+    code, _, errors = restune("train", "--config", path, "--base=b", "--data=d", "--output=o")
+    assert code == 1
+    assert errors == f"restune: {path}, line 3: in validation there is no setting evry; did you mean every?\n"
+    path.write_text("lr_warmup_steps: 3\n")
+    for arguments, message in [
+        (("--config", path, "--base=b", "--data=d", "--output=o"), "a constant learning rate has no warm-up"),
+        (("--config", path), "Missing from restune train"),
+        (("--config",), "--config"),
+        (("--preset", "styel"), "invalid choice 'styel'"),
+        (("--base=b", "--data=d", "--output=o", "--stepps=3"), "Perhaps you meant: --steps INT"),
+    ]:
+        code, _, errors = restune("train", *arguments)
+        shown = " ".join(errors.replace("│", " ").split())
+        assert (code, message in shown, "Traceback" in errors) == (2, True, False), errors
+    with pytest.raises(SettingsError, match="cannot be read"):
+        parse("--config", str(tmp_path / "gone.yaml"))
+
+
+def test_help_lists_what_presets_set(restune: Restune) -> None:
+    _, output, _ = restune("train", "--help")
+    for preset in PRESETS.values():
+        assert preset.describe() in output
+    assert "--config YAML" in output
+
+
+def test_a_tuners_recorded_settings_train_it_again(restune: Restune, workplace: Path, tmp_path: Path) -> None:
+    tuner = workplace / "trained" / "disc.safetensors"
+    code, text, errors = restune("inspect", tuner, "--config")
+    assert code == 0, errors
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    config = read_config(path, base=str(workplace / "base"), data=workplace / "images", output=tmp_path / "out")
+    assert (config.name, config.steps, config.learning_rate) == ("disc", 3, 0.1)
+    code, _, errors = restune(
+        "train", "--config", path, "--base", workplace / "base", "--data", workplace / "images",
+        "--output", tmp_path / "out", "--cpu",
+    )  # fmt: skip
+    assert code == 0, errors
+    assert (tmp_path / "out" / "disc.safetensors").stat().st_size == tuner.stat().st_size
+
+
+def test_a_file_without_recorded_settings_is_told(restune: Restune, workplace: Path, tmp_path: Path) -> None:
+    save_tuner(load_tuner(workplace / "trained" / "disc.safetensors"), tmp_path / "bare.safetensors", training={})
+    code, _, errors = restune("inspect", tmp_path / "bare.safetensors", "--config")
+    assert (code, errors.count("\n")) == (1, 1)
+    assert "does not say with which settings" in errors
+
+
+def test_scripts_take_files(workplace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(
+        f"base: {workplace / 'base'}\ndata: {workplace / 'images'}\noutput: {tmp_path / 'out'}\n"
+        "steps: 1\ncpu: true\ncheckpoint_every: 0\ncontrol: {conditions: [canny]}\n"
+    )
+    script = Path(__file__).parents[3] / "train" / "train_control.py"
+    monkeypatch.setattr(sys, "argv", [str(script), "--config", str(path), "--name=edges"])
+    with pytest.raises(SystemExit) as exited:
+        runpy.run_path(str(script), run_name="__main__")
+    assert exited.value.code == 0
+    assert (tmp_path / "out" / "edges.safetensors").is_file()
