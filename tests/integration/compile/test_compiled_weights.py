@@ -9,7 +9,6 @@ from restune_diffusion import (
 from ...unit.hooks.test_attachment import KINDS, run, trained
 
 
-@pytest.mark.slow
 @KINDS
 def test_a_compiled_graph_follows_the_weights_without_compiling_again(unet, inputs, config):
     torch._dynamo.reset()
