@@ -6,6 +6,8 @@ The public names load when they are first used, so that importing the package co
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from .utils.version import __version__ as __version__
+
 if TYPE_CHECKING:
     from .backbones import BaseInfo, Site, describe_base, text_encoders
     from .hooks.attachment import Attachment, attach, detach
@@ -40,8 +42,6 @@ if TYPE_CHECKING:
         TunerFileError,
         TunerNameError,
     )
-
-__version__ = "0.1.0"
 
 _MODULES = {
     "hooks.attachment": ("Attachment", "attach", "detach"),

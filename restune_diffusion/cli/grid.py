@@ -98,7 +98,7 @@ class GridOptions(DrawOptions):
             yield from pipeline.branches(prompt, batch, self.share_steps, **self.arguments(seed)).images
 
     def _facts(self, columns: list[Column], rows: list[tuple[str, int]]) -> dict[str, Any]:
-        from .. import __version__
+        from ..utils.version import __version__
 
         settings = self.model_dump(mode="json", exclude={"output", "cell", "json_output", "columns_at_once", "prompt"})
         return {

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -26,8 +26,12 @@ from .attached_tuner import Attached
 from .mixing import Layout
 from .placeholder_tokens import NewWord, TokenizerCopy, Words
 
-if TYPE_CHECKING:
-    from .manager import TunerManager
+
+class MixOwner(Protocol):
+    """What a text encoder's hooks ask of a base's `TunerManager`."""
+
+    enabled: bool
+    layout: Layout | None
 
 
 @dataclass(eq=False)
@@ -35,7 +39,7 @@ class _Reader:
     """A tuner on a text encoder."""
 
     name: str
-    manager: TunerManager
+    manager: MixOwner
     attached: Attached
     part: TextPart
     paths: frozenset[str]
@@ -60,7 +64,7 @@ class EncoderHooks:
         self.name = name
         self._stack = text_stack(encoder, name)
         self._readers: list[_Reader] = []
-        self._scope: TunerManager | None = None
+        self._scope: MixOwner | None = None
         self._scoped = False
         self._words: Words | None = None
         self._copies = TokenizerCopy()
@@ -82,7 +86,7 @@ class EncoderHooks:
                 return owner
         return None
 
-    def add(self, name: str, manager: TunerManager, attached: Attached, part: TextPart) -> None:
+    def add(self, name: str, manager: MixOwner, attached: Attached, part: TextPart) -> None:
         """Let a tuner act on the encoder."""
         self._readers.append(_Reader(name, manager, attached, part, frozenset(part.linears(self.name))))
         self._refresh()
@@ -97,7 +101,7 @@ class EncoderHooks:
             self._handles.clear()
 
     @contextmanager
-    def reading(self, manager: TunerManager | None, encoder: TextEncoder) -> Iterator[Words | None]:
+    def reading(self, manager: MixOwner | None, encoder: TextEncoder) -> Iterator[Words | None]:
         """Within, the encoder reads prompts for one base: the tuners of its manager act alone, with their words.
 
         Yields:
@@ -209,7 +213,7 @@ def check_text(tuner: Tuner, encoders: Mapping[str, TextEncoder] | None) -> None
 
 
 def attach_text(
-    name: str, manager: TunerManager, attached: Attached, encoders: Mapping[str, TextEncoder] | None
+    name: str, manager: MixOwner, attached: Attached, encoders: Mapping[str, TextEncoder] | None
 ) -> list[EncoderHooks]:
     """Let the `text` part of a tuner, if it has one, act on text encoders that `check_text` has seen.
 

@@ -14,7 +14,6 @@ from ..pipelines.load_base import sampling_pipeline
 from ..tuners.tuner import Tuner
 from ..utils.errors import TrainingError
 from ..utils.seeds import derived_seed
-from .callbacks.averaging import TunerAverage
 from .callbacks.tracking import tracker_name
 from .checkpoint import latest_checkpoint, restore_checkpoint
 from .config.train_config import TrainConfig
@@ -28,8 +27,9 @@ from .latents.sampler import SampleStream
 from .latents.text_conditioning import LiveEncoder
 from .losses.objective import Objective
 from .losses.preservation import make_preservation
-from .optimizers import make_optimizer
-from .parameter_groups import parameter_groups
+from .optimization.averaging import TunerAverage
+from .optimization.optimizers import make_optimizer
+from .optimization.parameter_groups import parameter_groups
 from .processes import check_distribution
 from .state import TrainingRun
 

@@ -17,12 +17,13 @@ from ..data.data_sheet import FILE_NAME as DATA_FILE
 from ..storage.tuner_file import load_tuner, save_tuner
 from ..utils.atomic_write import atomic_write, sync_directory
 from ..utils.errors import TrainingError
+from .callbacks.base import Hook
 from .callbacks.config_record import CONFIG_FILE
 from .callbacks.metrics_file import METRICS_FILE
 from .facts import library_versions, run_identity
-from .optimizer_state import flatten_state, unflatten_state
-from .parameter_groups import optimized_names
-from .state import Hook, StepReport, TrainingRun
+from .optimization.optimizer_state import flatten_state, unflatten_state
+from .optimization.parameter_groups import optimized_names
+from .state import StepReport, TrainingRun
 
 logger = logging.getLogger(__name__)
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from importlib.metadata import version
 from typing import Any
 
-from .. import __version__
 from ..utils.settings_merge import flat
+from ..utils.version import __version__
 from .config.train_config import TrainConfig
 from .state import TrainingRun
 

@@ -9,12 +9,13 @@ from collections.abc import Generator, Sequence
 import torch
 
 from ..utils.errors import TrainingError, TrainingInterrupted
+from .callbacks.base import Hook
 from .checkpoint import latest_checkpoint
 from .latents.batches import Batch
 from .losses.prediction import predict
-from .optimizers import effective_learning_rate
+from .optimization.optimizers import effective_learning_rate
 from .processes import average_gradients
-from .state import Hook, StepReport, TrainingRun
+from .state import StepReport, TrainingRun
 from .stopping import StopRequest
 
 # So many steps in a row without finite fp16 gradients are no search for a loss scale any more.

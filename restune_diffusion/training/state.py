@@ -2,28 +2,50 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import torch
 from accelerate import Accelerator
 
 from ..data.condition_source import ConditionSource
+from ..data.data_sheet import DataSheet
 from ..tuners.tuner import Tuner
 from .config.train_config import TrainConfig
-from .latents.batches import BatchSource
+from .latents.batches import Batch, BatchSource
 from .latents.cache import Cache
 from .losses.bands import BandLosses
 from .losses.objective import Objective
-
-if TYPE_CHECKING:
-    from ..data.data_sheet import DataSheet
-    from .callbacks.averaging import TunerAverage
-    from .losses.preservation import Preservation
+from .optimization.averaging import TunerAverage
 
 ATTACHED_NAME = "in training"
 """Name of the tuner on the base while it is trained."""
+
+
+class Preservation(ABC):
+    """Adds to each batch of images a loss that keeps the class."""
+
+    @property
+    @abstractmethod
+    def identity(self) -> str:
+        """What the preservation depends on beyond the settings."""
+
+    @abstractmethod
+    def describe(self) -> str:
+        """Say in a few words what is kept."""
+
+    @abstractmethod
+    def loss(self, run: TrainingRun, batch: Batch, number: int) -> torch.Tensor:
+        """Return the loss that goes with a batch of images, a scalar before its weight.
+
+        Args:
+            run: the run.
+            batch: the batch of images.
+            number: its number.
+        """
 
 
 @dataclass
@@ -80,22 +102,3 @@ class StepReport:
     band_losses: Mapping[str, float] = field(default_factory=dict)
     """Mean loss of the samples in each band of timesteps, by its first and last one; bands without samples are left
     out."""
-
-
-class Hook:
-    """Something that watches a training run; every process calls it, in the order of the hooks."""
-
-    def on_start(self, run: TrainingRun) -> None:
-        """Called once, before the first step of this process."""
-
-    def on_step(self, run: TrainingRun, report: StepReport) -> None:
-        """Called after every optimizer step."""
-
-    def on_stop(self, run: TrainingRun) -> None:
-        """Called instead of `on_end` where the run was asked to stop before its last step."""
-
-    def on_end(self, run: TrainingRun) -> None:
-        """Called once, after the last step."""
-
-    def close(self) -> None:
-        """Called at last, also after an error."""

@@ -16,7 +16,7 @@ from ..hooks.attachment import attach
 from ..storage.tuner_file import save_tuner
 from ..utils.errors import TrainingError
 from .build import make_accelerator, make_run
-from .callbacks.averaging import UpdateAverage
+from .callbacks.base import Hook, UpdateAverage
 from .callbacks.config_record import ConfigFile
 from .callbacks.drift import LeakProbe
 from .callbacks.reporting import MetricsLog, Progress, ProgressBar, SheetFile, describe_plan
@@ -29,7 +29,7 @@ from .feature_cache.use import use_bank
 from .inputs import Ground, prepared
 from .loop import run_loop
 from .memory import gradient_checkpointing
-from .state import ATTACHED_NAME, Hook, StepReport, TrainingRun
+from .state import ATTACHED_NAME, StepReport, TrainingRun
 from .stopping import StopRequest
 
 

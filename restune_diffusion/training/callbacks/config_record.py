@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from ...utils.atomic_write import atomic_write
 from ..config.config_file import config_yaml
-from ..state import Hook, TrainingRun
+from ..state import TrainingRun
+from .base import Hook
 
 CONFIG_FILE = "config.yaml"
 _HEADER = "# The settings of this run: restune train --config config.yaml --output OTHER does the same again.\n"

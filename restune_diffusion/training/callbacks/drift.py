@@ -26,7 +26,8 @@ from ..latents.batches import Batch
 from ..latents.text_conditioning import Conditioning, LiveEncoder, denoiser_inputs, encode_caption
 from ..losses.objective import scheduler_changes
 from ..losses.prediction import base_alone, predict, tuner_at_hand
-from ..state import Hook, StepReport, TrainingRun
+from ..state import StepReport, TrainingRun
+from .base import Hook
 
 TIMESTEPS = 8
 """Number of noise levels of each prompt; each is one pass of the denoiser, alone."""

@@ -13,7 +13,8 @@ from tqdm.auto import tqdm
 from ...utils.atomic_write import atomic_write
 from ...utils.display import readable_size
 from ..quantization import parameter_bytes
-from ..state import Hook, StepReport, TrainingRun
+from ..state import StepReport, TrainingRun
+from .base import Hook
 from .metrics_file import METRICS_FILE
 from .peak_memory import peak_memory
 

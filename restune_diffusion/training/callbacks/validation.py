@@ -19,7 +19,8 @@ from ...storage.tuner_file import save_tuner
 from ..config.train_config import ValidationConfig
 from ..frozen_base import move_encoders
 from ..latents.inpainting import masked_picture, validation_inputs
-from ..state import Hook, StepReport, TrainingRun
+from ..state import StepReport, TrainingRun
+from .base import Hook
 
 _NAME = "validation sample"
 

@@ -8,7 +8,6 @@ timestep that the images' own loss may have, as in diffusers' `train_dreambooth.
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -23,32 +22,9 @@ from ..config.train_config import TrainConfig
 from ..latents.batches import Batch, Batches
 from ..latents.cache import Cache, build_cache
 from ..latents.text_conditioning import Conditioning, encode_caption
-from ..state import TrainingRun
+from ..state import Preservation, TrainingRun
 from .class_images import class_examples
 from .prediction import base_alone, predict
-
-
-class Preservation(ABC):
-    """Adds to each batch of images a loss that keeps the class."""
-
-    @property
-    @abstractmethod
-    def identity(self) -> str:
-        """What the preservation depends on beyond the settings."""
-
-    @abstractmethod
-    def describe(self) -> str:
-        """Say in a few words what is kept."""
-
-    @abstractmethod
-    def loss(self, run: TrainingRun, batch: Batch, number: int) -> torch.Tensor:
-        """Return the loss that goes with a batch of images, a scalar before its weight.
-
-        Args:
-            run: the run.
-            batch: the batch of images.
-            number: its number.
-        """
 
 
 class PriorPreservation(Preservation):

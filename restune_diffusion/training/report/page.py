@@ -14,9 +14,9 @@ from markupsafe import Markup
 
 from ...utils.atomic_write import atomic_write
 from ...utils.settings_merge import flat
-from .. import TrainConfig
 from ..callbacks.metrics_file import Series
 from ..config.config_file import recorded_yaml
+from ..config.train_config import TrainConfig
 from .curves import import_matplotlib, plain, raw_and_smooth, several, smoothing_window
 from .images import chosen_steps, data_url
 from .run_folder import RunFolder, read_run_folder

@@ -10,10 +10,11 @@ from pathlib import Path
 
 from ...storage.tuner_file import TunerInfo, read_info
 from ...utils.errors import RestuneError
-from .. import TrainConfig, read_config
 from ..callbacks.config_record import CONFIG_FILE
 from ..callbacks.metrics_file import METRICS_FILE, Series, read_metrics
 from ..checkpoint import latest_checkpoint
+from ..config.config_file import read_config
+from ..config.train_config import TrainConfig
 from .data_sheet import DataSheet, read_data_sheet
 
 _SAMPLES = re.compile(r"step-(\d+)")

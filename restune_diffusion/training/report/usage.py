@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 from pathlib import Path
 
-from .. import TrainConfig
+from ..config.train_config import TrainConfig
 from ..losses.objective import scheduler_changes
 
 

@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 
 from ...utils.errors import TrainingError, TrainingInterrupted
 from ..build import make_accelerator, make_run
+from ..callbacks.base import Hook
 from ..callbacks.reporting import Progress, describe_plan
 from ..callbacks.tracking import start_trackers
 from ..callbacks.validation import ValidationSamples
@@ -24,7 +25,7 @@ from ..feature_cache.shared_pass import share_passes
 from ..feature_cache.use import use_bank
 from ..inputs import Ground, prepared
 from ..loop import steps_of
-from ..state import Hook, StepReport, TrainingRun
+from ..state import StepReport, TrainingRun
 from ..stopping import StopRequest
 from ..trainer import acting, check_output, run_hooks
 from .grid import Variant, parse_sweep

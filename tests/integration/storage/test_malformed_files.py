@@ -21,7 +21,8 @@ from restune_diffusion.cli.inspect import InspectOptions
 from restune_diffusion.tuners.configs import parts_from_json
 
 from ...conftest import make_inputs
-from .malformed import CONTROL, MUTATIONS, SEEDS, Mutant, big_mutants, make_seeds, mutants, tiny_text, tiny_unet
+from .malformed import MUTATIONS, SEEDS, Mutant, big_mutants, make_seeds, mutants, tiny_text, tiny_unet
+from .malformed_headers import CONTROL
 
 MIB = 2**20
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}

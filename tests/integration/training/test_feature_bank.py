@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from restune_diffusion import BypassConfig
 from restune_diffusion.training import TrainConfig, train
-from restune_diffusion.training.callbacks.averaging import UpdateAverage
+from restune_diffusion.training.callbacks.base import UpdateAverage
 from restune_diffusion.training.feature_cache.cache import FeatureBank
 from restune_diffusion.training.feature_cache.layout import BankLayout
 from restune_diffusion.training.feature_cache.tap_features import record_features

@@ -13,9 +13,9 @@ from PIL import Image
 from restune_diffusion.storage.tuner_file import load_tuner
 from restune_diffusion.training import TrainConfig, train
 from restune_diffusion.training import inputs as ground
-from restune_diffusion.training.callbacks.averaging import TunerAverage
 from restune_diffusion.training.callbacks.validation import draw_samples
 from restune_diffusion.training.memory import gradient_checkpointing
+from restune_diffusion.training.optimization.averaging import TunerAverage
 from restune_diffusion.tuners.configs import BypassConfig, ResConfig, SkipConfig
 from restune_diffusion.utils.errors import TrainingError
 

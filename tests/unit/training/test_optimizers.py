@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from restune_diffusion.training import TrainConfig, train
-from restune_diffusion.training.optimizer_state import flatten_state, unflatten_state
-from restune_diffusion.training.optimizers import effective_learning_rate, make_optimizer
+from restune_diffusion.training.optimization.optimizer_state import flatten_state, unflatten_state
+from restune_diffusion.training.optimization.optimizers import effective_learning_rate, make_optimizer
 from restune_diffusion.utils.errors import TrainingError
 
 from .test_train import assert_same

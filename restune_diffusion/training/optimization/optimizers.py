@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ..utils.errors import TrainingError
+from ...utils.errors import TrainingError
 
 Parameters = Iterable[torch.nn.Parameter] | Iterable[dict[str, Any]]
 

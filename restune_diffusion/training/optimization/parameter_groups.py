@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..tuners.tuner import Tuner
-from .config.train_config import TrainConfig
+from ...tuners.tuner import Tuner
+from ..config.train_config import TrainConfig
 
 
 def parameter_groups(config: TrainConfig, tuner: Tuner) -> list[dict[str, Any]]:

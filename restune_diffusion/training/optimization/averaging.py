@@ -10,8 +10,6 @@ import torch
 from diffusers.training_utils import EMAModel
 from torch import nn
 
-from ..state import Hook, StepReport, TrainingRun
-
 
 class TunerAverage:
     """Exponential moving average of the parameters, by diffusers' `EMAModel`.
@@ -58,12 +56,3 @@ class TunerAverage:
         """
         shadows = [tensors[name].to(parameter.device) for name, parameter in self._tuner.named_parameters()]
         self._model.load_state_dict({**settings, "shadow_params": shadows})
-
-
-class UpdateAverage(Hook):
-    """Takes every step's weights into the average; place it before everything that saves or draws."""
-
-    def on_step(self, run: TrainingRun, report: StepReport) -> None:
-        """Take the weights in."""
-        if run.average is not None:
-            run.average.update()
