@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import logging
@@ -47,11 +48,8 @@ def base(unet):
 
 
 def output(unet: UNet2DConditionModel, tuner: Tuner | None = None) -> torch.Tensor:
-    with torch.no_grad():
-        if tuner is None:
-            return unet(*make_inputs()).sample
-        with attach(unet, tuner):
-            return unet(*make_inputs()).sample
+    with torch.no_grad(), contextlib.nullcontext() if tuner is None else attach(unet, tuner):
+        return unet(*make_inputs()).sample
 
 
 def linear_modules(unet: UNet2DConditionModel, targets: list[str]) -> list[str]:
