@@ -36,17 +36,17 @@ from restune_diffusion.backbones import describe_base
 from restune_diffusion.data.captions import find_examples
 from restune_diffusion.data.training_images import load_samples
 from restune_diffusion.training import TrainConfig
-from restune_diffusion.training.build import make_accelerator, make_run
-from restune_diffusion.training.feature_cache.batches import BankBatches, BankStream
+from restune_diffusion.training.build import build_accelerator, build_training_state
+from restune_diffusion.training.feature_cache.batches import CachedFeatureBatches, CachedFeatureSampler
 from restune_diffusion.training.feature_cache.layout import BankLayout
 from restune_diffusion.training.feature_cache.shared_pass import share_passes
 from restune_diffusion.training.feature_cache.tap_features import TapFeatures, predict_from_features, record_features
-from restune_diffusion.training.feature_cache.use import use_bank
-from restune_diffusion.training.inputs import Ground, prepared
+from restune_diffusion.training.feature_cache.use import use_feature_cache
+from restune_diffusion.training.inputs import TrainingInputs, prepared
 from restune_diffusion.training.latents.batches import BatchSource
 from restune_diffusion.training.latents.cache import Cache, build_cache
 from restune_diffusion.training.loop import steps_of
-from restune_diffusion.training.state import TrainingRun
+from restune_diffusion.training.state import TrainState
 from restune_diffusion.training.sweeps.grid import parse_sweep
 from restune_diffusion.training.trainer import acting
 
@@ -57,7 +57,7 @@ LEARNING_RATE = 5e-3
 Row = dict[str, Any]
 
 
-class FirstDraws(BankStream):
+class FirstDraws(CachedFeatureSampler):
     """A stream over the first draws of a larger bank."""
 
     def __init__(self, length: int, seed: int, count: int, used: int) -> None:
@@ -76,14 +76,14 @@ def settings(data: Path, output: Path, **changes: Any) -> TrainConfig:
 
 
 @contextmanager
-def ground_of(config: TrainConfig) -> Iterator[tuple[Any, Ground]]:
+def ground_of(config: TrainConfig) -> Iterator[tuple[Any, TrainingInputs]]:
     """Load the base and encode the pictures."""
-    accelerator = make_accelerator(config)
-    with prepared(config, accelerator) as ground:
-        yield accelerator, ground
+    accelerator = build_accelerator(config)
+    with prepared(config, accelerator) as inputs:
+        yield accelerator, inputs
 
 
-def train_on(run: TrainingRun, batches: BatchSource | None = None) -> float:
+def train_on(run: TrainState, batches: BatchSource | None = None) -> float:
     """Train to the end and return the median processor time of a step."""
     if batches is not None:
         run.batches = batches
@@ -96,7 +96,7 @@ def train_on(run: TrainingRun, batches: BatchSource | None = None) -> float:
         seconds.append(time.process_time() - started)
 
 
-def held_out(run: TrainingRun, selection: Cache) -> float:
+def held_out(run: TrainState, selection: Cache) -> float:
     """The denoising loss of a run's tuner on pictures that it has not seen."""
     with attach(run.pipeline.unet, run.tuner):
         return held_out_loss(run.pipeline.unet, selection, run.objective)
@@ -110,23 +110,25 @@ def quality_of_seed(icons: Path, seed: int, steps: int, work: Path) -> list[Row]
     others = write_tuning_images(style, split.selection, work / "selection")
     rows = []
     config = settings(pictures, work / "out", steps=steps, seed=seed, feature_bank=max(SIZES))
-    with ground_of(config) as (accelerator, ground):
-        selection = build_cache(ground.pipeline, load_samples(find_examples(others), ground.resolution))
-        start = make_run(config, accelerator, ground)
+    with ground_of(config) as (accelerator, inputs):
+        selection = build_cache(inputs.pipeline, load_samples(find_examples(others), inputs.resolution))
+        start = build_training_state(config, accelerator, inputs)
         rows.append({"bank": "before training", "loss": held_out(start, selection)})
         plain = config.model_copy(update={"feature_bank": None})
-        fresh = make_run(plain, accelerator, ground)
+        fresh = build_training_state(plain, accelerator, inputs)
         with acting(fresh):
             seconds = train_on(fresh)
         rows.append({"bank": "none", "loss": held_out(fresh, selection), "seconds": seconds})
         began = time.process_time()
-        bank = use_bank([start], ground.models, verbose=False)
+        feature_cache = use_feature_cache([start], inputs.models, verbose=False)
         made = time.process_time() - began
         for used in SIZES:
-            run = make_run(config, accelerator, ground)
-            stream = FirstDraws(len(ground.cache), seed, max(SIZES), used)
+            run = build_training_state(config, accelerator, inputs)
+            stream = FirstDraws(len(inputs.cache), seed, max(SIZES), used)
             run.batches._stream = stream  # type: ignore[attr-defined]
-            fed = BankBatches(run.batches, stream, bank, size=8, device=accelerator.device, dtype=torch.float32)
+            fed = CachedFeatureBatches(
+                run.batches, stream, feature_cache, size=8, device=accelerator.device, dtype=torch.float32
+            )
             seconds = train_on(run, fed)
             rows.append({"bank": used, "loss": held_out(run, selection), "seconds": seconds})
         rows[-1]["making"] = made
@@ -187,13 +189,13 @@ def time_of_sweep(ratios: Sequence[str], rounds: int, work: Path) -> list[Row]:
         pictures, work / "out", prompt="noise", steps=rounds + 1, sweep=f"ratio={','.join(ratios)}", batch_size=8
     )
     seconds: dict[str, list[float]] = {"alone": [], "together": []}
-    with ground_of(config) as (accelerator, ground):
+    with ground_of(config) as (accelerator, inputs):
         configs = [variant.config for variant in parse_sweep(config)]
-        alone = [make_run(each, accelerator, ground) for each in configs]
+        alone = [build_training_state(each, accelerator, inputs) for each in configs]
         for run in alone:
             with acting(run):
                 seconds["alone"].append(train_on(run))
-        runs = [make_run(each, accelerator, ground) for each in configs]
+        runs = [build_training_state(each, accelerator, inputs) for each in configs]
         share_passes(runs)
         courses = [steps_of(run, []) for run in runs]
         for number in range(rounds + 1):
@@ -234,8 +236,8 @@ def table(rows: list[Row]) -> list[str]:
             "|---|---|---|---|",
         ]
         plain = {row["seed"]: row["loss"] for row in quality if row["bank"] == "none"}
-        for bank in ("before training", "none", *SIZES):
-            chosen = [row for row in quality if row["bank"] == bank]
+        for feature_cache in ("before training", "none", *SIZES):
+            chosen = [row for row in quality if row["bank"] == feature_cache]
             if not chosen:
                 continue
             ratios = [row["loss"] / plain[row["seed"]] for row in chosen]
@@ -243,7 +245,7 @@ def table(rows: list[Row]) -> list[str]:
             step = [row["seconds"] for row in chosen if "seconds" in row]
             shown = f"{1000 * median(step):.0f}" if step else ""
             loss = mean(row["loss"] for row in chosen)
-            lines.append(f"| {bank} | {loss:.4f} | {mean(ratios):.4f}{spread} | {shown} |")
+            lines.append(f"| {feature_cache} | {loss:.4f} | {mean(ratios):.4f}{spread} | {shown} |")
         lines.append("")
     times = [row for row in rows if row["part"] == "time"]
     if times:

@@ -38,12 +38,14 @@ class GenerateOptions(DrawOptions):
     def _images(self, pipeline: Any) -> Any:
         from .options.control_images import read_control_images
 
-        steering = read_control_images(pipeline, self.control_image, self.control_from, (self.width, self.height))
+        control_images = read_control_images(
+            pipeline, self.control_image, self.control_from, (self.width, self.height)
+        )
         for number, prompt in enumerate(self.prompt):
             for seed in self.seeds:
                 result = pipeline(
                     prompt,
-                    tuner_image=steering,
+                    tuner_image=control_images,
                     tuner_conditioning_scale=self.control_scale,
                     **self.arguments(seed),
                 )

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from ..hooks.placeholder_tokens import holds_word
+from ..hooks.placeholder_tokens import contains_token
 from ..utils.errors import DataError
 from .config import DataConfig
 from .example import Example, check_caption
@@ -164,6 +164,6 @@ def apply_rule(caption: str, config: DataConfig) -> str:
         values = {"trigger": trigger, "caption": caption}
         # At once, so that braces in a caption are not read as names.
         return re.sub(r"\{(trigger|caption)\}", lambda name: values[name[1]], config.caption_template)
-    if not trigger or holds_word(caption, [trigger]):
+    if not trigger or contains_token(caption, [trigger]):
         return caption
     return f"{trigger}, {caption}" if caption else trigger

@@ -14,7 +14,7 @@ from ..tuners.configs import ControlConfig
 from ..utils.errors import DataError
 from .example import Example
 from .files import list_images
-from .image_files import Framing, centred, read_layer, same_shape
+from .image_files import Crop, centred, read_layer, same_shape
 from .metadata import METADATA_FILE
 
 
@@ -66,7 +66,7 @@ class ConditionSource:
             for place, example in enumerate(examples)
         ]
 
-    def tensors(self, example: Example, layer: Image.Image, framing: Framing) -> tuple[torch.Tensor, ...]:
+    def tensors(self, example: Example, layer: Image.Image, crop: Crop) -> tuple[torch.Tensor, ...]:
         """Return the condition images of an example, uint8, each `(channels, height, width)`.
 
         Args:
@@ -78,7 +78,7 @@ class ConditionSource:
             DataError: if a condition file cannot be read, or shows another section than the image.
         """
         return tuple(
-            condition_to_tensor(self._image(name, example, layer, framing), self.channels) for name in self.names
+            condition_to_tensor(self._image(name, example, layer, crop), self.channels) for name in self.names
         )
 
     def samples(self, paths: Sequence[Path], resolution: int) -> list[dict[str, Image.Image]]:
@@ -98,17 +98,17 @@ class ConditionSource:
             dict(zip(self.names, named[start : start + count], strict=True)) for start in range(0, len(named), count)
         ]
 
-    def _image(self, name: str, example: Example, layer: Image.Image, framing: Framing) -> Image.Image:
+    def _image(self, name: str, example: Example, layer: Image.Image, crop: Crop) -> Image.Image:
         path = example.conditions.get(name)
         if path is None:
-            return make_condition(name, framing.apply(layer))
+            return make_condition(name, crop.apply(layer))
         condition = _read(path)
         if not same_shape(condition.size, layer.size):
             raise DataError(
                 f"The condition {path} has {condition.width} x {condition.height} pixels, its image "
                 f"{layer.width} x {layer.height}; give both the same shape."
             )
-        return framing.apply(condition)
+        return crop.apply(condition)
 
     def _find_folders(self, folder: Path) -> dict[str, Path]:
         folders = {name: folder if len(self.names) == 1 else folder / name for name in self.names}

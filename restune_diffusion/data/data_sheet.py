@@ -76,7 +76,7 @@ class DataSheet:
             raise nothing_usable(self.folder, self.refused)
 
     def _note(self, sample: Sample) -> None:
-        geometry = sample.geometry
+        size_conditioning = sample.size_conditioning
         views = 1
         if sample.further:
             views += self.entries.pop().views
@@ -84,8 +84,8 @@ class DataSheet:
             Entry(
                 _inside(sample.name, self.folder),
                 sample.caption,
-                (geometry.original[1], geometry.original[0]),
-                (geometry.size[1], geometry.size[0]),
+                (size_conditioning.original[1], size_conditioning.original[0]),
+                (size_conditioning.size[1], size_conditioning.size[0]),
                 sample.repeats,
                 views,
                 sample.digest,

@@ -16,7 +16,7 @@ _TOLERANCE = 0.02
 
 
 @dataclass(frozen=True)
-class Geometry:
+class SizeConditioning:
     """How an image was resized and cropped, in pixels as (height, width) or (top, left): what SDXL is told."""
 
     original: tuple[int, int]
@@ -25,7 +25,7 @@ class Geometry:
 
 
 @dataclass(frozen=True)
-class Framing:
+class Crop:
     """What of a picture training sees, in pixels: it is scaled, a rectangle is cut out, and perhaps mirrored.
 
     Sizes are (width, height), the corner (left, top), as Pillow has them.
@@ -47,21 +47,21 @@ class Framing:
         cut = image.resize(self.scaled, resample).crop((left, top, left + width, top + height))
         return ImageOps.mirror(cut) if self.mirrored else cut
 
-    def geometry(self, original: tuple[int, int]) -> Geometry:
+    def size_conditioning(self, original: tuple[int, int]) -> SizeConditioning:
         """Return what SDXL is told about a picture of this original size, (width, height).
 
         A mirrored picture is one that was mirrored first and then cut, so its corner is told from the other side.
         """
         left, top = self.corner
         told = self.slack[0] - left if self.mirrored else left
-        return Geometry((original[1], original[0]), (top, told), (self.size[1], self.size[0]))
+        return SizeConditioning((original[1], original[0]), (top, told), (self.size[1], self.size[0]))
 
 
-def centred(original: tuple[int, int], size: tuple[int, int]) -> Framing:
+def centred(original: tuple[int, int], size: tuple[int, int]) -> Crop:
     """Scale a picture until it just covers a size, and keep the centre."""
     scale = max(size[0] / original[0], size[1] / original[1])
     scaled = max(size[0], round(original[0] * scale)), max(size[1], round(original[1] * scale))
-    return Framing(scaled, ((scaled[0] - size[0]) // 2, (scaled[1] - size[1]) // 2), size)
+    return Crop(scaled, ((scaled[0] - size[0]) // 2, (scaled[1] - size[1]) // 2), size)
 
 
 def same_shape(one: tuple[int, int], other: tuple[int, int]) -> bool:

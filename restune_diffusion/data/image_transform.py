@@ -11,7 +11,7 @@ from ..utils.errors import DataError
 from ..utils.seeds import seeded
 from .buckets import Buckets, bucket_sizes
 from .config import DataConfig
-from .image_files import Framing, centred
+from .image_files import Crop, centred
 from .loss_masks import MaskFiles, MaskSource, alpha_mask
 
 # Beyond these an image is a line or a few pixels, of which training would see a blur.
@@ -20,14 +20,14 @@ _ENLARGED = 16
 
 
 @dataclass(frozen=True)
-class Preparation:
+class ImageTransform:
     """What becomes of an image; the defaults cut centre squares.
 
     As the encoded images are kept, what is random about a cut is drawn here, and each step takes one of these views.
 
     Attributes:
         buckets: the sizes.
-        crops: number of random cuts that are kept of an image; None keeps the centre.
+        crop_variants: number of random cuts that are kept of an image; None keeps the centre.
         flip: whether every cut is kept mirrored too.
         background: colour behind transparent pixels, red, green, blue.
         masks: where the masks of the loss come from, if it is masked.
@@ -35,19 +35,19 @@ class Preparation:
     """
 
     buckets: Buckets
-    crops: int | None = None
+    crop_variants: int | None = None
     flip: bool = False
     background: tuple[int, int, int] = (255, 255, 255)
     masks: MaskSource | None = None
     seed: int = 0
 
     @classmethod
-    def square(cls, resolution: int) -> Preparation:
+    def square(cls, resolution: int) -> ImageTransform:
         """Cut squares of one size."""
         return cls(Buckets([(resolution, resolution)]))
 
     @classmethod
-    def of(cls, config: DataConfig, resolution: int, step: int, seed: int) -> Preparation:
+    def of(cls, config: DataConfig, resolution: int, step: int, seed: int) -> ImageTransform:
         """Prepare images as a config asks.
 
         Args:
@@ -69,10 +69,10 @@ class Preparation:
         masks: MaskSource | None = alpha_mask if config.masked_loss == "alpha" else None
         if config.mask_data is not None:
             masks = MaskFiles(config.mask_data, config.data)
-        crops = config.crop_variants if config.crop == "random" else None
-        return cls(buckets, crops, config.flip, config.background, masks, seed)
+        crop_variants = config.crop_variants if config.crop == "random" else None
+        return cls(buckets, crop_variants, config.flip, config.background, masks, seed)
 
-    def framings(self, original: tuple[int, int], digest: bytes) -> list[Framing]:
+    def crops(self, original: tuple[int, int], digest: bytes) -> list[Crop]:
         """Return the cuts of an image of this size, (width, height).
 
         Args:
@@ -85,23 +85,23 @@ class Preparation:
         width, height = original
         if max(original) > _LONGEST * min(original):
             raise DataError(f"has {width} x {height} pixels, and beyond {_LONGEST} to 1 it is but a line")
-        framing = centred(original, self.buckets.choose(original))
-        if framing.scaled[0] > _ENLARGED * width:
+        crop = centred(original, self.buckets.choose(original))
+        if crop.scaled[0] > _ENLARGED * width:
             raise DataError(
                 f"has {width} x {height} pixels, which would have to be enlarged more than {_ENLARGED} times"
             )
-        cuts = [framing] if self.crops is None else list(self._random(framing, digest))
+        cuts = [crop] if self.crop_variants is None else list(self._random(crop, digest))
         return [
             replace(cut, mirrored=mirrored) for cut in cuts for mirrored in ((False, True) if self.flip else (False,))
         ]
 
-    def _random(self, framing: Framing, digest: bytes) -> Iterator[Framing]:
+    def _random(self, crop: Crop, digest: bytes) -> Iterator[Crop]:
         generator = seeded(self.seed, f"cuts of {digest.hex()}", 0)
-        right, down = framing.slack
+        right, down = crop.slack
         corners = [
             tuple(int(torch.randint(most + 1, (), generator=generator)) for most in (right, down))
-            for _ in range(self.crops or 0)
+            for _ in range(self.crop_variants or 0)
         ]
         # An image that fits has but one cut.
         for left, top in dict.fromkeys(corners):
-            yield replace(framing, corner=(left, top))
+            yield replace(crop, corner=(left, top))

@@ -18,7 +18,7 @@ from .buckets import bucket_step
 from .captions import read_examples
 from .config import DataConfig
 from .data_sheet import DataSheet, counted
-from .image_transform import Preparation
+from .image_transform import ImageTransform
 from .training_images import Sample, load_samples
 
 # Stable Diffusion 1.x at its own size, for whoever gives no base.
@@ -80,7 +80,7 @@ def inspect_data(config: DataConfig, frame: Frame, sheet: DataSheet, seed: int =
         DataError: if nothing can be trained on.
     """
     examples = read_examples(config, sheet.refused)
-    preparation = Preparation.of(config, frame.resolution, frame.step, seed)
+    preparation = ImageTransform.of(config, frame.resolution, frame.step, seed)
     samples = load_samples(examples, frame.resolution, preparation=preparation, refused=sheet.refused)
     thumbnails = Thumbnails(config.unmasked_weight)
     for _ in thumbnails.watched(sheet.watched(samples)):

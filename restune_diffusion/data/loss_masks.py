@@ -13,7 +13,7 @@ from ..imaging.masks import load_mask
 from ..utils.errors import DataError
 from .example import Example
 from .files import list_images
-from .image_files import Framing, same_shape
+from .image_files import Crop, same_shape
 
 
 def alpha_mask(example: Example, layer: Image.Image) -> Image.Image:
@@ -75,10 +75,10 @@ MaskSource = Callable[[Example, Image.Image], Image.Image]
 """Returns the mask of an image, grey, white where to train."""
 
 
-def framed_mask(mask: Image.Image, framing: Framing) -> torch.Tensor:
+def cropped_mask(mask: Image.Image, crop: Crop) -> torch.Tensor:
     """Cut a mask as its image is cut; 1 x height x width, float32, from 0 to 1."""
     # Lanczos would ring at the edges of a mask.
-    cut = np.asarray(framing.apply(mask, Image.Resampling.BILINEAR)).astype(np.float32)
+    cut = np.asarray(crop.apply(mask, Image.Resampling.BILINEAR)).astype(np.float32)
     return torch.from_numpy(cut / 255)[None]
 
 

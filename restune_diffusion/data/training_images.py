@@ -14,9 +14,9 @@ from ..imaging.rgb import to_rgb
 from ..utils.errors import DataError
 from .condition_source import ConditionSource
 from .example import Example
-from .image_files import Framing, Geometry, decode_layer
-from .image_transform import Preparation
-from .loss_masks import framed_mask
+from .image_files import Crop, SizeConditioning, decode_layer
+from .image_transform import ImageTransform
+from .loss_masks import cropped_mask
 from .refusals import Refused
 
 logger = logging.getLogger(__name__)
@@ -33,7 +33,7 @@ class Sample:
 
     pixels: torch.Tensor
     caption: str
-    geometry: Geometry
+    size_conditioning: SizeConditioning
     digest: bytes
     conditions: tuple[torch.Tensor, ...] = ()
     mask: torch.Tensor | None = None
@@ -47,7 +47,7 @@ def load_samples(
     resolution: int,
     source: ConditionSource | None = None,
     *,
-    preparation: Preparation | None = None,
+    preparation: ImageTransform | None = None,
     refused: list[Refused] | None = None,
 ) -> Iterator[Sample]:
     """Load one image after the other, and leave out those that cannot be used.
@@ -59,7 +59,7 @@ def load_samples(
         preparation: how images are cut, if not to the centre square of the resolution.
         refused: takes what is left out; without it a warning names it.
     """
-    prepared = preparation or Preparation.square(resolution)
+    prepared = preparation or ImageTransform.square(resolution)
     for example in examples:
         try:
             samples = _views(example, prepared, source)
@@ -77,22 +77,22 @@ def load_samples(
             yield from samples
 
 
-def _views(example: Example, preparation: Preparation, source: ConditionSource | None) -> list[Sample]:
+def _views(example: Example, preparation: ImageTransform, source: ConditionSource | None) -> list[Sample]:
     layer, digest = decode_layer(example.read())
     picture = to_rgb(layer, preparation.background)
     whole = preparation.masks(example, layer) if preparation.masks is not None else None
     samples = []
-    for number, framing in enumerate(preparation.framings(layer.size, digest)):
-        mask = framed_mask(whole, framing) if whole is not None else None
+    for number, crop in enumerate(preparation.crops(layer.size, digest)):
+        mask = cropped_mask(whole, crop) if whole is not None else None
         if mask is not None and not mask.any():
             raise DataError("has a mask that shows nothing of what is kept of it")
         samples.append(
             Sample(
-                to_tensor(framing.apply(picture)),
+                to_tensor(crop.apply(picture)),
                 example.caption,
-                framing.geometry(layer.size),
+                crop.size_conditioning(layer.size),
                 digest,
-                _conditions(source, example, layer, framing) if source is not None else (),
+                _conditions(source, example, layer, crop) if source is not None else (),
                 mask,
                 further=number > 0,
                 repeats=example.repeats,
@@ -102,11 +102,9 @@ def _views(example: Example, preparation: Preparation, source: ConditionSource |
     return samples
 
 
-def _conditions(
-    source: ConditionSource, example: Example, layer: Image.Image, framing: Framing
-) -> tuple[torch.Tensor, ...]:
+def _conditions(source: ConditionSource, example: Example, layer: Image.Image, crop: Crop) -> tuple[torch.Tensor, ...]:
     try:
-        return source.tensors(example, layer, framing)
+        return source.tensors(example, layer, crop)
     except DataError as error:
         raise DataError(f"cannot be steered: {error}") from error
 

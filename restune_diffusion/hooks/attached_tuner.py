@@ -14,7 +14,7 @@ from ..backbones.site_names import SiteName
 from ..tuners import Features, Part
 from ..tuners.tuner import Tuner
 from ..utils.errors import ConditionError, RestuneError
-from .mixing import Dial, Pass, mask_at, row_factors
+from .mixing import ForwardContext, WeightBuffers, mask_at, row_factors
 from .weights import TunerWeight
 
 
@@ -52,7 +52,7 @@ class Residual(NamedTuple):
         return total.index_add(0, rows, values.to(total.dtype))
 
 
-class Attached:
+class AttachedTuner:
     """A tuner in a manager.
 
     Args:
@@ -66,7 +66,7 @@ class Attached:
         self.taps = frozenset(site for part in tuner.parts() for site in part.taps)
         self._described = {site: _described(site, tuner.base) for site in self.sites}
         self.conditions: Conditions | None = None
-        self.dial = Dial(self.sites, tuner.device)
+        self.dial = WeightBuffers(self.sites, tuner.device)
         self.set_weight(weight, self.site_factors(weight))
 
     def site_factors(self, weight: TunerWeight) -> dict[str, float]:
@@ -89,7 +89,7 @@ class Attached:
         """Whether the tuner acts in this pass; a schedule may silence it in some."""
         return self.acts if torch.compiler.is_compiling() else self._acts_now
 
-    def begin(self, this: Pass) -> None:
+    def begin(self, this: ForwardContext) -> None:
         """Look up, once for a whole pass, on which rows the tuner acts and how strongly."""
         if torch.compiler.is_compiling():
             return
@@ -150,7 +150,7 @@ class Attached:
             self.conditions.encoded, self.conditions.size = self._control.encode(images, size), size
             self.conditions.of_one_pass = False
 
-    def residuals(self, site: str, x: torch.Tensor, features: Features, this: Pass) -> list[Residual]:
+    def residuals(self, site: str, x: torch.Tensor, features: Features, this: ForwardContext) -> list[Residual]:
         """Return the weighted residuals that the tuner's parts make of the feature `x`."""
         compiling = torch.compiler.is_compiling()
         if not compiling and self.factors[site] == 0:
@@ -163,13 +163,17 @@ class Attached:
             if site in part.writes
         ]
 
-    def _on_all_rows(self, part: Part, site: str, x: torch.Tensor, features: Features, this: Pass) -> Residual:
+    def _on_all_rows(
+        self, part: Part, site: str, x: torch.Tensor, features: Features, this: ForwardContext
+    ) -> Residual:
         """Run a part on the whole batch, with factors that a compiled graph reads from a tensor."""
         residual = part(site, x, features)
         factors = self.dial.factors(site, self.weight, this).to(x.device).view(-1, *[1] * (residual.dim() - 1))
         return Residual(self._masked(site, residual * factors, this), None)
 
-    def _on_acting_rows(self, part: Part, site: str, x: torch.Tensor, features: Features, this: Pass) -> Residual:
+    def _on_acting_rows(
+        self, part: Part, site: str, x: torch.Tensor, features: Features, this: ForwardContext
+    ) -> Residual:
         """Run a part on the rows on which the tuner acts."""
         factor, rows = self.factors[site], self._rows
         if rows is None:
@@ -182,7 +186,9 @@ class Attached:
         scales = (self._scale * factor).view(-1, *[1] * (residual.dim() - 1))
         return Residual(self._masked(site, residual, this, rows) * scales, rows)
 
-    def _masked(self, site: str, residual: torch.Tensor, this: Pass, rows: torch.Tensor | None = None) -> torch.Tensor:
+    def _masked(
+        self, site: str, residual: torch.Tensor, this: ForwardContext, rows: torch.Tensor | None = None
+    ) -> torch.Tensor:
         if self.weight.mask is None:
             return residual
         mask = mask_at(self.weight, self._described[site], residual, this)
@@ -193,7 +199,7 @@ class Attached:
     def _control(self) -> Any:
         return next((part for part in self.tuner.parts() if hasattr(part, "encode")), None)
 
-    def _with_conditions(self, part: Any, site: str, features: Features, this: Pass) -> Features:
+    def _with_conditions(self, part: Any, site: str, features: Features, this: ForwardContext) -> Features:
         """Show a control part the features of its condition images, a row of them for each row of the batch."""
         if not hasattr(part, "encode"):
             return features
@@ -226,7 +232,7 @@ def _check_same_config(new: Tuner, old: Tuner) -> None:
                 )
 
 
-def _tiled(features: torch.Tensor, this: Pass) -> torch.Tensor:
+def _tiled(features: torch.Tensor, this: ForwardContext) -> torch.Tensor:
     """Repeat the features of condition images, so that there is a row of them for each row at a site."""
     features, layout = features.to(this.device), this.layout
     if len(features) > 1 and layout is not None:

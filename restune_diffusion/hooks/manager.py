@@ -20,8 +20,8 @@ from ..backbones import TextEncoder, describe_base, structure_of
 from ..tuners import Features, Operation
 from ..tuners.tuner import Tuner
 from ..utils.errors import RestuneError, TunerNameError
-from .attached_tuner import Attached, Residual
-from .mixing import Layout, Pass, check_images
+from .attached_tuner import AttachedTuner, Residual
+from .mixing import ForwardContext, Layout, check_images
 from .operations import operation_input, show_operation
 from .text_encoders import EncoderHooks, attach_text, check_text
 from .weights import TunerWeight, Weight, as_weight
@@ -44,11 +44,11 @@ class TunerManager:
         self.static = False
         """In a compiled graph, compute every tuner whatever its weight, so that no change of the mix compiles anew."""
         self._base = base
-        self._tuners: dict[str, Attached] = {}
+        self._tuners: dict[str, AttachedTuner] = {}
         self._text: dict[str, list[EncoderHooks]] = {}
-        self._writers: dict[str, list[Attached]] = {}
+        self._writers: dict[str, list[AttachedTuner]] = {}
         self._features = Features()
-        self._pass: Pass | None = None
+        self._pass: ForwardContext | None = None
         self._quiet = False
         self._traced = False
         self._operation_handles: dict[str, RemovableHandle] = {}
@@ -98,7 +98,7 @@ class TunerManager:
             raise TunerNameError(f"The tuner name `{name}` is taken; choose another or delete the loaded one first.")
         tuner.base.check_fits(self.base_info)
         check_text(tuner, text)
-        attached = Attached(tuner.copy() if tuner.shared else tuner, as_weight(weight))
+        attached = AttachedTuner(tuner.copy() if tuner.shared else tuner, as_weight(weight))
         if not {*self.base_info.stations, *self._operation_handles}.issuperset(attached.sites):
             refuse_if(self._traced or any(map(is_compiled, self._base.modules())))
         self._tuners[name] = attached
@@ -253,7 +253,7 @@ class TunerManager:
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._features = Features()
         call = self._structure.call(module, args, kwargs)
-        self._pass = Pass(
+        self._pass = ForwardContext(
             rows=call.rows,
             size=call.size,
             device=call.device,
@@ -320,7 +320,7 @@ class TunerManager:
         finally:
             self._quiet = before
 
-    def _active(self) -> list[Attached]:
+    def _active(self) -> list[AttachedTuner]:
         """The tuners that take part in this forward; one of weight zero costs nothing."""
         if not self.enabled:
             return []

@@ -36,7 +36,7 @@ class Layout:
 
 
 @dataclass
-class Pass:
+class ForwardContext:
     """One forward pass of the base."""
 
     rows: int
@@ -95,7 +95,7 @@ def _images_of(weight: TunerWeight) -> int | None:
     return counts.pop() if counts else None
 
 
-def row_factors(weight: TunerWeight, this: Pass) -> tuple[float, ...]:
+def row_factors(weight: TunerWeight, this: ForwardContext) -> tuple[float, ...]:
     """Return the factor of every row at the sites, or a single one where all rows have the same.
 
     Raises:
@@ -119,13 +119,13 @@ def row_factors(weight: TunerWeight, this: Pass) -> tuple[float, ...]:
     return tuple(factor for factor in factors for _ in range(this.frames))
 
 
-def _halves(on: str, this: Pass, images: int) -> list[float]:
+def _halves(on: str, this: ForwardContext, images: int) -> list[float]:
     """Return 1 for each copy of the images in the half of guidance that a tuner acts on, 0 for each other."""
     guided = this.layout.guided if this.layout is not None else this.rows > images
     return [float((on == "uncond") == (guided and copy == 0)) for copy in range(this.rows // images)]
 
 
-def mask_at(weight: TunerWeight, site: Site, x: torch.Tensor, this: Pass) -> torch.Tensor | None:
+def mask_at(weight: TunerWeight, site: Site, x: torch.Tensor, this: ForwardContext) -> torch.Tensor | None:
     """Return a tuner's mask at a site, for broadcasting over the feature `x` there; None where it has none.
 
     Args:
@@ -149,7 +149,7 @@ def mask_at(weight: TunerWeight, site: Site, x: torch.Tensor, this: Pass) -> tor
     return mask if x.dim() == 4 else mask.flatten(2).transpose(1, 2)
 
 
-class Dial:
+class WeightBuffers:
     """The tensors in which a compiled graph finds a tuner's weight; they are overwritten in place.
 
     Args:
@@ -185,7 +185,7 @@ class Dial:
         self.values, self.count = self.values.to(device), self.count.to(device)
         self.sites, self.curve = self.sites.to(device), self.curve.to(device)
 
-    def factors(self, site: str, weight: TunerWeight, this: Pass) -> torch.Tensor:
+    def factors(self, site: str, weight: TunerWeight, this: ForwardContext) -> torch.Tensor:
         """Return the factor of every row at a site, `(rows * frames,)`, without a look at a number.
 
         That the batch is a multiple of the number of values is not checked here: it is not known to the graph.

@@ -15,7 +15,7 @@ _FIRST = 0xF0000
 
 
 @dataclass(frozen=True)
-class NewWord:
+class PlaceholderToken:
     """A word that a tuner brings.
 
     Args:
@@ -31,7 +31,7 @@ class NewWord:
     factors: Callable[[int], tuple[float, ...]]
 
 
-class Words:
+class PlaceholderTokens:
     """The new words that prompts of one call may use.
 
     The pipeline's own tokenizer stays as it is. In `tokenizer`, a copy, each vector is a private character with an id
@@ -43,7 +43,7 @@ class Words:
         copies: where the copy comes from.
     """
 
-    def __init__(self, tokenizer: Any, words: Sequence[NewWord], copies: TokenizerCopy) -> None:
+    def __init__(self, tokenizer: Any, words: Sequence[PlaceholderToken], copies: TokenizerCopy) -> None:
         self.first_id = len(tokenizer)
         """Id of the first vector; those of the others follow."""
         self.tokenizer = copies.of(tokenizer, sum(word.vectors for word in words))
@@ -80,7 +80,7 @@ class Words:
         return _pattern(acting).sub(lambda match: acting.get(match[0].lower(), ("", match[0]))[1], prompt)
 
 
-def holds_word(text: str, tokens: Sequence[str]) -> bool:
+def contains_token(text: str, tokens: Sequence[str]) -> bool:
     """Say whether one of the new words is in a text."""
     return bool(_pattern(tokens).search(text))
 

@@ -22,9 +22,9 @@ from ..backbones.transformer_block import without_lora
 from ..tuners import TextPart
 from ..tuners.tuner import Tuner
 from ..utils.errors import RestuneError
-from .attached_tuner import Attached
+from .attached_tuner import AttachedTuner
 from .mixing import Layout
-from .placeholder_tokens import NewWord, TokenizerCopy, Words
+from .placeholder_tokens import PlaceholderToken, PlaceholderTokens, TokenizerCopy
 
 
 class MixOwner(Protocol):
@@ -40,7 +40,7 @@ class _Reader:
 
     name: str
     manager: MixOwner
-    attached: Attached
+    attached: AttachedTuner
     part: TextPart
     paths: frozenset[str]
     """Linear layers that get its LoRA."""
@@ -66,7 +66,7 @@ class EncoderHooks:
         self._readers: list[_Reader] = []
         self._scope: MixOwner | None = None
         self._scoped = False
-        self._words: Words | None = None
+        self._words: PlaceholderTokens | None = None
         self._copies = TokenizerCopy()
         self._new: tuple[torch.Tensor, torch.Tensor] | None = None
         self._factors: dict[_Reader, tuple[float, ...]] = {}
@@ -86,12 +86,12 @@ class EncoderHooks:
                 return owner
         return None
 
-    def add(self, name: str, manager: MixOwner, attached: Attached, part: TextPart) -> None:
+    def add(self, name: str, manager: MixOwner, attached: AttachedTuner, part: TextPart) -> None:
         """Let a tuner act on the encoder."""
         self._readers.append(_Reader(name, manager, attached, part, frozenset(part.linears(self.name))))
         self._refresh()
 
-    def remove(self, attached: Attached) -> None:
+    def remove(self, attached: AttachedTuner) -> None:
         """Take a tuner off; with the last one go all hooks."""
         self._readers = [reader for reader in self._readers if reader.attached is not attached]
         self._refresh()
@@ -101,7 +101,7 @@ class EncoderHooks:
             self._handles.clear()
 
     @contextmanager
-    def reading(self, manager: MixOwner | None, encoder: TextEncoder) -> Iterator[Words | None]:
+    def reading(self, manager: MixOwner | None, encoder: TextEncoder) -> Iterator[PlaceholderTokens | None]:
         """Within, the encoder reads prompts for one base: the tuners of its manager act alone, with their words.
 
         Yields:
@@ -110,13 +110,13 @@ class EncoderHooks:
         readers = [reader for reader in self._readers if reader.manager is manager]
         bringers = [reader for reader in readers if reader.part.tokens]
         new = [
-            NewWord(token, reader.name, reader.part.vectors_per_token, reader.factors)
+            PlaceholderToken(token, reader.name, reader.part.vectors_per_token, reader.factors)
             for reader in bringers
             for token in reader.part.tokens
         ]
         before = self._scope, self._scoped, self._words
         self._scope, self._scoped = manager, True
-        self._words = Words(encoder.tokenizer, new, self._copies) if new else None
+        self._words = PlaceholderTokens(encoder.tokenizer, new, self._copies) if new else None
         try:
             yield self._words
         finally:
@@ -213,7 +213,7 @@ def check_text(tuner: Tuner, encoders: Mapping[str, TextEncoder] | None) -> None
 
 
 def attach_text(
-    name: str, manager: MixOwner, attached: Attached, encoders: Mapping[str, TextEncoder] | None
+    name: str, manager: MixOwner, attached: AttachedTuner, encoders: Mapping[str, TextEncoder] | None
 ) -> list[EncoderHooks]:
     """Let the `text` part of a tuner, if it has one, act on text encoders that `check_text` has seen.
 

@@ -68,7 +68,7 @@ class Schedule:
 
 
 # The equations of a weight. Each is written with operators that numbers and tensors both have: an eager pass evaluates
-# them on Python numbers, a compiled graph on the tensors of a `Dial`.
+# them on Python numbers, a compiled graph on the tensors of a `WeightBuffers`.
 
 
 def piece_holds(progress: Value, start: Value, end: Value) -> Any:

@@ -31,7 +31,7 @@ TunerScale: TypeAlias = float | Mapping[str, float | Mapping[str, float]]
 
 
 @contextlib.contextmanager
-def steered(
+def with_control_images(
     manager: TunerManager,
     names: Iterable[str],
     images: TunerImage | None,

@@ -18,7 +18,7 @@ from ..backbones import text_encoders
 from ..hooks.attachment import attach
 from ..hooks.manager import TunerManager, is_compiled, uncompiled
 from ..hooks.mixing import Layout
-from ..hooks.placeholder_tokens import Words
+from ..hooks.placeholder_tokens import PlaceholderTokens
 from ..hooks.text_encoders import text_part
 from ..hooks.weights import TunerWeight, Weight
 from ..storage.sources import TUNER_WEIGHT_NAME, local_tuner_file, tuner_file
@@ -27,7 +27,7 @@ from ..storage.tuner_file import load_tuner, save_tuner
 from ..tuners.tuner import Tuner
 from ..utils.errors import ConditionError, RestuneError, TunerFileError, TunerNameError
 from .call_options import MixPerImage, call_layout, listed, mix_of_call, mixed, named_weights, weights_by_name
-from .control_images import TunerImage, TunerScale, steered
+from .control_images import TunerImage, TunerScale, with_control_images
 from .prompt_encoding import converted_prompt, prompts_read
 from .saving import PlainConfigMixin
 from .signatures import adopt_signature
@@ -46,7 +46,7 @@ class RestuneLoaderMixin(PlainConfigMixin):
     scheduler: Any
     _execution_device: torch.device
     _tuner_hotswap = False
-    _new_words: tuple[Words, ...] = ()
+    _new_words: tuple[PlaceholderTokens, ...] = ()
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -361,7 +361,7 @@ class RestuneLoaderMixin(PlainConfigMixin):
         """Give condition images to those of the named tuners that take them."""
         manager = TunerManager.of(self._tuner_base)
         if manager is not None:
-            return steered(manager, names, images, scale, layout)
+            return with_control_images(manager, names, images, scale, layout)
         if images is not None:
             raise ConditionError("There is an image for a control tuner, but no tuner is loaded.")
         return contextlib.nullcontext()

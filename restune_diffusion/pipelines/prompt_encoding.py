@@ -7,7 +7,7 @@ from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 from ..backbones import text_encoders
-from ..hooks.placeholder_tokens import Words
+from ..hooks.placeholder_tokens import PlaceholderTokens
 from ..hooks.text_encoders import EncoderHooks
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ def prompts_read(pipeline: Any, manager: TunerManager | None) -> Iterator[None]:
     """
     state = vars(pipeline)
     before = {key: state[key] for key in ("_new_words",) if key in state}
-    found: list[Words] = []
+    found: list[PlaceholderTokens] = []
     with ExitStack() as stack:
         for encoder in text_encoders(pipeline).values():
             hooks = EncoderHooks.of(encoder.module)
@@ -43,7 +43,7 @@ def prompts_read(pipeline: Any, manager: TunerManager | None) -> Iterator[None]:
         yield
 
 
-def converted_prompt(prompt: str | list[str], tokenizer: Any, words: Sequence[Words]) -> str | list[str]:
+def converted_prompt(prompt: str | list[str], tokenizer: Any, words: Sequence[PlaceholderTokens]) -> str | list[str]:
     """Write the new words in a prompt, or in several, as the tokenizer that is used knows them."""
     for known in words:
         if known.tokenizer is tokenizer:

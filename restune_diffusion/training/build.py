@@ -17,13 +17,13 @@ from ..utils.seeds import derived_seed
 from .callbacks.tracking import tracker_name
 from .checkpoint import latest_checkpoint, restore_checkpoint
 from .config.train_config import TrainConfig
-from .feature_cache.use import bank_stream
-from .inputs import Ground
+from .feature_cache.use import cached_feature_sampler
+from .inputs import TrainingInputs
 from .latents.batches import Batches
 from .latents.cache import Cache
 from .latents.inpainting import InpaintingInputs
 from .latents.noising import Noising
-from .latents.sampler import SampleStream
+from .latents.sampler import SeededSampler
 from .latents.text_conditioning import LiveEncoder
 from .losses.objective import Objective
 from .losses.preservation import make_preservation
@@ -31,10 +31,10 @@ from .optimization.averaging import TunerAverage
 from .optimization.optimizers import make_optimizer
 from .optimization.parameter_groups import parameter_groups
 from .processes import check_distribution
-from .state import TrainingRun
+from .state import TrainState
 
 
-def make_accelerator(config: TrainConfig) -> Accelerator:
+def build_accelerator(config: TrainConfig) -> Accelerator:
     """Make what places the run on its devices; raises `TrainingError` if it cannot run here."""
     tracker = tracker_name(config)
     # Two runs of one process may differ in precision, which accelerate keeps in a state of the whole process.
@@ -55,9 +55,9 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
     return accelerator
 
 
-def make_run(config: TrainConfig, accelerator: Accelerator, ground: Ground) -> TrainingRun:
+def build_training_state(config: TrainConfig, accelerator: Accelerator, inputs: TrainingInputs) -> TrainState:
     """Put the parts of a run together, and restore them from the newest checkpoint if asked."""
-    pipeline, cache = ground.pipeline, ground.cache
+    pipeline, cache = inputs.pipeline, inputs.cache
     objective = Objective(
         pipeline.scheduler,
         config.snr_gamma,
@@ -76,7 +76,7 @@ def make_run(config: TrainConfig, accelerator: Accelerator, ground: Ground) -> T
     encode = LiveEncoder(sampling_pipeline(pipeline)) if "text" in config.kinds else None
     draw = partial(_draw, config, accelerator, pipeline, objective.timesteps, encode)
     class_batches = partial(draw, seed=derived_seed(config.seed, "class"))
-    run = TrainingRun(
+    run = TrainState(
         config=config,
         accelerator=accelerator,
         pipeline=pipeline,
@@ -85,12 +85,12 @@ def make_run(config: TrainConfig, accelerator: Accelerator, ground: Ground) -> T
         optimizer=accelerator.prepare(optimizer),
         lr_scheduler=_make_lr_scheduler(config, optimizer),
         cache=cache,
-        batches=draw(cache, seed=config.seed, stream=bank_stream(config, cache)),
+        batches=draw(cache, seed=config.seed, stream=cached_feature_sampler(config, cache)),
         objective=objective,
-        resolution=ground.resolution,
-        conditions=ground.conditions,
-        data=ground.data,
-        preservation=make_preservation(config.class_prompt, ground.known_class, class_batches, encode),
+        resolution=inputs.resolution,
+        conditions=inputs.conditions,
+        data=inputs.data,
+        preservation=make_preservation(config.class_prompt, inputs.known_class, class_batches, encode),
         average=TunerAverage(tuner, config.ema_decay) if config.ema_decay is not None else None,
     )
     checkpoint = latest_checkpoint(config.output) if config.resume else None
@@ -108,7 +108,7 @@ def _draw(
     cache: Cache,
     *,
     seed: int,
-    stream: SampleStream | None = None,
+    stream: SeededSampler | None = None,
 ) -> Batches:
     """Draw batches from a cache."""
     return Batches(

@@ -17,23 +17,23 @@ from ..data.data_sheet import FILE_NAME as DATA_FILE
 from ..storage.tuner_file import load_tuner, save_tuner
 from ..utils.atomic_write import atomic_write, sync_directory
 from ..utils.errors import TrainingError
-from .callbacks.base import Hook
+from .callbacks.base import Callback
 from .callbacks.config_record import CONFIG_FILE
 from .callbacks.metrics_file import METRICS_FILE
 from .facts import library_versions, run_identity
 from .optimization.optimizer_state import flatten_state, unflatten_state
 from .optimization.parameter_groups import optimized_names
-from .state import StepReport, TrainingRun
+from .state import StepReport, TrainState
 
 logger = logging.getLogger(__name__)
 
 _NAME = re.compile(r"checkpoint-(\d{6,})")
 
 
-class Checkpoints(Hook):
+class Checkpoints(Callback):
     """Saves a checkpoint every so many steps and at the end, and keeps the newest ones."""
 
-    def on_start(self, run: TrainingRun) -> None:
+    def on_start(self, run: TrainState) -> None:
         """Clear away what a killed process was in the middle of writing."""
         if run.accelerator.is_main_process:
             for pattern in (".checkpoint-*.tmp", ".sample-*.tmp"):
@@ -43,17 +43,17 @@ class Checkpoints(Hook):
                 for remains in run.config.output.glob(f".{name}.*.tmp"):
                     remains.unlink()
 
-    def on_step(self, run: TrainingRun, report: StepReport) -> None:
+    def on_step(self, run: TrainState, report: StepReport) -> None:
         """Save if it is time."""
         every = run.config.checkpoint_every
         if every and (run.step % every == 0 or run.step == run.config.steps):
             self._save(run)
 
-    def on_stop(self, run: TrainingRun) -> None:
+    def on_stop(self, run: TrainState) -> None:
         """Save, so that nothing is lost."""
         self._save(run)
 
-    def _save(self, run: TrainingRun) -> None:
+    def _save(self, run: TrainState) -> None:
         if run.accelerator.is_main_process:
             if not checkpoint_folder(run).exists():
                 save_checkpoint(run)
@@ -72,12 +72,12 @@ def latest_checkpoint(output: Path) -> Path | None:
     return next(reversed(list_checkpoints(output)), None)
 
 
-def checkpoint_folder(run: TrainingRun) -> Path:
+def checkpoint_folder(run: TrainState) -> Path:
     """Return where the run's present step is saved."""
     return run.config.output / f"checkpoint-{run.step:06d}"
 
 
-def save_checkpoint(run: TrainingRun) -> Path:
+def save_checkpoint(run: TrainState) -> Path:
     """Write the run's state to `checkpoint-<step>`; the directory appears under this name only when it is whole.
 
     Raises:
@@ -115,7 +115,7 @@ def save_checkpoint(run: TrainingRun) -> Path:
     return final
 
 
-def restore_checkpoint(run: TrainingRun, checkpoint: Path) -> None:
+def restore_checkpoint(run: TrainState, checkpoint: Path) -> None:
     """Put a run into the state of a checkpoint.
 
     Raises:

@@ -8,7 +8,7 @@ from typing import Any
 from ..utils.settings_merge import flat
 from ..utils.version import __version__
 from .config.train_config import TrainConfig
-from .state import TrainingRun
+from .state import TrainState
 
 # Settings that may change when a run is resumed: they do not reach the tuner.
 _IMMATERIAL = {"name", "preset", "validation", "checkpoint_every", "checkpoints_kept", "log_with"} | {
@@ -24,7 +24,7 @@ def library_versions() -> dict[str, str]:
     return {"restune-diffusion": __version__, **{name: version(name) for name in ("torch", "diffusers")}}
 
 
-def run_identity(run: TrainingRun) -> dict[str, Any]:
+def run_identity(run: TrainState) -> dict[str, Any]:
     """Return all that decides the result of a run, flat, under the names of the settings."""
     settings = {key: value for key, value in run.config.recorded().items() if key not in _IMMATERIAL}
     # Named last, because it only matters for some courses of the learning rate, which are told first if they differ.
@@ -41,7 +41,7 @@ def run_identity(run: TrainingRun) -> dict[str, Any]:
     return dict(flat(settings))
 
 
-def training_facts(run: TrainingRun) -> dict[str, Any]:
+def training_facts(run: TrainState) -> dict[str, Any]:
     """Return what the tuner's file says about its training; no path of this machine is among it."""
     return {
         "steps": run.step,

@@ -18,12 +18,12 @@ from ..data.captions import read_examples
 from ..data.condition_source import ConditionSource
 from ..data.data_sheet import DataSheet
 from ..data.example import Example
-from ..data.image_transform import Preparation
+from ..data.image_transform import ImageTransform
 from ..data.training_images import load_samples
-from ..hooks.placeholder_tokens import holds_word
+from ..hooks.placeholder_tokens import contains_token
 from ..pipelines.load_base import PRECISIONS, is_inpainting, load_base, training_resolution
 from ..utils.errors import NoImageError, TrainingError
-from .callbacks.drift import LeakPrompt, draw_leak_prompts
+from .callbacks.drift import DriftPrompt, draw_drift_prompts
 from .config.train_config import TrainConfig
 from .feature_cache.use import hash_of_models
 from .frozen_base import check_trainable, frozen, move_encoders
@@ -36,7 +36,7 @@ from .quantization import quantize_base
 
 
 @dataclass(frozen=True)
-class Ground:
+class TrainingInputs:
     """The base, and all that it was asked for before a tuner is on it."""
 
     pipeline: Any
@@ -45,11 +45,11 @@ class Ground:
     """What is trained on and what is left out."""
     resolution: int
     conditions: ConditionSource | None
-    steering: Sequence[Mapping[str, Image.Image]]
+    control_images: Sequence[Mapping[str, Image.Image]]
     """What steers the validation samples of a control tuner."""
     known_class: Cache | Conditioning | None
     """What preservation needs to know of the class."""
-    leak_prompts: Sequence[LeakPrompt]
+    drift_prompts: Sequence[DriftPrompt]
     """What the leak is measured on."""
     models: str | None
     """Hash of the models, if a feature bank asks for it."""
@@ -58,7 +58,7 @@ class Ground:
 @contextmanager
 def prepared(
     config: TrainConfig, accelerator: Accelerator, pipeline: Any = None, *, verbose: bool = False
-) -> Iterator[Ground]:
+) -> Iterator[TrainingInputs]:
     """Load the base and encode the data, and give the pipeline back at the end as it was.
 
     Args:
@@ -91,19 +91,21 @@ def prepared(
     if config.drop_encoders and inpainting:
         raise TrainingError("An inpainting base encodes masked images in each step; leave drop_encoders out.")
     resolution = training_resolution(pipeline, config.resolution)
-    steering = conditions.samples(config.validation.control_images, resolution) if conditions is not None else []
+    control_images = conditions.samples(config.validation.control_images, resolution) if conditions is not None else []
     pipeline.to(accelerator.device)
     with frozen(pipeline):
         cache = _encode(config, accelerator, pipeline, examples, resolution, conditions, sheet)
         known = know_class(config, accelerator, pipeline, resolution, verbose=verbose)
-        leak_prompts = draw_leak_prompts(config, pipeline, resolution) if accelerator.is_main_process else []
+        drift_prompts = draw_drift_prompts(config, pipeline, resolution) if accelerator.is_main_process else []
         models = hash_of_models(pipeline) if config.feature_bank is not None else None
         if config.drop_encoders:
             drop_encoders(pipeline)
         kept = (*(text_encoders(pipeline) if "text" in config.kinds else ()), *(["vae"] if inpainting else ()))
         move_encoders(pipeline, torch.device("cpu"), keep=kept)
         try:
-            yield Ground(pipeline, cache, sheet, resolution, conditions, steering, known, leak_prompts, models)
+            yield TrainingInputs(
+                pipeline, cache, sheet, resolution, conditions, control_images, known, drift_prompts, models
+            )
         finally:
             move_encoders(pipeline, accelerator.device)
 
@@ -118,7 +120,7 @@ def _encode(
     sheet: DataSheet,
 ) -> Cache:
     """Encode the data, each process a share, and write down what it is."""
-    preparation = Preparation.of(config, resolution, bucket_step(pipeline), config.seed)
+    preparation = ImageTransform.of(config, resolution, bucket_step(pipeline), config.seed)
     own = DataSheet(config.data, [])
 
     def build(share: Sequence[Example]) -> Cache:
@@ -137,7 +139,7 @@ def _encode(
 
 def _check_words(config: TrainConfig, examples: Sequence[Example]) -> None:
     words = config.text.tokens if "text" in config.kinds else ()
-    missing = [word for word in words if not any(holds_word(example.caption, [word]) for example in examples)]
+    missing = [word for word in words if not any(contains_token(example.caption, [word]) for example in examples)]
     if missing:
         raise TrainingError(
             f"No caption has the new word {missing[0]}, which could learn nothing then; write it into the captions, "

@@ -9,26 +9,28 @@ from collections.abc import Generator, Sequence
 import torch
 
 from ..utils.errors import TrainingError, TrainingInterrupted
-from .callbacks.base import Hook
+from .callbacks.base import Callback
 from .checkpoint import latest_checkpoint
 from .latents.batches import Batch
 from .losses.prediction import predict
 from .optimization.optimizers import effective_learning_rate
 from .processes import average_gradients
-from .state import StepReport, TrainingRun
+from .state import StepReport, TrainState
 from .stopping import StopRequest
 
 # So many steps in a row without finite fp16 gradients are no search for a loss scale any more.
 _MAX_SKIPPED_STEPS = 50
 
 
-def run_loop(run: TrainingRun, hooks: Sequence[Hook], stop: StopRequest | None = None) -> None:
+def run_loop(run: TrainState, callbacks: Sequence[Callback], stop: StopRequest | None = None) -> None:
     """Train until `config.steps`, telling the hooks; see `steps_of`."""
-    for _ in steps_of(run, hooks, stop):
+    for _ in steps_of(run, callbacks, stop):
         pass
 
 
-def steps_of(run: TrainingRun, hooks: Sequence[Hook], stop: StopRequest | None = None) -> Generator[int, None, None]:
+def steps_of(
+    run: TrainState, callbacks: Sequence[Callback], stop: StopRequest | None = None
+) -> Generator[int, None, None]:
     """Train until `config.steps`, telling the hooks, and pause after every step to yield its number.
 
     Raises:
@@ -37,28 +39,28 @@ def steps_of(run: TrainingRun, hooks: Sequence[Hook], stop: StopRequest | None =
     """
     skipped = 0
     try:
-        for hook in hooks:
-            hook.on_start(run)
+        for callback in callbacks:
+            callback.on_start(run)
         while run.step < run.config.steps:
             if stop is not None and stop.agreed(run.accelerator):
-                raise _interrupted(run, hooks)
+                raise _interrupted(run, callbacks)
             report = _step(run)
             skipped = skipped + 1 if run.optimizer.step_was_skipped else 0
             if skipped > _MAX_SKIPPED_STEPS:
                 raise _diverged(run, "gradient")
-            for hook in hooks:
-                hook.on_step(run, report)
+            for callback in callbacks:
+                callback.on_step(run, report)
             yield run.step
-        for hook in hooks:
-            hook.on_end(run)
+        for callback in callbacks:
+            callback.on_end(run)
     finally:
-        for hook in hooks:
-            hook.close()
+        for callback in callbacks:
+            callback.close()
 
 
-def _interrupted(run: TrainingRun, hooks: Sequence[Hook]) -> TrainingInterrupted:
-    for hook in hooks:
-        hook.on_stop(run)
+def _interrupted(run: TrainState, callbacks: Sequence[Callback]) -> TrainingInterrupted:
+    for callback in callbacks:
+        callback.on_stop(run)
     saved = latest_checkpoint(run.config.output)
     return TrainingInterrupted(
         f"Stopped after step {run.step} of {run.config.steps}, as asked; {saved} is saved: "
@@ -66,7 +68,7 @@ def _interrupted(run: TrainingRun, hooks: Sequence[Hook]) -> TrainingInterrupted
     )
 
 
-def _step(run: TrainingRun) -> StepReport:
+def _step(run: TrainState) -> StepReport:
     """Do one optimizer step."""
     started = time.perf_counter()
     config, accelerator = run.config, run.accelerator
@@ -106,7 +108,7 @@ def _step(run: TrainingRun) -> StepReport:
     )
 
 
-def batch_loss(run: TrainingRun, batch: Batch) -> torch.Tensor:
+def batch_loss(run: TrainState, batch: Batch) -> torch.Tensor:
     """Return the loss of one batch under the run's precision."""
     prediction = predict(run, batch)
     target = run.objective.target(batch.latents, batch.noise, batch.timesteps)
@@ -115,7 +117,7 @@ def batch_loss(run: TrainingRun, batch: Batch) -> torch.Tensor:
     return losses.mean()
 
 
-def _update(run: TrainingRun) -> float:
+def _update(run: TrainState) -> float:
     """Move the tuner along the gradient of all processes and return the gradient's norm before clipping."""
     accelerator, parameters = run.accelerator, list(run.tuner.parameters())
     average_gradients(accelerator, parameters)
@@ -129,7 +131,7 @@ def _update(run: TrainingRun) -> float:
     return grad_norm
 
 
-def _diverged(run: TrainingRun, what: str) -> TrainingError:
+def _diverged(run: TrainState, what: str) -> TrainingError:
     config = run.config
     cure = f"lower the learning rate (now {config.learning_rate:g})"
     if config.mixed_precision == "fp16":

@@ -38,7 +38,7 @@ class Preservation(ABC):
         """Say in a few words what is kept."""
 
     @abstractmethod
-    def loss(self, run: TrainingRun, batch: Batch, number: int) -> torch.Tensor:
+    def loss(self, run: TrainState, batch: Batch, number: int) -> torch.Tensor:
         """Return the loss that goes with a batch of images, a scalar before its weight.
 
         Args:
@@ -49,7 +49,7 @@ class Preservation(ABC):
 
 
 @dataclass
-class TrainingRun:
+class TrainState:
     """Everything that one training run works on; `step` counts the finished optimizer steps."""
 
     config: TrainConfig

@@ -15,21 +15,21 @@ from ..backbones import text_encoders
 from ..hooks.attachment import attach
 from ..storage.tuner_file import save_tuner
 from ..utils.errors import TrainingError
-from .build import make_accelerator, make_run
-from .callbacks.base import Hook, UpdateAverage
+from .build import build_accelerator, build_training_state
+from .callbacks.base import Callback, UpdateAverage
 from .callbacks.config_record import ConfigFile
-from .callbacks.drift import LeakProbe
+from .callbacks.drift import DriftProbe
 from .callbacks.reporting import MetricsLog, Progress, ProgressBar, SheetFile, describe_plan
 from .callbacks.tracking import start_trackers
 from .callbacks.validation import ValidationSamples
 from .checkpoint import Checkpoints, latest_checkpoint
 from .config.train_config import TrainConfig
 from .facts import training_facts, trigger_words
-from .feature_cache.use import use_bank
-from .inputs import Ground, prepared
+from .feature_cache.use import use_feature_cache
+from .inputs import TrainingInputs, prepared
 from .loop import run_loop
 from .memory import gradient_checkpointing
-from .state import ATTACHED_NAME, StepReport, TrainingRun
+from .state import ATTACHED_NAME, StepReport, TrainState
 from .stopping import StopRequest
 
 
@@ -75,43 +75,43 @@ def train(
     if config.sweep is not None:
         raise TrainingError("This config is of a sweep, which trains several tuners; call `sweep` instead of `train`.")
     check_output(config)
-    accelerator = make_accelerator(config)
-    with prepared(config, accelerator, pipeline, verbose=verbose) as ground:
+    accelerator = build_accelerator(config)
+    with prepared(config, accelerator, pipeline, verbose=verbose) as inputs:
         try:
-            run = make_run(config, accelerator, ground)
+            run = build_training_state(config, accelerator, inputs)
             losses: list[float] = []
-            samples = ValidationSamples(ground.steering)
-            hooks: list[Hook] = [Progress(lambda report: losses.append(report.loss))]
-            hooks += run_hooks(ground, samples, [ProgressBar()] if verbose else [], verbose=verbose)
-            hooks += [Progress(on_progress)] if on_progress else []
+            samples = ValidationSamples(inputs.control_images)
+            callbacks: list[Callback] = [Progress(lambda report: losses.append(report.loss))]
+            callbacks += run_callbacks(inputs, samples, [ProgressBar()] if verbose else [], verbose=verbose)
+            callbacks += [Progress(on_progress)] if on_progress else []
             if verbose:
                 accelerator.print(describe_plan(run))
             else:
-                ground.data.warn()
+                inputs.data.warn()
             start_trackers(accelerator, config)
             if config.feature_bank is not None:
-                use_bank([run], ground.models, verbose)
+                use_feature_cache([run], inputs.models, verbose)
             stop = StopRequest()
             with acting(run), stop.listening() if stop_on_signal else nullcontext():
-                run_loop(run, hooks, stop)
+                run_loop(run, callbacks, stop)
         finally:
             accelerator.end_training()
     seconds = time.perf_counter() - started
     return TrainResult(config.file, run.step, seconds, tuple(losses), tuple(samples.folders))
 
 
-def run_hooks(
-    ground: Ground, samples: ValidationSamples, shown: Sequence[Hook], *, verbose: bool = False
-) -> list[Hook]:
+def run_callbacks(
+    inputs: TrainingInputs, samples: ValidationSamples, shown: Sequence[Callback], *, verbose: bool = False
+) -> list[Callback]:
     """Return what watches every run, with what shows its progress in between."""
     log = MetricsLog()
-    leak = LeakProbe(ground.leak_prompts, log.note, tqdm.write if verbose else None)
+    leak = DriftProbe(inputs.drift_prompts, log.note, tqdm.write if verbose else None)
     # Checkpoints come last: whatever a step's hooks write is there, whole, once the step is saved.
     return [log, UpdateAverage(), ConfigFile(), SheetFile(), *shown, leak, FinalFile(), samples, Checkpoints()]
 
 
 @contextmanager
-def acting(run: TrainingRun) -> Iterator[None]:
+def acting(run: TrainState) -> Iterator[None]:
     """Attach a run's tuner to the base meanwhile, unless it is trained on features that are known."""
     unet, config = run.pipeline.unet, run.config
     if config.feature_bank is not None:
@@ -124,10 +124,10 @@ def acting(run: TrainingRun) -> Iterator[None]:
         yield
 
 
-class FinalFile(Hook):
+class FinalFile(Callback):
     """Writes the finished tuner."""
 
-    def on_end(self, run: TrainingRun) -> None:
+    def on_end(self, run: TrainState) -> None:
         """Write the file."""
         if run.accelerator.is_main_process:
             with run.released_weights():

@@ -34,13 +34,13 @@ def read_control_images(
     if not images and not pictures:
         return None
     names = condition_names(pipeline)
-    steering = {name: _read(path) for name, path in (_split(entry, names) for entry in images)}
+    control_images = {name: _read(path) for name, path in (_split(entry, names) for entry in images)}
     native = training_resolution(pipeline, None)
     for name, path in (_split(entry, names) for entry in pictures):
         # Made at the size that is drawn, as in training: the edges of a large photo would fade when it is reduced.
         fitted = ImageOps.fit(_read(path), (size[0] or native, size[1] or native), Image.Resampling.LANCZOS)
-        steering[name] = make_condition(name, fitted)
-    return steering
+        control_images[name] = make_condition(name, fitted)
+    return control_images
 
 
 def _split(entry: str, names: Sequence[str]) -> tuple[str, Path]:

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from ...utils.atomic_write import atomic_write
 from ..config.config_file import config_yaml
-from ..state import TrainingRun
-from .base import Hook
+from ..state import TrainState
+from .base import Callback
 
 CONFIG_FILE = "config.yaml"
 _HEADER = "# The settings of this run: restune train --config config.yaml --output OTHER does the same again.\n"
 
 
-class ConfigFile(Hook):
+class ConfigFile(Callback):
     """Writes `config.yaml`; a resumed run, which may have other settings, writes it anew."""
 
-    def on_start(self, run: TrainingRun) -> None:
+    def on_start(self, run: TrainState) -> None:
         """Write the file."""
         if run.accelerator.is_main_process:
             with atomic_write(run.config.output / CONFIG_FILE) as file:

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from ...data.image_files import Geometry
+from ...data.image_files import SizeConditioning
 from ...pipelines.load_base import is_inpainting, sampling_pipeline
 from ...utils.errors import TrainingError
 from ...utils.seeds import derived_seed
@@ -25,16 +25,16 @@ from ..config.train_config import TrainConfig
 from ..latents.batches import Batch
 from ..latents.text_conditioning import Conditioning, LiveEncoder, denoiser_inputs, encode_caption
 from ..losses.objective import scheduler_changes
-from ..losses.prediction import base_alone, predict, tuner_at_hand
-from ..state import StepReport, TrainingRun
-from .base import Hook
+from ..losses.prediction import predict, tuner_at_hand, tuners_disabled
+from ..state import StepReport, TrainState
+from .base import Callback
 
 TIMESTEPS = 8
 """Number of noise levels of each prompt; each is one pass of the denoiser, alone."""
 
 
 @dataclass(frozen=True)
-class LeakPrompt:
+class DriftPrompt:
     """A prompt, what the base's encoders make of it, and the latent of the base's picture, scaled as in training."""
 
     prompt: str
@@ -42,7 +42,7 @@ class LeakPrompt:
     latent: torch.Tensor
 
 
-def draw_leak_prompts(config: TrainConfig, pipeline: Any, resolution: int) -> list[LeakPrompt]:
+def draw_drift_prompts(config: TrainConfig, pipeline: Any, resolution: int) -> list[DriftPrompt]:
     """Draw what the leak of a run is measured on.
 
     Args:
@@ -53,9 +53,9 @@ def draw_leak_prompts(config: TrainConfig, pipeline: Any, resolution: int) -> li
     Raises:
         TrainingError: if prompts are given for a base that does not draw from prompts alone.
     """
-    prompts = config.leak_prompts
+    prompts = config.drift_prompts
     if prompts and is_inpainting(pipeline):
-        if config.validation.leak_prompts:
+        if config.validation.drift_prompts:
             raise TrainingError("An inpainting base draws nothing from a prompt alone; leave the leak prompts out.")
         prompts = ()
     if not prompts:
@@ -73,11 +73,11 @@ def draw_leak_prompts(config: TrainConfig, pipeline: Any, resolution: int) -> li
             generator=torch.Generator("cpu").manual_seed(validation.seed),
             output_type="latent",
         ).images
-        drawn.append(LeakPrompt(prompt, encode_caption(pipeline, prompt), latents[0].float().cpu()))
+        drawn.append(DriftPrompt(prompt, encode_caption(pipeline, prompt), latents[0].float().cpu()))
     return drawn
 
 
-class LeakProbe(Hook):
+class DriftProbe(Callback):
     """Tells the leak of each prompt at the start, with every validation, and at the end.
 
     Args:
@@ -88,8 +88,8 @@ class LeakProbe(Hook):
 
     def __init__(
         self,
-        prompts: Sequence[LeakPrompt],
-        log: Callable[[TrainingRun, dict[str, float]], None],
+        prompts: Sequence[DriftPrompt],
+        log: Callable[[TrainState, dict[str, float]], None],
         show: Callable[[str], object] | None = None,
     ) -> None:
         self._prompts = prompts
@@ -98,27 +98,27 @@ class LeakProbe(Hook):
         self._batches: list[list[Batch]] = []
         self._base: list[list[torch.Tensor]] = []
 
-    def on_start(self, run: TrainingRun) -> None:
+    def on_start(self, run: TrainState) -> None:
         """Let the base predict, which is what all later predictions are compared with."""
         if run.accelerator.is_main_process:
             self._batches = [probe_batches(run, number, prompt) for number, prompt in enumerate(self._prompts)]
-            with base_alone(run.pipeline.unet):
+            with tuners_disabled(run.pipeline.unet):
                 self._base = [[predict(run, batch).float() for batch in batches] for batches in self._batches]
         if run.step == 0:
             self._tell(run)
         run.accelerator.wait_for_everyone()
 
-    def on_step(self, run: TrainingRun, report: StepReport) -> None:
+    def on_step(self, run: TrainState, report: StepReport) -> None:
         """Tell the leak if it is time."""
         every = run.config.validation.every
         if every and run.step % every == 0 and run.step < run.config.steps:
             self._tell(run)
 
-    def on_end(self, run: TrainingRun) -> None:
+    def on_end(self, run: TrainState) -> None:
         """Tell the leak of the finished tuner."""
         self._tell(run)
 
-    def _tell(self, run: TrainingRun) -> None:
+    def _tell(self, run: TrainState) -> None:
         if self._prompts and run.accelerator.is_main_process:
             with run.released_weights(), tuner_at_hand(run):
                 leaks = self.measure(run)
@@ -132,7 +132,7 @@ class LeakProbe(Hook):
         run.accelerator.wait_for_everyone()
 
     @torch.no_grad()
-    def measure(self, run: TrainingRun) -> list[float]:
+    def measure(self, run: TrainState) -> list[float]:
         """Return the leak of each prompt in percent."""
         encode = LiveEncoder(sampling_pipeline(run.pipeline)) if "text" in run.config.kinds else None
         leaks = []
@@ -148,7 +148,7 @@ class LeakProbe(Hook):
         return leaks
 
 
-def probe_batches(run: TrainingRun, number: int, prompt: LeakPrompt) -> list[Batch]:
+def probe_batches(run: TrainState, number: int, prompt: DriftPrompt) -> list[Batch]:
     """Return the batches of one, at the midpoints of `TIMESTEPS` equal parts of all timesteps, for a prompt."""
     device, inputs = run.accelerator.device, _inputs(run, prompt.states)
     seed = derived_seed(run.config.validation.seed, "leak", number)
@@ -164,7 +164,7 @@ def probe_batches(run: TrainingRun, number: int, prompt: LeakPrompt) -> list[Bat
     ]
 
 
-def _inputs(run: TrainingRun, states: Conditioning) -> dict[str, Any]:
+def _inputs(run: TrainState, states: Conditioning) -> dict[str, Any]:
     side = run.resolution
-    whole = Geometry((side, side), (0, 0), (side, side))
+    whole = SizeConditioning((side, side), (0, 0), (side, side))
     return denoiser_inputs([states], [whole], run.accelerator.device, run.pipeline.unet.dtype)

@@ -13,8 +13,8 @@ from tqdm.auto import tqdm
 from ...utils.atomic_write import atomic_write
 from ...utils.display import readable_size
 from ..quantization import parameter_bytes
-from ..state import StepReport, TrainingRun
-from .base import Hook
+from ..state import StepReport, TrainState
+from .base import Callback
 from .metrics_file import METRICS_FILE
 from .peak_memory import peak_memory
 
@@ -22,7 +22,7 @@ from .peak_memory import peak_memory
 LOSS_WINDOW = 50
 
 
-def describe_plan(run: TrainingRun) -> str:
+def describe_plan(run: TrainState) -> str:
     """Say in a few lines what the run is about to do."""
     config, cache = run.config, run.cache
     images = run.images_per_step
@@ -45,7 +45,7 @@ def describe_plan(run: TrainingRun) -> str:
     return "\n".join(lines)
 
 
-def _describe_data(run: TrainingRun) -> list[str]:
+def _describe_data(run: TrainState) -> list[str]:
     if run.data is None:
         return [f"images      {len(run.cache)} at {run.resolution} x {run.resolution}"]
     notes = run.data.notes()
@@ -53,30 +53,30 @@ def _describe_data(run: TrainingRun) -> list[str]:
     return lines + [f"{'' if number else 'left out':<12}{note}" for number, note in enumerate(notes)]
 
 
-class SheetFile(Hook):
+class SheetFile(Callback):
     """Writes `data.json`: what is trained on, and what is left out and why."""
 
-    def on_start(self, run: TrainingRun) -> None:
+    def on_start(self, run: TrainState) -> None:
         """Write the file."""
         if run.data is not None and run.accelerator.is_main_process:
             run.data.write(run.config.output)
 
 
-class ProgressBar(Hook):
+class ProgressBar(Callback):
     """Shows the smoothed loss, the speed, the time left and the peak memory of the main process on the terminal."""
 
     def __init__(self) -> None:
         self._recent: deque[StepReport] = deque(maxlen=LOSS_WINDOW)
         self._bar: Any = None
 
-    def on_start(self, run: TrainingRun) -> None:
+    def on_start(self, run: TrainState) -> None:
         """Show the bar."""
         shown = run.accelerator.is_main_process
         self._bar = tqdm(
             total=run.config.steps, initial=run.step, unit="step", desc=run.config.name, disable=not shown
         )
 
-    def on_step(self, run: TrainingRun, report: StepReport) -> None:
+    def on_step(self, run: TrainState, report: StepReport) -> None:
         """Move the bar on."""
         self._recent.append(report)
         loss = sum(recent.loss for recent in self._recent) / len(self._recent)
@@ -92,20 +92,20 @@ class ProgressBar(Hook):
             self._bar.close()
 
 
-class MetricsLog(Hook):
+class MetricsLog(Callback):
     """Appends one line of JSON per step to `metrics.jsonl`, and tells accelerate's trackers the same."""
 
     def __init__(self) -> None:
         self._file: IO[str] | None = None
 
-    def on_start(self, run: TrainingRun) -> None:
+    def on_start(self, run: TrainState) -> None:
         """Open the log; a resumed run forgets the steps that it is about to repeat."""
         if run.accelerator.is_main_process:
             path = run.config.output / METRICS_FILE
             _keep_until(path, run.step or -1)
             self._file = path.open("a", encoding="utf-8")
 
-    def on_step(self, run: TrainingRun, report: StepReport) -> None:
+    def on_step(self, run: TrainState, report: StepReport) -> None:
         """Log the step."""
         values = {
             "loss": report.loss,
@@ -122,7 +122,7 @@ class MetricsLog(Hook):
             values["peak_memory_mib"] = memory / 2**20
         self.note(run, values)
 
-    def note(self, run: TrainingRun, values: dict[str, float]) -> None:
+    def note(self, run: TrainState, values: dict[str, float]) -> None:
         """Log figures for the present step, on a line of their own."""
         if self._file is not None:
             self._file.write(json.dumps({"step": run.step, **values}) + "\n")
@@ -135,13 +135,13 @@ class MetricsLog(Hook):
             self._file.close()
 
 
-class Progress(Hook):
+class Progress(Callback):
     """Hands every step's report to a function of the caller."""
 
     def __init__(self, function: Callable[[StepReport], None]) -> None:
         self._function = function
 
-    def on_step(self, run: TrainingRun, report: StepReport) -> None:
+    def on_step(self, run: TrainState, report: StepReport) -> None:
         """Call the function."""
         self._function(report)
 

@@ -19,13 +19,13 @@ from ...storage.tuner_file import save_tuner
 from ..config.train_config import ValidationConfig
 from ..frozen_base import move_encoders
 from ..latents.inpainting import masked_picture, validation_inputs
-from ..state import StepReport, TrainingRun
-from .base import Hook
+from ..state import StepReport, TrainState
+from .base import Callback
 
 _NAME = "validation sample"
 
 
-class ValidationSamples(Hook):
+class ValidationSamples(Callback):
     """Draws the validation prompts at the start, every so many steps, and at the end.
 
     Place it after `FinalFile`: the last samples are drawn from the finished file.
@@ -34,26 +34,26 @@ class ValidationSamples(Hook):
         steering: for a control tuner the condition images of each prompt, by name.
     """
 
-    def __init__(self, steering: Sequence[Mapping[str, Image.Image]] = ()) -> None:
+    def __init__(self, control_images: Sequence[Mapping[str, Image.Image]] = ()) -> None:
         self.folders: list[Path] = []
-        self._steering = steering
+        self._control_images = control_images
 
-    def on_start(self, run: TrainingRun) -> None:
+    def on_start(self, run: TrainState) -> None:
         """Draw what the base makes of the prompts, unless the run is resumed."""
         if run.step == 0:
             self._sample_from_state(run)
 
-    def on_step(self, run: TrainingRun, report: StepReport) -> None:
+    def on_step(self, run: TrainState, report: StepReport) -> None:
         """Draw if it is time."""
         every = run.config.validation.every
         if every and run.step % every == 0 and run.step < run.config.steps:
             self._sample_from_state(run)
 
-    def on_end(self, run: TrainingRun) -> None:
+    def on_end(self, run: TrainState) -> None:
         """Draw from the finished file."""
         self._sample(run, run.config.file)
 
-    def _sample_from_state(self, run: TrainingRun) -> None:
+    def _sample_from_state(self, run: TrainState) -> None:
         if run.config.validation.prompts and run.accelerator.is_main_process:
             with TemporaryDirectory(dir=run.config.output, prefix=".sample-", suffix=".tmp") as folder:
                 file = Path(folder) / "tuner.safetensors"
@@ -62,20 +62,20 @@ class ValidationSamples(Hook):
                 self._sample(run, file)
         run.accelerator.wait_for_everyone()
 
-    def _sample(self, run: TrainingRun, file: Path) -> None:
+    def _sample(self, run: TrainState, file: Path) -> None:
         if not run.config.validation.prompts or not run.accelerator.is_main_process:
             return
         validation = run.config.validation
         changes = run.objective.scheduler_changes
         repainted = validation_inputs(run.cache.pictures, len(validation.prompts), validation.seed)
         images = draw_samples(
-            run.pipeline, file, validation, run.accelerator.device, self._steering, changes, repainted
+            run.pipeline, file, validation, run.accelerator.device, self._control_images, changes, repainted
         )
         folder = run.config.output / "samples" / f"step-{run.step:06d}"
         folder.mkdir(parents=True, exist_ok=True)
         for number, image in enumerate(images):
             image.save(folder / f"{number:02d}.png")
-        shown = [dict(conditions) for conditions in self._steering or [{} for _ in images]]
+        shown = [dict(conditions) for conditions in self._control_images or [{} for _ in images]]
         for number, inputs in enumerate(repainted):
             shown[number] |= {"masked": masked_picture(**inputs)}
         rows = [[*conditions.values(), image] for conditions, image in zip(shown, images, strict=True)]
@@ -89,16 +89,22 @@ def draw_samples(
     file: Path,
     config: ValidationConfig,
     device: torch.device,
-    steering: Sequence[Mapping[str, Image.Image]] = (),
+    control_images: Sequence[Mapping[str, Image.Image]] = (),
     scheduler_changes: Mapping[str, Any] | None = None,
     repainted: Sequence[Mapping[str, Image.Image]] = (),
 ) -> list[Image.Image]:
     """Generate one image per prompt with the tuner in a file; tuners on the base are set aside meanwhile.
 
-    `steering` holds the condition images of each prompt, by name, if the tuner takes any, `scheduler_changes` what the
-    scheduler must have other than in the base, and `repainted` the `image` and `mask_image` of each prompt, if the
-    base is for inpainting. No random state but the samples' own is used, so sampling does not change the course of
-    training.
+    Sampling uses no random state but its own, so it does not change the course of training.
+
+    Args:
+        pipeline: the base's pipeline.
+        file: the tuner file.
+        config: prompts, steps, guidance and seed.
+        device: device that the encoders are on meanwhile.
+        control_images: condition images of each prompt by name, for a control tuner.
+        scheduler_changes: scheduler settings that differ from the base's.
+        repainted: `image` and `mask_image` of each prompt, for an inpainting base.
     """
     sampler = sampling_pipeline(pipeline, scheduler_changes)
     images = []
@@ -106,7 +112,7 @@ def draw_samples(
         for number, prompt in enumerate(config.prompts):
             result = sampler(
                 prompt,
-                tuner_image=steering[number] if steering else None,
+                tuner_image=control_images[number] if control_images else None,
                 num_inference_steps=config.steps,
                 guidance_scale=config.guidance,
                 generator=torch.Generator("cpu").manual_seed(config.seed),

@@ -8,7 +8,7 @@ from typing import Any, Literal, TypeAlias
 from pydantic import Field, model_validator
 
 from ...data.config import DataConfig
-from ...hooks.placeholder_tokens import holds_word
+from ...hooks.placeholder_tokens import contains_token
 from ...tuners.configs import BypassConfig, ControlConfig, PartConfig, ResConfig, SkipConfig, TextConfig
 from ...utils.settings import Settings
 from ...utils.settings_merge import checked_fields, layered
@@ -37,7 +37,7 @@ class ValidationConfig(Settings):
     """Classifier-free guidance of a sample."""
     seed: int = 0
     """Seed of every sample, so that the images of two steps differ by the training alone."""
-    leak_prompts: tuple[str, ...] | None = None
+    drift_prompts: tuple[str, ...] | None = None
     """Prompts without the subject, for which the drift from the base is told as `leak`, in percent; --class-prompt
     where not given."""
     control_images: tuple[Path, ...] = ()
@@ -256,15 +256,15 @@ class TrainConfig(DataConfig):
             raise ValueError('preservation needs to know the class; give --class-prompt, for instance "a dog"')
         if self.preservation == "prior" and "control" in self.kinds:
             raise ValueError("class images have no condition images for a control tuner; choose output preservation")
-        if self.validation.leak_prompts and "control" in self.kinds:
+        if self.validation.drift_prompts and "control" in self.kinds:
             raise ValueError("a control tuner draws nothing without its images, so that no leak can be told")
-        if self.class_prompt and "text" in self.kinds and holds_word(self.class_prompt, self.text.tokens):
+        if self.class_prompt and "text" in self.kinds and contains_token(self.class_prompt, self.text.tokens):
             raise ValueError(f"the class prompt {self.class_prompt!r} has the subject's own word; leave it out there")
 
     @property
-    def leak_prompts(self) -> tuple[str, ...]:
+    def drift_prompts(self) -> tuple[str, ...]:
         """Prompts for which the drift from the base is told."""
-        asked = self.validation.leak_prompts
+        asked = self.validation.drift_prompts
         if "control" in self.kinds:
             return ()
         return asked if asked is not None else (self.class_prompt,) if self.class_prompt else ()

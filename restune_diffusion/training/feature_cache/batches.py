@@ -10,11 +10,11 @@ import torch
 
 from ...utils.seeds import seeded
 from ..latents.batches import Batch, BatchSource
-from ..latents.sampler import Draw, SampleStream
-from .cache import FeatureBank
+from ..latents.sampler import Draw, SeededSampler
+from .cache import FeatureCache
 
 
-class BankStream(SampleStream):
+class CachedFeatureSampler(SeededSampler):
     """A stream that draws each image in so many ways and no others, one after the other from pass to pass.
 
     As the draws of an image are independent of each other, their order does not matter.
@@ -45,7 +45,7 @@ class BankStream(SampleStream):
             yield self.draw(*self.entry(position))
 
 
-class BankBatches:
+class CachedFeatureBatches:
     """Batches with the features of a bank.
 
     Args:
@@ -60,14 +60,14 @@ class BankBatches:
     def __init__(
         self,
         batches: BatchSource,
-        stream: BankStream,
-        bank: FeatureBank,
+        stream: CachedFeatureSampler,
+        feature_cache: FeatureCache,
         *,
         size: int,
         device: torch.device,
         dtype: torch.dtype,
     ) -> None:
-        self._batches, self._stream, self._bank = batches, stream, bank
+        self._batches, self._stream, self._bank = batches, stream, feature_cache
         self._size, self._device, self._dtype = size, device, dtype
 
     def __getitem__(self, number: int) -> Batch:

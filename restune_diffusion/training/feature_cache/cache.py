@@ -26,7 +26,7 @@ Compute = Callable[[Shard], TapFeatures]
 """Makes the features of the draws of one file."""
 
 
-class FeatureBank:
+class FeatureCache:
     """The features of some draws of each image, in safetensors files.
 
     Each file is written whole or not at all, so that an interrupted bank goes on where it was, and processes that

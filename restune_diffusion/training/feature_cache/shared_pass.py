@@ -6,16 +6,16 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 
 from ..latents.batches import Batch, BatchSource
-from ..state import TrainingRun
+from ..state import TrainState
 from .tap_features import TapFeatures, record_features
 
 
-def tapped_by(runs: Sequence[TrainingRun]) -> set[str]:
+def tapped_by(runs: Sequence[TrainState]) -> set[str]:
     """Return the sites that the tuners of some runs read."""
     return {site for run in runs for part in run.tuner.parts() for site in part.taps}
 
 
-def features_of(run: TrainingRun, taps: Collection[str], batch: Batch) -> TapFeatures:
+def features_of(run: TrainState, taps: Collection[str], batch: Batch) -> TapFeatures:
     """Run the base on a batch, under the run's precision and without tuners, and return what a bypass reads of it."""
     unet = run.pipeline.unet
     noisy = run.objective.add_noise(batch.latents, batch.input_noise, batch.timesteps)
@@ -46,7 +46,7 @@ class PassBatches:
         return self._ready[number]
 
 
-def share_passes(runs: Sequence[TrainingRun]) -> None:
+def share_passes(runs: Sequence[TrainState]) -> None:
     """Let bypass runs of the same batches learn from one pass of the base for each of them.
 
     The tuners must not be attached. Each has a pass of its own through the output head, of the size that it has when

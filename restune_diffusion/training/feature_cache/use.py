@@ -14,9 +14,9 @@ from ..config.shared_settings import batch_settings
 from ..config.train_config import TrainConfig
 from ..latents.batches import Batches
 from ..latents.cache import Cache
-from ..state import TrainingRun
-from .batches import BankBatches, BankStream, PrefetchedBatches
-from .cache import FeatureBank, models_hash
+from ..state import TrainState
+from .batches import CachedFeatureBatches, CachedFeatureSampler, PrefetchedBatches
+from .cache import FeatureCache, models_hash
 from .layout import BankLayout, Shard
 from .shared_pass import features_of, tapped_by
 from .tap_features import TapFeatures
@@ -26,9 +26,13 @@ _FORMAT = 1
 _OF_THE_ORDER = {"base", "prompt", "batch_size", "gradient_accumulation_steps"}
 
 
-def bank_stream(config: TrainConfig, cache: Cache) -> BankStream | None:
+def cached_feature_sampler(config: TrainConfig, cache: Cache) -> CachedFeatureSampler | None:
     """Return the stream of a run that trains from a bank."""
-    return None if config.feature_bank is None else BankStream(len(cache.shown), config.seed, config.feature_bank)
+    return (
+        None
+        if config.feature_bank is None
+        else CachedFeatureSampler(len(cache.shown), config.seed, config.feature_bank)
+    )
 
 
 def hash_of_models(pipeline: Any) -> str:
@@ -36,7 +40,7 @@ def hash_of_models(pipeline: Any) -> str:
     return models_hash(model for _, model in sorted(pipeline.components.items()) if isinstance(model, nn.Module))
 
 
-def use_bank(runs: Sequence[TrainingRun], models: str | None, verbose: bool = True) -> FeatureBank:
+def use_feature_cache(runs: Sequence[TrainState], models: str | None, verbose: bool = True) -> FeatureCache:
     """Complete the bank of runs that draw the same batches, and let them train from it.
 
     Args:
@@ -50,26 +54,26 @@ def use_bank(runs: Sequence[TrainingRun], models: str | None, verbose: bool = Tr
     """
     run = runs[0]
     config, accelerator, batches = run.config, run.accelerator, run.batches
-    stream = bank_stream(config, run.cache)
+    stream = cached_feature_sampler(config, run.cache)
     assert stream is not None
     assert isinstance(batches, Batches)
-    bank = _open_bank(run, tapped_by(runs), models)
+    feature_cache = _open_feature_cache(run, tapped_by(runs), models)
     if verbose:
-        accelerator.print(f"features    {bank.describe()}")
-    bank.check_space()
+        accelerator.print(f"features    {feature_cache.describe()}")
+    feature_cache.check_space()
     # All processes must have looked at the disk before one of them fills it.
     accelerator.wait_for_everyone()
-    _complete(bank, run, batches, stream, verbose)
+    _complete(feature_cache, run, batches, stream, verbose)
     device, dtype = accelerator.device, run.pipeline.unet.dtype
-    fed = BankBatches(batches, stream, bank, size=config.batch_size, device=device, dtype=dtype)
+    fed = CachedFeatureBatches(batches, stream, feature_cache, size=config.batch_size, device=device, dtype=dtype)
     kept = config.gradient_accumulation_steps
     shared = PrefetchedBatches(fed, stride=accelerator.num_processes, kept=kept)
     for each in runs:
         each.batches = shared
-    return bank
+    return feature_cache
 
 
-def _open_bank(run: TrainingRun, taps: set[str], models: str | None) -> FeatureBank:
+def _open_feature_cache(run: TrainState, taps: set[str], models: str | None) -> FeatureCache:
     config = run.config
     latents = [run.cache.latents[views[0]].mean for views in run.cache.shown]
     sizes = [(latent.shape[-2], latent.shape[-1]) for latent in latents]
@@ -87,20 +91,24 @@ def _open_bank(run: TrainingRun, taps: set[str], models: str | None) -> FeatureB
         "taps": layout.taps,
         "settings": {key: value for key, value in batch_settings(config).items() if key not in _OF_THE_ORDER},
     }
-    return FeatureBank(config.feature_bank_dir or config.output / "feature-bank", layout, identity)
+    return FeatureCache(config.feature_bank_dir or config.output / "feature-bank", layout, identity)
 
 
-def _complete(bank: FeatureBank, run: TrainingRun, batches: Batches, stream: BankStream, verbose: bool) -> None:
+def _complete(
+    feature_cache: FeatureCache, run: TrainState, batches: Batches, stream: CachedFeatureSampler, verbose: bool
+) -> None:
     accelerator = run.accelerator
 
     def compute(shard: Shard) -> TapFeatures:
         draws = [stream.draw(shard.image, shard.first + number) for number in range(shard.count)]
-        return features_of(run, bank.layout.taps, batches.of(draws))
+        return features_of(run, feature_cache.layout.taps, batches.of(draws))
 
     share, shares = accelerator.process_index, accelerator.num_processes
-    shown = verbose and accelerator.is_main_process and bool(bank.missing())
-    with tqdm(total=-(-sum(1 for _ in bank.layout.shards()) // shares), desc="features", disable=not shown) as bar:
-        bank.build(compute, share, shares, bar.update)
+    shown = verbose and accelerator.is_main_process and bool(feature_cache.missing())
+    with tqdm(
+        total=-(-sum(1 for _ in feature_cache.layout.shards()) // shares), desc="features", disable=not shown
+    ) as bar:
+        feature_cache.build(compute, share, shares, bar.update)
     accelerator.wait_for_everyone()
     # Where the processes share no disk, each machine makes the rest itself.
-    bank.build(compute)
+    feature_cache.build(compute)

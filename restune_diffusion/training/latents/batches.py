@@ -11,7 +11,7 @@ import torch
 from ..feature_cache.tap_features import TapFeatures
 from .cache import Cache
 from .noising import Noising
-from .sampler import BucketedStream, Draw, SampleStream
+from .sampler import BucketedSampler, Draw, SeededSampler
 from .text_conditioning import Conditioning, denoiser_inputs
 
 
@@ -93,7 +93,7 @@ class Batches:
         step_size: int | None = None,
         unmasked_weight: float = 0.0,
         inpainting: Callable[[Sequence[int], Sequence[torch.Generator]], torch.Tensor] | None = None,
-        stream: SampleStream | None = None,
+        stream: SeededSampler | None = None,
     ) -> None:
         self._noising = noising or Noising()
         self._noising.range(timesteps)
@@ -115,7 +115,7 @@ class Batches:
     def of(self, draws: Iterable[Draw]) -> Batch:
         """Put the batch of these draws together."""
         draws = list(draws)
-        latents, noise, timesteps, captions, geometries, conditions = [], [], [], [], [], []
+        latents, noise, timesteps, captions, size_conditionings, conditions = [], [], [], [], [], []
         perturbations, masks = [], []
         entries = [self._entry(draw) for draw in draws]
         for draw, entry in zip(draws, entries, strict=True):
@@ -125,7 +125,7 @@ class Batches:
             timesteps.append(self._noising.timestep(self._timesteps, draw.generator))
             dropped = torch.rand((), generator=draw.generator).item() < self._caption_dropout
             captions.append(None if dropped else self._cache.captions[entry])
-            geometries.append(self._cache.geometries[entry])
+            size_conditionings.append(self._cache.size_conditionings[entry])
             conditions.append(self._cache.conditions[entry] if self._cache.conditions else ())
             masks += [self._cache.masks[entry].clamp(min=self._unmasked_weight)] if self._cache.masks else []
             # Drawn last and only if asked, so that what the other draws give does not depend on them.
@@ -137,20 +137,20 @@ class Batches:
             torch.stack(latents).to(self._device),
             torch.stack(noise).to(self._device),
             torch.stack(timesteps).to(self._device),
-            denoiser_inputs(self._encode(captions), geometries, self._device, self._dtype),
+            denoiser_inputs(self._encode(captions), size_conditionings, self._device, self._dtype),
             tuple(torch.stack(each).to(self._device) / 255 for each in zip(*conditions, strict=True)),
             torch.stack(perturbations).to(self._device) if perturbations else None,
             torch.stack(masks).to(self._device) if masks else None,
             self._inpainting_inputs(entries, draws),
         )
 
-    def _make_stream(self, seed: int, step_size: int) -> SampleStream:
+    def _make_stream(self, seed: int, step_size: int) -> SeededSampler:
         buckets: dict[tuple[int, ...], list[int]] = {}
         for number, views in enumerate(self._shown):
             buckets.setdefault(tuple(self._cache.latents[views[0]].mean.shape), []).append(number)
         if len(buckets) == 1:
-            return SampleStream(len(self._shown), seed)
-        return BucketedStream([buckets[size] for size in sorted(buckets)], seed, step_size)
+            return SeededSampler(len(self._shown), seed)
+        return BucketedSampler([buckets[size] for size in sorted(buckets)], seed, step_size)
 
     def _entry(self, draw: Draw) -> int:
         """Choose the view of an image."""

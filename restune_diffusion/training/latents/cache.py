@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ...data.image_files import Geometry
+from ...data.image_files import SizeConditioning
 from ...data.loss_masks import latent_mask
 from ...data.training_images import Sample
 from ...utils.errors import NoImageError
@@ -42,7 +42,7 @@ class Cache:
 
     latents: list[Latent]
     captions: list[str]
-    geometries: list[Geometry]
+    size_conditionings: list[SizeConditioning]
     conditionings: dict[str, Conditioning]
     unconditional: Conditioning
     digests: list[bytes]
@@ -90,7 +90,7 @@ def build_cache(pipeline: Any, samples: Iterable[Sample], keep_pictures: bool = 
     Raises:
         NoImageError: if there is no sample.
     """
-    latents, captions, geometries, conditions = [], [], [], []
+    latents, captions, size_conditionings, conditions = [], [], [], []
     masks: list[torch.Tensor] = []
     views: list[list[int]] = []
     repeats: list[int] = []
@@ -99,7 +99,7 @@ def build_cache(pipeline: Any, samples: Iterable[Sample], keep_pictures: bool = 
         for sample in samples:
             latents.append(encode_image(pipeline.vae, sample.pixels))
             captions.append(sample.caption)
-            geometries.append(sample.geometry)
+            size_conditionings.append(sample.size_conditioning)
             conditions.append(sample.conditions)
             if sample.mask is not None:
                 masks.append(latent_mask(sample.mask, latents[-1].mean.shape))
@@ -118,7 +118,7 @@ def build_cache(pipeline: Any, samples: Iterable[Sample], keep_pictures: bool = 
     return Cache(
         latents,
         captions,
-        geometries,
+        size_conditionings,
         conditionings,
         nothing,
         digests,

@@ -52,7 +52,7 @@ class Shuffle:
         return self._order[place]
 
 
-class SampleStream:
+class SeededSampler:
     """Shuffles the images anew for every pass over them, and seeds every position.
 
     Args:
@@ -77,7 +77,7 @@ class SampleStream:
         return self._images[position]
 
 
-class BucketedStream(SampleStream):
+class BucketedSampler(SeededSampler):
     """A stream in which the images of every step are of one bucket, and each image comes equally often.
 
     Each bucket has an endless row of its own, of which a step takes the next images. In a round of steps every bucket

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ...data.image_files import Geometry
+from ...data.image_files import SizeConditioning
 
 
 @dataclass(frozen=True)
@@ -71,14 +71,20 @@ def encode_nothing(pipeline: Any) -> Conditioning:
 
 
 def denoiser_inputs(
-    conditionings: Sequence[Conditioning], geometries: Sequence[Geometry], device: torch.device, dtype: torch.dtype
+    conditionings: Sequence[Conditioning],
+    size_conditionings: Sequence[SizeConditioning],
+    device: torch.device,
+    dtype: torch.dtype,
 ) -> dict[str, Any]:
     """Stack the conditionings of a batch into the keyword arguments of `UNet2DConditionModel`."""
     states = torch.stack([conditioning.states for conditioning in conditionings]).to(device, dtype)
     inputs: dict[str, Any] = {"encoder_hidden_states": states}
     pooled = [conditioning.pooled for conditioning in conditionings if conditioning.pooled is not None]
     if pooled:
-        sizes = [[*geometry.original, *geometry.corner, *geometry.size] for geometry in geometries]
+        sizes = [
+            [*size_conditioning.original, *size_conditioning.corner, *size_conditioning.size]
+            for size_conditioning in size_conditionings
+        ]
         inputs["added_cond_kwargs"] = {
             "text_embeds": torch.stack(pooled).to(device, dtype),
             "time_ids": torch.tensor(sizes, device=device, dtype=dtype),

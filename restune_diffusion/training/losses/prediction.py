@@ -12,10 +12,10 @@ from ...hooks.attachment import attach
 from ...hooks.manager import TunerManager
 from ..feature_cache.tap_features import predict_from_features
 from ..latents.batches import Batch
-from ..state import ATTACHED_NAME, TrainingRun
+from ..state import ATTACHED_NAME, TrainState
 
 
-def predict(run: TrainingRun, batch: Batch) -> torch.Tensor:
+def predict(run: TrainState, batch: Batch) -> torch.Tensor:
     """Return the prediction for a batch's noisy latents under the run's precision, in the shape of the latents."""
     unet = run.pipeline.unet
     if batch.features is not None:
@@ -32,7 +32,7 @@ def predict(run: TrainingRun, batch: Batch) -> torch.Tensor:
 
 
 @contextmanager
-def tuner_at_hand(run: TrainingRun) -> Iterator[None]:
+def tuner_at_hand(run: TrainState) -> Iterator[None]:
     """Within, a run's tuner acts on the base, also where it is trained on features that are known."""
     manager = TunerManager.of(run.pipeline.unet)
     if manager is not None and ATTACHED_NAME in manager.names:
@@ -43,7 +43,7 @@ def tuner_at_hand(run: TrainingRun) -> Iterator[None]:
 
 
 @contextmanager
-def base_alone(unet: Any) -> Iterator[None]:
+def tuners_disabled(unet: Any) -> Iterator[None]:
     """Within, the base predicts as if no tuner were attached, and without gradient."""
     manager = TunerManager.of(unet)
     before = manager.enabled if manager is not None else True

@@ -22,9 +22,9 @@ from ..config.train_config import TrainConfig
 from ..latents.batches import Batch, Batches
 from ..latents.cache import Cache, build_cache
 from ..latents.text_conditioning import Conditioning, encode_caption
-from ..state import Preservation, TrainingRun
+from ..state import Preservation, TrainState
 from .class_images import class_examples
-from .prediction import base_alone, predict
+from .prediction import predict, tuners_disabled
 
 
 class PriorPreservation(Preservation):
@@ -48,7 +48,7 @@ class PriorPreservation(Preservation):
         """Say how many class images there are."""
         return f"{len(self._cache)} class images"
 
-    def loss(self, run: TrainingRun, batch: Batch, number: int) -> torch.Tensor:
+    def loss(self, run: TrainState, batch: Batch, number: int) -> torch.Tensor:
         """Return the mean squared error on the class images of the same number."""
         images = self._batches[number]
         target = run.objective.target(images.latents, images.noise, images.timesteps)
@@ -83,9 +83,9 @@ class OutputPreservation(Preservation):
         """Say what is kept."""
         return f"the base's predictions for {self._prompt!r}"
 
-    def loss(self, run: TrainingRun, batch: Batch, number: int) -> torch.Tensor:
+    def loss(self, run: TrainState, batch: Batch, number: int) -> torch.Tensor:
         """Return the mean squared error against the base's prediction; exactly zero for a tuner that does nothing."""
-        with base_alone(run.pipeline.unet):
+        with tuners_disabled(run.pipeline.unet):
             target = predict(run, _asked(batch, self._states))
         # The prompt alone, as the base encoded it: rows of a larger batch may differ from it in the last digits.
         states = self._states if self._encode is None else self._encode([self._prompt])[0]

@@ -19,7 +19,7 @@ def python_example(config: TrainConfig, tuner: Path, prompt: str) -> str:
     """Return Python that draws the prompt."""
     changes = scheduler_changes(config.prediction_type, config.rescale_betas_zero_snr)
     conditions = config.control.conditions if "control" in config.kinds else ()
-    steering = ", ".join(f"{name!r}: Image.open({f'{name}.png'!r})" for name in conditions)
+    control_images = ", ".join(f"{name!r}: Image.open({f'{name}.png'!r})" for name in conditions)
     lines = [
         f"from diffusers import {'DDIMScheduler, ' if changes else ''}DiffusionPipeline",
         *(["from PIL import Image"] if conditions else []),
@@ -33,7 +33,7 @@ def python_example(config: TrainConfig, tuner: Path, prompt: str) -> str:
     lines += [
         f"pipe.load_tuner_weights({str(tuner)!r}, tuner_name={config.name!r})",
         f"pipe.set_tuners({config.name!r}, 1.0)  # how strongly it acts; 0 is the base alone",
-        f"image = pipe({prompt!r}{f', tuner_image={{{steering}}}' if conditions else ''}).images[0]",
+        f"image = pipe({prompt!r}{f', tuner_image={{{control_images}}}' if conditions else ''}).images[0]",
         'image.save("image.png")',
     ]
     return "\n".join(lines)

@@ -14,20 +14,20 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from ...utils.errors import TrainingError, TrainingInterrupted
-from ..build import make_accelerator, make_run
-from ..callbacks.base import Hook
+from ..build import build_accelerator, build_training_state
+from ..callbacks.base import Callback
 from ..callbacks.reporting import Progress, describe_plan
 from ..callbacks.tracking import start_trackers
 from ..callbacks.validation import ValidationSamples
 from ..config.shared_settings import batch_settings
 from ..config.train_config import TrainConfig
 from ..feature_cache.shared_pass import share_passes
-from ..feature_cache.use import use_bank
-from ..inputs import Ground, prepared
+from ..feature_cache.use import use_feature_cache
+from ..inputs import TrainingInputs, prepared
 from ..loop import steps_of
-from ..state import StepReport, TrainingRun
+from ..state import StepReport, TrainState
 from ..stopping import StopRequest
-from ..trainer import acting, check_output, run_hooks
+from ..trainer import acting, check_output, run_callbacks
 from .grid import Variant, parse_sweep
 from .report import SweepResult, SweepRow, comparison, final_loss, write_summary
 
@@ -37,9 +37,9 @@ class _Member:
     """One tuner of a sweep: a run like any other, and what becomes of it."""
 
     variant: Variant
-    run: TrainingRun
+    run: TrainState
     samples: ValidationSamples
-    hooks: list[Hook] = field(default_factory=list)
+    callbacks: list[Callback] = field(default_factory=list)
     error: str | None = None
 
 
@@ -77,12 +77,16 @@ def sweep(
     variants = parse_sweep(config)
     for variant in variants:
         check_output(variant.config)
-    accelerators = [make_accelerator(variant.config) for variant in variants]
-    with prepared(config, accelerators[0], pipeline, verbose=verbose) as ground, ExitStack() as stack:
+    accelerators = [build_accelerator(variant.config) for variant in variants]
+    with prepared(config, accelerators[0], pipeline, verbose=verbose) as inputs, ExitStack() as stack:
         for accelerator in accelerators:
             stack.callback(accelerator.end_training)
         members = [
-            _Member(variant, make_run(variant.config, accelerator, ground), ValidationSamples(ground.steering))
+            _Member(
+                variant,
+                build_training_state(variant.config, accelerator, inputs),
+                ValidationSamples(inputs.control_images),
+            )
             for variant, accelerator in zip(variants, accelerators, strict=True)
         ]
         groups = _grouped(members)
@@ -94,12 +98,15 @@ def sweep(
         for member in members:
             name = member.run.config.name
             watching = [Progress(partial(on_progress, name))] if on_progress is not None else []
-            member.hooks = [*run_hooks(ground, member.samples, [Progress(partial(_advance, bar, name))]), *watching]
+            member.callbacks = [
+                *run_callbacks(inputs, member.samples, [Progress(partial(_advance, bar, name))]),
+                *watching,
+            ]
             start_trackers(member.run.accelerator, member.run.config)
         stop = StopRequest()
         with stop.listening() if stop_on_signal else nullcontext():
             for group in groups:
-                _train_group(group, ground, stop, verbose)
+                _train_group(group, inputs, stop, verbose)
     result = SweepResult(
         tuple(_row(member) for member in members), config.output / "sweep.json", time.perf_counter() - started
     )
@@ -131,10 +138,10 @@ def _advance(bar: Any, name: str, report: StepReport) -> None:
     bar.update()
 
 
-def _train_group(group: Sequence[_Member], ground: Ground, stop: StopRequest, verbose: bool) -> None:
+def _train_group(group: Sequence[_Member], inputs: TrainingInputs, stop: StopRequest, verbose: bool) -> None:
     runs = [member.run for member in group]
     if runs[0].config.feature_bank is not None:
-        use_bank(runs, ground.models, verbose)
+        use_feature_cache(runs, inputs.models, verbose)
     elif len(runs) > 1:
         share_passes(runs)
     with acting(runs[0]) if len(runs) == 1 else nullcontext():
@@ -147,7 +154,7 @@ def _take_turns(group: Sequence[_Member], stop: StopRequest) -> None:
     Raises:
         TrainingInterrupted: if `stop` asked to; every one has saved its state then.
     """
-    courses = {member: steps_of(member.run, member.hooks, stop) for member in group}
+    courses = {member: steps_of(member.run, member.callbacks, stop) for member in group}
     interrupted: TrainingInterrupted | None = None
     try:
         while courses:

@@ -12,12 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from restune_diffusion.data.buckets import Buckets, bucket_sizes, bucket_step
-from restune_diffusion.data.image_files import Geometry, centred
+from restune_diffusion.data.image_files import SizeConditioning, centred
 from restune_diffusion.storage.tuner_file import load_tuner
 from restune_diffusion.training import TrainConfig, train
 from restune_diffusion.training.latents.batches import Batches
 from restune_diffusion.training.latents.cache import Cache, Latent
-from restune_diffusion.training.latents.sampler import BucketedStream, SampleStream
+from restune_diffusion.training.latents.sampler import BucketedSampler, SeededSampler
 from restune_diffusion.training.latents.text_conditioning import Conditioning
 
 from ...tiny_training import draw_image, sdxl_pipeline
@@ -75,9 +75,9 @@ def test_an_image_goes_to_the_nearest_shape_and_is_scaled_no_more_than_it_needs(
     assert buckets.choose((1000, 1500)) == (384, 640)
     assert buckets.choose((511, 512)) == (512, 512)
     assert buckets.choose((4000, 500)) == max(buckets.sizes, key=lambda size: size[0] / size[1])
-    framing = centred((1500, 1000), (640, 384))
-    assert framing.scaled == (640, 427), "the width fits, the height is cut"
-    assert framing.corner == (0, 21)
+    crop = centred((1500, 1000), (640, 384))
+    assert crop.scaled == (640, 427), "the width fits, the height is cut"
+    assert crop.corner == (0, 21)
 
 
 def test_small_images_keep_their_own_size_if_asked() -> None:
@@ -95,14 +95,14 @@ def test_small_images_keep_their_own_size_if_asked() -> None:
 )
 def test_each_step_has_one_bucket_and_each_image_comes_equally_often(members: list[list[int]]) -> None:
     size = 3
-    stream = BucketedStream(members, seed=5, step=size)
+    stream = BucketedSampler(members, seed=5, step=size)
     images = sum(map(len, members))
     steps = [[draw.index for draw in stream.draws(number * size, size)] for number in range(images)]
     bucket = {image: number for number, bucket in enumerate(members) for image in bucket}
     assert all(len({bucket[image] for image in step}) == 1 for step in steps)
     assert set(Counter(image for step in steps for image in step).values()) == {size}
     turns = [[bucket[step[0]] for step in steps]]
-    turns.append([bucket[next(BucketedStream(members, 6, size).draws(n * size, 1)).index] for n in range(images)])
+    turns.append([bucket[next(BucketedSampler(members, 6, size).draws(n * size, 1)).index] for n in range(images)])
     assert turns[0] != turns[1], "another seed takes the buckets in another order"
 
 
@@ -110,8 +110,8 @@ def test_each_step_has_one_bucket_and_each_image_comes_equally_often(members: li
 @settings(max_examples=40, deadline=None)
 def test_a_bucketed_position_draws_the_same_however_the_step_is_split(step: int, batch: int, seed: int) -> None:
     members, size = [[0, 1, 2], [3, 4, 5, 6, 7], [8]], 6
-    whole = list(BucketedStream(members, seed, size).draws(step * size, size))
-    stream = BucketedStream(members, seed, size)
+    whole = list(BucketedSampler(members, seed, size).draws(step * size, size))
+    stream = BucketedSampler(members, seed, size)
     parts = [draw for start in range(0, size, batch) for draw in stream.draws(step * size + start, batch)]
     assert [draw.index for draw in whole] == [draw.index for draw in parts]
     for one, other in zip(whole, parts, strict=True):
@@ -130,7 +130,7 @@ def cache_of(shapes: list[tuple[int, int]], views: int = 1, repeats: list[int] |
     return Cache(
         latents,
         ["a"] * len(latents),
-        [Geometry((1, 1), (0, 0), (1, 1))] * len(latents),
+        [SizeConditioning((1, 1), (0, 0), (1, 1))] * len(latents),
         {"a": states},
         states,
         "hash",
@@ -174,7 +174,7 @@ def test_views_are_drawn_evenly_and_leave_everything_else_as_it_was() -> None:
 
 def test_images_of_one_size_are_drawn_as_ever() -> None:
     drawn = batches(cache_of([(2, 2)] * 5), 2, step_size=8)
-    order = [draw.index for draw in SampleStream(5, 0).draws(0, 10)]
+    order = [draw.index for draw in SeededSampler(5, 0).draws(0, 10)]
     assert [int(value) for number in range(5) for value in drawn[number].latents[:, 0, 0, 0]] == order
 
 

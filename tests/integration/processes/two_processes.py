@@ -29,7 +29,7 @@ def values(cache: Cache) -> dict[str, Any]:
     return {
         "latents": [[latent.mean.tolist(), latent.std.tolist()] for latent in cache.latents],
         "captions": cache.captions,
-        "geometries": [[*each.original, *each.corner, *each.size] for each in cache.geometries],
+        "geometries": [[*each.original, *each.corner, *each.size] for each in cache.size_conditionings],
         "conditionings": {key: value.states.tolist() for key, value in sorted(cache.conditionings.items())},
         "unconditional": cache.unconditional.states.tolist(),
         "pictures": [picture.tolist() for picture in cache.pictures],

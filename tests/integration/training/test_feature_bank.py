@@ -14,14 +14,14 @@ from safetensors.torch import load_file, save_file
 from restune_diffusion import BypassConfig
 from restune_diffusion.training import TrainConfig, train
 from restune_diffusion.training.callbacks.base import UpdateAverage
-from restune_diffusion.training.feature_cache.cache import FeatureBank
+from restune_diffusion.training.feature_cache.cache import FeatureCache
 from restune_diffusion.training.feature_cache.layout import BankLayout
 from restune_diffusion.training.feature_cache.tap_features import record_features
-from restune_diffusion.training.feature_cache.use import bank_stream, use_bank
+from restune_diffusion.training.feature_cache.use import cached_feature_sampler, use_feature_cache
 from restune_diffusion.training.latents.batches import Batches
 from restune_diffusion.training.loop import run_loop
-from restune_diffusion.training.state import TrainingRun
-from restune_diffusion.training.trainer import FinalFile, acting, make_accelerator, make_run, prepared
+from restune_diffusion.training.state import TrainState
+from restune_diffusion.training.trainer import FinalFile, acting, build_accelerator, build_training_state, prepared
 from restune_diffusion.utils.errors import TrainingError
 
 from ...tiny_training import sd_pipeline, sdxl_pipeline, write_images
@@ -42,10 +42,10 @@ def bypass(config: MakeConfig) -> MakeConfig:
     return make
 
 
-def prepared_run(config: TrainConfig, pipeline: Any) -> Iterator[tuple[TrainingRun, str]]:
-    accelerator = make_accelerator(config)
-    with prepared(config, accelerator, pipeline) as ground:
-        yield make_run(config, accelerator, ground), ground.models
+def prepared_run(config: TrainConfig, pipeline: Any) -> Iterator[tuple[TrainState, str]]:
+    accelerator = build_accelerator(config)
+    with prepared(config, accelerator, pipeline) as inputs:
+        yield build_training_state(config, accelerator, inputs), inputs.models
 
 
 def shards(folder: Path) -> list[Path]:
@@ -69,14 +69,16 @@ def test_features_from_the_bank_are_the_ones_that_a_pass_makes(
     for run, models in prepared_run(settings, pipeline):
         batches = run.batches
         assert isinstance(batches, Batches)
-        bank = use_bank([run], models, verbose=False)
-        stream = bank_stream(settings, run.cache)
+        feature_cache = use_feature_cache([run], models, verbose=False)
+        stream = cached_feature_sampler(settings, run.cache)
         for first, count in ((0, 4), (4, 1)):
             draws = [stream.draw(2, first + number) for number in range(count)]
             batch = batches.of(draws)
             noisy = run.objective.add_noise(batch.latents, batch.input_noise, batch.timesteps)
-            expected = record_features(pipeline.unet, bank.layout.taps, noisy, batch.timesteps, **batch.inputs)
-            found = bank.read([(2, first + number) for number in range(count)])
+            expected = record_features(
+                pipeline.unet, feature_cache.layout.taps, noisy, batch.timesteps, **batch.inputs
+            )
+            found = feature_cache.read([(2, first + number) for number in range(count)])
             assert found.by_site.keys() == expected.by_site.keys() >= {"skip.0", "mid", "up.0", "out"}
             assert found.size == expected.size
             pairs = [(found.by_site[site], expected.by_site[site]) for site in found.by_site]
@@ -117,7 +119,7 @@ def test_training_from_a_bank_is_training_on_the_same_draws(
     assert moved > 5e-3, "the tolerance is far below what is learnt"
 
 
-def acting_on_base(run: TrainingRun) -> Any:
+def acting_on_base(run: TrainState) -> Any:
     run.config = run.config.model_copy(update={"feature_bank": None})
     return acting(run)
 
@@ -125,7 +127,7 @@ def acting_on_base(run: TrainingRun) -> Any:
 def test_a_bank_of_one_draw_repeats_it(bypass: MakeConfig) -> None:
     settings = bypass(feature_bank=1, batch_size=6)
     for run, models in prepared_run(settings, sd_pipeline()):
-        use_bank([run], models, verbose=False)
+        use_feature_cache([run], models, verbose=False)
         noises = [run.batches[number].noise for number in range(3)]
         for later in noises[1:]:
             assert {float(noise.sum()) for noise in later} == {float(noise.sum()) for noise in noises[0]}
@@ -158,13 +160,13 @@ def test_the_base_never_runs_while_training(bypass: MakeConfig) -> None:
 def test_the_predicted_size_is_the_real_one(bypass: MakeConfig) -> None:
     settings = bypass(feature_bank=5, feature_bank_dtype="fp16")
     for run, models in prepared_run(settings, sd_pipeline()):
-        bank = use_bank([run], models, verbose=False)
+        feature_cache = use_feature_cache([run], models, verbose=False)
     files = shards(settings.output)
     assert len(files) == 6 * 2
     headers = 0
     for file in files:
         headers += 8 + int.from_bytes(file.read_bytes()[:8], "little")
-    assert sum(file.stat().st_size for file in files) - headers == bank.layout.bytes
+    assert sum(file.stat().st_size for file in files) - headers == feature_cache.layout.bytes
     assert headers < len(files) * 2500
 
 
@@ -210,14 +212,14 @@ def test_an_interrupted_bank_goes_on(bypass: MakeConfig, tmp_path: Path) -> None
 
 def test_shares_are_disjoint_and_complete(bypass: MakeConfig, tmp_path: Path) -> None:
     for run, models in prepared_run(bypass(feature_bank=5), sd_pipeline()):
-        bank = use_bank([run], models, verbose=False)
+        feature_cache = use_feature_cache([run], models, verbose=False)
     made: list[str] = []
-    shared = FeatureBank(tmp_path, bank.layout, {"of": "nothing"})
-    sources = {shard.name: shard for shard in bank.layout.shards()}
+    shared = FeatureCache(tmp_path, feature_cache.layout, {"of": "nothing"})
+    sources = {shard.name: shard for shard in feature_cache.layout.shards()}
 
     def compute(shard: Any) -> Any:
         made.append(shard.name)
-        return bank.read([(shard.image, shard.first + number) for number in range(shard.count)])
+        return feature_cache.read([(shard.image, shard.first + number) for number in range(shard.count)])
 
     shared.build(compute, 1, 3)
     assert len(made) == 4
@@ -263,11 +265,11 @@ def test_a_bank_serves_runs_that_draw_the_same_and_no_others(bypass: MakeConfig,
 
 def test_a_folder_of_another_bank_is_refused(tmp_path: Path) -> None:
     layout = BankLayout.of(FAKE_BASE, [], [], 1, "fp16")
-    bank = FeatureBank(tmp_path, layout, {"data": 1})
-    bank.build(None)
-    (bank.folder / "bank.json").write_text('{"data": 2}')
+    feature_cache = FeatureCache(tmp_path, layout, {"data": 1})
+    feature_cache.build(None)
+    (feature_cache.folder / "bank.json").write_text('{"data": 2}')
     with pytest.raises(TrainingError, match="holds features of other data or settings; delete it"):
-        FeatureBank(tmp_path, layout, {"data": 1})
+        FeatureCache(tmp_path, layout, {"data": 1})
 
 
 FAKE_BASE: Any = namedtuple("base", "stations")(["up.0", "out"])

@@ -13,7 +13,7 @@ from restune_diffusion.data.training_images import load_samples
 from restune_diffusion.training import TrainConfig, train
 from restune_diffusion.training.latents.batches import Batches
 from restune_diffusion.training.latents.cache import build_cache
-from restune_diffusion.training.latents.sampler import SampleStream
+from restune_diffusion.training.latents.sampler import SeededSampler
 
 from ... import tiny_training as tiny
 from ...unit.training.test_train import assert_same
@@ -39,7 +39,7 @@ def test_each_sample_tells_its_own_sizes_and_text(odd_sizes: Path) -> None:
                       dtype=torch.float32)  # fmt: skip
     added = batches[0].inputs["added_cond_kwargs"]
     corners = {"a": (0, 8), "b": (8, 0), "c": (0, 0)}
-    for row, draw in enumerate(SampleStream(3, 3).draws(0, 3)):
+    for row, draw in enumerate(SeededSampler(3, 3).draws(0, 3)):
         name = "abc"[draw.index]
         width, height = SIZES[name]
         asked = pipeline._get_add_time_ids((height, width), corners[name], (16, 16), torch.float32, 32)

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from restune_diffusion.data.example import Example
-from restune_diffusion.data.image_files import Geometry, centred, read_image
+from restune_diffusion.data.image_files import SizeConditioning, centred, read_image
 from restune_diffusion.data.training_images import load_samples, to_tensor
 from restune_diffusion.imaging.rgb import to_rgb
 from restune_diffusion.training.latents.cache import build_cache
@@ -18,9 +18,9 @@ from restune_diffusion.utils.errors import DataError
 from ...tiny_training import draw_image, sd_pipeline
 
 
-def fit(image: Image.Image, resolution: int) -> tuple[torch.Tensor, Geometry]:
-    framing = centred(image.size, (resolution, resolution))
-    return to_tensor(framing.apply(image)), framing.geometry(image.size)
+def fit(image: Image.Image, resolution: int) -> tuple[torch.Tensor, SizeConditioning]:
+    crop = centred(image.size, (resolution, resolution))
+    return to_tensor(crop.apply(image)), crop.size_conditioning(image.size)
 
 
 def test_exif_orientation_is_applied(tmp_path: Path) -> None:
@@ -57,16 +57,20 @@ def test_gray_and_16_bit_images_keep_their_brightness(tmp_path: Path) -> None:
 def test_fit_scales_the_short_side_and_crops_the_centre() -> None:
     image = Image.new("RGB", (30, 10), "red")
     image.paste("white", (10, 0, 20, 10))
-    pixels, geometry = fit(image, 10)
+    pixels, size_conditioning = fit(image, 10)
     assert torch.equal(pixels, torch.ones(3, 10, 10))
-    assert (geometry.original, geometry.corner, geometry.size) == ((10, 30), (0, 10), (10, 10))
+    assert (size_conditioning.original, size_conditioning.corner, size_conditioning.size) == (
+        (10, 30),
+        (0, 10),
+        (10, 10),
+    )
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 300), (37, 23), (511, 513)])
 def test_fit_gives_the_resolution_whatever_the_size(size: tuple[int, int]) -> None:
-    pixels, geometry = fit(Image.new("RGB", size), 16)
+    pixels, size_conditioning = fit(Image.new("RGB", size), 16)
     assert pixels.shape == (3, 16, 16)
-    assert geometry.original == (size[1], size[0])
+    assert size_conditioning.original == (size[1], size[0])
 
 
 def test_unreadable_images_are_skipped_and_named(

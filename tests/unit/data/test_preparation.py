@@ -11,9 +11,9 @@ from PIL import Image
 
 from restune_diffusion.data.buckets import Buckets
 from restune_diffusion.data.example import Example
-from restune_diffusion.data.image_files import Framing, decode_layer, read_image
-from restune_diffusion.data.image_transform import Preparation
-from restune_diffusion.data.loss_masks import MaskFiles, alpha_mask, framed_mask, latent_mask
+from restune_diffusion.data.image_files import Crop, decode_layer, read_image
+from restune_diffusion.data.image_transform import ImageTransform
+from restune_diffusion.data.loss_masks import MaskFiles, alpha_mask, cropped_mask, latent_mask
 from restune_diffusion.data.refusals import Refused
 from restune_diffusion.data.training_images import Sample, load_samples
 from restune_diffusion.training import TrainConfig, train
@@ -34,7 +34,7 @@ def gradient(width: int, height: int) -> Image.Image:
     return Image.fromarray(pixels)
 
 
-def views(path: Path, preparation: Preparation, refused: list[Refused] | None = None) -> list[Sample]:
+def views(path: Path, preparation: ImageTransform, refused: list[Refused] | None = None) -> list[Sample]:
     return list(load_samples([Example(path, "x")], 0, preparation=preparation, refused=refused))
 
 
@@ -44,10 +44,10 @@ def as_bytes(sample: Sample) -> np.ndarray:
 
 def test_framing_cuts_and_mirrors() -> None:
     picture = gradient(40, 30)
-    framing = Framing((40, 30), (5, 7), (16, 8))
+    crop = Crop((40, 30), (5, 7), (16, 8))
     cut, mirrored = (
-        np.asarray(framing.apply(picture)),
-        np.asarray(Framing((40, 30), (5, 7), (16, 8), mirrored=True).apply(picture)),
+        np.asarray(crop.apply(picture)),
+        np.asarray(Crop((40, 30), (5, 7), (16, 8), mirrored=True).apply(picture)),
     )
     assert cut[..., 0].tolist() == [list(range(5, 21))] * 8
     assert cut[:, 0, 1].tolist() == list(range(7, 15))
@@ -55,31 +55,31 @@ def test_framing_cuts_and_mirrors() -> None:
 
 
 def test_the_corner_of_a_mirrored_cut_is_that_of_the_mirrored_picture() -> None:
-    told = Framing((40, 30), (5, 7), (16, 8), mirrored=True).geometry((80, 60))
+    told = Crop((40, 30), (5, 7), (16, 8), mirrored=True).size_conditioning((80, 60))
     # columns 5 to 20 of 40 are columns 19 to 34 of the mirrored picture
     assert (told.original, told.corner, told.size) == ((60, 80), (7, 19), (8, 16))
     mirrored = Image.fromarray(np.asarray(gradient(40, 30))[:, ::-1].copy())
-    again = Framing((40, 30), (19, 7), (16, 8)).apply(mirrored)
-    np.testing.assert_array_equal(again, Framing((40, 30), (5, 7), (16, 8), mirrored=True).apply(gradient(40, 30)))
+    again = Crop((40, 30), (19, 7), (16, 8)).apply(mirrored)
+    np.testing.assert_array_equal(again, Crop((40, 30), (5, 7), (16, 8), mirrored=True).apply(gradient(40, 30)))
 
 
 def test_random_cuts_depend_on_seed_and_image_alone_and_show_other_parts() -> None:
-    preparation = Preparation(Buckets([(16, 16)]), crops=6, seed=3)
-    cuts = preparation.framings((64, 16), b"one")
-    assert cuts == preparation.framings((64, 16), b"one")
-    assert cuts != preparation.framings((64, 16), b"two")
-    assert cuts != Preparation(Buckets([(16, 16)]), crops=6, seed=4).framings((64, 16), b"one")
+    preparation = ImageTransform(Buckets([(16, 16)]), crop_variants=6, seed=3)
+    cuts = preparation.crops((64, 16), b"one")
+    assert cuts == preparation.crops((64, 16), b"one")
+    assert cuts != preparation.crops((64, 16), b"two")
+    assert cuts != ImageTransform(Buckets([(16, 16)]), crop_variants=6, seed=4).crops((64, 16), b"one")
     lefts = [cut.corner[0] for cut in cuts]
     assert len(set(lefts)) > 3
     assert all(0 <= left <= 48 for left in lefts)
-    assert len(preparation.framings((32, 32), b"one")) == 1, "an image that fits has but one cut"
-    many = Preparation(Buckets([(16, 16)]), crops=500).framings((20, 16), b"one")
+    assert len(preparation.crops((32, 32), b"one")) == 1, "an image that fits has but one cut"
+    many = ImageTransform(Buckets([(16, 16)]), crop_variants=500).crops((20, 16), b"one")
     assert {cut.corner for cut in many} == {(left, 0) for left in range(5)}
 
 
 def test_flip_keeps_both_sides_of_every_cut(tmp_path: Path) -> None:
     gradient(64, 16).save(tmp_path / "a.png")
-    samples = views(tmp_path / "a.png", Preparation(Buckets([(16, 16)]), crops=2, flip=True))
+    samples = views(tmp_path / "a.png", ImageTransform(Buckets([(16, 16)]), crop_variants=2, flip=True))
     assert [sample.further for sample in samples] == [False, True, True, True]
     for plain, mirrored in (samples[:2], samples[2:]):
         assert torch.equal(plain.pixels.flip(2), mirrored.pixels)
@@ -90,7 +90,7 @@ def test_lines_and_specks_are_refused_with_their_size(tmp_path: Path) -> None:
     for size in ((2000, 1), (1, 1), (20, 1)):
         Image.new("RGB", size).save(tmp_path / "a.png")
         refused: list[Refused] = []
-        samples = views(tmp_path / "a.png", Preparation(Buckets([(32, 32)])), refused)
+        samples = views(tmp_path / "a.png", ImageTransform(Buckets([(32, 32)])), refused)
         assert not samples
         assert f"{size[0]} x {size[1]} pixels" in refused[0].reason
 
@@ -102,7 +102,9 @@ def test_a_mask_is_cut_exactly_as_its_picture(tmp_path: Path) -> None:
     picture.save(tmp_path / "a.png")
     plain = gradient(60, 40)
     plain.save(tmp_path / "b.png")
-    preparation = Preparation(Buckets([(24, 16)]), crops=4, flip=True, masks=alpha_mask, background=(0, 0, 0))
+    preparation = ImageTransform(
+        Buckets([(24, 16)]), crop_variants=4, flip=True, masks=alpha_mask, background=(0, 0, 0)
+    )
     for sample in views(tmp_path / "a.png", preparation):
         assert sample.mask is not None
         assert sample.mask.shape == (1, 16, 24)
@@ -124,7 +126,7 @@ def test_mask_files_are_found_by_name_and_follow_the_cut(tmp_path: Path) -> None
     mask.paste(255, (0, 0, 10, 20))
     mask.save(tmp_path / "masks" / "sub" / "a.png")
     source = MaskFiles(tmp_path / "masks", tmp_path / "images")
-    preparation = Preparation(Buckets([(40, 40)]), flip=True, masks=source)
+    preparation = ImageTransform(Buckets([(40, 40)]), flip=True, masks=source)
     plain, mirrored = views(path, preparation)
     assert plain.mask is not None
     assert mirrored.mask is not None
@@ -148,7 +150,7 @@ def test_images_whose_mask_cannot_be_used_are_refused(
     Image.new("L", size, colour).save(tmp_path / "masks" / name)
     source = MaskFiles(tmp_path / "masks", tmp_path / "images")
     refused: list[Refused] = []
-    assert not views(tmp_path / "images" / "a.png", Preparation(Buckets([(16, 16)]), masks=source), refused)
+    assert not views(tmp_path / "images" / "a.png", ImageTransform(Buckets([(16, 16)]), masks=source), refused)
     assert reason in str(refused[0])
 
 
@@ -165,7 +167,7 @@ def test_a_latent_pixel_gets_the_mean_of_its_area() -> None:
     mask[0, :4, :2] = 1
     mask[0, 4, 0] = 1
     assert latent_mask(mask, torch.Size((4, 2, 1)))[0].tolist() == [[0.5], [1 / 16]]
-    framed = framed_mask(Image.new("L", (8, 8), 51), Framing((4, 4), (0, 0), (4, 4)))
+    framed = cropped_mask(Image.new("L", (8, 8), 51), Crop((4, 4), (0, 0), (4, 4)))
     assert torch.allclose(framed, torch.full((1, 4, 4), 0.2))
 
 
@@ -196,7 +198,7 @@ def test_batches_weigh_what_is_not_masked_at_least_so_much(tmp_path: Path) -> No
     picture = Image.new("RGBA", (16, 16), (255, 0, 0, 0))
     picture.paste((0, 0, 255, 255), (0, 0, 8, 16))
     picture.save(tmp_path / "a.png")
-    preparation = Preparation(Buckets([(16, 16)]), flip=True, masks=alpha_mask)
+    preparation = ImageTransform(Buckets([(16, 16)]), flip=True, masks=alpha_mask)
     cache = build_cache(sd_pipeline(), views(tmp_path / "a.png", preparation))
     assert (len(cache), len(cache.latents), len(cache.masks)) == (1, 2, 2)
     batch = Batches(
@@ -253,7 +255,7 @@ def test_modes_keep_their_colours(tmp_path: Path) -> None:
 
 def test_the_background_is_the_colour_asked_for(tmp_path: Path) -> None:
     Image.new("RGBA", (16, 16), (255, 255, 255, 51)).save(tmp_path / "a.png")
-    (sample,) = views(tmp_path / "a.png", Preparation(Buckets([(16, 16)]), background=(0, 100, 200)))
+    (sample,) = views(tmp_path / "a.png", ImageTransform(Buckets([(16, 16)]), background=(0, 100, 200)))
     # a fifth of white over the colour
     assert as_bytes(sample)[3, 3].tolist() == [51, 131, 211]
     layer, _ = decode_layer((tmp_path / "a.png").read_bytes())

@@ -7,12 +7,12 @@ from hypothesis import strategies as st
 
 from restune_diffusion import RestuneError, Schedule, TunerWeight, schedule
 from restune_diffusion.backbones import Site
-from restune_diffusion.hooks.mixing import Dial, Layout, Pass, mask_at, row_factors
+from restune_diffusion.hooks.mixing import ForwardContext, Layout, WeightBuffers, mask_at, row_factors
 from restune_diffusion.hooks.weights import as_weight
 
 
 def one_pass(rows=1, timestep=499, size=(8, 8), layout=None):
-    return Pass(
+    return ForwardContext(
         rows=rows,
         size=size,
         device=torch.device("cpu"),
@@ -100,7 +100,7 @@ GUIDED, PLAIN = Layout(2, True, 2), Layout(2, False, 2)
 )
 def test_the_factor_of_every_row_in_both_ways_of_computing_it(weight, this, expected):
     assert row_factors(weight, this) == expected
-    dial = Dial(["skip.0", "skip.1"], torch.device("cpu"))
+    dial = WeightBuffers(["skip.0", "skip.1"], torch.device("cpu"))
     dial.set(weight, {"skip.0": 1.0, "skip.1": 3.0})
     rows = expected if len(expected) > 1 else expected * this.rows
     assert dial.factors("skip.0", weight, this).tolist() == list(rows)
@@ -108,7 +108,7 @@ def test_the_factor_of_every_row_in_both_ways_of_computing_it(weight, this, expe
 
 
 def test_a_dial_follows_any_schedule_in_place():
-    dial, generator = Dial(["out"], torch.device("cpu")), torch.Generator().manual_seed(0)
+    dial, generator = WeightBuffers(["out"], torch.device("cpu")), torch.Generator().manual_seed(0)
     before = dict(vars(dial))
     progress = torch.rand(200, generator=generator)
     for text in ("0-1: 1>0", "0.1-0.2: 3, 0.2-0.5: 1>-1", "0-0.5: 0, 0.5-1: 1"):
@@ -135,7 +135,7 @@ PIECES = st.lists(
 def test_both_ways_of_computing_a_factor_agree_on_any_schedule(pieces, timesteps, on):
     weight = TunerWeight((0.5, -2.0), steps=Schedule(tuple(pieces)), on=on)
     this = one_pass(4, timestep=torch.tensor(timesteps * 2), layout=GUIDED)
-    dial = Dial(["out"], torch.device("cpu"))
+    dial = WeightBuffers(["out"], torch.device("cpu"))
     dial.set(weight, {"out": 1.0})
     found = row_factors(weight, this)
     eager = torch.tensor(found if len(found) > 1 else found * 4)

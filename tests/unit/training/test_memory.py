@@ -12,7 +12,7 @@ from PIL import Image
 
 from restune_diffusion.storage.tuner_file import load_tuner
 from restune_diffusion.training import TrainConfig, train
-from restune_diffusion.training import inputs as ground
+from restune_diffusion.training import inputs as inputs
 from restune_diffusion.training.callbacks.validation import draw_samples
 from restune_diffusion.training.memory import gradient_checkpointing
 from restune_diffusion.training.optimization.averaging import TunerAverage
@@ -57,7 +57,7 @@ def test_the_file_and_the_samples_have_the_average(config: MakeConfig) -> None:
     assert any(not torch.equal(value, states[-1][name]) for name, value in tensors(result.path).items())
 
     shown = Image.open(next(result.samples[-1].glob("0*.png")))
-    pipeline = ground.load_base(settings.base, torch.float32)
+    pipeline = inputs.load_base(settings.base, torch.float32)
     (drawn,) = draw_samples(pipeline, result.path, settings.validation, torch.device("cpu"))
     assert drawn.tobytes() == shown.convert("RGB").tobytes()
 
@@ -101,8 +101,8 @@ def test_dropped_encoders_are_gone_while_the_tuner_trains(config: MakeConfig, mo
         held.append(weakref.ref(next(pipeline.vae.parameters())))
         return pipeline
 
-    load_base = ground.load_base
-    monkeypatch.setattr(ground, "load_base", load)
+    load_base = inputs.load_base
+    monkeypatch.setattr(inputs, "load_base", load)
     alive: list[list[bool]] = []
 
     def look(_: Any) -> None:

@@ -2,13 +2,13 @@ from __future__ import annotations
 
 import torch
 
-from restune_diffusion.data.image_files import Geometry
+from restune_diffusion.data.image_files import SizeConditioning
 from restune_diffusion.training.latents.text_conditioning import denoiser_inputs, encode_caption, encode_nothing
 
 from ....tiny_training import sd_pipeline, sdxl_pipeline
 
 CPU, FP32 = torch.device("cpu"), torch.float32
-GEOMETRY = Geometry(original=(20, 24), corner=(0, 2), size=(16, 16))
+GEOMETRY = SizeConditioning(original=(20, 24), corner=(0, 2), size=(16, 16))
 
 
 def test_sd_captions_are_encoded_as_the_pipeline_does() -> None:

@@ -2,19 +2,19 @@ from __future__ import annotations
 
 import torch
 
-from restune_diffusion.training.latents.sampler import SampleStream
+from restune_diffusion.training.latents.sampler import SeededSampler
 
 
 def test_every_pass_shows_every_image_once_in_a_new_order() -> None:
-    stream = SampleStream(7, seed=3)
+    stream = SeededSampler(7, seed=3)
     epochs = [[draw.index for draw in stream.draws(7 * epoch, 7)] for epoch in range(4)]
     assert all(sorted(epoch) == list(range(7)) for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) == 4
 
 
 def test_a_position_draws_the_same_wherever_reading_starts() -> None:
-    whole = list(SampleStream(5, seed=0).draws(0, 23))
-    parts = [draw for start in range(11, 23, 4) for draw in SampleStream(5, seed=0).draws(start, 4)]
+    whole = list(SeededSampler(5, seed=0).draws(0, 23))
+    parts = [draw for start in range(11, 23, 4) for draw in SeededSampler(5, seed=0).draws(start, 4)]
     for one, other in zip(whole[11:], parts, strict=False):
         assert one.index == other.index
         assert torch.equal(torch.randn(4, generator=one.generator), torch.randn(4, generator=other.generator))
@@ -24,6 +24,6 @@ def test_seeds_and_positions_draw_differently() -> None:
     noises = [
         tuple(torch.randn(4, generator=draw.generator).tolist())
         for seed in range(3)
-        for draw in SampleStream(5, seed).draws(0, 10)
+        for draw in SeededSampler(5, seed).draws(0, 10)
     ]
     assert len(set(noises)) == 30
