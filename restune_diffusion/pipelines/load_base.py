@@ -47,14 +47,15 @@ def load_base(base: str, dtype: torch.dtype) -> Any:
         dtype: dtype of all models.
 
     Raises:
-        RestuneError: if there is no such checkpoint, or it is of another kind.
+        RestuneError: if there is no such checkpoint, it is of another kind, or a text encoder's file lacks weights.
     """
     is_local = Path(base).expanduser().exists()
     if not is_local and not _HUB_ID.fullmatch(base):
         raise RestuneError(f"There is no base at {base}; give a checkpoint directory or the id of a hub repository.")
     source = str(Path(base).expanduser()) if is_local else base
     try:
-        class_name = DiffusionPipeline.load_config(source)["_class_name"]
+        index = DiffusionPipeline.load_config(source)
+        class_name = index["_class_name"]
         kind = _KINDS.get(class_name)
         if kind is None:
             raise RestuneError(
