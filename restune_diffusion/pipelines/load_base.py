@@ -64,10 +64,34 @@ def load_base(base: str, dtype: torch.dtype) -> Any:
         with warnings.catch_warnings():
             # The newest diffusers calls the argument `dtype`, older ones know only `torch_dtype`.
             warnings.filterwarnings("ignore", ".*torch_dtype.*", FutureWarning)
-            return kind.from_pretrained(source, torch_dtype=dtype)
+            encoders = _load_text_encoders(source, index, dtype)
+            return kind.from_pretrained(source, torch_dtype=dtype, **encoders)
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0]
         raise RestuneError(f"The base {base} cannot be loaded: {reason}") from error
+
+
+def _load_text_encoders(source: str, index: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+    """Load the text encoders of a checkpoint, and refuse those whose files lack weights.
+
+    transformers fills such weights at random, with a warning at most. Version 4 does so with every weight of a CLIP
+    encoder that version 5 built and saved, because that file's keys have no `text_model.` prefix.
+    """
+    encoders = {}
+    for name, entry in index.items():
+        if not name.startswith("text_encoder") or not isinstance(entry, list | tuple) or entry[0] != "transformers":
+            continue
+        model, report = getattr(transformers, entry[1]).from_pretrained(
+            source, subfolder=name, torch_dtype=dtype, output_loading_info=True
+        )
+        if missing := sorted(report["missing_keys"]):
+            raise RestuneError(
+                f"The base {source} cannot be loaded: `{name}` lacks {len(missing)} weights that transformers "
+                f"{transformers.__version__} expects, such as `{missing[0]}`. If transformers 5 wrote this "
+                "checkpoint, use transformers 5 or later; otherwise download the checkpoint again."
+            )
+        encoders[name] = model
+    return encoders
 
 
 def is_inpainting(pipeline: Any) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +68,7 @@ def save_tuner(
         "modelspec.implementation": "restune-diffusion",
         "modelspec.title": printable(path.stem),
         **tuner.metadata,
-        "modelspec.date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "modelspec.date": datetime.now(UTC).isoformat(timespec="seconds"),
         **(metadata or {}),
         "format": "pt",
         VERSION_KEY: str(FORMAT_VERSION),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
 
@@ -77,7 +77,7 @@ def read_run_folder(path: Path) -> RunFolder:
     if not (path / CONFIG_FILE).is_file():
         raise RestuneError(f"{path} has no {CONFIG_FILE}; give the output folder of a training, which writes one.")
     metrics = path / METRICS_FILE
-    logged = datetime.fromtimestamp(metrics.stat().st_mtime, timezone.utc) if metrics.is_file() else None
+    logged = datetime.fromtimestamp(metrics.stat().st_mtime, UTC) if metrics.is_file() else None
     return RunFolder(
         path=path,
         config=read_config(path / CONFIG_FILE),
