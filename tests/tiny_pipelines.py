@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import inspect
+import json
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import diffusers
@@ -239,7 +242,11 @@ _VOCABULARY = {token: number for number, token in enumerate([*_LETTERS, _START, 
 
 def _tokenizer() -> CLIPTokenizer:
     """Make CLIP's tokenizer with a vocabulary of single letters: the real one takes longer to copy than all else."""
-    return CLIPTokenizer(vocab=_VOCABULARY, merges=[], model_max_length=77)
+    # From files, because transformers 4 and 5 name the arguments of the class differently.
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "vocab.json").write_text(json.dumps(_VOCABULARY))
+        Path(folder, "merges.txt").write_text("#version: 0.2\n")
+        return CLIPTokenizer.from_pretrained(folder, model_max_length=77)
 
 
 def _text_config() -> CLIPTextConfig:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from diffusers import (
     DDIMScheduler,
     DiffusionPipeline,

@@ -187,7 +187,7 @@ def test_lora_is_saved_and_loaded_by_diffusers_while_a_tuner_is_on(pipe, files, 
     assert not [key for key in state if "skip" in key]
     pipe.save_lora_weights(tmp_path, unet_lora_layers=state)
     pipe.unload_lora_weights()
-    pipe.load_lora_weights(tmp_path)
+    pipe.load_lora_weights(tmp_path, weight_name="pytorch_lora_weights.safetensors")
     assert same(generate(pipe), both)
 
 
