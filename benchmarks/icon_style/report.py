@@ -39,12 +39,12 @@ SUBJECT_COLUMNS = {
     "learning_rate": ("lr", None),
 }
 LEGEND = """\
-- **KID**: kernel distance (x 1000) of Inception features to the artist's pictures of other concepts in this style.
-- **style**: share of drawings that the style classifier gives to this style.
-- **top-1, top-5**: the concept classifier, which has never seen this style, finds the asked concept.
-- **LPIPS, Inception**: distance and cosine similarity to the artist's own picture of the concept.
-- **nearest tuning**: mean Inception distance to the nearest tuning picture; far below the true pictures' is copying.
-- **drift**: LPIPS between tuned model and base, asked for the styles that the base knows.
+- **KID**: kernel distance (x 1000) of Inception features to the artist's images of other concepts in this style.
+- **style**: share of samples that the style classifier assigns to this style.
+- **top-1, top-5**: the concept classifier, which was not trained on this style, finds the prompted concept.
+- **LPIPS, Inception**: distance and cosine similarity to the artist's own image of the concept.
+- **nearest tuning**: mean Inception distance to the nearest training image; far below the true images' is copying.
+- **drift**: LPIPS between tuned model and base, on prompts for the styles that the base was trained on.
 - **seconds**: processor time of the optimizer's steps (the median times their number) in one thread; what other
   programs take of the core is not in it. The comparison at the same time is by these seconds.
 """
