@@ -60,7 +60,23 @@ def export_pipeline(weights: dict[str, Tensor], used: list[int], arguments: argp
     # transformers loads in the type that the config names, diffusers in float32: let both compute in float32.
     config = temporary / "text_encoder" / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"dtype": "float32"}, indent=2) + "\n")
+    write_for_transformers_4(temporary)
     replace_folder(temporary, arguments.export)
+
+
+def write_for_transformers_4(folder: Path) -> None:
+    """Add what transformers 4 reads and version 5 leaves out: prefixed keys of the text encoder, vocabulary, merges.
+
+    Version 4 fills a CLIP text encoder at random, with a warning, if its keys lack `text_model.`.
+    """
+    file = folder / "text_encoder" / "model.safetensors"
+    weights = {f"text_model.{key.removeprefix('text_model.')}": value for key, value in load_file(file).items()}
+    save_file(weights, file, metadata={"format": "pt"})
+    tokenizer = folder / "tokenizer"
+    model = json.loads((tokenizer / "tokenizer.json").read_text())["model"]
+    (tokenizer / "vocab.json").write_text(json.dumps(model["vocab"], ensure_ascii=False))
+    lines = ["#version: 0.2", *(" ".join(pair) for pair in model["merges"])]
+    (tokenizer / "merges.txt").write_text("\n".join(lines) + "\n")
 
 
 def blend_pipelines(arguments: argparse.Namespace) -> None:

@@ -153,6 +153,14 @@ def test_unet_stage_exports_a_pipeline_that_draws(icons, tokenizer, trained):
     assert pipeline("sun, noto style", num_inference_steps=2).images[0].size == (64, 64)
 
 
+def test_what_is_exported_loads_with_transformers_4_too(trained):
+    encoder = load_file(trained / "export" / "text_encoder" / "model.safetensors")
+    assert all(name.startswith("text_model.") for name in encoder)
+    exported, bundled = trained / "export" / "tokenizer", TINY_BASE / "tokenizer"
+    assert json.loads((exported / "vocab.json").read_text()) == json.loads((bundled / "vocab.json").read_text())
+    assert (exported / "merges.txt").read_text() == (bundled / "merges.txt").read_text()
+
+
 def test_stage_logs_what_it_prints(trained):
     entries = [json.loads(line) for line in (trained / "unet-log.jsonl").read_text().splitlines()]
     assert [entry["step"] for entry in entries] == [1, 2]
