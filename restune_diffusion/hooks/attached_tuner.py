@@ -144,10 +144,11 @@ class AttachedTuner:
     @torch.no_grad()
     def encode_conditions(self, size: tuple[int, int]) -> None:
         """Make the features of the condition images for latents of a size, where there are any."""
-        if self.conditions is not None:
+        part = self._control
+        if self.conditions is not None and part is not None:
             device = self.tuner.device
             images = [None if image is None else image.to(device) for image in self.conditions.images]
-            self.conditions.encoded, self.conditions.size = self._control.encode(images, size), size
+            self.conditions.encoded, self.conditions.size = part.encode(images, size), size
             self.conditions.of_one_pass = False
 
     def residuals(self, site: str, x: torch.Tensor, features: Features, this: ForwardContext) -> list[Residual]:
@@ -196,12 +197,12 @@ class AttachedTuner:
         return residual * (mask[rows] if rows is not None and len(mask) > 1 else mask)
 
     @property
-    def _control(self) -> Any:
-        return next((part for part in self.tuner.parts() if hasattr(part, "encode")), None)
+    def _control(self) -> Part | None:
+        return next((part for part in self.tuner.parts() if part.conditions), None)
 
-    def _with_conditions(self, part: Any, site: str, features: Features, this: ForwardContext) -> Features:
+    def _with_conditions(self, part: Part, site: str, features: Features, this: ForwardContext) -> Features:
         """Show a control part the features of its condition images, a row of them for each row of the batch."""
-        if not hasattr(part, "encode"):
+        if not part.conditions:
             return features
         if self.conditions is None:
             # The part says what it misses.

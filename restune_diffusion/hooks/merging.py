@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ..backbones import describe_base, site_module
-from ..tuners import ResLora, ResPart
+from ..tuners import ResLora
 from ..tuners.tuner import Tuner
 from ..utils.errors import RestuneError
 from .manager import TunerManager
@@ -88,7 +88,7 @@ def merge_lora(base: nn.Module, tuner: Tuner, weight: float = 1.0) -> MergedLora
 def _only_loras(tuner: Tuner) -> dict[str, ResLora]:
     loras: dict[str, ResLora] = {}
     for part in tuner.parts():
-        found = part.loras() if isinstance(part, ResPart) else {}
+        found = part.loras()
         others = [site for site in (*part.writes, *part.text_encoders) if site not in found]
         if others:
             raise RestuneError(

@@ -13,7 +13,7 @@ from PIL import Image
 from ..hooks.manager import TunerManager
 from ..hooks.mixing import Layout
 from ..imaging.conditions import condition_to_tensor
-from ..tuners import ControlPart
+from ..tuners import Part
 from ..utils.errors import ConditionError
 
 ConditionImage: TypeAlias = Image.Image | np.ndarray[Any, Any] | torch.Tensor
@@ -78,7 +78,7 @@ def condition_names(pipeline: Any) -> list[str]:
 
 def _give(
     manager: TunerManager,
-    parts: Mapping[str, ControlPart],
+    parts: Mapping[str, Part],
     images: TunerImage,
     scale: TunerScale,
     layout: Layout | None,
@@ -95,8 +95,8 @@ def _give(
         manager.set_conditions(name, [tensors.get(condition) for condition in part.conditions], weights)
 
 
-def _control_part(manager: TunerManager, name: str) -> ControlPart | None:
-    return next((part for part in manager.tuner(name).parts() if isinstance(part, ControlPart)), None)
+def _control_part(manager: TunerManager, name: str) -> Part | None:
+    return next((part for part in manager.tuner(name).parts() if part.conditions), None)
 
 
 def _shares(given: Any, slots: Mapping[str, tuple[str, ...]]) -> dict[str, dict[str, Any]]:

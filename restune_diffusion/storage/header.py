@@ -19,10 +19,10 @@ from safetensors import SafetensorError, safe_open
 
 from ..backbones import BaseInfo
 from ..backbones.site_names import is_dotted_name
-from ..tuners.configs import PartConfig, parts_from_json
+from ..tuners.registry import PartConfig, parts_from_json
 from ..tuners.tuner import Tuner
 from ..utils.display import printable
-from ..utils.errors import RestuneError, TunerFileError
+from ..utils.errors import RestuneError, TunerFileError, UnknownFamilyError
 
 FORMAT_VERSION = 1
 VERSION_KEY = "restune.format_version"
@@ -94,6 +94,8 @@ def check_header(path: Path, file: safe_open) -> tuple[TunerInfo, Tuner]:
     _check_version(path, metadata)
     try:
         configs, base, training = parse_metadata(metadata)
+    except UnknownFamilyError as error:
+        raise TunerFileError(f"{path} cannot be read: {error}") from error
     except ValueError as error:
         raise TunerFileError(f"{path} has a damaged header ({error}); get the file again.") from error
     tuner = _empty_tuner(path, configs, base, metadata)
@@ -121,6 +123,7 @@ def parse_metadata(metadata: Mapping[str, str]) -> tuple[tuple[PartConfig, ...],
     """Read the configs, the base and the training facts out of a header's entries.
 
     Raises:
+        UnknownFamilyError: if a part is of a tuner family that is not registered.
         ValueError: says what is wrong, in words that fit into a sentence.
     """
     try:
@@ -131,6 +134,8 @@ def parse_metadata(metadata: Mapping[str, str]) -> tuple[tuple[PartConfig, ...],
         first = error.errors(include_url=False, include_context=False, include_input=False)[0]
         place = ".".join(map(str, first["loc"]))
         raise ValueError(printable(f"{BASE_KEY} is not valid at {place}: {first['msg']}", 200)) from error
+    except UnknownFamilyError:
+        raise
     except RestuneError as error:
         raise ValueError(printable(str(error).rstrip("."), 200)) from error
     _check_base(base)

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import PurePosixPath
 from typing import Any
 
-from ..tuners.configs import PartConfig
+from ..tuners.registry import PartConfig, tuner_family
 from .header import TunerInfo
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
@@ -77,7 +77,7 @@ def _widget(path: str, prompt: str) -> dict[str, Any]:
 
 
 def _about(info: TunerInfo, base: str | None) -> str:
-    parts = "; ".join(f"{_PARTS.get(config.part, config.part)}, {_settings(config)}" for config in info.configs)
+    parts = "; ".join(f"{_what(config)}, {_settings(config)}" for config in info.configs)
     structure = f"`{_plain(base or info.base.name or info.base.denoiser)}`"
     text = (
         f"A detachable tuner for {structure} and every checkpoint of the same structure, made with restune-diffusion: "
@@ -120,6 +120,10 @@ def _prompt(training: Mapping[str, Any]) -> str | None:
     config = training.get("config")
     prompt = config.get("prompt") if isinstance(config, dict) else None
     return " ".join(prompt.split()) or None if isinstance(prompt, str) else None
+
+
+def _what(config: PartConfig) -> str:
+    return _PARTS.get(config.part) or f"{config.part}: {_plain(tuner_family(config.part).summary).rstrip('.')}"
 
 
 def _settings(config: PartConfig) -> str:

@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from ..tuners.configs import TextConfig, parts_to_json
+from ..tuners.registry import parts_to_json
 from ..tuners.tuner import Tuner
 from ..utils.atomic_write import atomic_write
 from ..utils.display import printable
@@ -75,7 +75,7 @@ def save_tuner(
         CONFIG_KEY: parts_to_json(tuner.configs),
         BASE_KEY: tuner.base.model_dump_json(exclude_defaults=True),
     }
-    words = [token for config in tuner.configs if isinstance(config, TextConfig) for token in config.tokens]
+    words = [word for config in tuner.configs for word in config.new_words]
     if words:
         header.setdefault("modelspec.trigger_phrase", ", ".join(words))
     if training is not None:

@@ -1,28 +1,74 @@
-"""The families of tuners as plain modules: a feature in, a residual out, zero at the start."""
+"""The families of tuners as plain modules: a feature in, a residual out, zero at the start.
 
-from .base import Features, FrozenAttention, Operation, Part, init_linear, pointwise
-from .bypass import BypassPart
-from .cascade import CascadeEncoder
-from .control import ControlPart
-from .lora import ResLora
-from .res import ResPart
-from .skip import SkipPart, SkipTuner
-from .text import TextPart, initialize_tokens
+The names load when they are first used; the settings of the families, in `configs`, load at once and need no torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from . import configs as configs
+from .registry import (
+    ConditionedConfig,
+    PartConfig,
+    TunerFamily,
+    register_lazy_tuner_family,
+    register_tuner_family,
+    tuner_families,
+    tuner_family,
+    unregister_tuner_family,
+)
+
+if TYPE_CHECKING:
+    from .base import Features, FrozenAttention, Operation, Part, init_linear, init_zero, pointwise
+    from .bypass import BypassPart
+    from .cascade import CascadeEncoder
+    from .control import ControlPart
+    from .lora import ResLora
+    from .res import ResPart
+    from .skip import SkipPart, SkipTuner
+    from .text import TextPart
+
+_MODULES = {
+    "base": ("Features", "FrozenAttention", "Operation", "Part", "init_linear", "init_zero", "pointwise"),
+    "bypass": ("BypassPart",),
+    "cascade": ("CascadeEncoder",),
+    "control": ("ControlPart",),
+    "lora": ("ResLora",),
+    "res": ("ResPart",),
+    "skip": ("SkipPart", "SkipTuner"),
+    "text": ("TextPart",),
+}
+_HOME = {name: module for module, names in _MODULES.items() for name in names}
 
 __all__ = [
     "BypassPart",
     "CascadeEncoder",
+    "ConditionedConfig",
     "ControlPart",
     "Features",
     "FrozenAttention",
     "Operation",
     "Part",
+    "PartConfig",
     "ResLora",
     "ResPart",
     "SkipPart",
     "SkipTuner",
     "TextPart",
+    "TunerFamily",
     "init_linear",
-    "initialize_tokens",
+    "init_zero",
     "pointwise",
+    "register_lazy_tuner_family",
+    "register_tuner_family",
+    "tuner_families",
+    "tuner_family",
+    "unregister_tuner_family",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    # A command line must show its help without waiting for torch.
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_HOME[name]}", __name__), name)

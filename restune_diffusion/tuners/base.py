@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+from ..backbones import TextEncoder
+from .lora import ResLora
 
 
 @dataclass(frozen=True)
@@ -106,7 +109,11 @@ class Part(nn.Module):
     needs: tuple[str, ...] = ()
     """Sites of transformer blocks whose description the part was built from."""
     text_encoders: tuple[str, ...] = ()
-    """Text encoders that the part acts on."""
+    """Text encoders that the part acts on; a part with any is a `TextPart`."""
+    conditions: tuple[str, ...] = ()
+    """Names of the condition images that the part takes, in the order in which they are given."""
+    channels: int = 3
+    """Channels of a condition image."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -120,6 +127,32 @@ class Part(nn.Module):
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """Draw the initial parameters; the residual is zero afterwards."""
         raise NotImplementedError
+
+    def initialize_from(self, encoders: Mapping[str, TextEncoder]) -> None:
+        """Set initial parameters that depend on the weights of text encoders, after `reset_parameters`; none do here.
+
+        Args:
+            encoders: the text encoders by name.
+        """
+
+    def encode(
+        self, images: Sequence[torch.Tensor | None], size: tuple[int, int]
+    ) -> tuple[dict[str, torch.Tensor], ...]:
+        """Make the features of condition images, for a part with `conditions`; they belong in `Features.conditions`.
+
+        Args:
+            images: for each condition images `(n, channels, height, width)` with values from 0 to 1, or None to leave
+                the condition out.
+            size: height and width of the latent.
+
+        Returns:
+            For each condition its features by site, `(n, channels, height, width)`; empty for one left out.
+        """
+        raise NotImplementedError
+
+    def loras(self) -> dict[str, ResLora]:
+        """Return the layers that merge into the base's weights, by the site of their linear layer; none here."""
+        return {}
 
     def _register_site(self, site: str, module: nn.Module) -> None:
         *path, last = site.split(".")

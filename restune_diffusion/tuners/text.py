@@ -76,27 +76,26 @@ class TextPart(Part):
                 for vectors in module.parameters():
                     nn.init.normal_(vectors, std=_STD, generator=generator)
 
+    @torch.no_grad()
+    def initialize_from(self, encoders: Mapping[str, TextEncoder]) -> None:
+        """Give every vector of a new word the mean of the vectors of its initializer's words, where it has one.
+
+        Raises:
+            RestuneError: if an initializer holds no word.
+        """
+        for name in self.text_encoders if self.tokens else ():
+            tokenizer, module = encoders[name].tokenizer, encoders[name].module
+            embedding = module.get_input_embeddings()  # type: ignore[operator]
+            for token, words, vectors in zip(self.tokens, self.initializers, self._vectors(name), strict=True):
+                if not words:
+                    continue
+                ids = tokenizer(words, add_special_tokens=False).input_ids
+                if not ids:
+                    raise RestuneError(f"The initializer {words!r} of {token} holds no word; give one that is known.")
+                known = embedding.weight[torch.tensor(ids, device=embedding.weight.device)]
+                vectors.copy_(known.float().mean(0))
+
     def _vectors(self, encoder: str) -> nn.ParameterList:
         vectors = self._at_site[f"{encoder}.token"]
         assert isinstance(vectors, nn.ParameterList)
         return vectors
-
-
-@torch.no_grad()
-def initialize_tokens(part: TextPart, encoders: Mapping[str, TextEncoder]) -> None:
-    """Give every vector of a new word the mean of the vectors of its initializer's words, where it has one.
-
-    Raises:
-        RestuneError: if an initializer holds no word.
-    """
-    for name in part.text_encoders if part.tokens else ():
-        tokenizer, module = encoders[name].tokenizer, encoders[name].module
-        embedding = module.get_input_embeddings()  # type: ignore[operator]
-        for token, words, vectors in zip(part.tokens, part.initializers, part._vectors(name), strict=True):
-            if not words:
-                continue
-            ids = tokenizer(words, add_special_tokens=False).input_ids
-            if not ids:
-                raise RestuneError(f"The initializer {words!r} of {token} holds no word; give one that is known.")
-            known = embedding.weight[torch.tensor(ids, device=embedding.weight.device)]
-            vectors.copy_(known.float().mean(0))

@@ -11,22 +11,8 @@ from torch import nn
 
 from ..backbones import BaseInfo, TextEncoder, describe_base, describe_text, text_encoders
 from ..utils.errors import RestuneError
-from . import BypassPart, ControlPart, Part, ResPart, SkipPart, TextPart, initialize_tokens
-from .configs import BypassConfig, ControlConfig, PartConfig, ResConfig, SkipConfig, TextConfig
-
-
-def _build_part(config: PartConfig, base: BaseInfo) -> Part:
-    match config:
-        case SkipConfig():
-            return SkipPart(config, base)
-        case BypassConfig():
-            return BypassPart(config, base)
-        case ResConfig():
-            return ResPart(config, base)
-        case ControlConfig():
-            return ControlPart(config, base)
-        case TextConfig():
-            return TextPart(config, base)
+from .base import Part
+from .registry import PartConfig, tuner_family
 
 
 class Tuner(nn.Module):
@@ -53,7 +39,9 @@ class Tuner(nn.Module):
         self.shared = False
         """Whether others rely on these parameters, as a `TunerCache` does; attaching takes a copy then."""
         for config in configs:
-            self.add_module(config.part, _build_part(config, base))
+            if hasattr(self, config.part):
+                raise RestuneError(f"A tuner family cannot have the name `{config.part}`, an attribute of `Tuner`.")
+            self.add_module(config.part, tuner_family(config.part).build(config, base))
         self.base = base.narrowed(
             (site for part in self.parts() for site in part.needs),
             (encoder for part in self.parts() for encoder in part.text_encoders),
@@ -80,13 +68,12 @@ class Tuner(nn.Module):
         """
         described = describe_base(base)
         # Encoders of other kinds are no obstacle to tuners without such a part.
-        if any(isinstance(config, TextConfig) for config in configs):
+        if any(config.acts_on_text_encoders for config in configs):
             described = described.model_copy(update={"text": describe_text(text or {})})
         tuner = cls.empty(configs, described).to_empty(device="cpu")
         tuner.reset_parameters(generator)
         for part in tuner.parts():
-            if isinstance(part, TextPart):
-                initialize_tokens(part, text or {})
+            part.initialize_from(text or {})
         return tuner
 
     @classmethod

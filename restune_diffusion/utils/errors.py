@@ -5,6 +5,10 @@ class RestuneError(Exception):
     """Base of every error that is shown to a user as one sentence, without a traceback."""
 
 
+class UnknownFamilyError(RestuneError, LookupError):
+    """A tuner family is not registered; the package that provides it is not installed."""
+
+
 class TunerFileError(RestuneError):
     """A tuner file cannot be read, written or trusted."""
 
