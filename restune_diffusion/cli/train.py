@@ -12,6 +12,7 @@ import tyro
 from ..training.config.config_file import given_settings
 from ..training.config.presets import PRESETS
 from ..training.config.train_config import TrainConfig
+from ..training.config.tuner_settings import command_line_class, with_families
 from .quiet import quiet_libraries
 
 TRAIN_HELP = """Train a tuner on a folder of images.
@@ -32,7 +33,7 @@ class TrainOptions(TrainConfig):
 
     def settings(self) -> TrainConfig:
         """Return the settings of the run."""
-        return TrainConfig(**{name: getattr(self, name) for name in TrainConfig.model_fields})
+        return TrainConfig(**{name: getattr(self, name) for name in with_families(TrainConfig).model_fields})
 
     def run(self) -> None:
         """Train a tuner, or those of a sweep, and say where they are."""
@@ -78,12 +79,13 @@ def parse_train_options(
     known, _ = first.parse_known_args(args)
     settings = given_settings(known.config, known.preset if known.preset in PRESETS else None, defaults)
     required = {name: tyro.MISSING for name, field in TrainConfig.model_fields.items() if field.is_required()}
+    options = command_line_class(TrainOptions)
     return tyro.cli(
-        TrainOptions,
+        options,
         prog=prog,
         description="\n\n".join([description or "", _presets_help()]),
         args=args,
-        default=TrainOptions.model_construct(**{**required, **settings}),
+        default=options.model_construct(**{**required, **settings}),
     )
 
 

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from ..imaging.conditions import MAKERS, condition_to_tensor, make_condition
-from ..tuners.configs import ControlConfig
+from ..tuners.registry import ConditionedConfig
 from ..utils.errors import DataError
 from .example import Example
 from .files import list_images
@@ -33,7 +33,7 @@ class ConditionSource:
         DataError: if a folder does not exist.
     """
 
-    def __init__(self, config: ControlConfig, folder: Path | None = None) -> None:
+    def __init__(self, config: ConditionedConfig, folder: Path | None = None) -> None:
         self.names = config.conditions
         self.channels = config.channels
         self._folders = {} if folder is None else self._find_folders(folder)

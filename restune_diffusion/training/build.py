@@ -73,7 +73,7 @@ def build_training_state(config: TrainConfig, accelerator: Accelerator, inputs: 
         learning_rate=config.learning_rate,
         weight_decay=config.weight_decay,
     )
-    encode = LiveEncoder(sampling_pipeline(pipeline)) if "text" in config.kinds else None
+    encode = LiveEncoder(sampling_pipeline(pipeline)) if config.learns_from_text else None
     draw = partial(_draw, config, accelerator, pipeline, objective.timesteps, encode)
     class_batches = partial(draw, seed=derived_seed(config.seed, "class"))
     run = TrainState(

@@ -58,5 +58,5 @@ def training_facts(run: TrainState) -> dict[str, Any]:
 
 def trigger_words(config: TrainConfig) -> list[str]:
     """Return the words that call what a run trains: the new ones of its text part, and that of its captions."""
-    words = list(config.text.tokens) if "text" in config.kinds else []
+    words = list(config.new_words)
     return words if config.trigger_word is None or config.trigger_word in words else [*words, config.trigger_word]

@@ -78,7 +78,7 @@ def prepared(
     sheet = DataSheet(config.data, [])
     examples = read_examples(config, sheet.refused)
     _check_words(config, examples)
-    conditions = ConditionSource(config.control, config.control_data) if "control" in config.kinds else None
+    conditions = ConditionSource(config.conditioned, config.control_data) if config.conditioned else None
     if conditions is not None:
         examples = conditions.paired(examples, config.data)
     if pipeline is None:
@@ -100,7 +100,7 @@ def prepared(
         models = hash_of_models(pipeline) if config.feature_bank is not None else None
         if config.drop_encoders:
             drop_encoders(pipeline)
-        kept = (*(text_encoders(pipeline) if "text" in config.kinds else ()), *(["vae"] if inpainting else ()))
+        kept = (*(text_encoders(pipeline) if config.learns_from_text else ()), *(["vae"] if inpainting else ()))
         move_encoders(pipeline, torch.device("cpu"), keep=kept)
         try:
             yield TrainingInputs(
@@ -138,7 +138,7 @@ def _encode(
 
 
 def _check_words(config: TrainConfig, examples: Sequence[Example]) -> None:
-    words = config.text.tokens if "text" in config.kinds else ()
+    words = config.new_words
     missing = [word for word in words if not any(contains_token(example.caption, [word]) for example in examples)]
     if missing:
         raise TrainingError(

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.metadata import entry_points
-from threading import RLock
+from threading import Event, RLock
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, TypeAlias, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
@@ -45,13 +45,14 @@ class PartConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     writes_at_out_alone: ClassVar[bool] = False
-    """Whether the part adds its residual at the input of the output head and nowhere else. No gradient enters the base's
-    blocks then: training may share passes of the base, or take recorded features from a feature cache."""
+    """Whether the part adds its residual at `out`, the input of the output head, and nowhere else, and reads nothing
+    but its taps and the time embedding. No gradient enters the base's blocks then: training may share passes of the
+    base, or take the base's features from a feature cache."""
     acts_on_text_encoders: ClassVar[bool] = False
     """Whether the part acts on text encoders. It learns from captions that are encoded anew in each step then, and its
     part class is a `TextPart`."""
 
-    part: str
+    part: str = ""
     """Name of the family."""
 
     @property
@@ -117,12 +118,12 @@ class TunerFamily:
                 f"The part `{self.name}` takes a {self.config.__qualname__} of {self.config.__module__}, but got a "
                 f"{type(config).__qualname__} of {type(config).__module__}."
             )
-        return self.part(config, base)  # type: ignore[call-arg, arg-type]
+        return self.part(config, base)  # type: ignore[call-arg]
 
 
 _FAMILIES: dict[str, TunerFamily] = {}
 _LOCK = RLock()
-_loaded_entry_points = False
+_LOADING, _ALL_LOADED = Event(), Event()
 
 
 def register_tuner_family(config: type[PartConfig], *, summary: str) -> Callable[[PartClass], PartClass]:
@@ -220,14 +221,13 @@ def _add(config: type[PartConfig], summary: str, source: type[Part] | str) -> No
 
 def _load_entry_points() -> None:
     """Import the modules of families in other packages, once."""
-    global _loaded_entry_points
-    if _loaded_entry_points:
+    if _ALL_LOADED.is_set():
         return
-    # Other threads wait until all families are there; the modules themselves may look families up.
+    # Other threads wait here until all families are there; the modules themselves may look families up.
     with _LOCK:
-        if _loaded_entry_points:
+        if _LOADING.is_set():
             return
-        _loaded_entry_points = True
+        _LOADING.set()
         for found in entry_points(group=ENTRY_POINTS):
             try:
                 found.load()
@@ -238,6 +238,7 @@ def _load_entry_points() -> None:
                     f"({type(error).__name__}: {error}); upgrade or uninstall the package.",
                     stacklevel=4,
                 )
+        _ALL_LOADED.set()
 
 
 def parts_to_json(parts: Iterable[PartConfig]) -> str:

@@ -42,6 +42,9 @@ class Tuner(nn.Module):
             if hasattr(self, config.part):
                 raise RestuneError(f"A tuner family cannot have the name `{config.part}`, an attribute of `Tuner`.")
             self.add_module(config.part, tuner_family(config.part).build(config, base))
+        conditioned = [config.part for config, part in zip(configs, self.parts(), strict=True) if part.conditions]
+        if len(conditioned) > 1:
+            raise RestuneError(f"A tuner takes condition images for one part, but {conditioned} take some; use one.")
         self.base = base.narrowed(
             (site for part in self.parts() for site in part.needs),
             (encoder for part in self.parts() for encoder in part.text_encoders),

@@ -134,7 +134,7 @@ class DriftProbe(Callback):
     @torch.no_grad()
     def measure(self, run: TrainState) -> list[float]:
         """Return the leak of each prompt in percent."""
-        encode = LiveEncoder(sampling_pipeline(run.pipeline)) if "text" in run.config.kinds else None
+        encode = LiveEncoder(sampling_pipeline(run.pipeline)) if run.config.learns_from_text else None
         leaks = []
         for prompt, batches, base in zip(self._prompts, self._batches, self._base, strict=True):
             states = prompt.states if encode is None else encode([prompt.prompt])[0]

@@ -13,6 +13,7 @@ from ...utils.settings_merge import RefusedSetting, checked_fields, first_refuse
 from ...utils.yaml_file import YamlFile, read_yaml, to_yaml
 from .presets import PRESETS
 from .train_config import TrainConfig
+from .tuner_settings import with_families
 
 
 def read_config(path: Path | str, **overrides: Any) -> TrainConfig:
@@ -55,7 +56,7 @@ def given_settings(
     settings = layered(defaults or {}, file.values if file is not None else {}, named)
     try:
         below = checked_fields(TrainConfig, {"preset": settings.get("preset")})["preset"]
-        return checked_fields(TrainConfig, layered(PRESETS[below].settings if below else {}, settings))
+        return checked_fields(with_families(TrainConfig), layered(PRESETS[below].settings if below else {}, settings))
     except RefusedSetting as refused:
         raise _in_file(file, refused) from refused
 
@@ -83,7 +84,7 @@ def recorded_yaml(recorded: Mapping[str, Any]) -> str:
 
 
 def _check_names(file: YamlFile) -> None:
-    unknown = first_unknown(TrainConfig, file.values)
+    unknown = first_unknown(with_families(TrainConfig), file.values)
     if unknown is not None:
         raise file.refused(*unknown)
 

@@ -42,9 +42,10 @@ OF_THE_OUTPUT = frozenset(
 
 
 def batch_settings(config: TrainConfig) -> dict[str, Any]:
-    """Return the settings on which the batches of a bypass tuner may depend, as plain JSON values.
+    """Return the settings on which the batches of a tuner that learns from features may depend, as plain JSON values.
 
     These are all but the ones known not to matter, so that a new setting is taken for one that does.
     """
     settings = config.recorded()
-    return {name: value for name, value in settings.items() if name not in OF_THE_TUNER | OF_THE_OUTPUT}
+    immaterial = OF_THE_TUNER | OF_THE_OUTPUT | set(config.kinds)
+    return {name: value for name, value in settings.items() if name not in immaterial}

@@ -3,25 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import ConfigDict, Field, model_validator
 
 from ...data.config import DataConfig
 from ...hooks.placeholder_tokens import contains_token
 from ...tuners.configs import BypassConfig, ControlConfig, PartConfig, ResConfig, SkipConfig, TextConfig
+from ...tuners.registry import ConditionedConfig, tuner_families, tuner_family
 from ...utils.settings import Settings
 from ...utils.settings_merge import checked_fields, layered
 from .presets import PRESETS, PresetName
-
-Kind: TypeAlias = Literal["skip", "control", "res", "bypass", "text"]
-_DEFAULTS: dict[Kind, PartConfig] = {
-    "skip": SkipConfig(),
-    "control": ControlConfig(),
-    "res": ResConfig(),
-    "bypass": BypassConfig(),
-    "text": TextConfig(),
-}
+from .tuner_settings import FamilyName, checked_families
 
 
 class ValidationConfig(Settings):
@@ -48,6 +41,11 @@ class ValidationConfig(Settings):
 class TrainConfig(DataConfig):
     """Everything that decides a training run. The defaults are the published SCEdit recipe."""
 
+    # Settings of the tuner families of other packages.
+    model_config = ConfigDict(extra="allow")
+    if not TYPE_CHECKING:  # mypy takes it for an argument
+        __pydantic_extra__: dict[str, PartConfig]
+
     base: str
     """Stable Diffusion checkpoint in diffusers' layout: a directory, or the id of a hub repository."""
     output: Path
@@ -57,10 +55,8 @@ class TrainConfig(DataConfig):
     preset: PresetName | None = None
     """Settings for a purpose, which all others given win over; the manual, docs/training.md, lists them."""
 
-    tuner: Kind | tuple[Kind, ...] = "skip"
-    """Kind of tuner: `skip` acts on the skip connections, `bypass` is fastest and needs the least memory,
-    `control` is steered by images, `res` acts inside the transformer blocks, `text` teaches the text encoders new
-    words. Several make one tuner of several parts: `text` with another is for one subject."""
+    tuner: FamilyName | tuple[FamilyName, ...] = "skip"
+    """Family of the tuner; several make one tuner of several parts. `command_line_class` lists the families."""
     skip: SkipConfig = SkipConfig()
     control: ControlConfig = ControlConfig()
     res: ResConfig = ResConfig()
@@ -184,6 +180,11 @@ class TrainConfig(DataConfig):
 
     @model_validator(mode="before")
     @classmethod
+    def _known_names(cls, values: Any) -> Any:
+        return checked_families(cls, values) if isinstance(values, dict) else values
+
+    @model_validator(mode="before")
+    @classmethod
     def _on_preset(cls, values: Any) -> Any:
         name = values.get("preset") if isinstance(values, dict) else None
         # An unknown one is refused with the other fields.
@@ -194,7 +195,7 @@ class TrainConfig(DataConfig):
         if not self.kinds or len(set(self.kinds)) != len(self.kinds):
             raise ValueError("a tuner needs one or more kinds of parts, each once")
         for kind in self.untrained:
-            if getattr(self, kind) != _DEFAULTS[kind] and not self._is_from_preset(kind):
+            if getattr(self, kind) != tuner_family(kind).config() and not self._is_from_preset(kind):
                 trained = " and ".join(self.kinds)
                 raise ValueError(f"settings of the {kind} tuner are given, but the tuner to train is {trained}")
         self._check_control()
@@ -204,7 +205,7 @@ class TrainConfig(DataConfig):
             raise ValueError("the loss has one weighting; choose snr_gamma or debiased_estimation")
         if self.max_timestep is not None and self.max_timestep <= self.min_timestep:
             raise ValueError("min_timestep must be below max_timestep")
-        if self.feature_bank is not None and self.kinds != ("bypass",):
+        if self.feature_bank is not None and not self.learns_from_features:
             raise ValueError(
                 "a feature bank is for a tuner of a bypass part alone, whose gradient never enters the base; "
                 "leave feature_bank out, or train a bypass"
@@ -217,9 +218,9 @@ class TrainConfig(DataConfig):
 
     def _check_learning_rate(self) -> None:
         given = self.text_learning_rate is not None and not self._is_from_preset("text_learning_rate")
-        if given and "text" not in self.kinds:
+        if given and not self.learns_from_text:
             raise ValueError("a text learning rate is given, but the tuner to train has no text part")
-        if self.drop_encoders and "text" in self.kinds:
+        if self.drop_encoders and self.learns_from_text:
             raise ValueError("a text part is trained in the text encoders; leave drop_encoders out")
         if self.lr_warmup_steps and self.lr_scheduler == "constant":
             raise ValueError("a constant learning rate has no warm-up; choose constant_with_warmup")
@@ -235,14 +236,14 @@ class TrainConfig(DataConfig):
             )
 
     def _check_control(self) -> None:
-        needed = len(self.validation.prompts) * len(self.control.conditions) if "control" in self.kinds else 0
+        needed = len(self.validation.prompts) * len(self.conditioned.conditions) if self.conditioned else 0
         given = len(self.validation.control_images)
         if given != needed:
             raise ValueError(
                 f"the validation prompts need {needed} control images, one for each condition of each prompt, "
                 f"but {given} are given"
             )
-        if self.control_data is not None and "control" not in self.kinds:
+        if self.control_data is not None and self.conditioned is None:
             raise ValueError("condition images are given, but the tuner to train is not a control tuner")
 
     def _check_preservation(self) -> None:
@@ -254,18 +255,18 @@ class TrainConfig(DataConfig):
             raise ValueError("output preservation needs no class images; leave them out, or choose `prior`")
         if self.preservation != "none" and not (self.class_prompt and self.class_prompt.strip()):
             raise ValueError('preservation needs to know the class; give --class-prompt, for instance "a dog"')
-        if self.preservation == "prior" and "control" in self.kinds:
+        if self.preservation == "prior" and self.conditioned is not None:
             raise ValueError("class images have no condition images for a control tuner; choose output preservation")
-        if self.validation.drift_prompts and "control" in self.kinds:
+        if self.validation.drift_prompts and self.conditioned is not None:
             raise ValueError("a control tuner draws nothing without its images, so that no leak can be told")
-        if self.class_prompt and "text" in self.kinds and contains_token(self.class_prompt, self.text.tokens):
+        if self.class_prompt and self.new_words and contains_token(self.class_prompt, self.new_words):
             raise ValueError(f"the class prompt {self.class_prompt!r} has the subject's own word; leave it out there")
 
     @property
     def drift_prompts(self) -> tuple[str, ...]:
         """Prompts for which the drift from the base is told."""
         asked = self.validation.drift_prompts
-        if "control" in self.kinds:
+        if self.conditioned is not None:
             return ()
         return asked if asked is not None else (self.class_prompt,) if self.class_prompt else ()
 
@@ -275,19 +276,40 @@ class TrainConfig(DataConfig):
         return name in settings and checked_fields(TrainConfig, {name: settings[name]})[name] == getattr(self, name)
 
     @property
-    def kinds(self) -> tuple[Kind, ...]:
-        """Kinds of the parts that the tuner is made of."""
+    def kinds(self) -> tuple[str, ...]:
+        """Families of the parts that the tuner is made of."""
         return (self.tuner,) if isinstance(self.tuner, str) else self.tuner
 
     @property
-    def untrained(self) -> tuple[Kind, ...]:
-        """Kinds of parts that the tuner does not have; their settings mean nothing."""
-        return tuple(kind for kind in _DEFAULTS if kind not in self.kinds)
+    def untrained(self) -> tuple[str, ...]:
+        """Families that the tuner has no part of; their settings mean nothing."""
+        names = (family.name for family in tuner_families())
+        return tuple(name for name in names if name not in self.kinds and hasattr(self, name))
 
     @property
     def parts(self) -> tuple[PartConfig, ...]:
         """Configs of the parts that the tuner is made of."""
         return tuple(getattr(self, kind) for kind in self.kinds)
+
+    @property
+    def conditioned(self) -> ConditionedConfig | None:
+        """Config of the part that takes condition images, if there is one."""
+        return next((part for part in self.parts if isinstance(part, ConditionedConfig)), None)
+
+    @property
+    def new_words(self) -> tuple[str, ...]:
+        """Words that the parts add to prompts."""
+        return tuple(word for part in self.parts for word in part.new_words)
+
+    @property
+    def learns_from_text(self) -> bool:
+        """Whether a part acts on the text encoders, so that captions are encoded anew in each step."""
+        return any(part.acts_on_text_encoders for part in self.parts)
+
+    @property
+    def learns_from_features(self) -> bool:
+        """Whether the tuner is one part that writes at `out` alone, and so can learn from recorded features."""
+        return len(self.parts) == 1 and self.parts[0].writes_at_out_alone
 
     @property
     def file(self) -> Path:

@@ -114,8 +114,8 @@ def predict_from_features(base: Any, tuner: Tuner, features: TapFeatures) -> tor
     if [part.writes for part in parts] != [(OUT,)]:
         kinds = ", ".join(config.part for config in tuner.configs)
         raise RestuneError(
-            f"Only a tuner of one `bypass` part works on recorded features, but this has {kinds}; attach the tuner "
-            f"and run the whole base."
+            f"Only a tuner of one part that writes at `{OUT}` alone, such as `bypass`, works on recorded features, "
+            f"but this has {kinds}; attach the tuner and run the whole base."
         )
     out = features.by_site[OUT]
     residual = parts[0](OUT, out, Features(dict(features.by_site), features.time, size=features.size))

@@ -9,10 +9,9 @@ from ..config.train_config import TrainConfig
 
 
 def parameter_groups(config: TrainConfig, tuner: Tuner) -> list[dict[str, Any]]:
-    """Split a tuner's parameters for an optimizer; those of the `text` part may have a learning rate of their own."""
-    named = list(tuner.named_parameters())
-    text = [parameter for name, parameter in named if name.startswith("text.")]
-    others = [parameter for name, parameter in named if not name.startswith("text.")]
+    """Split a tuner's parameters for an optimizer; parts on text encoders may have a learning rate of their own."""
+    text = [parameter for part in tuner.parts() if part.text_encoders for parameter in part.parameters()]
+    others = [parameter for part in tuner.parts() if not part.text_encoders for parameter in part.parameters()]
     rates = (config.learning_rate, config.text_learning_rate or config.learning_rate)
     return [{"params": chosen, "lr": rate} for chosen, rate in zip((others, text), rates, strict=True) if chosen]
 

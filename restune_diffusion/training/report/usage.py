@@ -18,7 +18,7 @@ def example_prompt(config: TrainConfig, captions: list[str]) -> str:
 def python_example(config: TrainConfig, tuner: Path, prompt: str) -> str:
     """Return Python that draws the prompt."""
     changes = scheduler_changes(config.prediction_type, config.rescale_betas_zero_snr)
-    conditions = config.control.conditions if "control" in config.kinds else ()
+    conditions = config.conditioned.conditions if config.conditioned else ()
     control_images = ", ".join(f"{name!r}: Image.open({f'{name}.png'!r})" for name in conditions)
     lines = [
         f"from diffusers import {'DDIMScheduler, ' if changes else ''}DiffusionPipeline",
@@ -44,6 +44,6 @@ def command_example(config: TrainConfig, tuner: Path, prompt: str) -> str | None
     if scheduler_changes(config.prediction_type, config.rescale_betas_zero_snr):
         return None
     words = ["restune", "generate", "--base", config.base, "--tuner", str(tuner), "--prompt", prompt]
-    if "control" in config.kinds:
-        words += ["--control-image", *(f"{name}={name}.png" for name in config.control.conditions)]
+    if config.conditioned:
+        words += ["--control-image", *(f"{name}={name}.png" for name in config.conditioned.conditions)]
     return shlex.join(words)

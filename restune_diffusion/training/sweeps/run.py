@@ -120,7 +120,7 @@ def _grouped(members: Sequence[_Member]) -> list[list[_Member]]:
         config = member.run.config
         alone = f"#{number}"
         # What preserves a class asks the base with the tuner at other prompts, in passes of its own.
-        together = config.kinds == ("bypass",) and config.preservation == "none"
+        together = config.learns_from_features and config.preservation == "none"
         key = json.dumps(batch_settings(config)) if together else alone
         groups.setdefault(key, []).append(member)
     return list(groups.values())

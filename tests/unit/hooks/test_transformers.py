@@ -226,7 +226,10 @@ def test_a_pass_is_shared_by_bypass_tuners_alone():
     vit, pixart = make_vit(), make_pixart()
     bypass, res = Tuner.for_base(vit, BypassConfig()), Tuner.for_base(vit, ResConfig(width=4))
     features = record_features(vit, taps_of([bypass]), vit_pixels())
-    with pytest.raises(RestuneError, match=r"Only a tuner of one `bypass` part works .* this has res; attach"):
+    with pytest.raises(
+        RestuneError,
+        match=r"Only a tuner of one part that writes at `out` .* this has res; attach",
+    ):
         predict_from_features(vit, res, features)
     with pytest.raises(RestuneError, match="head of PixArtTransformer2DModel cannot run on recorded features"):
         structure_of(pixart).run_head(pixart, torch.zeros(2, 64, 32))

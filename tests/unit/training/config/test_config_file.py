@@ -42,7 +42,7 @@ def refusal(folder: Path, text: str | bytes) -> str:
         ("validation:\n  prompts:\n  - a fox\n  - 3", ", line 7: validation.prompts.1: it should be text"),
         ("validation:\n  prompts: a fox", ", line 5: validation.prompts: it should be a list"),
         ("skip: 3", ", line 4: skip: it is a group of settings"),
-        ("tuner: lora", ", line 4: tuner: input should be 'skip', 'control'"),
+        ("tuner: lora", ", line 4: tuner: input should be 'bypass', 'control'"),
         ("preset: speed", ", line 4: preset: input should be 'style', 'subject'"),
         ("steps: 3\nsteps: 4", ", line 5: steps stands here again, after line 4; keep one"),
         ("skip:\n  ratio: 1\n  ratio: 2", ", line 6: skip.ratio stands here again, after line 5"),

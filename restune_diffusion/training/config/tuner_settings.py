@@ -1,0 +1,102 @@
+"""Settings of tuner families in a training run: which families there are, and those of other packages.
+
+`TrainConfig` declares the settings of the built-in families as fields. Those of further registered families are extra
+values of a config, checked here.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Annotated, Any, Literal, TypeAlias, TypeVar
+
+from pydantic import AfterValidator, BaseModel, Field, create_model
+
+from ...tuners.registry import TunerFamily, tuner_families
+from ...utils.errors import SettingsError
+from ...utils.settings_merge import first_unknown
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+def with_families(model: type[Model]) -> type[Model]:
+    """Return a training config's class with a field for each registered family.
+
+    Raises:
+        SettingsError: if a family has the name of another setting.
+    """
+    further = _further_families(model)
+    return _extended(model, further) if further else model
+
+
+def command_line_class(model: type[Model]) -> type[Model]:
+    """Return `with_families(model)` whose field `tuner` lists the families and their summaries in its help."""
+    families = tuner_families()
+    return _command_line_class(with_families(model), families)
+
+
+def checked_families(model: type[BaseModel], values: dict[str, Any]) -> dict[str, Any]:
+    """Return the values of a training config with those of further families checked, and defaults for trained ones.
+
+    Raises:
+        SettingsError: if a name is no setting.
+        ValidationError: if the value of a further family is not allowed.
+    """
+    unknown = first_unknown(with_families(model), values)
+    if unknown is not None:
+        raise SettingsError(unknown[1])
+    further = _further_families(model)
+    if not further:
+        return values
+    tuner = values.get("tuner", ())
+    trained = (tuner,) if isinstance(tuner, str) else tuner if isinstance(tuner, tuple | list) else ()
+    chosen = [family.name for family in further if family.name in values or family.name in trained]
+    checked = _extended(BaseModel, further).model_validate({name: values[name] for name in chosen if name in values})
+    return {**values, **{name: getattr(checked, name) for name in chosen}}
+
+
+def _known(name: str) -> str:
+    names = [family.name for family in tuner_families()]
+    if name not in names:
+        raise ValueError(
+            f"input should be {', '.join(map(repr, names[:-1]))} or {names[-1]!r}; install the package that provides "
+            f"{name!r}"
+        )
+    return name
+
+
+FamilyName: TypeAlias = Annotated[str, AfterValidator(_known)]
+"""Name of a registered tuner family."""
+
+
+def _further_families(model: type[BaseModel]) -> tuple[TunerFamily, ...]:
+    """Return the families for which the class has no field."""
+    further = []
+    for family in tuner_families():
+        field = model.model_fields.get(family.name)
+        if field is None and not hasattr(model, family.name):
+            further.append(family)
+        elif field is None or field.annotation is not family.config:
+            raise SettingsError(
+                f"The tuner family `{family.name}` of {family.config.__module__} has the name of a training setting; "
+                f"register it under another name, or uninstall it."
+            )
+    return tuple(further)
+
+
+@lru_cache(maxsize=8)
+def _extended(model: type[Model], families: tuple[TunerFamily, ...]) -> type[Model]:
+    fields: dict[str, Any] = {
+        family.name: (family.config, Field(default=family.config(), description=family.summary)) for family in families
+    }
+    return create_model(model.__name__, __base__=model, __doc__=model.__doc__, **fields)
+
+
+@lru_cache(maxsize=8)
+def _command_line_class(model: type[Model], families: tuple[TunerFamily, ...]) -> type[Model]:
+    name = Literal[tuple(family.name for family in families)]  # type: ignore[valid-type]
+    described = " ".join(f"`{family.name}`: {family.summary.rstrip('.')}." for family in families)
+    tuner: Any = (name | tuple[name, ...], Field(default="skip", description=f"{_TUNER} {described}"))  # type: ignore[valid-type]
+    return create_model(model.__name__, __base__=model, __doc__=model.__doc__, tuner=tuner)
+
+
+_TUNER = "Family of the tuner. Several make one tuner of several parts: `text` with another is for one subject."
