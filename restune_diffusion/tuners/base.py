@@ -118,7 +118,8 @@ class Part(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         # Not a ModuleDict: its keys may hold no dots. These are second references, so torch does not see them.
-        self._at_site: dict[str, nn.Module] = {}
+        self.at_site: dict[str, nn.Module] = {}
+        """The modules by site, as `register_site` got them."""
 
     def forward(self, site: str, x: torch.Tensor, features: Features) -> torch.Tensor:
         """Return the residual for the feature `x` at one of `writes`, of its shape, in the part's dtype."""
@@ -154,7 +155,8 @@ class Part(nn.Module):
         """Return the layers that merge into the base's weights, by the site of their linear layer; none here."""
         return {}
 
-    def _register_site(self, site: str, module: nn.Module) -> None:
+    def register_site(self, site: str, module: nn.Module) -> None:
+        """Add the module of a site, under the site's dotted name."""
         *path, last = site.split(".")
         parent: nn.Module = self
         for step in path:
@@ -162,7 +164,7 @@ class Part(nn.Module):
                 parent.add_module(step, nn.Module())
             parent = parent.get_submodule(step)
         parent.add_module(last, module)
-        self._at_site[site] = module
+        self.at_site[site] = module
 
 
 def pointwise(x: torch.Tensor, linear: nn.Linear) -> torch.Tensor:

@@ -175,7 +175,7 @@ class BypassPart(Part):
         for name, site in self._sites.items():
             channels = max(8, round(config.ratio * site.channels))
             stage = BypassStage(site.channels, channels, previous, config.expansion, site.extra_tokens == 0, timed)
-            self._register_site(name, stage)
+            self.register_site(name, stage)
             previous = channels
         assert previous is not None
         self.gate = nn.Linear(previous, base.sites[OUT].channels)
@@ -190,7 +190,7 @@ class BypassPart(Part):
         state: torch.Tensor | None = None
         for name, tapped in self._sites.items():
             tap = _as_map(features.by_site[name].detach().to(dtype), tapped, features.size)
-            state = self._at_site[name](tap, state, time)
+            state = self.at_site[name](tap, state, time)
         assert state is not None
         if x.dim() == 3:
             return pointwise(state, self.gate).flatten(2).transpose(1, 2)
@@ -201,7 +201,7 @@ class BypassPart(Part):
         """Draw the parameters of every stage and close the gate."""
         if self.time is not None:
             init_linear(self.time, generator)
-        for stage in self._at_site.values():
+        for stage in self.at_site.values():
             assert isinstance(stage, BypassStage)
             stage.reset_parameters(generator)
         init_zero(self.gate)

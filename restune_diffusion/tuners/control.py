@@ -37,7 +37,7 @@ class ControlPart(Part):
         self.encoders = nn.ModuleList(CascadeEncoder(sites, config) for _ in config.conditions)
         for name, site in sites.items():
             width = max(1, round(config.ratio * site.channels))
-            self._register_site(name, nn.ModuleList(SkipTuner(site.channels, width) for _ in config.conditions))
+            self.register_site(name, nn.ModuleList(SkipTuner(site.channels, width) for _ in config.conditions))
 
     def encode(
         self, images: Sequence[torch.Tensor | None], size: tuple[int, int]
@@ -77,7 +77,7 @@ class ControlPart(Part):
                 f"A control tuner needs an image for {' or '.join(map(repr, self.conditions))}; "
                 "give one, or set the tuner's weight to zero."
             )
-        tuners = self._at_site[site]
+        tuners = self.at_site[site]
         assert isinstance(tuners, nn.ModuleList)
         x = x.to(tuners[0].down.weight.dtype)  # type: ignore[union-attr, arg-type]
         total = torch.zeros_like(x)
@@ -92,7 +92,7 @@ class ControlPart(Part):
         for encoder in self.encoders:
             assert isinstance(encoder, CascadeEncoder)
             encoder.reset_parameters(generator)
-        for tuners in self._at_site.values():
+        for tuners in self.at_site.values():
             assert isinstance(tuners, nn.ModuleList)
             for tuner in tuners:
                 assert isinstance(tuner, SkipTuner)

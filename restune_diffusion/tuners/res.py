@@ -76,7 +76,7 @@ class ResPart(Part):
         return {site: tuner for site, tuner in self._tuners.items() if isinstance(tuner, ResLora)}
 
     def _add(self, site: str, kind: ResKind, tuner: ResTuner) -> None:
-        self._register_site(f"{site}.{kind}", tuner)
+        self.register_site(f"{site}.{kind}", tuner)
         self._tuners[site] = tuner
 
     def _add_loras(self, sites: list[str], config: ResConfig, base: BaseInfo) -> None:

@@ -53,16 +53,16 @@ class SkipPart(Part):
                 )
         for site in self.writes:
             channels = base.sites[site].channels
-            self._register_site(site, SkipTuner(channels, max(1, round(config.ratio * channels))))
+            self.register_site(site, SkipTuner(channels, max(1, round(config.ratio * channels))))
 
     def forward(self, site: str, x: torch.Tensor, features: Features) -> torch.Tensor:
         """Return the residual for a skip feature, from that feature alone."""
-        tuner = self._at_site[site]
+        tuner = self.at_site[site]
         assert isinstance(tuner, SkipTuner)
         return tuner(x.to(tuner.down.weight.dtype))
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """Draw the initial parameters of every site's tuner."""
-        for tuner in self._at_site.values():
+        for tuner in self.at_site.values():
             assert isinstance(tuner, SkipTuner)
             tuner.reset_parameters(generator)

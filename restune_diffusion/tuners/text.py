@@ -44,18 +44,18 @@ class TextPart(Part):
             if config.tokens:
                 shape = (config.vectors_per_token, info.hidden_size)
                 vectors = nn.ParameterList(nn.Parameter(torch.empty(shape)) for _ in config.tokens)
-                self._register_site(f"{encoder}.token", vectors)
+                self.register_site(f"{encoder}.token", vectors)
             paths = match_sites(config.linears, info.linears, "linear layer") if config.rank else []
             for layer in range(info.num_hidden_layers):
                 for path in paths:
                     lora = ResLora(*info.linears[path], config.rank, config.alpha)
-                    self._register_site(f"{encoder}.layers.{layer}.{path}.lora", lora)
+                    self.register_site(f"{encoder}.layers.{layer}.{path}.lora", lora)
 
     def linears(self, encoder: str) -> list[str]:
         """Return the paths of an encoder's linear layers that get LoRA: `layers.<n>.<path>`."""
         prefix = f"{encoder}.layers."
         return [
-            site.removeprefix(f"{encoder}.").removesuffix(".lora") for site in self._at_site if site.startswith(prefix)
+            site.removeprefix(f"{encoder}.").removesuffix(".lora") for site in self.at_site if site.startswith(prefix)
         ]
 
     def vectors(self, encoder: str) -> torch.Tensor:
@@ -64,12 +64,12 @@ class TextPart(Part):
 
     def forward(self, site: str, x: torch.Tensor, features: Features | None = None) -> torch.Tensor:
         """Return the residual of a linear layer, from its input `x`, in the part's dtype."""
-        residual: torch.Tensor = self._at_site[f"{site}.lora"](x)
+        residual: torch.Tensor = self.at_site[f"{site}.lora"](x)
         return residual
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """Draw small vectors for the words, and LoRA that adds nothing."""
-        for module in self._at_site.values():
+        for module in self.at_site.values():
             if isinstance(module, ResLora):
                 module.reset_parameters(generator)
             else:
@@ -96,6 +96,6 @@ class TextPart(Part):
                 vectors.copy_(known.float().mean(0))
 
     def _vectors(self, encoder: str) -> nn.ParameterList:
-        vectors = self._at_site[f"{encoder}.token"]
+        vectors = self.at_site[f"{encoder}.token"]
         assert isinstance(vectors, nn.ParameterList)
         return vectors

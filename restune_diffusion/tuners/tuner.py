@@ -42,9 +42,8 @@ class Tuner(nn.Module):
             if hasattr(self, config.part):
                 raise RestuneError(f"A tuner family cannot have the name `{config.part}`, an attribute of `Tuner`.")
             self.add_module(config.part, tuner_family(config.part).build(config, base))
-        conditioned = [config.part for config, part in zip(configs, self.parts(), strict=True) if part.conditions]
-        if len(conditioned) > 1:
-            raise RestuneError(f"A tuner takes condition images for one part, but {conditioned} take some; use one.")
+        self._check_single("takes condition images", [bool(part.conditions) for part in self.parts()])
+        self._check_single("acts on text encoders", [bool(part.text_encoders) for part in self.parts()])
         self.base = base.narrowed(
             (site for part in self.parts() for site in part.needs),
             (encoder for part in self.parts() for encoder in part.text_encoders),
@@ -91,6 +90,11 @@ class Tuner(nn.Module):
         """Build a tuner on the meta device: shapes without memory."""
         with torch.device("meta"):
             return cls(configs, base, metadata)
+
+    def _check_single(self, what: str, does: list[bool]) -> None:
+        names = [config.part for config, it_does in zip(self.configs, does, strict=True) if it_does]
+        if len(names) > 1:
+            raise RestuneError(f"One part of a tuner {what}, but got {' and '.join(names)}; use one of them.")
 
     def parts(self) -> Iterator[Part]:
         """Yield the parts in the order of their configs."""

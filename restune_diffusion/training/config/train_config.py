@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import ConfigDict, Field, model_validator
+from pydantic import ConfigDict, Field, SerializeAsAny, model_validator
 
 from ...data.config import DataConfig
 from ...hooks.placeholder_tokens import contains_token
@@ -44,7 +44,7 @@ class TrainConfig(DataConfig):
     # Settings of the tuner families of other packages.
     model_config = ConfigDict(extra="allow")
     if not TYPE_CHECKING:  # mypy takes it for an argument
-        __pydantic_extra__: dict[str, PartConfig]
+        __pydantic_extra__: dict[str, SerializeAsAny[PartConfig]]
 
     base: str
     """Stable Diffusion checkpoint in diffusers' layout: a directory, or the id of a hub repository."""

@@ -136,7 +136,7 @@ def test_residuals_add_up_whatever_the_order(unet, inputs):
         def rewrite(module, args, kwargs):
             skips = kwargs["res_hidden_states_tuple"]
             tuned = tuple(
-                skip + sum(0.5 * part._at_site[f"skip.{first + offset}"](skip) for part in parts)
+                skip + sum(0.5 * part.at_site[f"skip.{first + offset}"](skip) for part in parts)
                 for offset, skip in enumerate(skips)
             )
             return args, {**kwargs, "res_hidden_states_tuple": tuned}
