@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Literal
 
 import pytest
 import torch
-from pydantic import Field, ValidationError
+from pydantic import ValidationError
 from torch import nn
 
 from restune_diffusion import (
@@ -68,8 +68,6 @@ class ScaleConfig(PartConfig):
     part: Literal["scale"] = "scale"
     sites: tuple[str, ...] = ("*",)
     """Patterns of the skip connections, for instance `skip.0-3`."""
-    start: float = Field(default=0.0, ge=-1, le=1)
-    """Factor at the start; only 0 leaves the base as it is."""
 
 
 class ScalePart(Part):
@@ -79,7 +77,6 @@ class ScalePart(Part):
         super().__init__()
         self.taps = ()
         self.writes = tuple(match_sites(config.sites, base.skips))
-        self.start = config.start
         for site in self.writes:
             self.register_site(site, nn.ParameterList([torch.empty(base.sites[site].channels)]))
 
@@ -89,9 +86,9 @@ class ScalePart(Part):
         return factors[:, None, None] * x.to(factors.dtype)
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        """Set all factors to their start."""
+        """Set all factors to zero."""
         for factors in self.parameters():
-            nn.init.constant_(factors, self.start)
+            nn.init.zeros_(factors)
 
 
 class HeadConfig(PartConfig):
@@ -219,7 +216,7 @@ def test_it_trains(config: MakeConfig) -> None:
     assert list(factors) == ["scale.skip.0.0", "scale.skip.1.0"]
     assert all(bool((value != 0).all()) for value in factors.values())
     recorded = read_info(result.path).training["config"]
-    assert recorded["scale"] == {"part": "scale", "sites": ["skip.0-1"], "start": 0.0}
+    assert recorded["scale"] == {"part": "scale", "sites": ["skip.0-1"]}
     assert recorded["tuner"] == "scale"
     assert "skip" not in recorded
     assert f"made with restune-diffusion: scale: {SUMMARY.rstrip('.')}, sites skip.0-1" in model_card(
@@ -269,10 +266,10 @@ def test_the_command_line_shows_and_trains_it(base: Path, images: Path, tmp_path
     assert run(*wanted, "--tuner", "scale", "--scale.sites", "skip.0", "skip.4", "--checkpoint-every=0") == 0
     capsys.readouterr()
     assert run("inspect", tmp_path / "tuner.safetensors") == 0
-    assert "scale       sites skip.0 skip.4, start 0.0" in capsys.readouterr().out
+    assert "scale       sites skip.0 skip.4\n" in capsys.readouterr().out
     assert run(*wanted, "--tuner", "scael") != 0
     assert "scale" in capsys.readouterr().err
-    assert run(*wanted, "--tuner", "skip", "--scale.start", "0.5") != 0
+    assert run(*wanted, "--tuner", "skip", "--scale.sites", "skip.1") != 0
     assert "settings of the scale tuner are given, but the tuner to train is skip" in " ".join(
         re.sub(r"[│\s]+", " ", capsys.readouterr().err).split()
     )
@@ -289,14 +286,17 @@ def test_it_is_a_group_of_a_configs_settings(config: MakeConfig, tmp_path: Path)
     path.write_text(config_yaml(both))
     assert "scale:\n  sites:\n  - skip.2\n" in path.read_text()
     assert read_config(path) == both
-    swept = parse_sweep(config(tuner="scale", sweep="start=0.1,0.2"))
-    assert [variant.config.parts[0] for variant in swept] == [ScaleConfig(start=0.1), ScaleConfig(start=0.2)]
+    swept = parse_sweep(config(tuner="scale", sweep="sites=skip.0,skip.1+skip.2"))
+    assert [variant.config.parts[0] for variant in swept] == [
+        ScaleConfig(sites=("skip.0",)),
+        ScaleConfig(sites=("skip.1", "skip.2")),
+    ]
     with pytest.raises(ValidationError, match="settings of the scale tuner are given, but the tuner to train is skip"):
-        config(scale=ScaleConfig(start=0.5))
+        config(scale=ScaleConfig(sites=("skip.1",)))
     lines = "base: b\ndata: d\noutput: o\ntuner: scale\nscale:\n"
     for line, message in {
-        "  start: 3": "line 6: scale.start: input should be less than or equal to 1",
-        "  stort: 1": "line 6: in scale there is no setting stort; did you mean start?",
+        "  sites: skip.1": "line 6: scale.sites: it should be a list",
+        "  sits: []": "line 6: in scale there is no setting sits; did you mean sites?",
     }.items():
         path.write_text(lines + line)
         with pytest.raises(SettingsError, match=re.escape(message)):
