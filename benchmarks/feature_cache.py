@@ -109,12 +109,12 @@ def quality_of_seed(icons: Path, seed: int, steps: int, work: Path) -> list[Row]
     pictures = write_tuning_images(style, split.tuning, work / "tuning")
     others = write_tuning_images(style, split.selection, work / "selection")
     rows = []
-    config = settings(pictures, work / "out", steps=steps, seed=seed, feature_bank=max(SIZES))
+    config = settings(pictures, work / "out", steps=steps, seed=seed, feature_cache=max(SIZES))
     with ground_of(config) as (accelerator, inputs):
         selection = build_cache(inputs.pipeline, load_samples(find_examples(others), inputs.resolution))
         start = build_training_state(config, accelerator, inputs)
         rows.append({"bank": "before training", "loss": held_out(start, selection)})
-        plain = config.model_copy(update={"feature_bank": None})
+        plain = config.model_copy(update={"feature_cache": None})
         fresh = build_training_state(plain, accelerator, inputs)
         with acting(fresh):
             seconds = train_on(fresh)

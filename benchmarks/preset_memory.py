@@ -54,7 +54,7 @@ _DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 def kept_bytes(unet: Any, config: TrainConfig, side: int) -> int:
     """Sum the storages that autograd keeps during one forward pass of a batch, each once, parameters left out."""
     held = {parameter.untyped_storage()._cdata: parameter for parameter in unet.parameters()}
-    dtype, batch = _DTYPES[config.mixed_precision], config.batch_size
+    dtype, batch = _DTYPES[config.memory.mixed_precision], config.batch_size
     added = {}
     if unet.config.addition_embed_type == "text_time":
         pooled = unet.config.projection_class_embeddings_input_dim - 6 * unet.config.addition_time_embed_dim
@@ -65,7 +65,7 @@ def kept_bytes(unet: Any, config: TrainConfig, side: int) -> int:
     latents = torch.randn(batch, 4, side // 8, side // 8, dtype=dtype)
     text = torch.randn(batch, 77, unet.config.cross_attention_dim, dtype=dtype)
     timesteps = torch.zeros(batch, dtype=torch.long)
-    autocast = torch.autocast("cpu", dtype, enabled=config.mixed_precision == "bf16")
+    autocast = torch.autocast("cpu", dtype, enabled=config.memory.mixed_precision == "bf16")
     with autocast, kept_storages() as storages:
         unet(latents, timesteps, text, added_cond_kwargs=added or None)
     return sum(storage.nbytes() for key, storage in storages.items() if key not in held)
@@ -87,7 +87,7 @@ def count(base: str, preset: Any) -> dict[str, Any]:
     """Return the bytes that a preset needs on a base, by what they are for."""
     structure, side, text_parameters = BASES[base]
     config = TrainConfig(base=base, data=Path("data"), output=Path("out"), preset=preset)
-    dtype = _DTYPES[config.mixed_precision]
+    dtype = _DTYPES[config.memory.mixed_precision]
     unet, mode = build_unet(structure, dtype)
     tuner = Tuner.for_base(unet, *[part for part in config.parts if part.part != "text"])
     with attach(unet, tuner), mode:
@@ -97,7 +97,7 @@ def count(base: str, preset: Any) -> dict[str, Any]:
     text = text_parameters * dtype.itemsize if "text" in config.kinds else 0
     return {
         "base": base, "side": side, "preset": preset, "batch": config.batch_size,
-        "precision": {"no": "fp32"}.get(config.mixed_precision, config.mixed_precision),
+        "precision": {"no": "fp32"}.get(config.memory.mixed_precision, config.memory.mixed_precision),
         "weights": weights + text, "tuner": trained, "kept": kept, "sum": weights + text + trained + kept,
     }  # fmt: skip
 

@@ -34,7 +34,7 @@ class DataOptions(DataConfig, _Action):
     Example: restune data inspect ./watercolors --base ./stable-diffusion-v1-5 --bucketing --sheet sheet.png
     """
 
-    data: Annotated[Path, tyro.conf.Positional]
+    folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(name="data")]
     """Folder of images, as for `restune train`."""
     base: str | None = None
     """Checkpoint to train on, whose own size, steps of sizes and length of captions count; only its configs are read.
@@ -57,7 +57,7 @@ class DataOptions(DataConfig, _Action):
         from ..data.inspection import inspect_data, read_frame
 
         frame = read_frame(self.base, self.resolution)
-        sheet = DataSheet(self.data, [])
+        sheet = DataSheet(self.folder, [])
         try:
             picture = inspect_data(self, frame, sheet, self.seed)
         except DataError:

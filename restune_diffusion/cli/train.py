@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import sys
 from argparse import ArgumentParser
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
 from ..training.config.config_file import given_settings
 from ..training.config.presets import PRESETS
-from ..training.config.train_config import TrainConfig
+from ..training.config.train_config import SETTINGS, TrainConfig
 from ..training.config.tuner_settings import command_line_class, with_families
+from ..utils.setting_groups import close_groups
+from .options.setting_flags import current_flags, old_names_on_stderr, unchecked, with_flat_flags
 from .quiet import quiet_libraries
 
 TRAIN_HELP = """Train a tuner on a folder of images.
@@ -24,7 +27,13 @@ Example: restune train --config run.yaml --steps 500 --output ./shorter
 """
 
 
-class TrainOptions(TrainConfig):
+if TYPE_CHECKING:
+    _Flags = TrainConfig
+else:
+    _Flags = with_flat_flags(TrainConfig)
+
+
+class TrainOptions(_Flags):
     """The flags of a training: its settings, and the file that they may come from."""
 
     config: Annotated[Path | None, tyro.conf.arg(metavar="YAML")] = None
@@ -72,20 +81,22 @@ def parse_train_options(
     Raises:
         SettingsError: if the file of `--config`, or a setting in it, cannot be used.
     """
+    args = current_flags(sys.argv[1:] if args is None else args)
     # Read before all others, which have other defaults then; what is wrong with these two is told with the others.
     first = ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--config", type=Path, nargs="?")
     first.add_argument("--preset", nargs="?")
     known, _ = first.parse_known_args(args)
-    settings = given_settings(known.config, known.preset if known.preset in PRESETS else None, defaults)
-    required = {name: tyro.MISSING for name, field in TrainConfig.model_fields.items() if field.is_required()}
+    with old_names_on_stderr():
+        settings = given_settings(known.config, known.preset if known.preset in PRESETS else None, defaults)
+    required = {name: tyro.MISSING for name, info in SETTINGS.items() if info.field.is_required()}
     options = command_line_class(TrainOptions)
     return tyro.cli(
         options,
         prog=prog,
         description="\n\n".join([description or "", _presets_help()]),
         args=args,
-        default=options.model_construct(**{**required, **settings}),
+        default=unchecked(options, close_groups(with_families(TrainConfig), {**required, **settings})),
     )
 
 

@@ -32,7 +32,7 @@ def read_examples(config: DataConfig, refused: list[Refused]) -> list[Example]:
     Raises:
         DataError: if there is no such folder, its metadata cannot be read, or nothing in it can be used.
     """
-    folder = config.data
+    folder = config.folder
     if is_saved_dataset(folder):
         examples = read_saved_dataset(folder, refused, config.prompt, config.image_column, config.caption_column)
     else:

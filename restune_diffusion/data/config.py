@@ -6,57 +6,57 @@ import re
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import model_validator
 
-from ..utils.settings import Settings
+from ..utils.setting_groups import SettingGroup, setting
 
 
-class DataConfig(Settings):
+class DataConfig(SettingGroup):
     """Which pictures and captions are trained on, and how they are cut."""
 
-    data: Path
+    folder: Path = setting(flat="data", affects="batches", recorded=False)
     """Folder of images. Captions: `metadata.jsonl` or `metadata.csv` (file_name, text), or a `.txt` beside each image,
     or --prompt. Or a dataset that the library `datasets` saved with `save_to_disk`. What cannot be used is left out
     and listed with the reason."""
-    prompt: str | None = None
+    prompt: str | None = setting(None, affects="content")
     """Caption of every image that has none of its own."""
-    image_column: str = "image"
+    image_column: str = setting("image", affects="batches")
     """Column of a saved dataset that has the images."""
-    caption_column: str = "text"
+    caption_column: str = setting("text", affects="batches")
     """Column of a saved dataset, or of the metadata file, that has the captions."""
-    trigger_word: str | None = Field(default=None, min_length=1)
+    trigger_word: str | None = setting(None, affects="batches", min_length=1)
     """Word that shall call what is trained. Put in front of each caption that does not have it, or where
     --caption-template says; recorded in the tuner's file."""
-    caption_template: str | None = Field(default=None, min_length=1)
+    caption_template: str | None = setting(None, affects="batches", min_length=1)
     """What becomes of each caption, for instance "{trigger}, {caption}"."""
-    folder_repeats: bool = False
+    folder_repeats: bool = setting(False, affects="batches")
     """Read folders named `10_cat` as kohya's scripts do: each image inside is shown ten times in an epoch, and its
     caption is `cat` where it has none of its own and there is no --prompt."""
 
-    resolution: int | None = Field(default=None, gt=0)
+    resolution: int | None = setting(None, affects="batches", gt=0)
     """Side of the square training images in pixels; the base's own size where not given."""
-    bucketing: bool = False
+    bucketing: bool = setting(False, affects="batches")
     """Keep the images' shapes instead of cutting squares: each goes to the size of nearest shape, all of about the
     area of the square, and the images of one step have one size."""
-    max_aspect_ratio: float = Field(default=3.0, ge=1)
+    max_aspect_ratio: float = setting(3.0, affects="batches", ge=1)
     """Longest size of --bucketing, as long to short side; images beyond are cut."""
-    bucket_no_upscale: bool = False
+    bucket_no_upscale: bool = setting(False, affects="batches")
     """Let images that are smaller than their size keep their own, cut to the grid, instead of enlarging them."""
-    crop: Literal["center", "random"] = "center"
+    crop: Literal["center", "random"] = setting("center", affects="batches")
     """Which part of an image is kept where it does not fit; `random` keeps --crop-variants of them."""
-    crop_variants: int = Field(default=4, gt=1)
+    crop_variants: int = setting(4, affects="batches", gt=1)
     """Number of random parts that are kept of each image; every showing takes one of them."""
-    flip: bool = False
+    flip: bool = setting(False, affects="batches")
     """Show each image mirrored, left to right, half of the time."""
-    background: tuple[int, int, int] = (255, 255, 255)
+    background: tuple[int, int, int] = setting((255, 255, 255), affects="batches")
     """Colour behind transparent pixels: red, green, blue, 0 to 255."""
 
-    masked_loss: Literal["alpha", "files"] | None = None
+    masked_loss: Literal["alpha", "files"] | None = setting(None, affects="batches")
     """Train on what a mask shows: `alpha` is what is not transparent, `files` are images in --mask-data, white where
     to train."""
-    mask_data: Path | None = None
+    mask_data: Path | None = setting(None, affects="batches", recorded=False)
     """Folder of masks, named as the training images, whatever their suffix."""
-    unmasked_weight: float = Field(default=0.1, ge=0, le=1)
+    unmasked_weight: float = setting(0.1, affects="batches", ge=0, le=1)
     """Least weight of the loss outside the mask; inside it is 1."""
 
     @model_validator(mode="after")

@@ -68,7 +68,7 @@ class ImageTransform:
             )
         masks: MaskSource | None = alpha_mask if config.masked_loss == "alpha" else None
         if config.mask_data is not None:
-            masks = MaskFiles(config.mask_data, config.data)
+            masks = MaskFiles(config.mask_data, config.folder)
         crop_variants = config.crop_variants if config.crop == "random" else None
         return cls(buckets, crop_variants, config.flip, config.background, masks, seed)
 

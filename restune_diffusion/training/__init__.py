@@ -4,7 +4,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from .config.config_file import read_config
-from .config.train_config import TrainConfig, ValidationConfig
+from .config.train_config import TrainConfig
+from .config.validation import ValidationConfig
 
 if TYPE_CHECKING:
     from .state import StepReport

@@ -16,6 +16,9 @@ from ..utils.errors import TrainingError
 from ..utils.seeds import derived_seed
 from .callbacks.tracking import tracker_name
 from .checkpoint import latest_checkpoint, restore_checkpoint
+from .config.loss import LossConfig
+from .config.noise import NoiseConfig
+from .config.optimizer import OptimizerConfig
 from .config.train_config import TrainConfig
 from .feature_cache.use import cached_feature_sampler
 from .inputs import TrainingInputs
@@ -36,21 +39,21 @@ from .state import TrainState
 
 def build_accelerator(config: TrainConfig) -> Accelerator:
     """Make what places the run on its devices; raises `TrainingError` if it cannot run here."""
-    tracker = tracker_name(config)
+    tracker = tracker_name(config.log_with)
     # Two runs of one process may differ in precision, which accelerate keeps in a state of the whole process.
     AcceleratorState._reset_state()
     try:
         accelerator = Accelerator(
-            mixed_precision=config.mixed_precision,
+            mixed_precision=config.memory.mixed_precision,
             gradient_accumulation_steps=config.gradient_accumulation_steps,
-            cpu=config.cpu,
+            cpu=config.memory.cpu,
             log_with=tracker,
             project_dir=config.output,
         )
     except (ValueError, ImportError) as error:
         raise TrainingError(f"Training cannot start: {str(error).strip().splitlines()[0]}") from error
     check_distribution(accelerator)
-    if config.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+    if config.memory.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         raise TrainingError("fp16 needs a GPU; train on the CPU in fp32 (mixed precision `no`) or bf16.")
     return accelerator
 
@@ -58,20 +61,14 @@ def build_accelerator(config: TrainConfig) -> Accelerator:
 def build_training_state(config: TrainConfig, accelerator: Accelerator, inputs: TrainingInputs) -> TrainState:
     """Put the parts of a run together, and restore them from the newest checkpoint if asked."""
     pipeline, cache = inputs.pipeline, inputs.cache
-    objective = Objective(
-        pipeline.scheduler,
-        config.snr_gamma,
-        debiased_estimation=config.debiased_estimation,
-        prediction_type=config.prediction_type,
-        rescale_betas_zero_snr=config.rescale_betas_zero_snr,
-    )
+    objective = _objective(config.loss, pipeline.scheduler)
     tuner = Tuner.for_pipeline(pipeline, *config.parts, generator=torch.Generator().manual_seed(config.seed))
     tuner.to(accelerator.device)
     optimizer = make_optimizer(
-        config.optimizer,
-        parameter_groups(config, tuner),
-        learning_rate=config.learning_rate,
-        weight_decay=config.weight_decay,
+        config.optimizer.name,
+        parameter_groups(config.optimizer, tuner),
+        learning_rate=config.optimizer.learning_rate,
+        weight_decay=config.optimizer.weight_decay,
     )
     encode = LiveEncoder(sampling_pipeline(pipeline)) if config.learns_from_text else None
     draw = partial(_draw, config, accelerator, pipeline, objective.timesteps, encode)
@@ -83,17 +80,17 @@ def build_training_state(config: TrainConfig, accelerator: Accelerator, inputs: 
         tuner=tuner,
         # Only the optimizer is prepared: the tuner runs in hooks, and the schedule counts steps, not processes.
         optimizer=accelerator.prepare(optimizer),
-        lr_scheduler=_make_lr_scheduler(config, optimizer),
+        lr_scheduler=_make_lr_scheduler(config.optimizer, optimizer, config.steps),
         cache=cache,
-        batches=draw(cache, seed=config.seed, stream=cached_feature_sampler(config, cache)),
+        batches=draw(cache, seed=config.seed, stream=cached_feature_sampler(config.feature_cache, cache, config.seed)),
         objective=objective,
         resolution=inputs.resolution,
         conditions=inputs.conditions,
         data=inputs.data,
-        preservation=make_preservation(config.class_prompt, inputs.known_class, class_batches, encode),
-        average=TunerAverage(tuner, config.ema_decay) if config.ema_decay is not None else None,
+        preservation=make_preservation(config.preservation.class_prompt, inputs.known_class, class_batches, encode),
+        average=TunerAverage(tuner, config.optimizer.ema_decay) if config.optimizer.ema_decay is not None else None,
     )
-    checkpoint = latest_checkpoint(config.output) if config.resume else None
+    checkpoint = latest_checkpoint(config.output) if config.checkpoints.resume else None
     if checkpoint is not None:
         restore_checkpoint(run, checkpoint)
     return run
@@ -119,28 +116,38 @@ def _draw(
         caption_dropout=config.caption_dropout,
         device=accelerator.device,
         dtype=pipeline.unet.dtype,
-        noising=_noising(config),
+        noising=_noising(config.noise),
         encode=encode,
         step_size=config.batch_size * config.gradient_accumulation_steps * accelerator.num_processes,
-        unmasked_weight=config.unmasked_weight,
+        unmasked_weight=config.data.unmasked_weight,
         inpainting=InpaintingInputs(pipeline.vae, cache.pictures) if cache.pictures else None,
         stream=stream,
     )
 
 
-def _make_lr_scheduler(config: TrainConfig, optimizer: torch.optim.Optimizer) -> Any:
+def _objective(config: LossConfig, scheduler: Any) -> Objective:
+    return Objective(
+        scheduler,
+        config.snr_gamma,
+        debiased_estimation=config.debiased_estimation,
+        prediction_type=config.prediction_type,
+        rescale_betas_zero_snr=config.rescale_betas_zero_snr,
+    )
+
+
+def _make_lr_scheduler(config: OptimizerConfig, optimizer: torch.optim.Optimizer, steps: int) -> Any:
     return get_scheduler(
         config.lr_scheduler,
         optimizer,
         step_rules=config.lr_step_rules,
         num_warmup_steps=config.lr_warmup_steps,
-        num_training_steps=config.steps,
+        num_training_steps=steps,
         num_cycles=config.lr_num_cycles,
         power=config.lr_power,
     )
 
 
-def _noising(config: TrainConfig) -> Noising:
+def _noising(config: NoiseConfig) -> Noising:
     return Noising(
         offset=config.noise_offset,
         perturbation=config.input_perturbation,

@@ -20,6 +20,7 @@ from ..utils.errors import TrainingError
 from .callbacks.base import Callback
 from .callbacks.config_record import CONFIG_FILE
 from .callbacks.metrics_file import METRICS_FILE
+from .config.train_config import current_names
 from .facts import library_versions, run_identity
 from .optimization.optimizer_state import flatten_state, unflatten_state
 from .optimization.parameter_groups import optimized_names
@@ -45,7 +46,7 @@ class Checkpoints(Callback):
 
     def on_step(self, run: TrainState, report: StepReport) -> None:
         """Save if it is time."""
-        every = run.config.checkpoint_every
+        every = run.config.checkpoints.every
         if every and (run.step % every == 0 or run.step == run.config.steps):
             self._save(run)
 
@@ -57,7 +58,7 @@ class Checkpoints(Callback):
         if run.accelerator.is_main_process:
             if not checkpoint_folder(run).exists():
                 save_checkpoint(run)
-            _prune(run.config.output, run.config.checkpoints_kept)
+            _prune(run.config.output, run.config.checkpoints.kept)
         run.accelerator.wait_for_everyone()
 
 
@@ -145,6 +146,8 @@ def restore_checkpoint(run: TrainState, checkpoint: Path) -> None:
 
 
 def _check_same_run(checkpoint: Path, saved: dict[str, Any], asked: dict[str, Any]) -> None:
+    # Each release may record settings under other names.
+    saved, asked = current_names(saved), current_names(asked)
     for key in [*saved, *(asked.keys() - saved.keys())]:
         if saved.get(key) != asked.get(key):
             raise TrainingError(

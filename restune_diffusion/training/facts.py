@@ -7,14 +7,10 @@ from typing import Any
 
 from ..utils.settings_merge import flat
 from ..utils.version import __version__
+from .config.shared_settings import identity_settings
 from .config.train_config import TrainConfig
 from .state import TrainState
 
-# Settings that may change when a run is resumed: they do not reach the tuner.
-_IMMATERIAL = {"name", "preset", "validation", "checkpoint_every", "checkpoints_kept", "log_with"} | {
-    "gradient_checkpointing",
-    "drop_encoders",
-}
 # Courses of the learning rate that do not depend on the number of steps, so that a run may be prolonged.
 _ENDLESS = ("constant", "constant_with_warmup", "piecewise_constant")
 
@@ -26,7 +22,7 @@ def library_versions() -> dict[str, str]:
 
 def run_identity(run: TrainState) -> dict[str, Any]:
     """Return all that decides the result of a run, flat, under the names of the settings."""
-    settings = {key: value for key, value in run.config.recorded().items() if key not in _IMMATERIAL}
+    settings = identity_settings(run.config)
     # Named last, because it only matters for some courses of the learning rate, which are told first if they differ.
     steps = settings.pop("steps")
     # A caption that comes from the prompt is part of the data's hash.
@@ -36,7 +32,7 @@ def run_identity(run: TrainState) -> dict[str, Any]:
     if run.preservation is not None:
         settings["class images or prompt"] = run.preservation.identity
     settings["number of processes"] = run.accelerator.num_processes
-    if run.config.lr_scheduler not in _ENDLESS:
+    if run.config.optimizer.lr_scheduler not in _ENDLESS:
         settings["steps"] = steps
     return dict(flat(settings))
 
@@ -58,5 +54,5 @@ def training_facts(run: TrainState) -> dict[str, Any]:
 
 def trigger_words(config: TrainConfig) -> list[str]:
     """Return the words that call what a run trains: the new ones of its text part, and that of its captions."""
-    words = list(config.new_words)
-    return words if config.trigger_word is None or config.trigger_word in words else [*words, config.trigger_word]
+    words, trigger_word = list(config.new_words), config.data.trigger_word
+    return words if trigger_word is None or trigger_word in words else [*words, trigger_word]

@@ -52,7 +52,7 @@ class TrainingInputs:
     drift_prompts: Sequence[DriftPrompt]
     """What the leak is measured on."""
     models: str | None
-    """Hash of the models, if a feature bank asks for it."""
+    """Hash of the models, if a feature cache asks for it."""
 
 
 @contextmanager
@@ -71,34 +71,34 @@ def prepared(
         DataError: if the images or captions cannot be used.
         TrainingError: if the pipeline cannot be trained on.
     """
-    if config.drop_encoders and pipeline is not None:
+    if config.memory.drop_encoders and pipeline is not None:
         raise TrainingError("The encoders of a pipeline that is in use cannot be dropped; leave drop_encoders out.")
-    if config.base_quantization is not None and pipeline is not None:
+    if config.memory.base_quantization is not None and pipeline is not None:
         raise TrainingError("A pipeline that is in use is not quantised; leave base_quantization out.")
-    sheet = DataSheet(config.data, [])
-    examples = read_examples(config, sheet.refused)
+    sheet = DataSheet(config.data.folder, [])
+    examples = read_examples(config.data, sheet.refused)
     _check_words(config, examples)
     conditions = ConditionSource(config.conditioned, config.control_data) if config.conditioned else None
     if conditions is not None:
-        examples = conditions.paired(examples, config.data)
+        examples = conditions.paired(examples, config.data.folder)
     if pipeline is None:
-        pipeline = load_base(config.base, PRECISIONS[config.mixed_precision])
-        if config.base_quantization is not None:
+        pipeline = load_base(config.base, PRECISIONS[config.memory.mixed_precision])
+        if config.memory.base_quantization is not None:
             # Before it goes to the device, which never holds it in full.
             quantize_base(pipeline.unet)
     check_trainable(pipeline)
     inpainting = is_inpainting(pipeline)
-    if config.drop_encoders and inpainting:
+    if config.memory.drop_encoders and inpainting:
         raise TrainingError("An inpainting base encodes masked images in each step; leave drop_encoders out.")
-    resolution = training_resolution(pipeline, config.resolution)
+    resolution = training_resolution(pipeline, config.data.resolution)
     control_images = conditions.samples(config.validation.control_images, resolution) if conditions is not None else []
     pipeline.to(accelerator.device)
     with frozen(pipeline):
         cache = _encode(config, accelerator, pipeline, examples, resolution, conditions, sheet)
         known = know_class(config, accelerator, pipeline, resolution, verbose=verbose)
-        drift_prompts = draw_drift_prompts(config, pipeline, resolution) if accelerator.is_main_process else []
-        models = hash_of_models(pipeline) if config.feature_bank is not None else None
-        if config.drop_encoders:
+        drift_prompts = _drift_prompts(config, pipeline, resolution) if accelerator.is_main_process else []
+        models = hash_of_models(pipeline) if config.feature_cache.draws is not None else None
+        if config.memory.drop_encoders:
             drop_encoders(pipeline)
         kept = (*(text_encoders(pipeline) if config.learns_from_text else ()), *(["vae"] if inpainting else ()))
         move_encoders(pipeline, torch.device("cpu"), keep=kept)
@@ -108,6 +108,11 @@ def prepared(
             )
         finally:
             move_encoders(pipeline, accelerator.device)
+
+
+def _drift_prompts(config: TrainConfig, pipeline: Any, resolution: int) -> list[DriftPrompt]:
+    prompts, prediction_type = config.drift_prompts, config.loss.prediction_type
+    return draw_drift_prompts(prompts, config.validation, pipeline, resolution, prediction_type)
 
 
 def _encode(
@@ -120,8 +125,8 @@ def _encode(
     sheet: DataSheet,
 ) -> Cache:
     """Encode the data, each process a share, and write down what it is."""
-    preparation = ImageTransform.of(config, resolution, bucket_step(pipeline), config.seed)
-    own = DataSheet(config.data, [])
+    preparation = ImageTransform.of(config.data, resolution, bucket_step(pipeline), config.seed)
+    own = DataSheet(config.data.folder, [])
 
     def build(share: Sequence[Example]) -> Cache:
         samples = load_samples(share, resolution, conditions, preparation=preparation, refused=own.refused)

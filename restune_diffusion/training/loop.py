@@ -88,10 +88,10 @@ def _step(run: TrainState) -> StepReport:
                 # After the backward pass of the images, so that no more memory is needed than without.
                 loss = run.preservation.loss(run, batch, number)
                 kept.append(accelerator.reduce(loss.detach(), reduction="mean").item())
-                losses[-1] += config.prior_loss_weight * kept[-1]
+                losses[-1] += config.preservation.prior_loss_weight * kept[-1]
                 if not math.isfinite(losses[-1]):
                     raise _diverged(run, "loss")
-                accelerator.backward(config.prior_loss_weight * loss)
+                accelerator.backward(config.preservation.prior_loss_weight * loss)
     learning_rate = effective_learning_rate(run.optimizer, run.lr_scheduler.get_last_lr()[0])
     grad_norm = _update(run)
     run.step += 1
@@ -121,7 +121,7 @@ def _update(run: TrainState) -> float:
     """Move the tuner along the gradient of all processes and return the gradient's norm before clipping."""
     accelerator, parameters = run.accelerator, list(run.tuner.parameters())
     average_gradients(accelerator, parameters)
-    grad_norm = float(accelerator.clip_grad_norm_(parameters, run.config.max_grad_norm))
+    grad_norm = float(accelerator.clip_grad_norm_(parameters, run.config.optimizer.max_grad_norm))
     if not math.isfinite(grad_norm) and accelerator.scaler is None:
         raise _diverged(run, "gradient")
     run.optimizer.step()
@@ -133,8 +133,8 @@ def _update(run: TrainState) -> float:
 
 def _diverged(run: TrainState, what: str) -> TrainingError:
     config = run.config
-    cure = f"lower the learning rate (now {config.learning_rate:g})"
-    if config.mixed_precision == "fp16":
+    cure = f"lower the learning rate (now {config.optimizer.learning_rate:g})"
+    if config.memory.mixed_precision == "fp16":
         cure = f"fp16 may have overflowed: try bf16, or {cure}"
     checkpoint = latest_checkpoint(config.output)
     kept = f"the last good checkpoint is {checkpoint}" if checkpoint else "no checkpoint had been saved yet"

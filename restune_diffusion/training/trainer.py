@@ -89,7 +89,7 @@ def train(
             else:
                 inputs.data.warn()
             start_trackers(accelerator, config)
-            if config.feature_bank is not None:
+            if config.feature_cache.draws is not None:
                 use_feature_cache([run], inputs.models, verbose)
             stop = StopRequest()
             with acting(run), stop.listening() if stop_on_signal else nullcontext():
@@ -114,12 +114,12 @@ def run_callbacks(
 def acting(run: TrainState) -> Iterator[None]:
     """Attach a run's tuner to the base meanwhile, unless it is trained on features that are known."""
     unet, config = run.pipeline.unet, run.config
-    if config.feature_bank is not None:
+    if config.feature_cache.draws is not None:
         yield
         return
     with (
         attach(unet, run.tuner, ATTACHED_NAME, text=text_encoders(run.pipeline)),
-        gradient_checkpointing(unet, config.gradient_checkpointing),
+        gradient_checkpointing(unet, config.memory.gradient_checkpointing),
     ):
         yield
 
@@ -139,13 +139,13 @@ class FinalFile(Callback):
 
 def check_output(config: TrainConfig) -> None:
     """Raise `TrainingError` if the output folder is among the images, or holds a run that would be overwritten."""
-    if config.output.resolve().is_relative_to(config.data.resolve()):
+    if config.output.resolve().is_relative_to(config.data.folder.resolve()):
         raise TrainingError(
             f"{config.output} lies inside the image folder, where the samples would become training images; "
             f"choose another output folder."
         )
     found = latest_checkpoint(config.output)
-    if found is not None and not config.resume:
+    if found is not None and not config.checkpoints.resume:
         raise TrainingError(
             f"{config.output} holds {found.name} of an earlier run; add --resume to go on from it, "
             f"or choose another output folder."

@@ -7,6 +7,7 @@ from difflib import get_close_matches
 from typing import Annotated, Any, TypeAlias
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
+from pydantic.fields import FieldInfo
 
 Place: TypeAlias = tuple[Any, ...]
 """Where a setting is: the names of the groups that hold it, its own, and indices into its value."""
@@ -44,7 +45,7 @@ def first_unknown(model: type[BaseModel], values: Mapping[Any, Any]) -> tuple[Pl
     """Return the place of the first name that a model or a group in it does not know, and a sentence about it."""
     for name, value in values.items():
         if name not in model.model_fields:
-            return (name,), _unknown(name, model.model_fields)
+            return (name,), unknown_name(name, model.model_fields)
         group = model.model_fields[name].annotation
         if isinstance(group, type) and issubclass(group, BaseModel) and isinstance(value, Mapping):
             found = first_unknown(group, value)
@@ -54,15 +55,15 @@ def first_unknown(model: type[BaseModel], values: Mapping[Any, Any]) -> tuple[Pl
     return None
 
 
-def checked_fields(model: type[BaseModel], values: Mapping[str, Any]) -> dict[str, Any]:
-    """Check some settings of a model, each on its own, and return them in the model's types.
+def checked_fields(fields: Mapping[str, FieldInfo], values: Mapping[str, Any]) -> dict[str, Any]:
+    """Check some settings, each by its own field, and return them in the fields' types.
 
     Raises:
         RefusedSetting: for the first that is not allowed.
     """
     checked = {}
     for name, value in values.items():
-        field = model.model_fields[name]
+        field = fields[name]
         adapter: TypeAdapter[Any] = TypeAdapter(Annotated[field.annotation, field])  # type: ignore[arg-type]
         try:
             checked[name] = adapter.validate_python(value)
@@ -79,6 +80,16 @@ def first_refused(error: ValidationError) -> RefusedSetting:
     return RefusedSetting(first["loc"], f"{reason[0].lower()}{reason[1:]}")
 
 
+def unknown_name(name: object, known: Collection[str]) -> str:
+    """Return a sentence about a name that is not among the known ones, with the nearest of them."""
+    near = get_close_matches(str(name), known, n=1)
+    if near:
+        meant = f"did you mean {near[0]}?"
+    else:
+        meant = f"there are {', '.join(known)}" if len(known) <= _LISTED else "restune train --help lists them all"
+    return f"there is no setting {name}; {meant}"
+
+
 # A person reads so many names.
 _LISTED = 20
 # What pydantic says in words of Python.
@@ -88,12 +99,3 @@ _REASONS = {
     "string_type": "it should be text; put it in quotes",
     "model_type": "it is a group of settings, each with a name",
 }
-
-
-def _unknown(name: object, known: Collection[str]) -> str:
-    near = get_close_matches(str(name), known, n=1)
-    if near:
-        meant = f"did you mean {near[0]}?"
-    else:
-        meant = f"there are {', '.join(known)}" if len(known) <= _LISTED else "restune train --help lists them all"
-    return f"there is no setting {name}; {meant}"

@@ -21,7 +21,7 @@ from ...data.image_files import SizeConditioning
 from ...pipelines.load_base import is_inpainting, sampling_pipeline
 from ...utils.errors import TrainingError
 from ...utils.seeds import derived_seed
-from ..config.train_config import TrainConfig
+from ..config.validation import ValidationConfig
 from ..latents.batches import Batch
 from ..latents.text_conditioning import Conditioning, LiveEncoder, denoiser_inputs, encode_caption
 from ..losses.objective import scheduler_changes
@@ -42,26 +42,32 @@ class DriftPrompt:
     latent: torch.Tensor
 
 
-def draw_drift_prompts(config: TrainConfig, pipeline: Any, resolution: int) -> list[DriftPrompt]:
+def draw_drift_prompts(
+    prompts: Sequence[str],
+    validation: ValidationConfig,
+    pipeline: Any,
+    resolution: int,
+    prediction_type: str | None = None,
+) -> list[DriftPrompt]:
     """Draw what the leak of a run is measured on.
 
     Args:
-        config: the settings.
+        prompts: the prompts, by default that of the class.
+        validation: how to draw.
         pipeline: the base, without tuners.
         resolution: side of the training images in pixels.
+        prediction_type: what the base predicts, where its scheduler does not say so.
 
     Raises:
         TrainingError: if prompts are given for a base that does not draw from prompts alone.
     """
-    prompts = config.drift_prompts
     if prompts and is_inpainting(pipeline):
-        if config.validation.drift_prompts:
-            raise TrainingError("An inpainting base draws nothing from a prompt alone; leave the leak prompts out.")
+        if validation.drift_prompts:
+            raise TrainingError("An inpainting base draws nothing from a prompt alone; leave the drift prompts out.")
         prompts = ()
     if not prompts:
         return []
-    validation = config.validation
-    sampler = sampling_pipeline(pipeline, scheduler_changes(config.prediction_type))
+    sampler = sampling_pipeline(pipeline, scheduler_changes(prediction_type))
     drawn = []
     for prompt in prompts:
         latents = sampler(

@@ -27,7 +27,7 @@ def describe_plan(run: TrainState) -> str:
     config, cache = run.config, run.cache
     images = run.images_per_step
     epochs = config.steps * images / sum(cache.repeats)
-    precision = {"no": "fp32", "fp16": "fp16", "bf16": "bf16"}[config.mixed_precision]
+    precision = {"no": "fp32", "fp16": "fp16", "bf16": "bf16"}[config.memory.mixed_precision]
     # weight, gradient and two moments of Adam, four bytes each
     tuner_memory, base_memory = run.tuner.num_parameters() * 16, parameter_bytes(run.pipeline.unet)
     lines = [

@@ -12,27 +12,27 @@ _AVAILABLE = {"tensorboard": is_tensorboard_available, "wandb": is_wandb_availab
 _TITLES = {"tensorboard": "TensorBoard", "wandb": "Weights & Biases"}
 
 
-def tracker_name(config: TrainConfig) -> str | None:
-    """Return which of accelerate's trackers is asked for, if any; TensorBoard where it is installed by default.
+def tracker_name(log_with: str) -> str | None:
+    """Return which of accelerate's trackers is asked for, if any; TensorBoard where it is installed for `auto`.
 
     Raises:
         TrainingError: if it is asked for and not installed; accelerate would only leave the log out.
     """
-    name = config.log_with
-    if name == "auto":
+    if log_with == "auto":
         return "tensorboard" if is_tensorboard_available() else None
-    if name == "none":
+    if log_with == "none":
         return None
-    if not _AVAILABLE[name]():
+    if not _AVAILABLE[log_with]():
         raise TrainingError(
-            f"{_TITLES[name]} is not installed; run pip install 'restune-diffusion[{name}]', or leave --log-with out."
+            f"{_TITLES[log_with]} is not installed; run pip install 'restune-diffusion[{log_with}]', "
+            f"or leave --log-with out."
         )
-    return name
+    return log_with
 
 
 def start_trackers(accelerator: Accelerator, config: TrainConfig) -> None:
     """Begin the log: TensorBoard's in OUTPUT/logs, or a run named as the tuner in the wandb project."""
-    if tracker_name(config) == "wandb":
+    if tracker_name(config.log_with) == "wandb":
         options = {"wandb": {"name": config.name, "dir": str(config.output)}}
         accelerator.init_trackers("restune-diffusion", config=config.recorded(), init_kwargs=options)
     else:

@@ -16,7 +16,7 @@ from ...hooks.manager import TunerManager
 from ...imaging.contact_sheet import labelled_grid
 from ...pipelines.load_base import sampling_pipeline
 from ...storage.tuner_file import save_tuner
-from ..config.train_config import ValidationConfig
+from ..config.validation import ValidationConfig
 from ..frozen_base import move_encoders
 from ..latents.inpainting import masked_picture, validation_inputs
 from ..state import StepReport, TrainState

@@ -3,17 +3,40 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
 from ...utils.errors import SettingsError
-from ...utils.settings_merge import RefusedSetting, checked_fields, first_refused, first_unknown, layered
+from ...utils.setting_groups import close_groups, first_refused_setting, open_groups
+from ...utils.settings_merge import Place, RefusedSetting, first_unknown, layered
 from ...utils.yaml_file import YamlFile, read_yaml, to_yaml
 from .presets import PRESETS
-from .train_config import TrainConfig
+from .renamed import renamed, warn
+from .train_config import TrainConfig, checked_settings, current_names
 from .tuner_settings import with_families
+
+
+@dataclass(frozen=True)
+class _Given:
+    """Settings by flat name and current name, and where each stands in a file, if they come from one."""
+
+    flat: dict[str, Any]
+    places: dict[str, Place]
+    old: Mapping[Place, Place]
+    file: YamlFile | None = None
+
+    def refused(self, refused: RefusedSetting) -> SettingsError:
+        """Return the error for a setting, with its line and under the name that the file has for it."""
+        place = tuple(refused.place)
+        if place and place[0] in self.places:
+            place = (*self.places[place[0]], *place[1:])
+        for now, before in self.old.items():
+            if place[: len(now)] == now:
+                place = (*before, *place[len(now) :])
+        return _error(self.file, RefusedSetting(place, refused.reason))
 
 
 def read_config(path: Path | str, **overrides: Any) -> TrainConfig:
@@ -26,20 +49,23 @@ def read_config(path: Path | str, **overrides: Any) -> TrainConfig:
     Raises:
         SettingsError: if the file is no valid YAML, or a setting is unknown, missing or not allowed; names the line.
     """
-    file = read_yaml(Path(path))
-    _check_names(file)
+    given = _opened(read_yaml(Path(path)))
     try:
-        return TrainConfig(**layered(file.values, overrides))
+        over = _flat(overrides)
+    except RefusedSetting as refused:
+        raise _error(None, refused) from refused
+    try:
+        return TrainConfig(**layered(given.flat, over))
     except ValidationError as error:
-        refused = first_refused(error)
-        overridden = bool(refused.place) and refused.place[0] in overrides
-        raise _in_file(None if overridden else file, refused) from error
+        first = first_refused_setting(TrainConfig, error)
+        overridden = bool(first.place) and first.place[0] in over
+        raise (_error(None, first) if overridden else given.refused(first)) from error
 
 
 def given_settings(
     path: Path | None, preset: str | None = None, defaults: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
-    """Return the settings that a file and a preset give, checked one by one, in the types of `TrainConfig`.
+    """Return the settings that a file and a preset give, by flat name, checked one by one, in their types.
 
     Args:
         path: a YAML file, which wins over `defaults`, and these over the preset.
@@ -49,26 +75,21 @@ def given_settings(
     Raises:
         SettingsError: if the file or a setting in it cannot be used; names the line.
     """
-    file = read_yaml(path) if path is not None else None
-    if file is not None:
-        _check_names(file)
+    given = _opened(read_yaml(path)) if path is not None else _Given({}, {}, {})
     named = {"preset": preset} if preset is not None else {}
-    settings = layered(defaults or {}, file.values if file is not None else {}, named)
+    settings = layered(_flat(defaults or {}), given.flat, named)
     try:
-        below = checked_fields(TrainConfig, {"preset": settings.get("preset")})["preset"]
-        return checked_fields(with_families(TrainConfig), layered(PRESETS[below].settings if below else {}, settings))
+        below = checked_settings({"preset": settings.get("preset")})["preset"]
+        return checked_settings(layered(PRESETS[below].settings if below else {}, settings))
     except RefusedSetting as refused:
-        raise _in_file(file, refused) from refused
+        raise given.refused(refused) from refused
 
 
 def config_yaml(config: TrainConfig) -> str:
     """Write all settings of a run as YAML that gives the same run again, from any working directory."""
-    settings = config.model_dump(mode="json", exclude={"resume", *config.untrained})
-    for name, value in config:
-        if isinstance(value, Path):
-            settings[name] = str(value.expanduser().absolute())
-    images = config.validation.control_images
-    settings["validation"]["control_images"] = [str(image.expanduser().absolute()) for image in images]
+    left_out: dict[str, Any] = dict.fromkeys(config.untrained, True)
+    settings = config.model_dump(exclude={**left_out, "checkpoints": {"resume"}})
+    settings = _plain(settings)
     if Path(config.base).expanduser().exists():
         settings["base"] = str(Path(config.base).expanduser().absolute())
     return to_yaml(_without_part_names(settings))
@@ -80,19 +101,41 @@ def recorded_yaml(recorded: Mapping[str, Any]) -> str:
     Args:
         recorded: the value of `config` among the training facts of a tuner's file.
     """
-    return to_yaml(_without_part_names(recorded))
+    return to_yaml(_without_part_names(current_names(recorded)))
 
 
-def _check_names(file: YamlFile) -> None:
-    unknown = first_unknown(with_families(TrainConfig), file.values)
-    if unknown is not None:
-        raise file.refused(*unknown)
+def _opened(file: YamlFile) -> _Given:
+    """Return the settings of a file; each of its names is known then, and given once."""
+    old: Mapping[Place, Place] = {}
+    try:
+        current = renamed(file.values, tell=lambda text, place: warn(str(_error(file, RefusedSetting(place, text)))))
+        old = current.given
+        flat, places = open_groups(with_families(TrainConfig), current.values)
+        unknown = first_unknown(with_families(TrainConfig), close_groups(with_families(TrainConfig), flat))
+        if unknown is not None:
+            raise RefusedSetting(*unknown)
+    except RefusedSetting as refused:
+        raise _Given({}, {}, old, file).refused(refused) from refused
+    return _Given(flat, places, old, file)
 
 
-def _in_file(file: YamlFile | None, refused: RefusedSetting) -> SettingsError:
+def _flat(values: Mapping[str, Any]) -> dict[str, Any]:
+    return open_groups(with_families(TrainConfig), renamed(values).values)[0]
+
+
+def _error(file: YamlFile | None, refused: RefusedSetting) -> SettingsError:
     if file is not None:
         return file.refused(refused.place, refused.reason)
     return SettingsError(f"{'.'.join(map(str, refused.place))}: {refused.reason}" if refused.place else refused.reason)
+
+
+def _plain(value: Any) -> Any:
+    """Return a value as YAML can hold it; paths are those of any working directory."""
+    if isinstance(value, Path):
+        return str(value.expanduser().absolute())
+    if isinstance(value, Mapping):
+        return {name: _plain(each) for name, each in value.items()}
+    return [_plain(each) for each in value] if isinstance(value, (tuple, list)) else value
 
 
 def _without_part_names(settings: Mapping[str, Any]) -> dict[str, Any]:

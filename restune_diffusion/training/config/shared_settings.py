@@ -4,48 +4,38 @@ from __future__ import annotations
 
 from typing import Any
 
-from .train_config import TrainConfig
+from .train_config import SETTINGS, TrainConfig, current_settings
 
-OF_THE_TUNER = frozenset(
-    {
-        "bypass",
-        "optimizer",
-        "learning_rate",
-        "text_learning_rate",
-        "weight_decay",
-        "lr_scheduler",
-        "lr_warmup_steps",
-        "lr_num_cycles",
-        "lr_power",
-        "lr_step_rules",
-        "ema_decay",
-        "max_grad_norm",
-        "snr_gamma",
-        "debiased_estimation",
-        "steps",
-    }
-)
+_RECORDED = {info.record: info for info in SETTINGS.values() if info.record is not None}
+
+
+def _affects(record: str) -> str:
+    return next(info.affects for info in current_settings().values() if info.record == record)
+
+
+def _names(*affects: str) -> frozenset[str]:
+    return frozenset(info.name for info in _RECORDED.values() if info.affects in affects)
+
+
+OF_THE_TUNER = _names("tuner")
 """Settings that change what is learnt from a batch, but not the batch."""
-OF_THE_OUTPUT = frozenset(
-    {
-        "name",
-        "preset",
-        "validation",
-        "checkpoint_every",
-        "checkpoints_kept",
-        "log_with",
-        "drop_encoders",
-        "gradient_checkpointing",
-    }
-)
-"""Settings that change neither."""
+OF_THE_OUTPUT = _names("output")
+"""Settings that change neither, so that a resumed run may have others."""
+SWEPT = frozenset(info.name for info in _RECORDED.values() if info.affects == "tuner" or info.swept) - {"bypass"}
+"""Settings in which the tuners of a sweep may differ, beside those of their parts."""
 
 
-def batch_settings(config: TrainConfig) -> dict[str, Any]:
-    """Return the settings on which the batches of a tuner that learns from features may depend, as plain JSON values.
+def batch_settings(config: TrainConfig, *, order: bool = True) -> dict[str, Any]:
+    """Return the recorded settings that may change the batches of a tuner that learns from features, as JSON values.
 
-    These are all but the ones known not to matter, so that a new setting is taken for one that does.
+    Args:
+        config: the settings.
+        order: whether to include those that only say which samples form a batch, and those that are compared by hash.
     """
-    settings = config.recorded()
-    immaterial = OF_THE_TUNER | OF_THE_OUTPUT | set(config.kinds)
-    return {name: value for name, value in settings.items() if name not in immaterial}
+    left_out = {"tuner", "output"} if order else {"tuner", "output", "order", "content"}
+    return {name: value for name, value in config.recorded().items() if _affects(name) not in left_out}
+
+
+def identity_settings(config: TrainConfig) -> dict[str, Any]:
+    """Return the recorded settings that decide the weights of the tuner, as plain JSON values."""
+    return {name: value for name, value in config.recorded().items() if _affects(name) != "output"}

@@ -2,43 +2,43 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from functools import cache, reduce
+from operator import getitem
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import ConfigDict, Field, SerializeAsAny, model_validator
+from pydantic import ConfigDict, SerializeAsAny, model_validator
 
 from ...data.config import DataConfig
 from ...hooks.placeholder_tokens import contains_token
 from ...tuners.configs import BypassConfig, ControlConfig, PartConfig, ResConfig, SkipConfig, TextConfig
 from ...tuners.registry import ConditionedConfig, tuner_families, tuner_family
+from ...utils.setting_groups import (
+    Affects,
+    SettingGroup,
+    SettingInfo,
+    all_settings,
+    close_groups,
+    open_groups,
+    setting,
+)
 from ...utils.settings import Settings
-from ...utils.settings_merge import checked_fields, layered
+from ...utils.settings_merge import RefusedSetting, checked_fields, layered
+from .checkpoints import CheckpointsConfig
+from .feature_cache import FeatureCacheConfig
+from .loss import LossConfig
+from .memory import MemoryConfig
+from .noise import NoiseConfig
+from .optimizer import OptimizerConfig
+from .preservation import PreservationConfig
 from .presets import PRESETS, PresetName
-from .tuner_settings import FamilyName, checked_families
+from .renamed import RENAMED, renamed, sentence, warn
+from .tuner_settings import FamilyName, checked_families, with_families
+from .validation import ValidationConfig
 
 
-class ValidationConfig(Settings):
-    """Sample images that show how training goes."""
-
-    prompts: tuple[str, ...] = ()
-    """Prompts to draw; without any, no samples are made."""
-    every: int = Field(default=0, ge=0)
-    """Draw every so many steps; 0 draws only at the start and the end."""
-    steps: int = Field(default=25, gt=0)
-    """Denoising steps of a sample."""
-    guidance: float = Field(default=7.5, ge=0)
-    """Classifier-free guidance of a sample."""
-    seed: int = 0
-    """Seed of every sample, so that the images of two steps differ by the training alone."""
-    drift_prompts: tuple[str, ...] | None = None
-    """Prompts without the subject, for which the drift from the base is told as `leak`, in percent; --class-prompt
-    where not given."""
-    control_images: tuple[Path, ...] = ()
-    """What steers the samples of a control tuner: for each prompt one image for each condition. As in training, these
-    are condition images, or pictures to make them from where the condition is made."""
-
-
-class TrainConfig(DataConfig):
+class TrainConfig(Settings):
     """Everything that decides a training run. The defaults are the published SCEdit recipe."""
 
     # Settings of the tuner families of other packages.
@@ -46,13 +46,14 @@ class TrainConfig(DataConfig):
     if not TYPE_CHECKING:  # mypy takes it for an argument
         __pydantic_extra__: dict[str, SerializeAsAny[PartConfig]]
 
-    base: str
+    data: DataConfig
+    base: str = setting(affects="content")
     """Stable Diffusion checkpoint in diffusers' layout: a directory, or the id of a hub repository."""
-    output: Path
+    output: Path = setting(affects="output", recorded=False)
     """Folder for the tuner, the checkpoints, the samples and `metrics.jsonl`."""
-    name: str = Field(default="tuner", pattern=r"^[\w][\w.\- ]*$")
+    name: str = setting("tuner", affects="output", pattern=r"^[\w][\w.\- ]*$")
     """Name of the tuner; its file is OUTPUT/NAME.safetensors."""
-    preset: PresetName | None = None
+    preset: PresetName | None = setting(None, affects="output")
     """Settings for a purpose, which all others given win over; the manual, docs/training.md, lists them."""
 
     tuner: FamilyName | tuple[FamilyName, ...] = "skip"
@@ -62,121 +63,62 @@ class TrainConfig(DataConfig):
     res: ResConfig = ResConfig()
     bypass: BypassConfig = BypassConfig()
     text: TextConfig = TextConfig()
-    control_data: Path | None = None
+    control_data: Path | None = setting(None, affects="batches", recorded=False)
     """Folder of condition images for a control tuner, named as the training images; for several conditions a folder
     of such folders, named as the conditions. Without it the files that `metadata.jsonl` names under `condition` are
     used, or the condition is made from the image if it is called canny, palette, blur or mask."""
 
-    class_prompt: str | None = None
-    """What the subject is one of, said without its word: `a dog` where the captions say `a <dog>`."""
-    preservation: Literal["none", "prior", "output"] = "none"
-    """What keeps other things of the class from looking like the subject: `prior` trains on class images beside the
-    subject's, `output` keeps the base's own predictions for --class-prompt and needs no images."""
-    prior_loss_weight: float = Field(default=1.0, gt=0)
-    """Weight of the loss that preserves."""
-    class_data: Path | None = None
-    """Folder of class images for `prior`, OUTPUT/class-images where not given. The base draws what is missing, as many
-    steps and with the guidance of the validation samples. Images of your own in it are used as they are."""
-    num_class_images: int | None = Field(default=None, gt=0)
-    """Number of class images; 100 where not given, or those of your own where the folder has any."""
+    preservation: PreservationConfig = PreservationConfig()
 
-    steps: int = Field(default=2000, gt=0)
+    steps: int = setting(2000, affects="tuner", gt=0)
     """Optimizer steps."""
-    batch_size: int = Field(default=1, gt=0)
+    batch_size: int = setting(1, affects="order", swept=True, gt=0)
     """Images of one forward pass, per process."""
-    gradient_accumulation_steps: int = Field(default=1, gt=0)
+    gradient_accumulation_steps: int = setting(1, affects="order", gt=0)
     """Forward passes of one optimizer step."""
-    optimizer: Literal["adamw", "adamw8bit", "prodigy", "adafactor", "lion"] = "adamw"
-    """What moves the weights; all but `adamw` and `adafactor` need pip install 'restune-diffusion[optimizers]'."""
-    learning_rate: float = Field(default=1e-4, gt=0)
-    """Peak learning rate; `lion` wants a third to a tenth of AdamW's, `prodigy` finds its own and wants 1."""
-    text_learning_rate: float | None = Field(default=None, gt=0)
-    """Peak learning rate of the `text` part; that of the others where not given. New words alone want
-    more, say 5e-3."""
-    weight_decay: float = Field(default=1e-2, ge=0)
-    """Weight decay of the optimizer."""
-    lr_scheduler: Literal[
-        "constant",
-        "constant_with_warmup",
-        "linear",
-        "cosine",
-        "cosine_with_restarts",
-        "polynomial",
-        "piecewise_constant",
-    ] = "constant"
-    """Course of the learning rate."""
-    lr_warmup_steps: int = Field(default=0, ge=0)
-    """Steps of linear warm-up, for every course but `constant` and `piecewise_constant`."""
-    lr_num_cycles: int = Field(default=1, gt=0)
-    """Cosines of `cosine_with_restarts`."""
-    lr_power: float = Field(default=1.0, gt=0)
-    """Power of `polynomial`."""
-    lr_step_rules: str | None = Field(default=None, pattern=r"^([\d.]+:\d+,)*[\d.]+$")
-    """Factors of `piecewise_constant`, each with the step where it ends: `1:500,0.1:800,0.01`."""
-    ema_decay: float | None = Field(default=None, gt=0, lt=1)
-    """Write and draw with a moving average of the weights that keeps this share in each step; 0.999 is usual."""
-    max_grad_norm: float = Field(default=1.0, gt=0)
-    """Gradients are clipped to this norm."""
-    mixed_precision: Literal["no", "fp16", "bf16"] = "no"
-    """Precision of the base; the tuner's own weights and the image encoder stay in fp32. fp16 is usual
-    on a GPU."""
-    base_quantization: Literal["int8"] | None = None
-    """Hold the linear layers of the base in 8 bits, the tuner in fp32 as ever; needs
-    pip install 'restune-diffusion[quantization]'."""
-    caption_dropout: float = Field(default=0.0, ge=0, le=1)
+    optimizer: OptimizerConfig = OptimizerConfig()
+    memory: MemoryConfig = MemoryConfig()
+    caption_dropout: float = setting(0.0, affects="batches", swept=True, ge=0, le=1)
     """Share of the samples that train with an empty caption."""
-    snr_gamma: float | None = Field(default=None, gt=0)
-    """Min-SNR weighting of the loss; 5 is usual. On a base that predicts v_prediction it leaves hardly any weight to
-    the noisiest steps, where captions matter most."""
-    debiased_estimation: bool = False
-    """Weigh the loss by 1 / sqrt(SNR), which favours noisy steps."""
-    prediction_type: Literal["epsilon", "v_prediction", "sample"] | None = None
-    """What the base predicts, where its scheduler says it wrongly."""
-    rescale_betas_zero_snr: bool = False
-    """Train with a last step of pure noise; generation then needs the same, with timestep spacing `trailing`."""
-    noise_offset: float = Field(default=0.0, ge=0)
-    """Noise that is constant over a channel, for darker and brighter images; 0.05 to 0.1 is usual."""
-    input_perturbation: float = Field(default=0.0, ge=0)
-    """More noise in the input than the target tells, against exposure bias; 0.1 is usual."""
-    timestep_sampling: Literal["uniform", "logit_normal"] = "uniform"
-    """How often each timestep is trained; `logit_normal` favours the middle."""
-    logit_mean: float = 0.0
-    """Mean of `logit_normal`; above 0 noisier steps are favoured."""
-    logit_std: float = Field(default=1.0, gt=0)
-    """Spread of `logit_normal`."""
-    min_timestep: int = Field(default=0, ge=0)
-    """First timestep to train; timestep 0 is nearly free of noise."""
-    max_timestep: int | None = Field(default=None, gt=0)
-    """Where the timesteps to train end; this one itself is not trained. The base's last where not given."""
-    gradient_checkpointing: bool = False
-    """Compute the base's activations twice instead of keeping them: less memory, slower."""
-    feature_bank: int | None = Field(default=None, gt=0)
-    """For a `bypass` tuner: compute what the base makes of so many draws of noise and timestep per image once, keep it
-    on the disk, and train from there without the base. Fewer draws cost quality; the disk use is said before."""
-    feature_bank_dtype: Literal["fp16", "bf16", "fp32"] = "fp16"
-    """Precision of the feature bank on the disk."""
-    feature_bank_dir: Path | None = None
-    """Folder for feature banks, which several runs may share; OUTPUT/feature-bank where not given."""
-    sweep: str | None = None
+    loss: LossConfig = LossConfig()
+    noise: NoiseConfig = NoiseConfig()
+    feature_cache: FeatureCacheConfig = FeatureCacheConfig()
+    sweep: str | None = setting(None, affects="output", recorded=False)
     """Train a tuner for each combination of settings, on one set of encoded images: "ratio=0.1,0.25 lr=1e-4,5e-4".
     Each is a run of its own in OUTPUT/NAME-ratio0.1-lr1e-4; bypass tuners share every pass of the base."""
-    drop_encoders: bool = False
-    """Free the memory of the autoencoder and text encoder once the data is encoded; no samples can be drawn then."""
-    seed: int = 0
+    seed: int = setting(0, affects="batches", swept=True)
     """Seed of everything that is drawn at random."""
-    cpu: bool = False
-    """Train on the CPU even where there is a GPU."""
 
-    validation: ValidationConfig = ValidationConfig()
-    checkpoint_every: int = Field(default=500, ge=0)
-    """Save the state of the run every so many steps; 0 never does."""
-    checkpoints_kept: int = Field(default=2, gt=0)
-    """Number of checkpoints that are kept."""
-    resume: bool = False
-    """Go on from the newest checkpoint in OUTPUT; the result is the same as without the break."""
-    log_with: Literal["auto", "tensorboard", "wandb", "none"] = "auto"
+    validation: ValidationConfig = setting(ValidationConfig(), affects="output")
+    checkpoints: CheckpointsConfig = CheckpointsConfig()
+    log_with: Literal["auto", "tensorboard", "wandb", "none"] = setting("auto", affects="output")
     """Where to log beside `metrics.jsonl`: to TensorBoard in OUTPUT/logs, where it is installed (`auto`), or to
     Weights & Biases, which sends the log over the network."""
+
+    if TYPE_CHECKING:
+
+        def __init__(self, **settings: Any) -> None:
+            """Take settings by their flat names or in groups."""
+
+    else:
+
+        def __getattr__(self, name: str) -> Any:
+            """Read a setting by the flat name that it had before there were groups; goes with the next release."""
+            info = SETTINGS.get(RENAMED.get(name, name))
+            if info is None or len(info.place) == 1:
+                return super().__getattr__(name)
+            warn(sentence(f"config.{name}", f"config.{'.'.join(info.place)}"))
+            return info.of(self)
+
+    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> TrainConfig:
+        """Copy with other settings, by flat name or whole groups; as in pydantic, their values are not checked."""
+        whole = {name: value for name, value in (update or {}).items() if isinstance(value, SettingGroup)}
+        rest = {name: value for name, value in (update or {}).items() if name not in whole}
+        known = with_families(type(self))
+        for name, values in close_groups(known, open_groups(known, renamed(rest).values)[0]).items():
+            group = whole.get(name, getattr(self, name))
+            whole[name] = group.model_copy(update=values) if isinstance(group, SettingGroup) else values
+        return super().model_copy(update=whole, deep=deep)
 
     @model_validator(mode="before")
     @classmethod
@@ -185,10 +127,19 @@ class TrainConfig(DataConfig):
 
     @model_validator(mode="before")
     @classmethod
-    def _on_preset(cls, values: Any) -> Any:
-        name = values.get("preset") if isinstance(values, dict) else None
+    def _in_groups(cls, values: Any) -> Any:
+        """Put flat settings into their groups, over those of the preset."""
+        if not isinstance(values, dict):
+            return values
+        try:
+            # As in a dictionary, so that a dump with some settings changed, or over others, is a config again.
+            flat, _ = open_groups(with_families(cls), renamed(values).values, later_wins=True)
+        except RefusedSetting as refused:
+            raise ValueError(refused.reason) from refused
+        name = flat.get("preset")
         # An unknown one is refused with the other fields.
-        return layered(PRESETS[name].settings, values) if isinstance(name, str) and name in PRESETS else values
+        below = PRESETS[name].settings if isinstance(name, str) and name in PRESETS else {}
+        return close_groups(with_families(cls), layered(below, flat))
 
     @model_validator(mode="after")
     def _settings_fit_together(self) -> TrainConfig:
@@ -200,40 +151,25 @@ class TrainConfig(DataConfig):
                 raise ValueError(f"settings of the {kind} tuner are given, but the tuner to train is {trained}")
         self._check_control()
         self._check_preservation()
-        self._check_learning_rate()
-        if self.debiased_estimation and self.snr_gamma is not None:
-            raise ValueError("the loss has one weighting; choose snr_gamma or debiased_estimation")
-        if self.max_timestep is not None and self.max_timestep <= self.min_timestep:
-            raise ValueError("min_timestep must be below max_timestep")
-        if self.feature_bank is not None and not self.learns_from_features:
+        self._check_text()
+        cached = self.feature_cache.draws is not None
+        if cached and not self.learns_from_features:
             raise ValueError(
-                "a feature bank is for a tuner of a bypass part alone, whose gradient never enters the base; "
-                "leave feature_bank out, or train a bypass"
+                "a feature cache is for a tuner of a bypass part alone, whose gradient never enters the base; "
+                "leave feature_cache out, or train a bypass"
             )
-        if self.feature_bank is not None and (self.bucketing or self.preservation != "none"):
-            raise ValueError("a feature bank is for images of one size without preservation; leave one of them out")
-        if self.drop_encoders and self.validation.prompts:
+        if cached and (self.data.bucketing or self.preservation.method != "none"):
+            raise ValueError("a feature cache is for images of one size without preservation; leave one of them out")
+        if self.memory.drop_encoders and self.validation.prompts:
             raise ValueError("validation prompts need the encoders; leave drop_encoders or the prompts out")
         return self
 
-    def _check_learning_rate(self) -> None:
-        given = self.text_learning_rate is not None and not self._is_from_preset("text_learning_rate")
+    def _check_text(self) -> None:
+        given = self.optimizer.text_learning_rate is not None and not self._is_from_preset("text_learning_rate")
         if given and not self.learns_from_text:
             raise ValueError("a text learning rate is given, but the tuner to train has no text part")
-        if self.drop_encoders and self.learns_from_text:
+        if self.memory.drop_encoders and self.learns_from_text:
             raise ValueError("a text part is trained in the text encoders; leave drop_encoders out")
-        if self.lr_warmup_steps and self.lr_scheduler == "constant":
-            raise ValueError("a constant learning rate has no warm-up; choose constant_with_warmup")
-        if self.lr_warmup_steps and self.lr_scheduler == "piecewise_constant":
-            raise ValueError(
-                "a piecewise constant learning rate has no warm-up; begin lr_step_rules with lower factors"
-            )
-        if (self.lr_scheduler == "piecewise_constant") != (self.lr_step_rules is not None):
-            raise ValueError("lr_step_rules are for the course piecewise_constant, which needs them")
-        if self.optimizer == "prodigy" and self.learning_rate < 0.1:
-            raise ValueError(
-                f"prodigy multiplies the rate that it finds by learning_rate = {self.learning_rate:g}; set it to 1"
-            )
 
     def _check_control(self) -> None:
         needed = len(self.validation.prompts) * len(self.conditioned.conditions) if self.conditioned else 0
@@ -247,33 +183,32 @@ class TrainConfig(DataConfig):
             raise ValueError("condition images are given, but the tuner to train is not a control tuner")
 
     def _check_preservation(self) -> None:
-        if self.preservation == "none" and (self.class_data, self.num_class_images, self.prior_loss_weight) != (
-            None, None, 1.0,
-        ):  # fmt: skip
-            raise ValueError("settings of preservation are given; choose one, `--preservation prior` or `output`")
-        if self.preservation == "output" and (self.class_data, self.num_class_images) != (None, None):
-            raise ValueError("output preservation needs no class images; leave them out, or choose `prior`")
-        if self.preservation != "none" and not (self.class_prompt and self.class_prompt.strip()):
-            raise ValueError('preservation needs to know the class; give --class-prompt, for instance "a dog"')
-        if self.preservation == "prior" and self.conditioned is not None:
+        class_prompt = self.preservation.class_prompt
+        if self.preservation.method == "prior" and self.conditioned is not None:
             raise ValueError("class images have no condition images for a control tuner; choose output preservation")
         if self.validation.drift_prompts and self.conditioned is not None:
-            raise ValueError("a control tuner draws nothing without its images, so that no leak can be told")
-        if self.class_prompt and self.new_words and contains_token(self.class_prompt, self.new_words):
-            raise ValueError(f"the class prompt {self.class_prompt!r} has the subject's own word; leave it out there")
+            raise ValueError("a control tuner draws nothing without its images, so that no drift can be measured")
+        if class_prompt and self.new_words and contains_token(class_prompt, self.new_words):
+            raise ValueError(f"the class prompt {class_prompt!r} has the subject's own word; leave it out there")
 
     @property
     def drift_prompts(self) -> tuple[str, ...]:
-        """Prompts for which the drift from the base is told."""
-        asked = self.validation.drift_prompts
+        """Prompts for which the drift from the base is measured."""
+        asked, class_prompt = self.validation.drift_prompts, self.preservation.class_prompt
         if self.conditioned is not None:
             return ()
-        return asked if asked is not None else (self.class_prompt,) if self.class_prompt else ()
+        return asked if asked is not None else (class_prompt,) if class_prompt else ()
+
+    @property
+    def feature_cache_folder(self) -> Path:
+        """Folder of the feature caches; by default OUTPUT/feature-cache, or the one that it was called before."""
+        before = self.output / "feature-bank"
+        return self.feature_cache.folder or (before if before.is_dir() else self.output / "feature-cache")
 
     def _is_from_preset(self, name: str) -> bool:
         """Tell whether a preset says the same; it may set what another kind of tuner does not need."""
         settings = PRESETS[self.preset].settings if self.preset is not None else {}
-        return name in settings and checked_fields(TrainConfig, {name: settings[name]})[name] == getattr(self, name)
+        return name in settings and checked_settings({name: settings[name]})[name] == current_settings()[name].of(self)
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -319,22 +254,72 @@ class TrainConfig(DataConfig):
     def recorded(self) -> dict[str, Any]:
         """Return the settings that the tuner's file records, as plain JSON values.
 
-        Left out are the settings of the kinds of tuner that are not trained, and paths, which say more about a
-        person's machine than about the tuner.
+        Their names are flat and never change, so that files and checkpoints of before are read. Left out are the
+        settings of the kinds of tuner that are not trained, and paths, which say more about a person's machine than
+        about the tuner.
         """
-        paths = {
-            "data",
-            "mask_data",
-            "output",
-            "control_data",
-            "class_data",
-            "feature_bank_dir",
-            "sweep",
-            "resume",
-            "cpu",
+        settings = self.model_dump(mode="json")
+        recorded: dict[str, Any] = {
+            info.record: reduce(getitem, info.place, settings)
+            for info in _record_order()
+            if info.record is not None and info.name not in self.untrained and info.place[0] in settings
         }
-        settings = self.model_dump(mode="json", exclude=paths | set(self.untrained))
-        del settings["validation"]["control_images"]
+        validation = settings["validation"]
+        recorded["validation"] = {info.record: validation[name] for name, info in _VALIDATION.items() if info.record}
         if Path(self.base).exists():
-            settings["base"] = Path(self.base).resolve().name
-        return settings
+            recorded["base"] = Path(self.base).resolve().name
+        return recorded
+
+
+@cache
+def _settings_of(model: type[TrainConfig]) -> Mapping[str, SettingInfo]:
+    # The features of the batches that a part which writes at `out` alone learns from do not depend on it.
+    families: dict[str, Affects] = {
+        name: "tuner" if field.annotation.writes_at_out_alone else "batches"
+        for name, field in model.model_fields.items()
+        if isinstance(field.annotation, type) and issubclass(field.annotation, PartConfig)
+    }
+    return all_settings(model, {"tuner": "batches", **families})
+
+
+SETTINGS = _settings_of(TrainConfig)
+"""Settings by flat name; a field that does not say what it affects is an error here."""
+
+
+def current_settings() -> Mapping[str, SettingInfo]:
+    """Return `SETTINGS` and those of the registered tuner families of other packages."""
+    return _settings_of(with_families(TrainConfig))
+
+
+_VALIDATION = all_settings(ValidationConfig)
+# Files of before record these in front of others than their group does now.
+_RECORDED_BEFORE = {"gradient_checkpointing": "feature_cache", "drop_encoders": "seed"}
+
+
+def _record_order() -> list[SettingInfo]:
+    settings = current_settings()
+    order = list(settings)
+    for name, follower in _RECORDED_BEFORE.items():
+        order.remove(name)
+        order.insert(order.index(follower), name)
+    return [settings[name] for name in order]
+
+
+def checked_settings(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Check settings by flat name, each on its own, and return them in the types of `TrainConfig`.
+
+    Raises:
+        RefusedSetting: for the first that is not allowed.
+    """
+    return checked_fields({name: current_settings()[name].field for name in values}, values)
+
+
+def current_names(recorded: Mapping[str, Any]) -> dict[str, Any]:
+    """Return recorded settings, of this or another release, under the flat names that settings have now."""
+    names = {info.record: info.name for info in current_settings().values() if info.record is not None}
+    of_validation = {info.record: info.name for info in _VALIDATION.values() if info.record is not None}
+    result = {names.get(name, name): value for name, value in recorded.items()}
+    validation = result.get("validation")
+    if isinstance(validation, Mapping):
+        result["validation"] = {of_validation.get(name, name): value for name, value in validation.items()}
+    return result

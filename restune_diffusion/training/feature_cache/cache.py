@@ -68,9 +68,9 @@ class FeatureCache:
         needed, free = sum(map(self.layout.bytes_of, self.missing())), self._free()
         if needed > free:
             raise TrainingError(
-                f"The feature bank needs {readable_size(needed)} more in {self.folder.parent}, where "
-                f"{readable_size(free)} are free; lower --feature-bank (now {self.layout.draws}), or name a folder "
-                f"on another disk by --feature-bank-dir."
+                f"The feature cache needs {readable_size(needed)} more in {self.folder.parent}, where "
+                f"{readable_size(free)} are free; lower --feature-cache (now {self.layout.draws}), or name a folder "
+                f"on another disk by --feature-cache-dir."
             )
 
     def build(
@@ -124,7 +124,7 @@ class FeatureCache:
             if not bool(value.isfinite().all()):
                 raise TrainingError(
                     f"The base's feature at {name} is beyond the range of {self.layout.dtype}; "
-                    f"choose another --feature-bank-dtype, bf16 or fp32."
+                    f"choose another --feature-cache-dtype, bf16 or fp32."
                 )
         with atomic_write(self.folder / shard.name) as file:
             file.write(save(tensors))

@@ -1,4 +1,4 @@
-"""Which file of a feature bank holds what, and how large it is: known before anything is computed."""
+"""Which file of a feature cache holds what, and how large it is: known before anything is computed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Give training runs their feature bank: build what is missing, then feed the runs from it."""
+"""Give training runs their feature cache: build what is missing, then feed the runs from it."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ...backbones import describe_base
+from ..config.feature_cache import FeatureCacheConfig
 from ..config.shared_settings import batch_settings
-from ..config.train_config import TrainConfig
 from ..latents.batches import Batches
 from ..latents.cache import Cache
 from ..state import TrainState
@@ -22,17 +22,11 @@ from .shared_pass import features_of, tapped_by
 from .tap_features import TapFeatures
 
 _FORMAT = 1
-# The batches of a run may differ in these, and the bank is the same.
-_OF_THE_ORDER = {"base", "prompt", "batch_size", "gradient_accumulation_steps"}
 
 
-def cached_feature_sampler(config: TrainConfig, cache: Cache) -> CachedFeatureSampler | None:
-    """Return the stream of a run that trains from a bank."""
-    return (
-        None
-        if config.feature_bank is None
-        else CachedFeatureSampler(len(cache.shown), config.seed, config.feature_bank)
-    )
+def cached_feature_sampler(config: FeatureCacheConfig, cache: Cache, seed: int) -> CachedFeatureSampler | None:
+    """Return the sampler of a run that trains from a feature cache."""
+    return None if config.draws is None else CachedFeatureSampler(len(cache.shown), seed, config.draws)
 
 
 def hash_of_models(pipeline: Any) -> str:
@@ -54,7 +48,7 @@ def use_feature_cache(runs: Sequence[TrainState], models: str | None, verbose: b
     """
     run = runs[0]
     config, accelerator, batches = run.config, run.accelerator, run.batches
-    stream = cached_feature_sampler(config, run.cache)
+    stream = cached_feature_sampler(config.feature_cache, run.cache, config.seed)
     assert stream is not None
     assert isinstance(batches, Batches)
     feature_cache = _open_feature_cache(run, tapped_by(runs), models)
@@ -77,10 +71,9 @@ def _open_feature_cache(run: TrainState, taps: set[str], models: str | None) -> 
     config = run.config
     latents = [run.cache.latents[views[0]].mean for views in run.cache.shown]
     sizes = [(latent.shape[-2], latent.shape[-1]) for latent in latents]
-    assert config.feature_bank is not None
-    layout = BankLayout.of(
-        describe_base(run.pipeline.unet), taps, sizes, config.feature_bank, config.feature_bank_dtype
-    )
+    draws = config.feature_cache.draws
+    assert draws is not None
+    layout = BankLayout.of(describe_base(run.pipeline.unet), taps, sizes, draws, config.feature_cache.dtype)
     noise_levels = run.objective.noise_scheduler.alphas_cumprod.numpy().tobytes()
     identity = {
         "format": _FORMAT,
@@ -89,9 +82,9 @@ def _open_feature_cache(run: TrainState, taps: set[str], models: str | None) -> 
         "resolution": run.resolution,
         "noise levels": hashlib.sha256(noise_levels).hexdigest(),
         "taps": layout.taps,
-        "settings": {key: value for key, value in batch_settings(config).items() if key not in _OF_THE_ORDER},
+        "settings": batch_settings(config, order=False),
     }
-    return FeatureCache(config.feature_bank_dir or config.output / "feature-bank", layout, identity)
+    return FeatureCache(config.feature_cache_folder, layout, identity)
 
 
 def _complete(

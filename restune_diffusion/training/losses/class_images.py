@@ -72,15 +72,15 @@ def class_examples(
         DataError: if the folder's images were drawn for something else, or it lies among the training images.
         TunerFileError: if an image cannot be written.
     """
-    folder = config.class_data or config.output / "class-images"
-    _check_apart(folder, config.data)
+    folder = config.preservation.class_data or config.output / "class-images"
+    _check_apart(folder, config.data.folder)
     recipe, kept = _recipe(config, resolution), _kept_recipe(folder)
     if kept is not None:
         _check_same(folder, kept, recipe)
         # Whatever drew the first images draws the rest.
         recipe = kept
     own = _own_images(folder, kept is not None)
-    wanted = config.num_class_images or (len(own) if own else DEFAULT_COUNT)
+    wanted = config.preservation.num_class_images or (len(own) if own else DEFAULT_COUNT)
     numbers = range(max(0, wanted - len(own)))
     if numbers:
         _draw_missing(folder, recipe, numbers, accelerator, pipeline, verbose)
@@ -114,15 +114,15 @@ def _draw_missing(
 
 
 def _recipe(config: TrainConfig, resolution: int) -> Recipe:
-    assert config.class_prompt is not None
+    assert config.preservation.class_prompt is not None
     return Recipe(
         base=config.recorded()["base"],
-        prompt=config.class_prompt,
+        prompt=config.preservation.class_prompt,
         resolution=resolution,
         seed=config.seed,
         steps=config.validation.steps,
         guidance=config.validation.guidance,
-        prediction_type=config.prediction_type,
+        prediction_type=config.loss.prediction_type,
     )
 
 

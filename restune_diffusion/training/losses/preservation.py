@@ -107,11 +107,11 @@ def know_class(
     Raises:
         DataError: if the class images cannot be used.
     """
-    if config.preservation == "prior":
+    if config.preservation.method == "prior":
         examples = class_examples(config, accelerator, pipeline, resolution, verbose=verbose)
         return build_cache(pipeline, load_samples(examples, resolution), is_inpainting(pipeline))
-    if config.preservation == "output" and config.class_prompt is not None:
-        return encode_caption(pipeline, config.class_prompt)
+    if config.preservation.method == "output" and config.preservation.class_prompt is not None:
+        return encode_caption(pipeline, config.preservation.class_prompt)
     return None
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from ...tuners.tuner import Tuner
-from ..config.train_config import TrainConfig
+from ..config.optimizer import OptimizerConfig
 
 
-def parameter_groups(config: TrainConfig, tuner: Tuner) -> list[dict[str, Any]]:
+def parameter_groups(config: OptimizerConfig, tuner: Tuner) -> list[dict[str, Any]]:
     """Split a tuner's parameters for an optimizer; parts on text encoders may have a learning rate of their own."""
     text = [parameter for part in tuner.parts() if part.text_encoders for parameter in part.parameters()]
     others = [parameter for part in tuner.parts() if not part.text_encoders for parameter in part.parameters()]

@@ -16,7 +16,7 @@ from ...utils.atomic_write import atomic_write
 from ...utils.settings_merge import flat
 from ..callbacks.metrics_file import Series
 from ..config.config_file import recorded_yaml
-from ..config.train_config import TrainConfig
+from ..config.train_config import TrainConfig, current_names
 from .curves import import_matplotlib, plain, raw_and_smooth, several, smoothing_window
 from .images import chosen_steps, data_url
 from .run_folder import RunFolder, read_run_folder
@@ -154,7 +154,7 @@ def _charts(config: TrainConfig, series: Mapping[str, Series]) -> list[Chart]:
     if rate := series.get("learning_rate"):
         charts.append(Chart("Learning rate", Markup(plain(rate, "learning rate by step"))))
     if norm := series.get("grad_norm"):
-        note = f"Before clipping to {config.max_grad_norm:g}."
+        note = f"Before clipping to {config.optimizer.max_grad_norm:g}."
         charts.append(Chart("Gradient norm", Markup(raw_and_smooth(norm, "gradient norm by step")), note))
     for name, each in series.items():
         if name not in _PLACED and not name.startswith(_BAND):
@@ -176,10 +176,10 @@ def _bands(series: Mapping[str, Series]) -> dict[str, Series]:
 def _changed_settings(config: TrainConfig) -> list[tuple[str, str]]:
     """Return the settings that differ from the defaults, without the paths of this machine."""
     plain_config = TrainConfig(base="", data=Path(), output=Path(), tuner=config.tuner)
-    usual = dict(flat(plain_config.recorded())) if config.kinds == plain_config.kinds else {}
+    usual = dict(flat(current_names(plain_config.recorded()))) if config.kinds == plain_config.kinds else {}
     return [
         (name, _shown(value))
-        for name, value in flat(config.recorded())
+        for name, value in flat(current_names(config.recorded()))
         # The constant by which a part's settings are told apart is no setting.
         if not name.endswith(".part") and value != usual.get(name, math.nan)
     ]

@@ -11,13 +11,13 @@ from ..losses.objective import scheduler_changes
 
 def example_prompt(config: TrainConfig, captions: list[str]) -> str:
     """Return a prompt that fits the tuner: of the validation, else a caption that was trained."""
-    choices = [*config.validation.prompts, config.prompt, *captions, "a picture"]
+    choices = [*config.validation.prompts, config.data.prompt, *captions, "a picture"]
     return next(choice for choice in choices if choice)
 
 
 def python_example(config: TrainConfig, tuner: Path, prompt: str) -> str:
     """Return Python that draws the prompt."""
-    changes = scheduler_changes(config.prediction_type, config.rescale_betas_zero_snr)
+    changes = scheduler_changes(config.loss.prediction_type, config.loss.rescale_betas_zero_snr)
     conditions = config.conditioned.conditions if config.conditioned else ()
     control_images = ", ".join(f"{name!r}: Image.open({f'{name}.png'!r})" for name in conditions)
     lines = [
@@ -41,7 +41,7 @@ def python_example(config: TrainConfig, tuner: Path, prompt: str) -> str:
 
 def command_example(config: TrainConfig, tuner: Path, prompt: str) -> str | None:
     """Return the command that draws the prompt; None where a scheduler is needed that it cannot be told."""
-    if scheduler_changes(config.prediction_type, config.rescale_betas_zero_snr):
+    if scheduler_changes(config.loss.prediction_type, config.loss.rescale_betas_zero_snr):
         return None
     words = ["restune", "generate", "--base", config.base, "--tuner", str(tuner), "--prompt", prompt]
     if config.conditioned:

@@ -13,24 +13,12 @@ from typing import Any
 from pydantic import ValidationError
 
 from ...utils.errors import TrainingError
-from ..config.shared_settings import OF_THE_TUNER
-from ..config.train_config import TrainConfig
+from ...utils.setting_groups import first_refused_setting
+from ..config.shared_settings import SWEPT
+from ..config.train_config import SETTINGS, TrainConfig
 
 SHORT_NAMES = {"lr": "learning_rate"}
-# They change the batches, and tuners that differ in them have no pass of the base in common.
-_OF_THE_BATCHES = {
-    "seed",
-    "batch_size",
-    "caption_dropout",
-    "noise_offset",
-    "input_perturbation",
-    "timestep_sampling",
-    "logit_mean",
-    "logit_std",
-    "min_timestep",
-    "max_timestep",
-}
-_SWEPT = sorted((OF_THE_TUNER | _OF_THE_BATCHES) - {"bypass"})
+_SWEPT = sorted(SWEPT)
 
 
 @dataclass(frozen=True)
@@ -87,7 +75,7 @@ def _path(config: TrainConfig, name: str) -> list[str]:
     """Find the setting that a name means."""
     full = SHORT_NAMES.get(name, name)
     if full in _SWEPT:
-        return [full]
+        return list(SETTINGS[full].place)
     of_parts = [f"{kind}.{setting}" for kind, setting in _part_settings(config)]
     if full in of_parts:
         return full.split(".")
@@ -96,7 +84,7 @@ def _path(config: TrainConfig, name: str) -> list[str]:
         return found[0].split(".")
     if found:
         raise TrainingError(f"The sweep's {name} may be {' or '.join(found)}; write which.")
-    if full in TrainConfig.model_fields:
+    if full in SETTINGS:
         raise TrainingError(
             f"The tuners of a sweep share a base and its encoded images, so {name} cannot differ among them; "
             f"train with another {name} by a command of its own."
@@ -124,12 +112,13 @@ def _variant(config: TrainConfig, paths: list[list[str]], settings: dict[str, st
         place[path[-1]] = _value(text, place[path[-1]])
     name = f"{config.name}-{label}"
     values |= {"name": name, "output": config.output / name, "sweep": None}
-    values["feature_bank_dir"] = config.feature_bank_dir or config.output / "feature-bank"
+    values["feature_cache"]["folder"] = config.feature_cache_folder
     try:
         return Variant(TrainConfig.model_validate(values), settings)
     except ValidationError as error:
         first = error.errors()[0]
-        reason = " ".join([".".join(map(str, first["loc"])), first["msg"].removeprefix("Value error, ")]).strip()
+        where = ".".join(map(str, first_refused_setting(TrainConfig, error).place))
+        reason = " ".join([where, first["msg"].removeprefix("Value error, ")]).strip()
         raise TrainingError(f"The tuner {name} of the sweep is refused: {reason}.") from error
 
 

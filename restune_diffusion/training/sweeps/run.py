@@ -120,7 +120,7 @@ def _grouped(members: Sequence[_Member]) -> list[list[_Member]]:
         config = member.run.config
         alone = f"#{number}"
         # What preserves a class asks the base with the tuner at other prompts, in passes of its own.
-        together = config.learns_from_features and config.preservation == "none"
+        together = config.learns_from_features and config.preservation.method == "none"
         key = json.dumps(batch_settings(config)) if together else alone
         groups.setdefault(key, []).append(member)
     return list(groups.values())
@@ -140,7 +140,7 @@ def _advance(bar: Any, name: str, report: StepReport) -> None:
 
 def _train_group(group: Sequence[_Member], inputs: TrainingInputs, stop: StopRequest, verbose: bool) -> None:
     runs = [member.run for member in group]
-    if runs[0].config.feature_bank is not None:
+    if runs[0].config.feature_cache.draws is not None:
         use_feature_cache(runs, inputs.models, verbose)
     elif len(runs) > 1:
         share_passes(runs)

@@ -22,7 +22,7 @@ def test_two_processes_train_as_one_with_twice_the_batch(
     flags = [f"--{key.replace('_', '-')}={value}" for key, value in settings.items()]
     process = script(
         "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", SCRIPT, "--base", shared.base,
-        "--data", shared.data, "--output", shared.output, "--batch-size=1", "--cpu", *flags,
+        "--data", shared.data.folder, "--output", shared.output, "--batch-size=1", "--cpu", *flags,
     )  # fmt: skip
     output, errors = process.communicate(timeout=300)
     assert process.returncode == 0, errors
@@ -44,7 +44,7 @@ def test_the_script_runs_under_accelerate_launch(
     here = train(settings, verbose=False)
     process = script(
         "-m", "accelerate.commands.launch", "--cpu", "--num_processes=1", "--num_machines=1", "--mixed_precision=no",
-        "--dynamo_backend=no", SCRIPT, "--base", settings.base, "--data", settings.data,
+        "--dynamo_backend=no", SCRIPT, "--base", settings.base, "--data", settings.data.folder,
         "--output", tmp_path / "there", "--steps=2", "--batch-size=2", "--learning-rate=1e-3", "--checkpoint-every=0",
     )  # fmt: skip
     _, errors = process.communicate(timeout=300)

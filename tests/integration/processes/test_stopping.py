@@ -43,8 +43,8 @@ sys.exit(run_guarded(lambda: train(config, on_progress=hang, verbose=False, stop
 
 
 def flags(config: TrainConfig, **more: Any) -> list[str | Path]:
-    settings = {"learning_rate": config.learning_rate, "checkpoint_every": config.checkpoint_every, **more}
-    return ["--base", config.base, "--data", config.data, "--output", config.output, "--cpu",
+    settings = {"learning_rate": config.optimizer.learning_rate, "checkpoint_every": config.checkpoints.every, **more}
+    return ["--base", config.base, "--data", config.data.folder, "--output", config.output, "--cpu",
             *(f"--{name.replace('_', '-')}={value}" for name, value in settings.items())]  # fmt: skip
 
 

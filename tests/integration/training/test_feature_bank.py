@@ -36,7 +36,7 @@ def bypass(config: MakeConfig) -> MakeConfig:
     """Configs of runs that train a small bypass from a bank in fp32."""
 
     def make(**changes: Any) -> TrainConfig:
-        settings: dict[str, Any] = {"tuner": "bypass", "feature_bank": 3, "feature_bank_dtype": "fp32"}
+        settings: dict[str, Any] = {"tuner": "bypass", "feature_cache": 3, "feature_cache_dtype": "fp32"}
         return config(**{**settings, **changes})
 
     return make
@@ -53,7 +53,7 @@ def shards(folder: Path) -> list[Path]:
 
 
 def bank_of(config: TrainConfig) -> Path:
-    (folder,) = (config.output / "feature-bank").iterdir()
+    (folder,) = (config.output / "feature-cache").iterdir()
     return folder
 
 
@@ -64,13 +64,13 @@ def test_features_from_the_bank_are_the_ones_that_a_pass_makes(
 ) -> None:
     # 5 draws: a full file and one that is not
     changes = {"caption_dropout": 0.4, "noise_offset": 0.1, "bypass": BypassConfig(taps=("*",))}
-    settings = bypass(feature_bank=5, feature_bank_dtype=dtype, **changes)
+    settings = bypass(feature_cache=5, feature_cache_dtype=dtype, **changes)
     pipeline = make_pipeline()
     for run, models in prepared_run(settings, pipeline):
         batches = run.batches
         assert isinstance(batches, Batches)
         feature_cache = use_feature_cache([run], models, verbose=False)
-        stream = cached_feature_sampler(settings, run.cache)
+        stream = cached_feature_sampler(settings.feature_cache, run.cache, settings.seed)
         for first, count in ((0, 4), (4, 1)):
             draws = [stream.draw(2, first + number) for number in range(count)]
             batch = batches.of(draws)
@@ -100,7 +100,7 @@ def test_training_from_a_bank_is_training_on_the_same_draws(
     bypass: MakeConfig, tmp_path: Path, changes: dict[str, Any]
 ) -> None:
     # 8 steps of 2 of 6 images: some are drawn more often than there are draws of them
-    settings = {"steps": 8, "feature_bank": 2, **changes}
+    settings = {"steps": 8, "feature_cache": 2, **changes}
     pipeline = sd_pipeline()
     banked = train(bypass(**settings), pipeline=pipeline, verbose=False)
     plain = bypass(output=tmp_path / "plain", **settings)
@@ -120,12 +120,12 @@ def test_training_from_a_bank_is_training_on_the_same_draws(
 
 
 def acting_on_base(run: TrainState) -> Any:
-    run.config = run.config.model_copy(update={"feature_bank": None})
+    run.config = run.config.model_copy(update={"feature_cache": None})
     return acting(run)
 
 
 def test_a_bank_of_one_draw_repeats_it(bypass: MakeConfig) -> None:
-    settings = bypass(feature_bank=1, batch_size=6)
+    settings = bypass(feature_cache=1, batch_size=6)
     for run, models in prepared_run(settings, sd_pipeline()):
         use_feature_cache([run], models, verbose=False)
         noises = [run.batches[number].noise for number in range(3)]
@@ -158,7 +158,7 @@ def test_the_base_never_runs_while_training(bypass: MakeConfig) -> None:
 
 
 def test_the_predicted_size_is_the_real_one(bypass: MakeConfig) -> None:
-    settings = bypass(feature_bank=5, feature_bank_dtype="fp16")
+    settings = bypass(feature_cache=5, feature_cache_dtype="fp16")
     for run, models in prepared_run(settings, sd_pipeline()):
         feature_cache = use_feature_cache([run], models, verbose=False)
     files = shards(settings.output)
@@ -175,7 +175,7 @@ def test_the_size_is_said_before_anything_is_computed(
 ) -> None:
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(2**40, 2**40, 2**20))
-    settings = bypass(feature_bank=200)
+    settings = bypass(feature_cache=200)
     with pytest.raises(TrainingError, match=r"needs \d+\.\d MiB more in .*, where 1\.0 MiB are free; lower --feature"):
         train(settings, pipeline=sd_pipeline())
     assert "6 images x 200 draws in fp32 = " in capsys.readouterr().out
@@ -184,7 +184,7 @@ def test_the_size_is_said_before_anything_is_computed(
 
 def test_an_interrupted_bank_goes_on(bypass: MakeConfig, tmp_path: Path) -> None:
     pipeline = sd_pipeline()
-    settings = bypass(feature_bank=5)
+    settings = bypass(feature_cache=5)
     passes: list[int] = []
 
     def dying(module: Any, args: Any, output: Any) -> None:
@@ -203,7 +203,7 @@ def test_an_interrupted_bank_goes_on(bypass: MakeConfig, tmp_path: Path) -> None
     went_on = train(settings, pipeline=pipeline, verbose=False)
     assert len(passes) == 8 + 5 + 1
     handle.remove()
-    whole = train(bypass(feature_bank=5, output=tmp_path / "whole"), pipeline=pipeline, verbose=False)
+    whole = train(bypass(feature_cache=5, output=tmp_path / "whole"), pipeline=pipeline, verbose=False)
     assert_same(went_on.path, whole.path)
     ours, theirs = bank_of(settings), bank_of(bypass(output=tmp_path / "whole"))
     assert [file.read_bytes() for file in shards(ours)] == [file.read_bytes() for file in shards(theirs)]
@@ -211,7 +211,7 @@ def test_an_interrupted_bank_goes_on(bypass: MakeConfig, tmp_path: Path) -> None
 
 
 def test_shares_are_disjoint_and_complete(bypass: MakeConfig, tmp_path: Path) -> None:
-    for run, models in prepared_run(bypass(feature_bank=5), sd_pipeline()):
+    for run, models in prepared_run(bypass(feature_cache=5), sd_pipeline()):
         feature_cache = use_feature_cache([run], models, verbose=False)
     made: list[str] = []
     shared = FeatureCache(tmp_path, feature_cache.layout, {"of": "nothing"})
@@ -241,18 +241,18 @@ def test_a_bank_serves_runs_that_draw_the_same_and_no_others(bypass: MakeConfig,
 
     def made(**changes: Any) -> int:
         passes.clear()
-        settings = {"feature_bank_dir": folder, "output": tmp_path / str(next(number)), "steps": 1, **changes}
+        settings = {"feature_cache_dir": folder, "output": tmp_path / str(next(number)), "steps": 1, **changes}
         train(bypass(**settings), pipeline=pipeline, verbose=False)
         return len(passes)
 
     assert made() == 6
     assert made(learning_rate=1e-4, bypass={"ratio": 0.5}, batch_size=3, optimizer="adafactor", steps=2) == 0
     assert made(seed=1) == 6
-    assert made(feature_bank=2) == 6
+    assert made(feature_cache=2) == 6
     assert made(min_timestep=500) == 6
     assert made(caption_dropout=0.5) == 6
     assert made(bypass={"taps": ("up.*",)}) == 6
-    assert made(feature_bank_dtype="fp16") == 6
+    assert made(feature_cache_dtype="fp16") == 6
     assert made(data=write_images(tmp_path / "other", ["red", "pink"])) == 2
     with torch.no_grad():
         pipeline.vae.encoder.conv_in.weight[0, 0, 0, 0] += 1e-3
@@ -292,12 +292,12 @@ def test_features_beyond_the_range_of_fp16_are_refused(bypass: MakeConfig) -> No
     with torch.no_grad():
         pipeline.unet.conv_in.weight *= 1e6
     with pytest.raises(TrainingError, match=r"feature at skip\.0 is beyond the range of fp16; choose another"):
-        train(bypass(feature_bank_dtype="fp16"), pipeline=pipeline, verbose=False)
+        train(bypass(feature_cache_dtype="fp16"), pipeline=pipeline, verbose=False)
 
 
 @pytest.mark.parametrize("tuner", ["skip", ("bypass", "text"), ("skip", "bypass")])
 def test_a_bank_is_for_a_bypass_alone(bypass: MakeConfig, tuner: Any) -> None:
-    with pytest.raises(ValueError, match="a feature bank is for a tuner of a bypass part alone"):
+    with pytest.raises(ValueError, match="a feature cache is for a tuner of a bypass part alone"):
         bypass(tuner=tuner, **({"text": {"rank": 2}} if "text" in tuner else {}))
 
 
@@ -308,12 +308,12 @@ def test_a_resumed_run_equals_the_uninterrupted_one(bypass: MakeConfig, tmp_path
     assert len(resumed.losses) == 5
     whole = train(bypass(output=tmp_path / "whole", steps=8), pipeline=pipeline, verbose=False)
     assert_same(resumed.path, whole.path)
-    with pytest.raises(TrainingError, match="feature_bank = 4, because it was made with 3"):
-        train(bypass(steps=9, feature_bank=4, resume=True), pipeline=pipeline, verbose=False)
+    with pytest.raises(TrainingError, match="feature_cache = 4, because it was made with 3"):
+        train(bypass(steps=9, feature_cache=4, resume=True), pipeline=pipeline, verbose=False)
 
 
 def test_a_file_of_another_shape_is_not_taken_for_ours(bypass: MakeConfig) -> None:
-    settings = bypass(feature_bank=1, steps=1)
+    settings = bypass(feature_cache=1, steps=1)
     pipeline = sd_pipeline()
     train(settings, pipeline=pipeline, verbose=False)
     file = shards(bank_of(settings))[0]
@@ -330,9 +330,9 @@ def test_two_processes_build_one_bank_and_train_as_one(
     shared = bypass(output=tmp_path / "two")
     process = script(
         "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", SCRIPT, "--base", shared.base,
-        "--data", shared.data, "--output", shared.output, "--batch-size=1", "--cpu", "--steps=3",
-        "--learning-rate=1e-3", "--checkpoint-every=0", "--tuner", "bypass", "--feature-bank=3",
-        "--feature-bank-dtype=fp32",
+        "--data", shared.data.folder, "--output", shared.output, "--batch-size=1", "--cpu", "--steps=3",
+        "--learning-rate=1e-3", "--checkpoint-every=0", "--tuner", "bypass", "--feature-cache=3",
+        "--feature-cache-dtype=fp32",
     )  # fmt: skip
     output, errors = process.communicate(timeout=300)
     assert process.returncode == 0, errors

@@ -167,7 +167,7 @@ def test_a_checkpoint_from_disk_trains_and_its_tuner_acts_where_it_can_be_used(
     pipe = load_base(settings.base, torch.float32)
     assert isinstance(pipe, RestuneStableDiffusionInpaintPipeline)
     pipe.set_progress_bar_config(disable=True)
-    samples = load_samples(find_examples(settings.data), 16)
+    samples = load_samples(find_examples(settings.data.folder), 16)
     (first, second) = validation_inputs(build_cache(pipe, samples, keep_pictures=True).pictures, 2, 0)
 
     def draw(inputs: dict[str, Image.Image], prompt: str) -> Image.Image:

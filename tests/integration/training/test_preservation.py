@@ -249,7 +249,7 @@ def test_two_processes_share_the_drawing_and_train_as_one(
     two = tmp_path / "two"
     process = script(
         "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", ROOT / "train" / "train_dreambooth.py",
-        "--base", one.base, "--data", one.data, "--output", two, "--instance_prompt", "sks disc",
+        "--base", one.base, "--data", one.data.folder, "--output", two, "--instance_prompt", "sks disc",
         "--class_prompt", "a disc", "--with_prior_preservation", "--num_class_images=3", "--train_batch_size=1",
         "--max_train_steps=2", "--learning-rate=1e-3", "--checkpoint-every=0", "--validation.steps=2", "--cpu",
     )  # fmt: skip
@@ -274,7 +274,7 @@ def test_two_processes_share_the_drawing_and_train_as_one(
         ({"preservation": "output", "class_prompt": " "}, "give --class-prompt"),
         ({"preservation": "prior", "class_prompt": None}, "give --class-prompt"),
         ({"preservation": "prior", "tuner": "control"}, "choose output preservation"),
-        ({"tuner": "control", "validation": {"leak_prompts": ("a disc",)}}, "no leak can be told"),
+        ({"tuner": "control", "validation": {"drift_prompts": ("a disc",)}}, "no drift can be measured"),
         ({"tuner": ("skip", "text"), "text": TEXT, "class_prompt": "a <zorp>"}, "has the subject's own word"),
     ],
 )

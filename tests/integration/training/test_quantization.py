@@ -145,7 +145,7 @@ def test_the_hash_of_a_quantised_base_tells_its_weights(quantized: Any) -> None:
 
 @pytest.mark.usefixtures("torchao")
 def test_a_bypass_trains_from_the_features_of_a_quantised_base(config: MakeConfig, tmp_path: Path) -> None:
-    common = {"tuner": "bypass", "feature_bank": 1, "feature_bank_dir": tmp_path / "banks", "steps": 2}
+    common = {"tuner": "bypass", "feature_cache": 1, "feature_cache_dir": tmp_path / "banks", "steps": 2}
     plain = train(config(output=tmp_path / "plain", **common), verbose=False)
     quantised = train(config(output=tmp_path / "int8", base_quantization="int8", **common), verbose=False)
     assert len(list((tmp_path / "banks").iterdir())) == 2

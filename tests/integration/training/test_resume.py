@@ -44,7 +44,8 @@ def test_killed_and_resumed_training_equals_the_uninterrupted(
     killed = config(output=tmp_path / "killed", **settings)
     flags = [f"--{key.replace('_', '-')}={value}" for key, value in settings.items()]
     process = script(
-        ROOT / "train" / "train_style.py", "--base", killed.base, "--data", killed.data, "--output", killed.output,
+        ROOT / "train" / "train_style.py", "--base", killed.base, "--data", killed.data.folder,
+        "--output", killed.output,
         "--learning-rate=1e-3", "--cpu", *flags,
     )  # fmt: skip
     deadline = time.monotonic() + 300

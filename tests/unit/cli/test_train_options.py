@@ -44,7 +44,8 @@ def test_flags_win_over_the_file_and_the_file_over_the_preset(tmp_path: Path) ->
         config.batch_size == PRESETS["style"].settings["batch_size"] != TrainConfig.model_fields["batch_size"].default
     )
     other = parse("--output", "p", f"--config={path}", "--preset", "quality")
-    assert (other.preset, other.ema_decay, other.steps) == ("quality", PRESETS["quality"].settings["ema_decay"], 30)
+    assert (other.preset, other.steps) == ("quality", 30)
+    assert other.optimizer.ema_decay == PRESETS["quality"].settings["ema_decay"]
 
 
 def test_flags_and_file_say_the_same(tmp_path: Path) -> None:
@@ -107,7 +108,7 @@ def test_a_tuners_recorded_settings_train_it_again(restune: Restune, workplace: 
     path = tmp_path / "run.yaml"
     path.write_text(text)
     config = read_config(path, base=str(workplace / "base"), data=workplace / "images", output=tmp_path / "out")
-    assert (config.name, config.steps, config.learning_rate) == ("disc", 3, 0.1)
+    assert (config.name, config.steps, config.optimizer.learning_rate) == ("disc", 3, 0.1)
     code, _, errors = restune(
         "train", "--config", path, "--base", workplace / "base", "--data", workplace / "images",
         "--output", tmp_path / "out", "--cpu",

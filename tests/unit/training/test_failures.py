@@ -76,7 +76,7 @@ def test_a_full_disk_is_told_in_one_sentence_and_breaks_nothing(
     limit = len(tuner) + 4096 if file == "checkpoint" else len(tuner) - 4096
     every = "1" if file == "checkpoint" else "0"
     process = script(
-        "-c", SMALL_DISK, limit, "train", "--base", settings.base, "--data", settings.data,
+        "-c", SMALL_DISK, limit, "train", "--base", settings.base, "--data", settings.data.folder,
         "--output", settings.output, "--resume", "--cpu", "--steps=4", "--batch-size=2", "--learning-rate=1e-3",
         "--checkpoint-every", every,
     )  # fmt: skip

@@ -291,9 +291,9 @@ def test_it_is_a_group_of_a_configs_settings(config: MakeConfig, tmp_path: Path)
             read_config(path)
 
 
-def test_a_family_that_writes_at_out_alone_trains_from_a_feature_bank(config: MakeConfig) -> None:
+def test_a_family_that_writes_at_out_alone_trains_from_a_feature_cache(config: MakeConfig) -> None:
     with registered(HeadConfig, HeadPart):
-        settings = {"tuner": "head", "learning_rate": 0.01, "feature_bank_dtype": "fp32", "feature_bank": 2}
+        settings = {"tuner": "head", "learning_rate": 0.01, "feature_cache_dtype": "fp32", "feature_cache": 2}
         from_bank = load_tuner(train(config(**settings), verbose=False).path)
         swept = parse_sweep(config(**settings, sweep="bias=true,false"))
         assert [variant.config.parts[0] for variant in swept] == [HeadConfig(), HeadConfig(bias=False)]
@@ -304,8 +304,8 @@ def test_a_family_that_writes_at_out_alone_trains_from_a_feature_bank(config: Ma
         randomize(tuner)
         with torch.no_grad():
             assert torch.equal(predict_from_features(unet, tuner, features), predicted(tuner))
-    with registered(ScaleConfig, ScalePart), pytest.raises(ValidationError, match="a feature bank is for"):
-        config(tuner="scale", feature_bank=2)
+    with registered(ScaleConfig, ScalePart), pytest.raises(ValidationError, match="a feature cache is for"):
+        config(tuner="scale", feature_cache=2)
 
 
 def test_a_family_may_take_condition_images(config: MakeConfig) -> None:

@@ -78,7 +78,7 @@ def test_the_leak_is_the_drift_of_predictions(config: MakeConfig, changes: dict[
 def test_it_is_told_for_the_prompts_that_are_asked(
     config: MakeConfig, capsys: pytest.CaptureFixture[str], tmp_path: Any
 ) -> None:
-    settings = config(validation={"steps": 2, "leak_prompts": ("a ball", "a cat")}, drop_encoders=True)
+    settings = config(validation={"steps": 2, "drift_prompts": ("a ball", "a cat")}, drop_encoders=True)
     plain = train(config(output=tmp_path / "plain"), verbose=False)
     assert_same(train(settings).path, plain.path)
     shown = capsys.readouterr().out
@@ -86,7 +86,7 @@ def test_it_is_told_for_the_prompts_that_are_asked(
     assert "% at step 4 ('a ball' " in shown
     assert list(leaks(settings)) == [0, 4]
     assert not leaks(config(output=tmp_path / "plain")), "no class prompt, no leak"
-    none = config(class_prompt="a ball", validation={"leak_prompts": ()}, output=tmp_path / "none")
+    none = config(class_prompt="a ball", validation={"drift_prompts": ()}, output=tmp_path / "none")
     train(none, verbose=False)
     assert not leaks(none)
 

@@ -11,6 +11,7 @@ from restune_diffusion.storage.tuner_file import load_tuner, read_info
 from restune_diffusion.training import TrainConfig, ValidationConfig, read_config, train
 from restune_diffusion.training.config.config_file import config_yaml, given_settings
 from restune_diffusion.training.config.presets import PRESETS
+from restune_diffusion.training.config.train_config import SETTINGS
 from restune_diffusion.tuners.configs import TextConfig
 from restune_diffusion.utils.errors import SettingsError
 
@@ -95,7 +96,7 @@ def test_later_layers_win_name_by_name(tmp_path: Path) -> None:
     config = read_config(path, steps=7, validation={"every": 4})
     preset = PRESETS["low-memory"].settings
     assert (config.tuner, config.gradient_accumulation_steps) == ("bypass", preset["gradient_accumulation_steps"])
-    assert config.learning_rate == 5e-4 != preset["learning_rate"]
+    assert config.optimizer.learning_rate == 5e-4 != preset["learning_rate"]
     assert config.steps == 7 != preset["steps"]
     assert config.bypass.ratio == 0.5
     assert config.validation == ValidationConfig(prompts=("a",), every=4)
@@ -110,13 +111,13 @@ def test_a_preset_is_the_same_from_python_file_and_layers(name: Any, tmp_path: P
     assert TrainConfig(**given_settings(None, name, {"base": "b", "data": "d", "output": "o"})) == here
     assert TrainConfig(**here.model_dump()) == here, "applied twice it does nothing more"
     for key, value in PRESETS[name].settings.items():
-        own = getattr(here, key)
+        own = SETTINGS[key].of(here)
         assert (own.model_dump(include=set(value)) if isinstance(value, dict) else own) == value, key
 
 
 def test_settings_of_a_preset_for_a_part_that_is_not_trained_mean_nothing() -> None:
     config = TrainConfig(base="b", data=Path("d"), output=Path("o"), preset="subject", tuner="skip")
-    assert config.text_learning_rate == PRESETS["subject"].settings["text_learning_rate"]
+    assert config.optimizer.text_learning_rate == PRESETS["subject"].settings["text_learning_rate"]
     with pytest.raises(ValueError, match="no text part"):
         TrainConfig(base="b", data=Path("d"), output=Path("o"), preset="subject", tuner="skip", text_learning_rate=1)
 

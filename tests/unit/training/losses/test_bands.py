@@ -103,14 +103,14 @@ def test_bands_speed_and_memory_are_logged(config: MakeConfig, capsys: pytest.Ca
 
 
 def test_trackers_are_chosen_and_named_with_their_extra(config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert tracker_name(config()) == "tensorboard"
-    assert tracker_name(config(log_with="none")) is None
+    assert tracker_name("auto") == "tensorboard"
+    assert tracker_name("none") is None
     for module in ("tensorboard", "tensorboardX", "wandb"):
         monkeypatch.setitem(sys.modules, module, None)
-    assert tracker_name(config()) is None
+    assert tracker_name("auto") is None
     for name in ("tensorboard", "wandb"):
         with pytest.raises(TrainingError, match=rf"pip install 'restune-diffusion\[{name}\]'"):
-            tracker_name(config(log_with=name))
+            tracker_name(name)
 
 
 def test_no_log_but_the_metrics_is_written_where_none_is_asked_for(config: MakeConfig) -> None:
