@@ -9,6 +9,7 @@ from typing import Annotated, TypeAlias
 
 import tyro
 
+from ..utils.version import __version__
 from .convert import ConvertOptions
 from .data import DataOptions
 from .demo import DemoOptions
@@ -44,7 +45,11 @@ def main(args: Sequence[str] | None = None) -> None:
     Args:
         args: the arguments; those of the process by default.
     """
-    sys.exit(run_guarded(lambda: parse(sys.argv[1:] if args is None else args).run()))
+    given = sys.argv[1:] if args is None else args
+    if list(given) == ["--version"]:
+        print(f"restune-diffusion {__version__}")
+        sys.exit(0)
+    sys.exit(run_guarded(lambda: parse(given).run()))
 
 
 def parse(args: Sequence[str]) -> Command:
@@ -52,5 +57,8 @@ def parse(args: Sequence[str]) -> Command:
     if args[:1] == ["train"]:
         return parse_train_options(TRAIN_HELP, args[1:], prog="restune train")
     return tyro.cli(
-        Command, prog="restune", description="Customize Stable Diffusion with detachable tuners.", args=args
+        Command,
+        prog="restune",
+        description="Customize Stable Diffusion with detachable tuners. `restune --version` prints the version.",
+        args=args,
     )

@@ -3,6 +3,7 @@ import re
 import runpy
 import subprocess
 import sys
+import tomllib
 
 import pytest
 
@@ -22,6 +23,21 @@ def test_importing_the_package_imports_nothing_heavy():
     )
     out = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
     assert out.strip() == "[]"
+
+
+def test_the_version_has_one_source():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    source = (ROOT / project["tool"]["hatch"]["version"]["path"]).read_text()
+    assert project["project"]["dynamic"] == ["version"]
+    assert f'__version__ = "{restune_diffusion.__version__}"' in source
+    # Citations and changelogs would go stale beside it.
+    assert "\nversion:" not in (ROOT / "CITATION.cff").read_text()
+
+
+def test_python_m_runs_the_command_line():
+    command = [sys.executable, "-m", "restune_diffusion", "--version"]
+    out = subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT).stdout
+    assert out == f"restune-diffusion {restune_diffusion.__version__}\n"
 
 
 def test_no_module_opens_pickles():
