@@ -18,6 +18,7 @@ from restune_diffusion import (
     ControlConfig,
     RestuneError,
     SkipConfig,
+    TextConfig,
     Tuner,
     TunerManager,
     attach,
@@ -29,7 +30,8 @@ from restune_diffusion.backbones.site_names import match_sites
 from restune_diffusion.cli import main
 from restune_diffusion.storage.model_card import model_card
 from restune_diffusion.training import TrainConfig, read_config, train
-from restune_diffusion.training.config.config_file import config_yaml
+from restune_diffusion.training.config.config_file import config_yaml, given_settings
+from restune_diffusion.training.config.shared_settings import batch_settings
 from restune_diffusion.training.feature_cache.tap_features import predict_from_features, record_features
 from restune_diffusion.training.sweeps.grid import parse_sweep
 from restune_diffusion.tuners import (
@@ -37,6 +39,7 @@ from restune_diffusion.tuners import (
     Features,
     Part,
     PartConfig,
+    TextPart,
     init_zero,
     pointwise,
     register_tuner_family,
@@ -45,6 +48,7 @@ from restune_diffusion.tuners import (
 )
 from restune_diffusion.utils.errors import SettingsError
 
+from ... import tiny_training as tiny
 from ...conftest import make_inputs, make_unet, randomize
 
 MakeConfig = Callable[..., TrainConfig]
@@ -103,6 +107,12 @@ class HeadPart(Part):
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         init_zero(self.linear)
+
+
+class WordsConfig(TextConfig):
+    """New words, under the name of another family."""
+
+    part: Literal["words"] = "words"  # type: ignore[assignment]
 
 
 class SeenConfig(ConditionedConfig):
@@ -274,6 +284,7 @@ def test_it_is_a_group_of_a_configs_settings(config: MakeConfig, tmp_path: Path)
     path.write_text(config_yaml(both))
     assert "scale:\n  sites:\n  - skip.2\n" in path.read_text()
     assert read_config(path) == both
+    assert given_settings(path)["scale"] == ScaleConfig(sites=("skip.2",))
     swept = parse_sweep(config(tuner="scale", sweep="sites=skip.0,skip.1+skip.2"))
     assert [variant.config.parts[0] for variant in swept] == [
         ScaleConfig(sites=("skip.0",)),
@@ -298,6 +309,8 @@ def test_a_family_that_writes_at_out_alone_trains_from_a_feature_cache(config: M
         swept = parse_sweep(config(**settings, sweep="bias=true,false"))
         assert [variant.config.parts[0] for variant in swept] == [HeadConfig(), HeadConfig(bias=False)]
         assert all(bool(value.abs().sum() > 0) for value in from_bank.parameters())
+        with_bias, without = (batch_settings(variant.config) for variant in swept)
+        assert with_bias == without, "they can share passes of the base"
         unet = make_unet()
         features = record_features(unet, (), *make_inputs())
         tuner = Tuner.for_base(unet, HeadConfig())
@@ -306,6 +319,25 @@ def test_a_family_that_writes_at_out_alone_trains_from_a_feature_cache(config: M
             assert torch.equal(predict_from_features(unet, tuner, features), predicted(tuner))
     with registered(ScaleConfig, ScalePart), pytest.raises(ValidationError, match="a feature cache is for"):
         config(tuner="scale", feature_cache=2)
+
+
+def test_a_family_may_act_on_text_encoders(config: MakeConfig) -> None:
+    with registered(WordsConfig, TextPart):
+        words = {"tokens": ["<dog>"], "initializers": ["d"], "rank": 0}
+        settings = config(
+            tuner=("skip", "words"), words=words, caption_template="<dog> {caption}", text_learning_rate=0.5, steps=1
+        )
+        result = train(settings, verbose=False)
+        tuner = load_tuner(result.path)
+        start = Tuner.for_pipeline(tiny.sd_pipeline(), *settings.parts).get_parameter("words.text_encoder.token.0")
+        moved = (tuner.get_parameter("words.text_encoder.token.0") - start).abs().max().item()
+        # AdamW's first step is the learning rate, here that of the text, and not that of the skip tuner.
+        assert moved == pytest.approx(0.5, rel=0.02)
+        assert read_info(result.path).training["trigger_words"] == ["<dog>"]
+        with pytest.raises(ValidationError, match="drop_encoders"):
+            config(tuner="words", words=words, drop_encoders=True)
+        with pytest.raises(RestuneError, match="acts on text encoders, but got text and words; use one"):
+            Tuner.for_pipeline(tiny.sd_pipeline(), TextConfig(), WordsConfig())
 
 
 def test_a_family_may_take_condition_images(config: MakeConfig) -> None:

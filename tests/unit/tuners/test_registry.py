@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import runpy
 import subprocess
 import sys
 import textwrap
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pytest
+import torch
 from pydantic import ValidationError
 
 from restune_diffusion import (
@@ -26,16 +28,36 @@ from restune_diffusion import (
     save_tuner,
 )
 from restune_diffusion.tuners import (
+    Features,
     PartConfig,
     register_tuner_family,
     tuner_families,
     tuner_family,
+    unregister_tuner_family,
 )
 from restune_diffusion.tuners.configs import parts_from_json, parts_to_json
 from restune_diffusion.utils.errors import UnknownFamilyError
 
-from ...conftest import ROOT, make_unet
+from ...conftest import ROOT, make_unet, randomize
 from .test_families import MakeConfig, ScaleConfig, ScalePart, registered
+
+
+def test_the_family_of_the_guide_is_complete(tmp_path: Path) -> None:
+    """The code in CONTRIBUTING.md registers a family, and its equation is the one that it states."""
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").partition("## Add a tuner family")[2]
+    code = re.findall(r"```python\n(.+?)```", text, re.DOTALL)[0]
+    (tmp_path / "guided_family.py").write_text(code, encoding="utf-8")
+    try:
+        config = runpy.run_path(str(tmp_path / "guided_family.py"))["ScaleConfig"]
+        tuner = Tuner.for_base(make_unet(), config(sites=("skip.2",)))
+        (part,) = tuner.parts()
+        x = torch.randn(2, tuner.base.sites["skip.2"].channels, 3, 3)
+        assert torch.equal(part("skip.2", x, Features()), torch.zeros_like(x))
+        randomize(tuner)
+        (factors,) = tuner.parameters()
+        assert torch.equal(part("skip.2", x, Features()), factors.view(1, -1, 1, 1) * x)
+    finally:
+        unregister_tuner_family("scale")
 
 
 def test_a_file_with_an_unknown_part_names_the_remedy(tmp_path: Path) -> None:
