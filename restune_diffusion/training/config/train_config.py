@@ -8,7 +8,7 @@ from operator import getitem
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import ConfigDict, SerializeAsAny, model_validator
+from pydantic import model_validator
 
 from ...data.config import DataConfig
 from ...hooks.placeholder_tokens import contains_token
@@ -23,9 +23,9 @@ from ...utils.setting_groups import (
     open_groups,
     setting,
 )
-from ...utils.settings import Settings
 from ...utils.settings_merge import RefusedSetting, checked_fields, layered
 from .checkpoints import CheckpointsConfig
+from .family_fields import FamilyFields
 from .feature_cache import FeatureCacheConfig
 from .loss import LossConfig
 from .memory import MemoryConfig
@@ -38,13 +38,8 @@ from .tuner_settings import FamilyName, checked_families, with_families
 from .validation import ValidationConfig
 
 
-class TrainConfig(Settings):
+class TrainConfig(FamilyFields):
     """Everything that decides a training run. The defaults are the published SCEdit recipe."""
-
-    # Settings of the tuner families of other packages.
-    model_config = ConfigDict(extra="allow")
-    if not TYPE_CHECKING:  # mypy takes it for an argument
-        __pydantic_extra__: dict[str, SerializeAsAny[PartConfig]]
 
     data: DataConfig
     base: str = setting(affects="content")
