@@ -85,6 +85,6 @@ def _write(picture: Image.Image, path: Path) -> None:
 
     kind = pillow.registered_extensions().get(path.suffix.lower())
     if kind not in pillow.SAVE:
-        raise RestuneError(f"{path} has not the suffix of a picture; write to a .png or .jpg file.")
+        raise RestuneError(f"{path} is not an image file (unknown extension `{path.suffix}`); write to a .png or .jpg file.")
     with atomic_write(path) as file:
         picture.save(file, format=kind)

@@ -1,4 +1,4 @@
-"""The sizes that images are brought to: of one area, in several shapes."""
+"""Aspect ratio bucketing: training sizes of about one area in several shapes."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ Size: TypeAlias = tuple[int, int]
 
 
 class Buckets:
-    """Chooses the size of each image.
+    """Assignment of each image to a bucket size.
 
     Args:
-        sizes: the sizes, one at least.
-        grid: sides of the sizes that images get which are smaller than the one they would have, as multiples of this;
-            without it such images are enlarged.
-        max_aspect_ratio: longest of those.
+        sizes: bucket sizes; at least one.
+        grid: step in pixels for images smaller than their bucket. Such an image keeps its own size, floored to a
+            multiple of this step. Without it such images are enlarged to their bucket.
+        max_aspect_ratio: largest ratio of long to short side for images that keep their own size.
     """
 
     def __init__(self, sizes: Sequence[Size], grid: int | None = None, max_aspect_ratio: float = math.inf) -> None:
@@ -27,7 +27,7 @@ class Buckets:
         self._max_aspect_ratio = max_aspect_ratio
 
     def choose(self, original: Size) -> Size:
-        """Return the size for an image: that of the nearest shape, by the logarithm of width to height."""
+        """Return the bucket size nearest in shape to an image, by the logarithm of width over height."""
         width, height = original
         nearest = min(self.sizes, key=lambda size: abs(math.log(size[0] * height / (size[1] * width))))
         if self._grid is None or (width >= nearest[0] and height >= nearest[1]):
@@ -38,12 +38,12 @@ class Buckets:
 
 
 def bucket_sizes(resolution: int, step: int, max_aspect_ratio: float) -> list[Size]:
-    """List the sizes with sides in steps and at most the area of a square: for each width the highest, and turned.
+    """List the bucket sizes of at most the area of a square: for each width the largest height, in both orientations.
 
     Args:
-        resolution: side of the square, which is always among the sizes.
-        step: what sides are multiples of.
-        max_aspect_ratio: longest to shortest side, at most.
+        resolution: side of the square in pixels; the square itself is always in the list.
+        step: sides are multiples of this number of pixels.
+        max_aspect_ratio: largest ratio of long to short side.
     """
     sizes = {(resolution, resolution)}
     for width in range(step, int(resolution * math.sqrt(max_aspect_ratio)) + step, step):
@@ -54,7 +54,7 @@ def bucket_sizes(resolution: int, step: int, max_aspect_ratio: float) -> list[Si
 
 
 def bucket_step(pipeline: Any) -> int:
-    """Return the step of bucket sizes on a base: eight latent pixels, and what its U-Net halves evenly."""
+    """Return the step of bucket sizes for a base: a multiple of eight latent pixels that its U-Net halves evenly."""
     scale = pipeline.vae_scale_factor
     return math.lcm(8 * scale, scale * 2 ** (len(pipeline.unet.config.block_out_channels) - 1))
 

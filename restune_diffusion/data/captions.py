@@ -1,4 +1,4 @@
-"""Find the images of a folder and the caption of each."""
+"""Find the images of a folder and their captions."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ _REPEATED = re.compile(r"(\d{1,6})_(.*)")
 
 
 def read_examples(config: DataConfig, refused: list[Refused]) -> list[Example]:
-    """List what a config asks to train on, with the captions as they are trained.
+    """Return the training examples of a config, with the trigger word and template applied to their captions.
 
     Args:
-        config: where the data is, and what becomes of the captions.
-        refused: takes the files and rows that are left out.
+        config: settings of the data folder and the captions.
+        refused: list that receives the skipped files and rows.
 
     Raises:
-        DataError: if there is no such folder, its metadata cannot be read, or nothing in it can be used.
+        DataError: if the folder does not exist, its metadata cannot be read, or it has no usable image.
     """
     folder = config.folder
     if is_saved_dataset(folder):
@@ -43,17 +43,17 @@ def read_examples(config: DataConfig, refused: list[Refused]) -> list[Example]:
 
 
 def find_examples(folder: Path, prompt: str | None = None) -> list[Example]:
-    """List the images of a folder with their captions, in an order that does not depend on the file system.
+    """Return the images of a folder with their captions, sorted independently of the file system.
 
-    Where there is a `metadata.jsonl` or `metadata.csv`, its rows decide which images are used. Otherwise it is every
-    image in the folder and below, each with the caption in the `.txt` beside it.
+    The rows of `metadata.jsonl` or `metadata.csv` select the images if one of these files exists. Otherwise every
+    image in the folder and its subfolders is used, with the caption from the `.txt` file of the same name.
 
     Args:
-        folder: the folder.
-        prompt: caption of the images that have none of their own.
+        folder: folder of images.
+        prompt: caption of the images without a caption of their own.
 
     Raises:
-        DataError: if the folder has no images, an image has no caption, or the metadata has a fault.
+        DataError: if the folder has no images, an image has no caption, or the metadata is invalid.
     """
     refused: list[Refused] = []
     examples = _scan(folder, refused, prompt)
@@ -69,7 +69,7 @@ def find_examples(folder: Path, prompt: str | None = None) -> list[Example]:
 
 
 def nothing_usable(folder: Path, refused: list[Refused]) -> DataError:
-    """Return the error for data of which nothing can be trained on."""
+    """Return the error for a data folder without a usable image."""
     faults = [each for each in refused if each.fault]
     if not faults:
         return DataError(f"The image folder {folder} has no images; put some PNG, JPEG or WebP files there.")
@@ -96,7 +96,7 @@ def _scan(
         examples = []
         for path in images:
             sidecar = path.with_suffix(".txt")
-            # A caption that is there is accounted for, whether it can be used or not.
+            # An existing caption file counts as used even if its image is refused.
             used |= {path, sidecar}
             try:
                 examples.append(Example(path, _sidecar_caption(path, sidecar, fallback)))
@@ -110,8 +110,8 @@ def _why_unused(path: Path, metadata: list[Path]) -> str:
     if metadata:
         return f"is not named in {metadata[0].name}"
     if path.suffix.lower() == ".txt":
-        return "has the name of no image"
-    return "has not the suffix of an image"
+        return "is a caption file without an image of the same name"
+    return f"is not an image file (unknown extension `{path.suffix}`)" if path.suffix else "is not an image file"
 
 
 def _sidecar_caption(path: Path, sidecar: Path, fallback: Callable[[Path], str | None]) -> str:
@@ -124,13 +124,13 @@ def _sidecar_caption(path: Path, sidecar: Path, fallback: Callable[[Path], str |
     if caption:
         return caption
     raise DataError(
-        f"has no caption; write one to {sidecar.name} beside it, name it in {METADATA_FILE}, "
-        f"or give one prompt for all"
+        f"has no caption; write one to {sidecar.name} in the same folder, name it in {METADATA_FILE}, "
+        f"or set one prompt for all images"
     )
 
 
 def _fallback(folder: Path, prompt: str | None, repeats: bool) -> Callable[[Path], str | None]:
-    """Return what calls an image that has no caption: the prompt, or the name behind its folder's number."""
+    """Return a function from an image's path to its default caption: the prompt, or `cat` for a folder `10_cat`."""
 
     def caption(path: Path) -> str | None:
         match = _repeated_folder(path, folder) if repeats and not prompt else None
@@ -145,7 +145,7 @@ def _repeats(path: Path, folder: Path) -> int:
 
 
 def _repeated_folder(path: Path, folder: Path) -> re.Match[str] | None:
-    """Return the number and name of the nearest folder above an image that has a number, the data folder included."""
+    """Return the number and name of the nearest numbered parent folder of an image, up to the data folder."""
     for parent in path.parents:
         match = _REPEATED.fullmatch(parent.name)
         if match or parent == folder:
@@ -154,15 +154,15 @@ def _repeated_folder(path: Path, folder: Path) -> re.Match[str] | None:
 
 
 def apply_rule(caption: str, config: DataConfig) -> str:
-    """Put the trigger word and the template of a config around a caption.
+    """Apply the trigger word and the caption template of a config to a caption.
 
-    Without a template the trigger word comes first, where the caption does not have it already; with one, the template
-    alone decides.
+    With a template, the caption is inserted into the template. Without one, the trigger word is prepended unless the
+    caption already contains it.
     """
     trigger = config.trigger_word or ""
     if config.caption_template is not None:
         values = {"trigger": trigger, "caption": caption}
-        # At once, so that braces in a caption are not read as names.
+        # One substitution for both names: braces inside a caption must not be replaced.
         return re.sub(r"\{(trigger|caption)\}", lambda name: values[name[1]], config.caption_template)
     if not trigger or contains_token(caption, [trigger]):
         return caption

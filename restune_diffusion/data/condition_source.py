@@ -1,4 +1,4 @@
-"""Find or make the images that steer a training image, one for each condition of a control tuner."""
+"""Find or compute the condition images of a training image, one for each condition of a control tuner."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from .metadata import METADATA_FILE
 
 
 class ConditionSource:
-    """Where the condition images of a training run come from, decided for each condition on its own.
+    """Source of the condition images of a training run, chosen separately for each condition.
 
-    Files win: those that `metadata.jsonl` names, or else those of a folder. A condition without files is made from
-    the training image, if its name is that of a maker (`restune_diffusion.imaging.conditions.MAKERS`).
+    Files take precedence: those named in `metadata.jsonl`, or those in a folder. A condition without files is computed
+    from the training image if its name is in `restune_diffusion.imaging.conditions.MAKERS`.
 
     Args:
         config: settings of the control part.
-        folder: folder of condition images that have the names of the training images, whatever their suffix; for
-            several conditions it has a folder for each, of the condition's name.
+        folder: folder of condition images with the file names of the training images; extensions may differ. For
+            several conditions it contains one subfolder for each, named after the condition.
 
     Raises:
         DataError: if a folder does not exist.
@@ -40,21 +40,21 @@ class ConditionSource:
         self._made: set[str] = set()
 
     def describe(self) -> str:
-        """Say where each condition comes from."""
+        """Describe the source of each condition in one line."""
         return ", ".join(
-            f"{name} ({'made from' if name in self._made else 'files beside'} the images)" for name in self.names
+            f"{name} ({'made from the images' if name in self._made else 'from files'})" for name in self.names
         )
 
     def paired(self, examples: Sequence[Example], root: Path) -> list[Example]:
-        """Return the examples with their condition files; a condition that has none is made from the image.
+        """Return the examples with their condition files; a condition without files is computed from the image.
 
         Args:
             examples: the training images.
             root: folder of the training images.
 
         Raises:
-            DataError: if an image lacks a condition that others have, a condition can be neither found nor made, or
-                a folder of conditions lies among the training images.
+            DataError: if an image lacks a condition that others have, a condition can be neither found nor computed,
+                or a folder of condition images is inside the folder of training images.
         """
         for folder in self._folders.values():
             if folder.resolve().is_relative_to(root.resolve()):
@@ -72,17 +72,21 @@ class ConditionSource:
         Args:
             example: a paired example.
             layer: its image, RGB or RGBA.
-            framing: what of it training sees.
+            crop: crop of the image; applied to the condition images too.
 
         Raises:
-            DataError: if a condition file cannot be read, or shows another section than the image.
+            DataError: if a condition file cannot be read, or its aspect ratio differs from the image's.
         """
         return tuple(
             condition_to_tensor(self._image(name, example, layer, crop), self.channels) for name in self.names
         )
 
     def samples(self, paths: Sequence[Path], resolution: int) -> list[dict[str, Image.Image]]:
-        """Return the condition images of validation prompts, by name, from one file for each prompt and condition.
+        """Return the condition images of the validation prompts, keyed by name.
+
+        Args:
+            paths: one file for each prompt and condition, the conditions of a prompt next to each other.
+            resolution: side of the square that each file is scaled and cropped to, in pixels.
 
         Raises:
             DataError: if a file cannot be read.
@@ -118,7 +122,7 @@ class ConditionSource:
         return folders
 
     def _find_files(self, number: int, name: str, examples: Sequence[Example], root: Path) -> list[Path]:
-        """Return the file of every example, or none at all where the condition is to be made."""
+        """Return the condition file of every example; an empty list if the condition is computed from the image."""
         if name in self._folders:
             found = self._in_folder(self._folders[name], examples, root)
             place = str(self._folders[name])
@@ -131,7 +135,7 @@ class ConditionSource:
         if not files:
             raise DataError(
                 f'There are no images for the condition {name!r}: name them in {METADATA_FILE} under "condition", '
-                f"or give a folder of them, or name a condition that is made from the image ({', '.join(MAKERS)})."
+                f"or give a folder of them, or use a condition that is computed from the image ({', '.join(MAKERS)})."
             )
         if len(files) < len(found):
             missing = examples[found.index(None)].path

@@ -1,4 +1,4 @@
-"""What is trained on, as a person and other programs read it."""
+"""Data report of a training run: used images, captions, sizes and skipped files, as text and JSON."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from .training_images import Sample
 logger = logging.getLogger(__name__)
 
 FILE_NAME = "data.json"
-"""Where a run writes its sheet, in its output folder."""
+"""Name of the JSON report in the output folder of a run."""
 _LISTED = 8
 _VERSION = 1
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One image that is trained on; sizes are (width, height) in pixels."""
+    """One training image; sizes are (width, height) in pixels."""
 
     name: str
     caption: str
@@ -38,19 +38,19 @@ class Entry:
 
     @property
     def enlarged(self) -> float:
-        """How much longer its sides are than in the file; below one it is made smaller."""
+        """Scale factor from the file's size to the training size; below 1 the image is reduced."""
         return max(self.size[0] / self.original[0], self.size[1] / self.original[1])
 
 
 @dataclass
 class DataSheet:
-    """What a run trains on and what it leaves out.
+    """Training images of a run and the files it skips.
 
     Attributes:
-        folder: folder of the data.
-        refused: what is left out.
-        entries: the images, in their order.
-        beyond_limit: captions that are longer than the tokenizer reads, by their number of tokens.
+        folder: data folder.
+        refused: skipped files and rows.
+        entries: the training images, in training order.
+        beyond_limit: captions longer than the tokenizer's limit, with their number of tokens.
     """
 
     folder: Path
@@ -59,19 +59,19 @@ class DataSheet:
     beyond_limit: dict[str, int] = field(default_factory=dict)
 
     def watched(self, samples: Iterable[Sample]) -> Iterator[Sample]:
-        """Pass samples on and write down what they are."""
+        """Yield the samples unchanged and record an entry for each image."""
         for sample in samples:
             self._note(sample)
             yield sample
 
     def add(self, shares: Iterable[DataSheet]) -> None:
-        """Take over what is written down of the data's shares, in their order."""
+        """Append the entries and refusals of the sheets of several processes, in their order."""
         for share in shares:
             self.entries += share.entries
             self.refused += share.refused
 
     def check(self) -> None:
-        """Raise `DataError`, naming a reason, if there is nothing to train on."""
+        """Raise `DataError` with a reason if there is no training image."""
         if not self.entries:
             raise nothing_usable(self.folder, self.refused)
 
@@ -94,17 +94,17 @@ class DataSheet:
 
     @property
     def buckets(self) -> list[tuple[tuple[int, int], int]]:
-        """The sizes, (width, height), each with its number of images, the commonest first."""
+        """Bucket sizes (width, height) with their number of images, most frequent first."""
         return Counter(entry.size for entry in self.entries).most_common()
 
     @property
     def captions(self) -> list[tuple[str, int]]:
-        """The distinct captions, each with its number of images, the commonest first."""
+        """Distinct captions with their number of images, most frequent first."""
         return Counter(entry.caption for entry in self.entries).most_common()
 
     @property
     def duplicates(self) -> list[list[str]]:
-        """Names of files that hold the same bytes; they are trained on all the same."""
+        """Groups of names of files with identical bytes; duplicates are still trained on."""
         same: dict[bytes, list[str]] = {}
         for entry in self.entries:
             same.setdefault(entry.digest, []).append(entry.name)
@@ -112,19 +112,19 @@ class DataSheet:
 
     @property
     def faults(self) -> list[Refused]:
-        """What is left out because something is wrong with it."""
+        """Files and rows that are skipped because of an error."""
         return [each.inside(self.folder) for each in self.refused if each.fault]
 
     @property
     def others(self) -> list[Refused]:
-        """Files that are not meant to be trained on."""
+        """Files that are not training images."""
         return [each.inside(self.folder) for each in self.refused if not each.fault]
 
     def count_tokens(self, tokenizers: Sequence[Any]) -> None:
-        """Write down the captions of which a text encoder sees only the beginning.
+        """Record the captions that exceed the token limit of a tokenizer; training truncates them.
 
         Args:
-            tokenizers: those of the base.
+            tokenizers: tokenizers of the base.
         """
         for tokenizer in tokenizers:
             limit = tokenizer.model_max_length
@@ -134,7 +134,7 @@ class DataSheet:
                     self.beyond_limit[caption] = max(tokens, self.beyond_limit.get(caption, 0))
 
     def images_line(self, resolution: int) -> str:
-        """Say in one line what is trained on."""
+        """Return a one-line summary of the training images."""
         sizes = self.buckets
         shown = sum(entry.repeats for entry in self.entries)
         views = sum(entry.views for entry in self.entries)
@@ -145,38 +145,38 @@ class DataSheet:
         return line + (f", {views} views" if views != len(self.entries) else "")
 
     def notes(self) -> list[str]:
-        """Say what a person should know before this is trained on, each in a line."""
+        """Return the warnings about the data, one line each."""
         notes = [str(each) for each in self.faults[:_LISTED]]
         if len(self.faults) > _LISTED:
             notes.append(f"And {len(self.faults) - _LISTED} more; {FILE_NAME} lists them.")
         if self.beyond_limit:
             longest = max(self.beyond_limit.values())
             notes.append(
-                f"{counted(len(self.beyond_limit), 'caption')} of up to {longest} tokens, of which the text encoder "
-                f"sees only the beginning."
+                f"{counted(len(self.beyond_limit), 'caption')} of up to {longest} tokens; the text encoder truncates "
+                f"captions to its token limit."
             )
         return notes
 
     def warn(self) -> None:
-        """Log what a person should know, where nothing is printed."""
+        """Log the warnings about the data, for runs that print nothing."""
         for note in self.notes():
             logger.warning("%s", note)
 
     def as_json(self) -> dict[str, Any]:
-        """Return all of it as plain JSON values.
+        """Return the report as plain JSON values.
 
-        - `version`: 1; it changes where a key is renamed or goes.
-        - `folder`: name of the data's folder.
-        - `images`, `views`, `shown_per_epoch`: how many images there are, how many cuts of them are kept, and how many
-          images an epoch shows, repeats included.
-        - `buckets`: `{"width", "height", "images"}` of each size, the commonest first.
-        - `captions`: `{"text", "images"}` of each distinct caption, with `"tokens"` where these are too many for the
-          text encoder.
+        - `version`: 1; it changes when a key is renamed or removed.
+        - `folder`: name of the data folder.
+        - `images`, `views`, `shown_per_epoch`: number of images, number of crops kept of them, and number of images
+          in an epoch, repeats included.
+        - `buckets`: `{"width", "height", "images"}` of each size, most frequent first.
+        - `captions`: `{"text", "images"}` of each distinct caption, with `"tokens"` if the caption exceeds the text
+          encoder's limit.
         - `files`: `{"name", "caption", "width", "height", "bucket", "repeats", "views"}` of each image; width and
-          height are the file's, upright, and `bucket` is `[width, height]`.
+          height are those of the file after EXIF rotation, and `bucket` is `[width, height]`.
         - `enlarged`: names of the images that are smaller than their bucket.
         - `duplicates`: lists of names of files with the same bytes.
-        - `left_out`: `{"name", "reason", "fault"}`; `fault` is false for files that are not meant as training images.
+        - `left_out`: `{"name", "reason", "fault"}`; `fault` is false for files that are not training images.
         """
         return {
             "version": _VERSION,
@@ -210,17 +210,17 @@ class DataSheet:
         }
 
     def write(self, output: Path) -> None:
-        """Write the sheet into an output folder.
+        """Write the report to `data.json` in an output folder.
 
         Raises:
-            TunerFileError: if it cannot be written.
+            TunerFileError: if the file cannot be written.
         """
         with atomic_write(output / FILE_NAME) as file:
             file.write(json.dumps(self.as_json(), indent=1).encode())
 
 
 def counted(number: int, noun: str) -> str:
-    """Return a number with its noun, in the plural where it is not one."""
+    """Return a number with its noun, plural unless the number is 1."""
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 

@@ -1,4 +1,4 @@
-"""One image to train on, before it is read."""
+"""Training example: path, caption and condition files of one image, before it is read."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from ..utils.errors import DataError
 
 @dataclass(frozen=True)
 class Example:
-    """An image, its caption, and the files of images that steer it, by the condition's name or number.
+    """A training image with its caption and its condition files.
 
     Attributes:
-        path: the image's file; for a row of a dataset a name that stands for it.
-        caption: what is trained with it.
-        conditions: files of the images that steer it.
-        repeats: how often an epoch shows it.
-        content: returns the bytes of the image, where they are not those of the file.
+        path: file of the image; for a row of a saved dataset, the dataset's folder and the row number.
+        caption: training caption.
+        conditions: condition image files, keyed by the condition's name or number.
+        repeats: number of times that an epoch uses the image.
+        content: function that returns the encoded image; None if the image is the file at `path`.
     """
 
     path: Path
@@ -28,15 +28,16 @@ class Example:
     content: Callable[[], bytes] | None = None
 
     def read(self) -> bytes:
-        """Return the encoded image."""
+        """Return the encoded image as bytes."""
         return self.path.read_bytes() if self.content is None else self.content()
 
 
 def check_caption(caption: str) -> None:
-    """Refuse a caption that no text encoder can read.
+    """Raise `DataError` for a caption that a tokenizer cannot process.
 
     Raises:
-        DataError: if it holds NUL characters or halves of characters; said as the rest of a sentence.
+        DataError: if the caption contains NUL characters or lone surrogates. The message continues a sentence that
+            starts with the name of the image.
     """
     if "\0" in caption:
         raise DataError("has a caption with NUL characters; save it as UTF-8")

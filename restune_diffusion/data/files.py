@@ -1,4 +1,4 @@
-"""List the files of a data folder, whatever is in it."""
+"""List and read the files of a data folder."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".
 
 
 def list_images(folder: Path) -> list[Path]:
-    """List the image files of a folder and below, in an order that does not depend on the file system."""
+    """Return the image files of a folder and its subfolders, sorted independently of the file system."""
     return [path for path in list_files(folder, []) if path.suffix.lower() in IMAGE_SUFFIXES]
 
 
 def list_files(folder: Path, refused: list[Refused]) -> list[Path]:
-    """List the files of a folder and below, in an order that does not depend on the file system.
+    """Return the files of a folder and its subfolders, sorted independently of the file system.
 
-    Hidden files are left out silently: macOS and some editors leave some that only look like images.
+    Hidden files are skipped without a note: macOS and some editors create hidden files with image extensions.
 
     Args:
-        folder: the folder; links to folders inside it are not followed.
-        refused: takes what is neither a file nor a folder, and the folders that cannot be read.
+        folder: the folder; symbolic links to folders inside it are not followed.
+        refused: list that receives entries that are neither file nor folder, and folders that cannot be read.
     """
     files: list[Path] = []
 
@@ -38,13 +38,13 @@ def list_files(folder: Path, refused: list[Refused]) -> list[Path]:
             if is_file(path):
                 files.append(path)
             else:
-                what = "is a link that leads to no file" if path.is_symlink() else "is no regular file"
+                what = "is a broken link" if path.is_symlink() else "is not a regular file"
                 refused.append(Refused(str(path), what))
     return sorted(files, key=lambda path: path.relative_to(folder).as_posix())
 
 
 def is_file(path: Path) -> bool:
-    """Say whether a path is that of a file; one that the system cannot even look up is not."""
+    """Return whether a path is an existing file; False for a path that the system cannot look up."""
     try:
         return path.is_file()
     except (OSError, ValueError):
@@ -58,7 +58,7 @@ def read_text(path: Path) -> str:
         DataError: if it cannot be read, or is not UTF-8.
     """
     try:
-        # Notepad writes a byte order mark, which `utf-8` would leave in front of the first word.
+        # Notepad writes a byte order mark, which `utf-8` would keep in front of the first word.
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not UTF-8 text; save it as UTF-8.") from error

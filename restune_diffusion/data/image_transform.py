@@ -1,4 +1,4 @@
-"""How each image is cut before it is encoded, and in how many views."""
+"""Resize, crop and flip of training images before VAE encoding."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ from .config import DataConfig
 from .image_files import Crop, centred
 from .loss_masks import MaskFiles, MaskSource, alpha_mask
 
-# Beyond these an image is a line or a few pixels, of which training would see a blur.
+# Limits of aspect ratio and upscaling: beyond them the resized image is only a blur.
 _LONGEST = 20
 _ENLARGED = 16
 
 
 @dataclass(frozen=True)
 class ImageTransform:
-    """What becomes of an image; the defaults cut centre squares.
+    """Transform from an image to its crops; the defaults give center squares.
 
-    As the encoded images are kept, what is random about a cut is drawn here, and each step takes one of these views.
+    Encoded images are cached. Random crops are therefore drawn once, here, and each training step uses one of them.
 
     Attributes:
-        buckets: the sizes.
-        crop_variants: number of random cuts that are kept of an image; None keeps the centre.
-        flip: whether every cut is kept mirrored too.
-        background: colour behind transparent pixels, red, green, blue.
-        masks: where the masks of the loss come from, if it is masked.
-        seed: seed of the random cuts.
+        buckets: target sizes.
+        crop_variants: number of random crops kept of an image; None keeps the center crop.
+        flip: whether every crop is also kept mirrored.
+        background: color behind transparent pixels: red, green, blue, 0 to 255.
+        masks: source of the loss masks; None for an unmasked loss.
+        seed: seed of the random crops.
     """
 
     buckets: Buckets
@@ -43,17 +43,17 @@ class ImageTransform:
 
     @classmethod
     def square(cls, resolution: int) -> ImageTransform:
-        """Cut squares of one size."""
+        """Return the transform to center squares of one size."""
         return cls(Buckets([(resolution, resolution)]))
 
     @classmethod
     def of(cls, config: DataConfig, resolution: int, step: int, seed: int) -> ImageTransform:
-        """Prepare images as a config asks.
+        """Return the transform of a config.
 
         Args:
             config: settings of the data.
             resolution: side of the square, in pixels.
-            step: step of the sizes of buckets.
+            step: step of the bucket sizes, in pixels.
             seed: seed of the run.
 
         Raises:
@@ -73,26 +73,29 @@ class ImageTransform:
         return cls(buckets, crop_variants, config.flip, config.background, masks, seed)
 
     def crops(self, original: tuple[int, int], digest: bytes) -> list[Crop]:
-        """Return the cuts of an image of this size, (width, height).
+        """Return the crops of an image.
 
         Args:
-            original: its size in pixels.
-            digest: hash of the image, which the random cuts depend on, and not on the images beside it.
+            original: size of the image, (width, height) in pixels.
+            digest: hash of the image. Random crops depend on it and the seed, not on other images of the folder.
 
         Raises:
-            DataError: if it is far too long or small; said as the rest of a sentence.
+            DataError: if the image is too long or too small. The message continues a sentence that starts with the
+                name of the image.
         """
         width, height = original
         if max(original) > _LONGEST * min(original):
-            raise DataError(f"has {width} x {height} pixels, and beyond {_LONGEST} to 1 it is but a line")
+            raise DataError(f"has {width} x {height} pixels; an aspect ratio above {_LONGEST} to 1 is not supported")
         crop = centred(original, self.buckets.choose(original))
         if crop.scaled[0] > _ENLARGED * width:
             raise DataError(
                 f"has {width} x {height} pixels, which would have to be enlarged more than {_ENLARGED} times"
             )
-        cuts = [crop] if self.crop_variants is None else list(self._random(crop, digest))
+        crops = [crop] if self.crop_variants is None else list(self._random(crop, digest))
         return [
-            replace(cut, mirrored=mirrored) for cut in cuts for mirrored in ((False, True) if self.flip else (False,))
+            replace(each, mirrored=mirrored)
+            for each in crops
+            for mirrored in ((False, True) if self.flip else (False,))
         ]
 
     def _random(self, crop: Crop, digest: bytes) -> Iterator[Crop]:
@@ -102,6 +105,6 @@ class ImageTransform:
             tuple(int(torch.randint(most + 1, (), generator=generator)) for most in (right, down))
             for _ in range(self.crop_variants or 0)
         ]
-        # An image that fits has but one cut.
+        # An image that fits exactly has one crop.
         for left, top in dict.fromkeys(corners):
             yield replace(crop, corner=(left, top))

@@ -1,4 +1,4 @@
-"""Read data as a training would, without training: what would be trained on, and what not."""
+"""Inspect a data folder without training: used images, sizes, captions and skipped files."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from .data_sheet import DataSheet, counted
 from .image_transform import ImageTransform
 from .training_images import Sample, load_samples
 
-# Stable Diffusion 1.x at its own size, for whoever gives no base.
+# Native size and bucket step of Stable Diffusion 1.x; used if no base is given.
 _RESOLUTION, _STEP = 512, 64
 _COLUMNS, _SHOWN = 6, 60
 _CELL = 192
@@ -29,9 +29,12 @@ _CELL = 192
 
 @dataclass(frozen=True)
 class Frame:
-    """What of a base decides how images are cut: side of the square and step of the buckets, in pixels.
+    """Properties of a base that determine how images are cropped and captions tokenized.
 
-    `tokenizers` are those of its text encoders.
+    Attributes:
+        resolution: side of the square, in pixels.
+        step: step of the bucket sizes, in pixels.
+        tokenizers: tokenizers of the base's text encoders.
     """
 
     resolution: int
@@ -40,10 +43,10 @@ class Frame:
 
 
 def read_frame(base: str | None, resolution: int | None) -> Frame:
-    """Read it from the configs of a base, without its weights; without a base it is that of Stable Diffusion 1.x.
+    """Return the frame of a base from its configs, without loading weights; Stable Diffusion 1.x without a base.
 
     Raises:
-        RestuneError: if there is no such base, or it cannot take images of this resolution.
+        RestuneError: if the base does not exist, or does not support this resolution.
     """
     if base is None:
         return Frame(resolution or _RESOLUTION, _STEP)
@@ -65,19 +68,20 @@ def read_frame(base: str | None, resolution: int | None) -> Frame:
 
 
 def inspect_data(config: DataConfig, frame: Frame, sheet: DataSheet, seed: int = 0) -> Image.Image:
-    """Read data as a training would.
+    """Read the data of a config as training does.
 
     Args:
         config: settings of the data.
-        frame: what the base decides.
-        sheet: takes what is trained on and what is left out, the latter also where an error ends it.
-        seed: seed of the run, which random cuts depend on.
+        frame: resolution, bucket step and tokenizers of the base.
+        sheet: data sheet to fill with the used images and the skipped files. The skipped files are recorded even if
+            an error is raised.
+        seed: seed of the run; random crops depend on it.
 
     Returns:
-        A contact sheet: some images of each size as they are cut, with their captions.
+        A contact sheet: cropped images of each size with their captions.
 
     Raises:
-        DataError: if nothing can be trained on.
+        DataError: if no image can be used.
     """
     examples = read_examples(config, sheet.refused)
     preparation = ImageTransform.of(config, frame.resolution, frame.step, seed)
@@ -91,11 +95,11 @@ def inspect_data(config: DataConfig, frame: Frame, sheet: DataSheet, seed: int =
 
 
 def describe_data(sheet: DataSheet, most: int = 5) -> str:
-    """Say in lines what is trained on, and list what is left out.
+    """Return a text summary of the used images and the skipped files.
 
     Args:
-        sheet: a sheet that is filled.
-        most: number of captions, duplicates and other files that are shown.
+        sheet: a filled data sheet.
+        most: maximum number of captions, duplicates and unused files to list.
     """
     facts = [("images", _images(sheet)), ("sizes", ", ".join(_size(size, count) for size, count in sheet.buckets))]
     facts += _captions(sheet, most)
@@ -105,11 +109,11 @@ def describe_data(sheet: DataSheet, most: int = 5) -> str:
         facts.append(("enlarged", f"{counted(len(small), 'image')} smaller than the size: {names}"))
     facts += [("same file", " = ".join(names)) for names in sheet.duplicates[:most]]
     if len(sheet.duplicates) > most:
-        facts.append(("", f"and {len(sheet.duplicates) - most} more of such groups"))
+        facts.append(("", f"and {len(sheet.duplicates) - most} more groups"))
     facts += [("left out", str(each)) for each in sheet.faults]
     facts += [("not used", str(each)) for each in sheet.others[:most]]
     if len(sheet.others) > most:
-        facts.append(("", f"and {len(sheet.others) - most} more that are not used; --json lists them"))
+        facts.append(("", f"and {len(sheet.others) - most} more unused files; --json lists them"))
     return "\n".join(
         f"{'' if number and facts[number - 1][0] == name else name:<12}{fact}"
         for number, (name, fact) in enumerate(facts)
@@ -121,7 +125,7 @@ def _images(sheet: DataSheet) -> str:
     views = sum(entry.views for entry in sheet.entries)
     line = f"{len(sheet.entries)} to train on, {len(sheet.faults)} left out"
     line += f", {shown} shown in an epoch" if shown != len(sheet.entries) else ""
-    return line + (f", {views} views are kept of them" if views != len(sheet.entries) else "")
+    return line + (f", {views} views kept" if views != len(sheet.entries) else "")
 
 
 def _captions(sheet: DataSheet, most: int) -> list[tuple[str, str]]:
@@ -133,7 +137,7 @@ def _captions(sheet: DataSheet, most: int) -> list[tuple[str, str]]:
     facts += [("", f"{_quoted(text)} ({counted(count, 'image')})") for text, count in captions[:most]]
     facts += [("", f"and {len(captions) - most} more")] if len(captions) > most else []
     facts += [
-        ("too long", f"{tokens} tokens, of which the text encoder sees only the beginning: {_quoted(text)}")
+        ("too long", f"{tokens} tokens; the text encoder truncates the caption: {_quoted(text)}")
         for text, tokens in list(sheet.beyond_limit.items())[:most]
     ]
     return facts
@@ -155,10 +159,10 @@ def _listed(names: list[str], most: int) -> str:
 
 
 class Thumbnails:
-    """Keeps small pictures of what is trained on.
+    """Collector of thumbnails of the training images.
 
     Args:
-        unmasked_weight: least weight of what a mask leaves out, which is shown so much fainter.
+        unmasked_weight: minimum loss weight outside the mask; thumbnails fade masked-out areas by this factor.
     """
 
     def __init__(self, unmasked_weight: float) -> None:
@@ -166,15 +170,18 @@ class Thumbnails:
         self._kept: dict[tuple[int, int], list[tuple[Image.Image, str]]] = {}
 
     def watched(self, samples: Iterable[Sample]) -> Iterator[Sample]:
-        """Pass samples on and keep the first of each size."""
+        """Yield the samples unchanged and keep thumbnails of the first ones of each size."""
         for sample in samples:
             kept = self._kept.setdefault((sample.pixels.shape[2], sample.pixels.shape[1]), [])
             if not sample.further and len(kept) < _SHOWN:
-                kept.append((self._picture(sample), sample.caption))
+                kept.append((self._thumbnail(sample), sample.caption))
             yield sample
 
     def sheet(self) -> Image.Image:
-        """Lay them out by size, the commonest first; where there are too many, the same number of each size."""
+        """Return a contact sheet of the thumbnails by size, most frequent first.
+
+        If there are more than fit, every size gets the same number of places.
+        """
         sizes = sorted(self._kept, key=lambda size: -len(self._kept[size]))[:_SHOWN]
         most = _SHOWN // len(sizes)
         room = _SHOWN - sum(min(most, len(self._kept[size])) for size in sizes)
@@ -187,12 +194,12 @@ class Thumbnails:
                 captions.append((f"{size[0]} x {size[1]}", caption))
         return captioned_grid(images, captions, columns=_COLUMNS, cell=_CELL)
 
-    def _picture(self, sample: Sample) -> Image.Image:
+    def _thumbnail(self, sample: Sample) -> Image.Image:
         pixels = (sample.pixels.permute(1, 2, 0).numpy() + 1) * 127.5
         if sample.mask is not None:
             weights = np.maximum(sample.mask[0].numpy(), self._unmasked_weight)[..., None]
-            # Towards grey, which pictures have less of than of black and white.
+            # Fade to gray, which is rarer in images than black and white.
             pixels = pixels * weights + 128 * (1 - weights)
-        picture = Image.fromarray(pixels.round().clip(0, 255).astype(np.uint8))
-        picture.thumbnail((_CELL, _CELL), Image.Resampling.LANCZOS)
-        return picture
+        image = Image.fromarray(pixels.round().clip(0, 255).astype(np.uint8))
+        image.thumbnail((_CELL, _CELL), Image.Resampling.LANCZOS)
+        return image

@@ -1,4 +1,4 @@
-"""The masks that say on which part of an image to train."""
+"""Loss masks: weight of the loss over the area of a training image."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from .image_files import Crop, same_shape
 
 
 def alpha_mask(example: Example, layer: Image.Image) -> Image.Image:
-    """Return what is not transparent in an image, white; all of it where it has no alpha channel."""
+    """Return the alpha channel of an image as its mask; all white if it has no alpha channel."""
     return layer.getchannel("A") if layer.mode == "RGBA" else Image.new("L", layer.size, 255)
 
 
 class MaskFiles:
-    """Masks in a folder, under the names of the training images, whatever their suffix.
+    """Masks in a folder, with the file names of the training images; extensions may differ.
 
     Args:
-        folder: the folder.
+        folder: folder of masks.
         root: folder of the training images.
 
     Raises:
-        DataError: if the folder does not exist, or lies among the images.
+        DataError: if the folder does not exist, or is inside the folder of training images.
     """
 
     def __init__(self, folder: Path, root: Path) -> None:
@@ -42,15 +42,15 @@ class MaskFiles:
         self._files = {path.relative_to(folder).with_suffix(""): path for path in list_images(folder)}
 
     def __call__(self, example: Example, layer: Image.Image) -> Image.Image:
-        """Return the mask of an image, white where to train.
+        """Return the mask of an image, grayscale, white in the trained area.
 
         Raises:
-            DataError: if there is none, it cannot be read, or has another shape than the image; said as the rest of
-                a sentence that begins with the image.
+            DataError: if the mask does not exist, cannot be read, or has another aspect ratio than the image. The
+                message continues a sentence that starts with the name of the image.
         """
         path = self._file(example)
         if path is None:
-            raise DataError(f"has no mask of its name in {self._folder}")
+            raise DataError(f"has no mask of the same name in {self._folder}")
         try:
             mask = load_mask(path)
         except MemoryError:
@@ -72,16 +72,16 @@ class MaskFiles:
 
 
 MaskSource = Callable[[Example, Image.Image], Image.Image]
-"""Returns the mask of an image, grey, white where to train."""
+"""Function that returns the mask of an image, grayscale, white in the trained area."""
 
 
 def cropped_mask(mask: Image.Image, crop: Crop) -> torch.Tensor:
-    """Cut a mask as its image is cut; 1 x height x width, float32, from 0 to 1."""
+    """Return the crop of a mask as 1 x height x width, float32 in [0, 1]."""
     # Lanczos would ring at the edges of a mask.
-    cut = np.asarray(crop.apply(mask, Image.Resampling.BILINEAR)).astype(np.float32)
-    return torch.from_numpy(cut / 255)[None]
+    cropped = np.asarray(crop.apply(mask, Image.Resampling.BILINEAR)).astype(np.float32)
+    return torch.from_numpy(cropped / 255)[None]
 
 
 def latent_mask(mask: torch.Tensor, size: torch.Size) -> torch.Tensor:
-    """Average a mask over the area of each latent pixel; `size` is the latent's, channels x height x width."""
+    """Return a mask averaged over the area of each latent pixel; `size` is the latent's, channels x height x width."""
     return torch.nn.functional.adaptive_avg_pool2d(mask, (size[-2], size[-1]))

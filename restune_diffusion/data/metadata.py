@@ -17,7 +17,7 @@ METADATA_FILE = "metadata.jsonl"
 METADATA_CSV = "metadata.csv"
 
 Row = tuple[str, object]
-"""Where a row stands in its file, and what it holds."""
+"""Position of a row in its file, and its value."""
 
 
 def read_metadata(
@@ -26,16 +26,16 @@ def read_metadata(
     refused: list[Refused],
     caption_column: str = "text",
 ) -> list[Example]:
-    """Read the rows of a metadata file; those that have a fault are refused, also a last one that is half written.
+    """Return the examples of a metadata file; invalid rows, such as a truncated last line, are refused.
 
     Args:
-        metadata: the file.
-        fallback: caption of an image that has none in its row.
-        refused: takes the rows that are left out.
-        caption_column: the column, or key, with the captions.
+        metadata: path of the file.
+        fallback: function that returns the caption of an image without a caption in its row.
+        refused: list that receives the skipped rows.
+        caption_column: column or key of the captions.
 
     Raises:
-        DataError: if the file cannot be read at all.
+        DataError: if the file cannot be read.
     """
     examples = []
     rows = _csv_rows if metadata.suffix == ".csv" else _json_rows
@@ -58,7 +58,7 @@ def _json_rows(metadata: Path, refused: list[Refused]) -> Iterator[Row]:
         except json.JSONDecodeError as error:
             refused.append(Refused(place, f"is not valid JSON ({error.msg} at column {error.colno})"))
         except (ValueError, RecursionError):
-            refused.append(Refused(place, "is not valid JSON (too long a number, or too deep)"))
+            refused.append(Refused(place, "is not valid JSON (number too long, or nesting too deep)"))
 
 
 def _csv_rows(metadata: Path, refused: list[Refused]) -> Iterator[Row]:
@@ -71,31 +71,31 @@ def _csv_rows(metadata: Path, refused: list[Refused]) -> Iterator[Row]:
         for row in reader:
             yield f"{metadata} line {reader.line_num}", {key: value for key, value in row.items() if value}
     except csv.Error as error:
-        # A quote that is never closed swallows all that follows.
+        # An unclosed quote invalidates the rest of the file.
         refused.append(Refused(f"{metadata} line {reader.line_num}", f"is not valid CSV ({error}), from here on"))
 
 
 def _example(metadata: Path, row: object, fallback: Callable[[Path], str | None], caption_column: str) -> Example:
-    """Read a row; its faults are said as the rest of a sentence that begins with where it stands."""
+    """Return the example of a row; a `DataError` message continues a sentence that starts with the row's position."""
     if not isinstance(row, dict) or not isinstance(row.get("file_name"), str):
         raise DataError('names no image; each line must look like {"file_name": "a.png", "text": "..."}')
     path = _named_file(metadata, row["file_name"])
     caption = row.get(caption_column) or fallback(path)
     if not isinstance(caption, str) or not caption.strip():
-        raise DataError(f'has no caption; put it under "{caption_column}", or give one prompt for all')
+        raise DataError(f'has no caption; add "{caption_column}" to the row, or set one prompt for all images')
     check_caption(caption)
     conditions = {key: _named_file(metadata, name) for key, name in _condition_names(row).items()}
     return Example(path, caption.strip(), conditions)
 
 
 def _condition_names(row: Mapping[str, object]) -> dict[str | int, str]:
-    """Read `"condition": "a.png"`, `"conditions": ["a.png", "b.png"]` or `"conditions": {"canny": "a.png"}`."""
+    """Parse `"condition": "a.png"`, `"conditions": ["a.png", "b.png"]` or `"conditions": {"canny": "a.png"}`."""
     named = row.get("conditions") or row.get("condition") or {}
     listed = named if isinstance(named, list | dict) else [named]
     files: dict[str | int, object] = dict(listed if isinstance(listed, dict) else enumerate(listed))
     names = {key: name for key, name in files.items() if isinstance(name, str)}
     if len(names) != len(files):
-        raise DataError('has conditions that are no file names; write {"condition": "a.png"}')
+        raise DataError('has conditions that are not file names; write {"condition": "a.png"}')
     return names
 
 

@@ -1,4 +1,4 @@
-"""What of a data folder is not trained on, and why."""
+"""Record of the files and rows of a data folder that are skipped, with the reason."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from ..utils.display import printable
 
 @dataclass(frozen=True)
 class Refused:
-    """A file or a row that is left out.
+    """A skipped file or row.
 
     Attributes:
-        name: the file, or the file and its line.
-        reason: why, as the rest of a sentence that begins with the name.
-        fault: whether something is wrong; a file that was not meant to be trained on is merely named.
+        name: the file, or the file and the line.
+        reason: reason that continues a sentence starting with `name`.
+        fault: True for an error in the data; False for a file that is not a training image.
     """
 
     name: str
@@ -26,7 +26,7 @@ class Refused:
         return printable(f"{self.name} {self.reason}.")
 
     def inside(self, folder: Path) -> Refused:
-        """Return the same with the name relative to a folder, where it lies inside."""
+        """Return a copy with paths relative to a folder if they are inside it."""
         prefix = f"{folder}/"
         name = self.name[len(prefix) :] if self.name.startswith(prefix) else self.name
         return Refused(name, self.reason.replace(prefix, ""), self.fault)

@@ -1,4 +1,4 @@
-"""Read a dataset that Hugging Face's `datasets` wrote with `save_to_disk`."""
+"""Read a Hugging Face dataset saved with `save_to_disk`."""
 
 from __future__ import annotations
 
@@ -16,30 +16,32 @@ _SPLIT = "train"
 
 
 def is_saved_dataset(folder: Path) -> bool:
-    """Say whether a folder holds a saved dataset, or several as its splits."""
+    """Return whether a folder is a saved `Dataset` or `DatasetDict`."""
     return is_file(folder / _DATASETS) or (is_file(folder / _DATASET) and is_file(folder / "dataset_info.json"))
 
 
 def read_saved_dataset(
     folder: Path, refused: list[Refused], prompt: str | None, image_column: str, caption_column: str
 ) -> list[Example]:
-    """List the rows of a saved dataset; of several splits it is `train`. The images stay in the dataset's files.
+    """Return the rows of a saved dataset as examples; of several splits, those of `train`.
+
+    Images are not loaded here: each example reads its own from the dataset's files.
 
     Args:
-        folder: what `save_to_disk` wrote.
-        refused: takes the rows that are left out.
-        prompt: caption of the rows that have none.
-        image_column: the column with the images.
-        caption_column: the column with the captions.
+        folder: folder written by `save_to_disk`.
+        refused: list that receives the skipped rows.
+        prompt: caption of the rows without a caption.
+        image_column: column of the images.
+        caption_column: column of the captions.
 
     Raises:
-        DataError: if `datasets` is not installed, the folder cannot be read, or it has no such columns.
+        DataError: if `datasets` is not installed, the folder cannot be read, or a column is missing.
     """
     rows = _load(folder, image_column)
     if caption_column not in rows.column_names and prompt is None:
         raise DataError(
-            f"The dataset {folder} has no column {caption_column}, but {', '.join(rows.column_names)}; "
-            f"name the one with the captions by --caption-column, or give one prompt for all."
+            f"The dataset {folder} has no column {caption_column}; its columns are {', '.join(rows.column_names)}. "
+            f"Set --caption-column to the column of captions, or set one prompt for all images."
         )
     captions = rows[caption_column] if caption_column in rows.column_names else [None] * len(rows)
     examples = []
@@ -59,35 +61,35 @@ def _load(folder: Path, image_column: str) -> Any:
         import datasets
     except ImportError as error:
         raise DataError(
-            f"{folder} is a dataset that `datasets` saved, which is not installed; "
+            f"{folder} is a saved dataset, but the package `datasets` is not installed; "
             f"run pip install 'restune-diffusion[datasets]'."
         ) from error
     try:
         loaded = datasets.load_from_disk(str(folder))
     except Exception as error:  # Arrow's readers raise almost anything on a broken file
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise DataError(f"The dataset {folder} cannot be read ({reason}); save it anew.") from error
+        raise DataError(f"The dataset {folder} cannot be read ({reason}); save it again.") from error
     if isinstance(loaded, datasets.DatasetDict):
         if _SPLIT not in loaded and len(loaded) != 1:
             raise DataError(
-                f"The dataset {folder} has the splits {', '.join(loaded)} and no {_SPLIT}; give the folder of one."
+                f"The dataset {folder} has the splits {', '.join(loaded)} but no split {_SPLIT}; "
+                f"give the folder of one split."
             )
         loaded = loaded[_SPLIT] if _SPLIT in loaded else next(iter(loaded.values()))
-    kind = loaded.features.get(image_column)
-    if not isinstance(kind, datasets.Image):
+    if not isinstance(loaded.features.get(image_column), datasets.Image):
         raise DataError(
-            f"The dataset {folder} has no column {image_column} of images, but {', '.join(loaded.column_names)}; "
-            f"name the one with the images by --image-column."
+            f"The dataset {folder} has no image column {image_column}; its columns are "
+            f"{', '.join(loaded.column_names)}. Set --image-column to the column of images."
         )
     return loaded.cast_column(image_column, datasets.Image(decode=False))
 
 
 def _caption(caption: object, prompt: str | None, column: str) -> str:
-    # Datasets of several captions an image have a list in each row; the first is as good as any.
+    # Datasets with several captions per image store a list in each row; use the first.
     own = caption[0] if isinstance(caption, list) and caption else caption
     text = own if isinstance(own, str) and own.strip() else prompt
     if not text:
-        raise DataError(f"has no caption in {column}; give one prompt for all")
+        raise DataError(f"has no caption in {column}; set one prompt for all images")
     check_caption(text)
     return text.strip()
 

@@ -1,4 +1,4 @@
-"""Load the training images, each with its caption and the images that are to steer it."""
+"""Load the training images with their captions, masks and condition images."""
 
 from __future__ import annotations
 
@@ -24,11 +24,18 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Sample:
-    """A view of a training image in [-1, 1], 3 x height x width, with its caption and the hash of its file.
+    """One view (crop) of a training image, with its caption.
 
-    `conditions` are the images that steer it, uint8, each channels x height x width, and `mask` is what of it to train
-    on, 1 x height x width in [0, 1]. An image that is cut or mirrored at random has several views; all but the first
-    are `further`.
+    Attributes:
+        pixels: the cropped image, 3 x height x width, float32 in [-1, 1].
+        caption: training caption.
+        size_conditioning: original size, crop corner and target size.
+        digest: SHA-256 of the image file.
+        conditions: condition images, uint8, each channels x height x width.
+        mask: loss mask, 1 x height x width in [0, 1]; None for an unmasked loss.
+        further: True for every view of an image except the first; random crops and flips give several views.
+        repeats: number of times that an epoch uses the image.
+        name: path of the image.
     """
 
     pixels: torch.Tensor
@@ -50,14 +57,14 @@ def load_samples(
     preparation: ImageTransform | None = None,
     refused: list[Refused] | None = None,
 ) -> Iterator[Sample]:
-    """Load one image after the other, and leave out those that cannot be used.
+    """Yield the views of each example, one image at a time; images that cannot be used are skipped.
 
     Args:
-        examples: the files.
-        resolution: side of the square that each image is brought to, in pixels.
-        source: where the images that steer come from; without it there are none.
-        preparation: how images are cut, if not to the centre square of the resolution.
-        refused: takes what is left out; without it a warning names it.
+        examples: the training examples.
+        resolution: side of the square that images are resized to, in pixels.
+        source: source of the condition images; None for training without conditions.
+        preparation: transform of the images; the center square of `resolution` by default.
+        refused: list that receives the skipped images; without it each one is logged as a warning.
     """
     prepared = preparation or ImageTransform.square(resolution)
     for example in examples:
@@ -68,10 +75,10 @@ def load_samples(
         except DataError as error:
             _refuse(Refused(str(example.path), str(error).rstrip(".")), refused)
         except UnidentifiedImageError:
-            _refuse(Refused(str(example.path), "is no image of a known kind"), refused)
+            _refuse(Refused(str(example.path), "is not an image of a known format"), refused)
         except Exception as error:  # Pillow's decoders raise almost anything on a broken file
-            told = getattr(error, "strerror", None) or str(error)
-            reason = " ".join(told.split()) or type(error).__name__
+            message = getattr(error, "strerror", None) or str(error)
+            reason = " ".join(message.split()) or type(error).__name__
             _refuse(Refused(str(example.path), f"cannot be read as an image ({reason})"), refused)
         else:
             yield from samples
@@ -79,16 +86,16 @@ def load_samples(
 
 def _views(example: Example, preparation: ImageTransform, source: ConditionSource | None) -> list[Sample]:
     layer, digest = decode_layer(example.read())
-    picture = to_rgb(layer, preparation.background)
+    image = to_rgb(layer, preparation.background)
     whole = preparation.masks(example, layer) if preparation.masks is not None else None
     samples = []
     for number, crop in enumerate(preparation.crops(layer.size, digest)):
         mask = cropped_mask(whole, crop) if whole is not None else None
         if mask is not None and not mask.any():
-            raise DataError("has a mask that shows nothing of what is kept of it")
+            raise DataError("has a mask that is black over the whole crop")
         samples.append(
             Sample(
-                to_tensor(crop.apply(picture)),
+                to_tensor(crop.apply(image)),
                 example.caption,
                 crop.size_conditioning(layer.size),
                 digest,
@@ -106,7 +113,7 @@ def _conditions(source: ConditionSource, example: Example, layer: Image.Image, c
     try:
         return source.tensors(example, layer, crop)
     except DataError as error:
-        raise DataError(f"cannot be steered: {error}") from error
+        raise DataError(f"has no usable condition image: {error}") from error
 
 
 def _refuse(refusal: Refused, refused: list[Refused] | None) -> None:

@@ -141,7 +141,7 @@ def test_conditions_that_cannot_be_found_are_told(tmp_path: Path, images: Path) 
     with pytest.raises(DataError, match="lies inside the image folder"):
         paired(inside, PALETTE, inside / "c")
     row = {"file_name": "red.png", "text": "a"}
-    for value, message in (("gone.png", "names gone.png, but there is no"), (3, "conditions that are no file names")):
+    for value, message in (("gone.png", "names gone.png, but there is no"), (3, "conditions that are not file names")):
         (inside / "metadata.jsonl").write_text(json.dumps({**row, "condition": value}))
         with pytest.raises(DataError, match=message):
             find_examples(inside)

@@ -36,29 +36,30 @@ def test_inspect_tells_what_would_be_trained_on(
     assert code == 0, errors
     for fact in (
         "4 to train on, 1 left out, 8 views", "80 x 48 (5:3): 2", "64 x 64 (1:1): 1", '"sks, a disc" (3 images)',
-        "the text encoder sees only the beginning", "3.png 1.2 times", "1.png = 2.png",
-        "broken.png is no image of a known kind.", "notes.md has not the suffix of an image.", str(sheet),
+        "the text encoder truncates the caption", "3.png 1.2 times", "1.png = 2.png",
+        "broken.png is not an image of a known format.", "notes.md is not an image file (unknown extension `.md`).",
+        str(sheet),
     ):  # fmt: skip
         assert fact in output, (fact, output)
-    with Image.open(sheet) as picture:
-        colours = picture.convert("RGB").getcolors(1 << 24)
-        assert colours is not None
-        assert (255, 0, 0) in {colour for _, colour in colours}
+    with Image.open(sheet) as image:
+        colors = image.convert("RGB").getcolors(1 << 24)
+        assert colors is not None
+        assert (255, 0, 0) in {color for _, color in colors}
 
 
 def test_inspect_without_a_base_prints_json_for_other_programs(restune: Restune, images: Path) -> None:
     code, output, errors = restune("data", "inspect", images, "--json")
     assert code == 0, errors
-    told = json.loads(output)
-    assert told["buckets"] == [{"width": 512, "height": 512, "images": 4}]
-    assert [each["name"] for each in told["left_out"]] == ["broken.png", "notes.md"]
-    assert told["files"][3] == {
+    report = json.loads(output)
+    assert report["buckets"] == [{"width": 512, "height": 512, "images": 4}]
+    assert [each["name"] for each in report["left_out"]] == ["broken.png", "notes.md"]
+    assert report["files"][3] == {
         "name": "3.png", "caption": "a disc", "width": 40, "height": 80, "bucket": [512, 512], "repeats": 1,
         "views": 1,
     }  # fmt: skip
 
 
-def test_inspect_ends_with_an_error_where_nothing_can_be_used(restune: Restune, images: Path) -> None:
+def test_inspect_ends_with_an_error_if_no_image_can_be_used(restune: Restune, images: Path) -> None:
     for path in images.glob("*.txt"):
         path.unlink()
     code, output, errors = restune("data", "inspect", images)
@@ -71,7 +72,7 @@ def test_inspect_ends_with_an_error_where_nothing_can_be_used(restune: Restune, 
     assert "does not exist" in errors
     code, _, errors = restune("data", "inspect", images, "--prompt=x", "--sheet=sheet.doc")
     assert code == 1
-    assert "has not the suffix of a picture" in errors
+    assert "is not an image file" in errors
 
 
 def test_help_has_an_example(restune: Restune) -> None:

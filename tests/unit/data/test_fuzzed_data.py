@@ -187,8 +187,8 @@ def test_each_kind_of_file_is_used_or_named(tmp_path: Path, name: str) -> None:
 
 @pytest.mark.parametrize(
     ("what", "reason"),
-    [("dangling", "is a link that leads to no file"), ("loop", "is a link that leads to no file"),
-     ("pipe", "is no regular file"), ("link", "is a link that leads to no file"),
+    [("dangling", "is a broken link"), ("loop", "is a broken link"),
+     ("pipe", "is not a regular file"), ("link", "is a broken link"),
      ("linked folder", "is a link to a folder, and such links are not followed")],
 )  # fmt: skip
 def test_what_is_no_file_is_named(tmp_path: Path, what: str, reason: str) -> None:

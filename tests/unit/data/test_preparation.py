@@ -138,8 +138,8 @@ def test_mask_files_are_found_by_name_and_follow_the_cut(tmp_path: Path) -> None
 
 @pytest.mark.parametrize(
     ("name", "size", "colour", "reason"),
-    [("b.png", (60, 40), 255, "has no mask of its name"), ("a.png", (60, 60), 255, "its mask"),
-     ("a.png", (60, 40), 0, "a mask that shows nothing")],
+    [("b.png", (60, 40), 255, "has no mask of the same name"), ("a.png", (60, 60), 255, "its mask"),
+     ("a.png", (60, 40), 0, "a mask that is black")],
 )  # fmt: skip
 def test_images_whose_mask_cannot_be_used_are_refused(
     tmp_path: Path, name: str, size: tuple[int, int], colour: int, reason: str

@@ -155,7 +155,7 @@ def saved(tmp_path: Path) -> Path:
 def test_a_saved_dataset_is_trained_on(saved: Path, config: MakeConfig) -> None:
     found, refused = read(saved)
     assert found == [("row 0", "red", 1), ("row 1", "none", 1)]
-    assert refused == ["row 2 has no caption in text; give one prompt for all."]
+    assert refused == ["row 2 has no caption in text; set one prompt for all images."]
     settings = config(data=saved, prompt="blue", steps=1)
     train(settings, verbose=False)
     sheet = json.loads((settings.output / "data.json").read_text())
@@ -167,17 +167,17 @@ def test_a_saved_dataset_is_trained_on(saved: Path, config: MakeConfig) -> None:
 
 def test_columns_and_splits_of_a_saved_dataset_are_checked(saved: Path, tmp_path: Path) -> None:
     datasets = pytest.importorskip("datasets")
-    with pytest.raises(DataError, match="no column picture of images, but image, text, label"):
+    with pytest.raises(DataError, match="no image column picture; its columns are image, text, label"):
         read(saved, image_column="picture")
-    with pytest.raises(DataError, match="no column label of images"):
+    with pytest.raises(DataError, match="no image column label"):
         read(saved, image_column="label")
-    with pytest.raises(DataError, match="no column words, but image, text, label"):
+    with pytest.raises(DataError, match="no column words; its columns are image, text, label"):
         read(saved, caption_column="words")
     rows = datasets.load_from_disk(saved)
     datasets.DatasetDict({"train": rows.select([0]), "test": rows}).save_to_disk(tmp_path / "splits")
     assert len(read(tmp_path / "splits")[0]) == 1
     datasets.DatasetDict({"one": rows, "two": rows}).save_to_disk(tmp_path / "other")
-    with pytest.raises(DataError, match="has the splits one, two and no train"):
+    with pytest.raises(DataError, match="has the splits one, two but no split train"):
         read(tmp_path / "other")
     (saved / "dataset_info.json").write_text("{")
     with pytest.raises(DataError, match="cannot be read"):
@@ -204,7 +204,7 @@ def test_the_plan_lists_what_is_left_out(
     assert "images      1 at 16 x 16, 1 captions" in shown
     assert "left out    metadata.jsonl line 3 names gone.png" in shown
     assert "            metadata.jsonl line 4 is not valid JSON" in shown
-    assert "            red.png is no image of a known kind." in shown
+    assert "            red.png is not an image of a known format." in shown
     (folder / "blue.png").write_bytes(b"no image")
     with pytest.raises(DataError, match=r"None of the images in .* can be used: .* 3 more are left out too"):
         train(config(data=folder, steps=1, output=tmp_path / "other"))
