@@ -1,4 +1,4 @@
-"""Measure what a tuner learned: `evaluate_tuner(pipeline, "watercolor.safetensors", data, output)`."""
+"""Evaluation of a tuner against its base: `evaluate_tuner(pipeline, "watercolor.safetensors", data, output)`."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any

@@ -1,4 +1,4 @@
-"""Draw held-out captions with and without a tuner, and measure both against the true pictures."""
+"""Generate images for held-out captions with and without a tuner, and compare both sets with the true images."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ _BATCH_OF_METRICS = 16
 
 
 @dataclass(frozen=True)
-class _Drawing:
-    """How every image is drawn."""
+class _Sampling:
+    """Sampling settings of every image."""
 
     steps: int
     guidance: float
@@ -56,54 +56,60 @@ def evaluate_tuner(
     limit: int | None = None,
     batch_size: int = 16,
 ) -> Evaluation:
-    """Measure a tuner on pictures of its style, and write report.json, report.md and grid.png.
+    """Evaluate a tuner on held-out images of its style, and write report.json, report.md and grid.png.
 
-    Each caption is drawn by the base alone and with the tuner, from the same noise. Both sets are compared with the
-    true pictures, scaled and cropped to the base's own size.
+    An image is generated for each caption by the base and by the base with the tuner, from the same noise. Both sets
+    are compared with the true images, which are scaled and cropped to the base's native size.
 
     Args:
-        pipeline: a base that takes tuners, with none loaded.
-        tuner: the tuner's file.
-        data: pictures of the style with captions, as for training, but not the training's own.
-        output: folder for the report; made where it does not exist.
+        pipeline: pipeline that supports tuners, with none loaded.
+        tuner: file of the tuner.
+        data: folder of captioned images of the style, in the format of a training folder, without training images.
+        output: folder for the report; created if it does not exist.
         weight: weight of the tuner.
-        training_images: the training's pictures, to see whether the tuner repeats them; captions are not needed.
-        drift_prompts: prompts without the style, to see what the tuner changes where it should not.
-        steps, guidance: denoising steps and classifier-free guidance.
-        seed: seed of the first image; the others count on from there.
-        limit: use only so many pictures, the first ones.
-        batch_size: images that are drawn at once.
+        training_images: folder of the training images, to detect memorization; captions are not needed.
+        drift_prompts: prompts without the style, to measure unwanted changes.
+        steps: denoising steps.
+        guidance: classifier-free guidance scale.
+        seed: seed of the first image; image i uses seed + i.
+        limit: maximum number of images; the first ones are used.
+        batch_size: number of images generated in one batch.
+
+    Returns:
+        The measured numbers and the settings.
 
     Raises:
-        DataError: if there are fewer than two pictures, or captions are missing.
-        TunerFileError: if the tuner's file is missing, damaged or foreign, or the report cannot be written.
+        DataError: if there are fewer than two images, or captions are missing.
+        TunerFileError: if the tuner's file is missing, damaged or of another program, or the report cannot be written.
         RestuneError: if the tuner does not fit, the pipeline has tuners, or the extra `evaluate` is not installed.
     """
     manager = TunerManager.of(pipeline.unet)
     if manager is not None:
-        raise RestuneError(f"Take the tuners {', '.join(manager.names)} off the base before evaluating one.")
-    # Whatever can be wrong is found before the drawing, which may take hours.
+        raise RestuneError(
+            f"The pipeline has the tuners {', '.join(manager.names)} loaded; unload them before the evaluation."
+        )
+    # All inputs are checked before sampling, which may take hours.
     read_info(tuner)
     samples = _read(data, pipeline, limit)
-    # Nothing is drawn for the training's pictures, so any caption will do.
+    # No image is generated from the captions of the training images, so a constant one is enough.
     training = [] if training_images is None else _read(training_images, pipeline, None, prompt="any")
-    _warn_of_shared_pictures(samples, training)
+    _warn_of_shared_images(samples, training)
     measure = _Measure(pipeline.device)
-    drawing = _Drawing(steps, guidance, seed, batch_size)
+    sampling = _Sampling(steps, guidance, seed, batch_size)
     captions = [sample.caption for sample in samples]
     pipeline.load_tuner_weights(tuner, weight=weight)
     try:
-        tuned = _draw(pipeline, [*captions, *drift_prompts], drawing, "with the tuner")
+        tuned = _generate(pipeline, [*captions, *drift_prompts], sampling, "base and tuner")
     finally:
         pipeline.unload_tuner_weights()
-    plain = _draw(pipeline, [*captions, *drift_prompts], drawing, "the base alone")
+    plain = _generate(pipeline, [*captions, *drift_prompts], sampling, "base")
     count = len(captions)
-    pictures = {
+    images = {
         "true pictures": [_as_bytes(sample) for sample in samples],
         "base": plain[:count],
         "tuner": tuned[:count],
     }
-    rows = measure.rows(pictures, [_as_bytes(sample) for sample in training])
+    rows = measure.rows(images, [_as_bytes(sample) for sample in training])
     if drift_prompts:
         rows["tuner"]["drift"] = float(measure.distances(tuned[count:], plain[count:]).mean())
     evaluation = Evaluation(
@@ -122,12 +128,12 @@ def evaluate_tuner(
             "resolution": samples[0].pixels.shape[-1],
         },
     )
-    write_report(evaluation, output, captions, [pictures[name] for name in ("true pictures", "base", "tuner")])
+    write_report(evaluation, output, captions, [images[name] for name in ("true pictures", "base", "tuner")])
     return evaluation
 
 
 class _Measure:
-    """The networks that turn pictures, held as N x 3 x H x W bytes, into numbers."""
+    """Metrics of sets of images, each image 3 x H x W in uint8."""
 
     def __init__(self, device: torch.device) -> None:
         require_package("torchmetrics")
@@ -135,9 +141,9 @@ class _Measure:
         self.inception = InceptionFeatures(_BATCH_OF_METRICS).to(device)
         self.lpips = Lpips().to(device)
 
-    def rows(self, pictures: dict[str, list[torch.Tensor]], training: list[torch.Tensor]) -> dict[str, Row]:
-        """Return what is measured of the base's, the tuner's and the true pictures."""
-        features = {name: self.features(images) for name, images in pictures.items()}
+    def rows(self, images: dict[str, list[torch.Tensor]], training: list[torch.Tensor]) -> dict[str, Row]:
+        """Return the metrics of the base's, the tuner's and the true images."""
+        features = {name: self.features(each) for name, each in images.items()}
         seen = self.features(training) if training else None
         true = features["true pictures"]
         rows: dict[str, Row] = {}
@@ -147,23 +153,23 @@ class _Measure:
                 "kid": kernel_distance(found, true)[0],
                 "style_share": style_share(found, true, features["base"]),
                 "retrieval_top1": retrieval_accuracy(found, true, 1),
-                # Among five pictures or fewer, each is among the five most similar ones.
+                # With five images or fewer, every image is among the five most similar ones.
                 "retrieval_top5": retrieval_accuracy(found, true, 5) if len(true) > 5 else None,
-                "lpips": float(self.distances(pictures[name], pictures["true pictures"]).mean()),
+                "lpips": float(self.distances(images[name], images["true pictures"]).mean()),
                 "similarity": float(similarity(found, true).mean()),
                 "nearest_training": None if seen is None else float(nearest_distance(found, seen).mean()),
                 "drift": None,
             }
             rows[name] = row
-        # Against themselves the true pictures would come out perfect; one half against the other is a fair aim.
+        # The true images would match themselves perfectly; one half against the other is a realistic target.
         halves = true[::2], true[1::2]
         rows["true pictures"]["kid"] = kernel_distance(*halves)[0] if len(halves[1]) > 1 else None
         for key in ("retrieval_top1", "retrieval_top5", "lpips", "similarity"):
             rows["true pictures"][key] = None
         return rows
 
-    def features(self, pictures: list[torch.Tensor]) -> torch.Tensor:
-        return self._in_batches(self.inception, pictures)
+    def features(self, images: list[torch.Tensor]) -> torch.Tensor:
+        return self._in_batches(self.inception, images)
 
     @torch.no_grad()
     def distances(self, a: list[torch.Tensor], b: list[torch.Tensor]) -> torch.Tensor:
@@ -172,7 +178,7 @@ class _Measure:
     def _in_batches(self, function: Callable[..., torch.Tensor], *sets: list[torch.Tensor]) -> torch.Tensor:
         results = []
         for start in range(0, len(sets[0]), _BATCH_OF_METRICS):
-            batches = [torch.stack(pictures[start : start + _BATCH_OF_METRICS]) for pictures in sets]
+            batches = [torch.stack(images[start : start + _BATCH_OF_METRICS]) for images in sets]
             results.append(function(*(batch.to(self.device).float() / 255 for batch in batches)).cpu())
         return torch.cat(results)
 
@@ -181,26 +187,26 @@ def _read(folder: Path, pipeline: Any, limit: int | None, prompt: str | None = N
     resolution = training_resolution(pipeline, None)
     samples = list(load_samples(find_examples(folder, prompt)[:limit], resolution))
     if len(samples) < 2:
-        raise DataError(f"An evaluation needs at least two pictures, and {len(samples)} can be used in {folder}.")
+        raise DataError(f"An evaluation needs at least two images, but {folder} has {len(samples)}.")
     return samples
 
 
-def _warn_of_shared_pictures(samples: list[Sample], training: list[Sample]) -> None:
+def _warn_of_shared_images(samples: list[Sample], training: list[Sample]) -> None:
     shared = len({sample.digest for sample in samples} & {sample.digest for sample in training})
     if shared:
-        logger.warning("%d of the pictures are also training pictures; the figures flatter the tuner.", shared)
+        logger.warning("%d of the images are also training images; this biases the metrics in its favor.", shared)
 
 
-def _draw(pipeline: Any, prompts: list[str], drawing: _Drawing, what: str) -> list[torch.Tensor]:
+def _generate(pipeline: Any, prompts: list[str], sampling: _Sampling, what: str) -> list[torch.Tensor]:
     images: list[Image.Image] = []
-    for start in tqdm(range(0, len(prompts), drawing.batch_size), desc=f"Drawing, {what}", disable=None):
-        batch = prompts[start : start + drawing.batch_size]
+    for start in tqdm(range(0, len(prompts), sampling.batch_size), desc=f"Generating, {what}", disable=None):
+        batch = prompts[start : start + sampling.batch_size]
         images += pipeline(
             batch,
-            num_inference_steps=drawing.steps,
-            guidance_scale=drawing.guidance,
-            # One for each image and on the CPU, so that the batch size and the machine do not change the noise.
-            generator=[torch.Generator("cpu").manual_seed(drawing.seed + start + i) for i in range(len(batch))],
+            num_inference_steps=sampling.steps,
+            guidance_scale=sampling.guidance,
+            # One CPU generator per image, so that the noise depends on neither batch size nor device.
+            generator=[torch.Generator("cpu").manual_seed(sampling.seed + start + i) for i in range(len(batch))],
         ).images
     return [torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1) for image in images]
 

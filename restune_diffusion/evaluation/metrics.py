@@ -1,4 +1,4 @@
-"""Numbers from features: tensors in, tensors or floats out. Features are N x D, one row an image."""
+"""Metrics on feature tensors. Features are N x D, one row per image."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ def kernel_distance(
     subsets: int = 100,
     seed: int = 0,
 ) -> tuple[float, float]:
-    """Return the kernel distance of two sets of features, KID (Binkowski et al. 2018, arXiv 1801.01401).
+    """Return the kernel inception distance (KID) of two sets of features (Binkowski et al. 2018, arXiv 1801.01401).
 
-    It is the unbiased estimate of the squared maximum mean discrepancy under the kernel (x.y / D + 1)^3, computed in
-    float64. Being unbiased, it is a little below zero as often as above where both sets have one distribution.
+    KID is the unbiased estimate of the squared maximum mean discrepancy under the kernel (x.y / D + 1)^3, computed in
+    float64. For two sets from one distribution the estimate is slightly below zero as often as above.
 
     Args:
         found, wanted: features, N x D and M x D; at least 2 rows each.
-        subset_size: rows that are drawn from each set, without repetition; those of the smaller set at most, and by
+        subset_size: rows drawn from each set, without replacement. The size of the smaller set is the maximum and the
             default.
-        subsets: how often they are drawn. Where every draw would be the whole of both sets, one is made.
-        seed: seed of the draws; the global random state stays as it is.
+        subsets: number of random subsets; 1 is used if every subset would be both whole sets.
+        seed: seed of the subsets; the global random state is restored.
 
     Returns:
         Mean and standard deviation over the subsets.
@@ -40,14 +40,14 @@ def kernel_distance(
     """
     size = min(len(found), len(wanted), *([] if subset_size is None else [subset_size]))
     if size < 2:
-        raise RestuneError("A kernel distance needs at least two images on either side.")
+        raise RestuneError(f"A kernel distance needs at least two images in each set, but the size is {size}.")
     require_package("torchmetrics")
     from torchmetrics.image.kid import KernelInceptionDistance
 
     if size == len(found) == len(wanted):
         subsets = 1
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
-        # It warns that it keeps all features in memory; they are there already.
+        # torchmetrics warns that it keeps all features in memory; they are in memory already.
         warnings.simplefilter("ignore", UserWarning)
         metric = KernelInceptionDistance(nn.Identity(), subsets=subsets, subset_size=size)
         metric.update(wanted.cpu().double(), real=True)
@@ -58,19 +58,19 @@ def kernel_distance(
 
 
 def similarity(found: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
-    """Return the cosine similarity of each row of `found` to the same row of `wanted`: N numbers in [-1, 1]."""
+    """Return the cosine similarity of each row of `found` and the same row of `wanted`: N values in [-1, 1]."""
     return (_unit(found) * _unit(wanted)).sum(dim=1)
 
 
 def nearest_distance(found: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
-    """Return 1 - the largest cosine similarity of each row of `found` to any row of `others`; 0 is a copy."""
+    """Return 1 minus the largest cosine similarity of each row of `found` to any row of `others`; 0 is a copy."""
     return 1 - _similarities(found, others).amax(dim=1)
 
 
 def retrieval_accuracy(found: torch.Tensor, wanted: torch.Tensor, k: int) -> float:
-    """Return the share of rows of `found` whose own row of `wanted` is among the k most similar ones.
+    """Return the share of rows of `found` for which the same row of `wanted` is among the k most similar rows.
 
-    By chance it is k / N.
+    The chance level is k / N.
     """
     similarities = _similarities(found, wanted)
     better = (similarities > similarities.diagonal()[:, None]).sum(dim=1)
@@ -80,8 +80,8 @@ def retrieval_accuracy(found: torch.Tensor, wanted: torch.Tensor, k: int) -> flo
 def style_share(found: torch.Tensor, wanted: torch.Tensor, base: torch.Tensor) -> float:
     """Return the share of rows of `found` whose nearest neighbour is in `wanted` rather than in `base`.
 
-    A two-sample vote in the manner of the 1-NN test (Lopez-Paz and Oquab 2017, arXiv 1610.06545). Row i of all three
-    belongs to prompt i; a row's own prompt has no vote, because there the subject would decide, not the style.
+    The metric follows the 1-NN two-sample test (Lopez-Paz and Oquab 2017, arXiv 1610.06545). Row i of all three sets
+    belongs to prompt i. Rows of the same prompt are excluded: there the subject would decide instead of the style.
 
     Args:
         found, wanted, base: features of the same N >= 2 prompts, N x D each.
@@ -97,7 +97,7 @@ def _similarities(rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
 
 
 def _unit(features: torch.Tensor) -> torch.Tensor:
-    # In float64, the similarity of a row to itself is 1 to fifteen digits.
+    # float64 gives the similarity of a row to itself as 1 to fifteen digits.
     return normalize(features.double(), dim=1)
 
 

