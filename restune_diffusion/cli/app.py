@@ -22,7 +22,7 @@ from .merge import MergeOptions
 from .report import ReportOptions
 from .train import TRAIN_HELP, TrainOptions, parse_train_options
 
-# tyro shows pydantic's message when a value is refused; the link to pydantic's manual helps nobody here.
+# tyro shows pydantic's message for an invalid value; omit its link to pydantic's manual.
 os.environ.setdefault("PYDANTIC_ERRORS_INCLUDE_URL", "0")
 
 Command: TypeAlias = (
@@ -43,7 +43,7 @@ def main(args: Sequence[str] | None = None) -> None:
     """Run the command line and exit.
 
     Args:
-        args: the arguments; those of the process by default.
+        args: command-line arguments; those of the process by default.
     """
     given = sys.argv[1:] if args is None else args
     if list(given) == ["--version"]:
@@ -53,7 +53,7 @@ def main(args: Sequence[str] | None = None) -> None:
 
 
 def parse(args: Sequence[str]) -> Command:
-    """Parse the command line; a training's may name a file with its settings."""
+    """Return the options of the chosen command; `train` also accepts a YAML file of settings."""
     if args[:1] == ["train"]:
         return parse_train_options(TRAIN_HELP, args[1:], prog="restune train")
     return tyro.cli(

@@ -1,4 +1,4 @@
-"""`restune convert`: turn a file of one program into one of another."""
+"""`restune convert`: convert tuner and LoRA files between formats."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from pydantic import BaseModel, ConfigDict
 
 
 class ConvertOptions(BaseModel):
-    """Read a tuner or LoRA of one program and write it for another.
+    """Convert a tuner or LoRA file to the format of another program.
 
-    Read are files of this package, LoRAs of diffusers and of kohya's sd-scripts, and SC- and CSC-Tuners of ms-swift
-    and SCEPTER. Written are the first three, and skip tuners for ms-swift.
+    Input formats: files of this package, LoRAs of diffusers and of kohya's sd-scripts, and SC- and CSC-Tuners of
+    ms-swift and SCEPTER. Output formats: the first three, and skip tuners for ms-swift.
 
     Example: restune convert ink_lora.safetensors ink.safetensors --to restune --base ./stable-diffusion-v1-5
     """
@@ -21,19 +21,19 @@ class ConvertOptions(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     source: Annotated[Path, tyro.conf.Positional]
-    """The file to read, or a folder as ms-swift and diffusers write them."""
+    """Input file, or a folder in the layout of ms-swift or diffusers."""
     output: Annotated[Path, tyro.conf.Positional]
-    """The file to write; for ms-swift a folder."""
+    """Output file; a folder for ms-swift."""
     to: Literal["restune", "diffusers", "kohya", "swift"]
-    """The program to write for; ComfyUI and A1111 read `kohya`."""
+    """Output format; use `kohya` for ComfyUI and A1111."""
     base: str | None = None
-    """The checkpoint that a file of another program is for: a directory in diffusers' layout, or the id of a hub
-    repository; only its config is read."""
+    """Base checkpoint of the input file, required for files of other programs: a directory in diffusers' layout, or a
+    hub repository id. Only its config is read."""
     partial: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Leave out what a LoRA changes beside the linear layers of the U-Net's transformer blocks, with a warning."""
+    """Skip LoRA layers outside the linear layers of the U-Net's transformer blocks, with a warning."""
 
     def run(self) -> None:
-        """Convert and say where the result is."""
+        """Convert the file and print the output path."""
         from ..conversion import convert
         from .quiet import quiet_libraries
 

@@ -1,4 +1,4 @@
-"""`restune data inspect`: say what a folder would train on, without training."""
+"""`restune data inspect`: check a data folder without training."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ if TYPE_CHECKING:
 
 
 class _Action(Settings):
-    # A base of its own, because fields of a class come after those that it inherits.
+    # A separate base class, because inherited fields come before a class's own and `action` is the first argument.
     action: Annotated[Literal["inspect"], tyro.conf.Positional]
-    """What to do."""
+    """Action; `inspect` is the only one."""
 
 
 class DataOptions(DataConfig, _Action):
-    """Show what a folder would train on: sizes, captions, and what is left out and why. Nothing is trained.
+    """Check a data folder without training: sizes, captions, and the files left out with the reason.
 
     The settings are those of `restune train`.
 
@@ -37,20 +37,20 @@ class DataOptions(DataConfig, _Action):
     folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(name="data")]
     """Folder of images, as for `restune train`."""
     base: str | None = None
-    """Checkpoint to train on, whose own size, steps of sizes and length of captions count; only its configs are read.
-    Without it they are those of Stable Diffusion 1.5, and captions are not counted in tokens."""
+    """Base checkpoint of the training, for its native size, bucket step and token limit; only its configs are read.
+    Without it, sizes are those of Stable Diffusion 1.5 and tokens are not counted."""
     seed: int = 0
-    """Seed of the training, which random crops depend on."""
+    """Seed of the training run; random crops depend on it."""
     sheet: Path | None = None
-    """Picture to write: some images of each size as they are cut, with their captions."""
+    """Contact sheet to write: cropped images of each size with their captions."""
     json_output: Annotated[bool, tyro.conf.arg(name="json"), tyro.conf.FlagCreatePairsOff] = False
-    """Print JSON for other programs: what a training writes to `data.json`."""
+    """Print JSON in the format of a training run's `data.json`."""
 
     def run(self) -> None:
-        """Print what is there.
+        """Print the data report and write the contact sheet.
 
         Raises:
-            DataError: if nothing can be trained on.
+            DataError: if no image can be used.
         """
         quiet_libraries()
         from ..data.data_sheet import DataSheet
@@ -59,14 +59,14 @@ class DataOptions(DataConfig, _Action):
         frame = read_frame(self.base, self.resolution)
         sheet = DataSheet(self.folder, [])
         try:
-            picture = inspect_data(self, frame, sheet, self.seed)
+            contact_sheet = inspect_data(self, frame, sheet, self.seed)
         except DataError:
             if sheet.refused:
                 self._print(sheet)
             raise
         self._print(sheet)
         if self.sheet is not None:
-            _write(picture, self.sheet)
+            _write(contact_sheet, self.sheet)
             if not self.json_output:
                 print(f"{'sheet':<12}{self.sheet}")
 
@@ -78,13 +78,15 @@ class DataOptions(DataConfig, _Action):
         print(text.encode(encoding, "backslashreplace").decode(encoding))
 
 
-def _write(picture: Image.Image, path: Path) -> None:
+def _write(image: Image.Image, path: Path) -> None:
     from PIL import Image as pillow
 
     from ..utils.atomic_write import atomic_write
 
-    kind = pillow.registered_extensions().get(path.suffix.lower())
-    if kind not in pillow.SAVE:
-        raise RestuneError(f"{path} is not an image file (unknown extension `{path.suffix}`); write to a .png or .jpg file.")
+    image_format = pillow.registered_extensions().get(path.suffix.lower())
+    if image_format not in pillow.SAVE:
+        raise RestuneError(
+            f"{path} is not an image file (unknown extension `{path.suffix}`); write to a .png or .jpg file."
+        )
     with atomic_write(path) as file:
-        picture.save(file, format=kind)
+        image.save(file, format=image_format)

@@ -1,4 +1,4 @@
-"""`restune demo`."""
+"""`restune demo`: train two small tuners on bundled images."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 
 class DemoOptions(BaseModel):
-    """Train two small tuners on bundled images and draw what they change; takes minutes on a CPU.
+    """Train two small tuners on bundled images and generate samples before and after; takes minutes on a CPU.
 
     Example: restune demo --output ./demo
     """
@@ -16,9 +16,9 @@ class DemoOptions(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
 
     output: Path = Path("restune-demo")
-    """Folder for the tuners and the grid of images."""
+    """Output folder for the tuners and the image grid."""
     steps: int | None = Field(default=None, gt=0)
-    """Training steps of each tuner; the demo's own choice where not given."""
+    """Training steps of each tuner; the demo's default if not given."""
     seed: int = 0
     """Seed of the training and of the images."""
 

@@ -1,4 +1,4 @@
-"""Read the flags of diffusers' training scripts as ours, so that a known command needs little change."""
+"""Translate the flags of diffusers' training scripts, so that existing commands need few changes."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _OURS = {
 
 
 def from_diffusers(arguments: Sequence[str]) -> list[str]:
-    """Rename the flags that diffusers calls otherwise, as in `--instance_prompt X` or `--max_train_steps=400`."""
+    """Return arguments with diffusers' flags replaced by ours: `--instance_prompt X` or `--max_train_steps=400`."""
     renamed: list[str] = []
     for argument in arguments:
         flag, equals, value = argument.partition("=")

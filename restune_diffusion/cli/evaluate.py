@@ -1,4 +1,4 @@
-"""`restune evaluate`: measure what a tuner learned."""
+"""`restune evaluate`: measure a tuner against its base."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 
 class EvaluateOptions(BaseModel):
-    """Measure a tuner against its base on pictures of the style that it was not trained on.
+    """Measure a tuner against its base on held-out images of its style.
 
     Example: restune evaluate --base ./stable-diffusion-v1-5 --tuner out/watercolor.safetensors
     --data ./held-out --training-images ./watercolors --output ./evaluation
@@ -18,34 +18,34 @@ class EvaluateOptions(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
 
     base: str
-    """Stable Diffusion checkpoint in diffusers' layout: a directory, or the id of a hub repository."""
+    """Stable Diffusion checkpoint in diffusers' layout: a directory, or a hub repository id."""
     tuner: str
-    """Tuner file, with its weight after a colon where it is not 1."""
+    """Tuner file, optionally with its weight after a colon: `ink.safetensors:0.8`; the default weight is 1."""
     data: Path
-    """Pictures of the style with captions, as for training, but not the training's own."""
+    """Folder of captioned images of the style, in the format of a training folder, without training images."""
     output: Path
     """Folder for report.md, report.json and grid.png."""
     training_images: Path | None = None
-    """The training's pictures; shows whether the tuner repeats them."""
+    """Folder of the training images, to detect memorization."""
     drift_prompts: tuple[str, ...] = ()
-    """Prompts that do not ask for the style; shows what the tuner changes there."""
+    """Prompts that do not name the style, to measure unwanted changes."""
     steps: int = Field(default=20, gt=0)
     """Denoising steps."""
     guidance: float = Field(default=4.0, ge=0)
-    """Classifier-free guidance."""
+    """Classifier-free guidance scale."""
     seed: int = 0
-    """Seed of the first image; the others count on from there."""
+    """Seed of the first image; image i uses seed + i."""
     limit: int | None = Field(default=None, ge=2)
-    """Use only the first so many pictures."""
+    """Maximum number of images; the first ones are used."""
     batch_size: int = Field(default=16, gt=0)
-    """Images that are drawn at once."""
+    """Images per batch."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    """Where to compute; `auto` takes a GPU if there is one."""
+    """Compute device; `auto` uses a GPU if there is one."""
     dtype: Literal["auto", "fp32", "fp16", "bf16"] = "auto"
     """Precision of the base; `auto` is fp16 on a GPU and fp32 on the CPU."""
 
     def run(self) -> None:
-        """Measure, write the report and print its table."""
+        """Run the evaluation, write the report and print its table."""
         from .quiet import quiet_libraries
 
         quiet_libraries()

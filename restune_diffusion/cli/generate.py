@@ -1,31 +1,32 @@
-"""`restune generate`: draw images with a base and any mix of tuners."""
+"""`restune generate`: generate images with a base and any mix of tuners."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-from .options.sampling import DrawOptions
+from .options.sampling import SamplingOptions
 
 
-class GenerateOptions(DrawOptions):
-    """Draw images with a base and any mix of tuners.
+class GenerateOptions(SamplingOptions):
+    """Generate images with a base and any mix of tuners.
 
     Example: restune generate --base ./stable-diffusion-v1-5 --tuner watercolor.safetensors:0.8 ink.safetensors
     --tuner-schedule "ink: 0.4-1: 1" --prompt "a fox" "a lighthouse" --output ./images
     """
 
     control_image: tuple[str, ...] = ()
-    """Condition images that steer control tuners: FILE, or CONDITION=FILE where they take several conditions."""
+    """Condition images for control tuners: FILE, or CONDITION=FILE if the tuners take several conditions."""
     control_from: tuple[str, ...] = ()
-    """Pictures to make condition images from, written likewise, for conditions called canny, palette, blur or mask."""
+    """Source images to compute condition images from: FILE or CONDITION=FILE, for the conditions canny, palette, blur
+    and mask."""
     control_scale: float = 1.0
-    """Factor on what the conditions add."""
+    """Conditioning scale: factor on the residuals of the conditions."""
     output: Path = Path("images")
-    """Folder for the PNG files."""
+    """Output folder for the PNG files."""
 
     def run(self) -> None:
-        """Draw the images and print where they are."""
+        """Generate the images and print their paths."""
         from .quiet import quiet_libraries
 
         quiet_libraries()

@@ -1,4 +1,4 @@
-"""`restune grid`: a contact sheet of prompts by tuners by weights."""
+"""`restune grid`: contact sheet of prompts by tuners and weights."""
 
 from __future__ import annotations
 
@@ -11,50 +11,57 @@ import tyro
 from pydantic import Field
 
 from ..utils.errors import RestuneError
-from .options.sampling import DrawOptions
+from .options.sampling import SamplingOptions
 
 if TYPE_CHECKING:
     from PIL import Image
 
 Column = tuple[str, dict[str, float] | None]
-"""Label, and weights by tuner; None for the base alone."""
+"""Label of a column, and weight of each tuner; None for the column of the base."""
 
 
-class GridOptions(DrawOptions):
-    """Draw prompts with the base and with each tuner at several weights, on one labelled sheet.
+class GridOptions(SamplingOptions):
+    """Generate images with the base and with each tuner at several weights, as one labeled contact sheet.
 
-    Every row is one prompt and seed, drawn in all columns from the same noise.
+    Each row has one prompt and seed; all columns of a row start from the same noise.
 
     Example: restune grid --base ./stable-diffusion-v1-5 --tuner watercolor.safetensors ink.safetensors
     --weights 0.5 1 --prompt "a fox" "a lighthouse" --share-steps 10 --output grid.png
     """
 
     tuner: tuple[str, ...] = ()
-    """Tuner files; one with a weight after a colon, `watercolor.safetensors:0.8`, gets one column at this weight."""
+    """Tuner files. A file with a weight after a colon, `watercolor.safetensors:0.8`, gets one column, at that
+    weight."""
     weights_of_columns: Annotated[tuple[float, ...], tyro.conf.arg(name="weights")] = Field((1.0,), min_length=1)
-    """Weights at which each tuner is drawn, one column each."""
+    """Weights of each tuner, one column per weight."""
     mix: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Add a column with all tuners at once, each at its weight after the colon, or 1."""
+    """Add a column with all tuners combined, each at its weight after the colon, or 1."""
     share_steps: int = Field(default=0, ge=0)
-    """Denoising steps that the columns of a row have in common: with a few, they are one composition, and cheaper."""
+    """Initial denoising steps shared by all columns of a row. A few shared steps keep one composition and save
+    time."""
     columns_at_once: int = Field(default=4, gt=0)
-    """Columns that are drawn in one batch; fewer need less memory."""
+    """Columns generated in one batch; fewer need less memory."""
     output: Path = Path("grid.png")
-    """The PNG file."""
+    """Output PNG file."""
     cell: int | None = Field(default=None, ge=32)
-    """Side of the square that each picture is fitted into, in pixels; chosen for a moderate page by default."""
+    """Side of the square that each image is fitted into, in pixels; chosen for a moderate sheet size by default."""
     json_output: Annotated[bool, tyro.conf.arg(name="json"), tyro.conf.FlagCreatePairsOff] = False
-    """Write the settings of the sheet beside it as JSON."""
+    """Also write the settings of the sheet to a JSON file of the same name."""
 
     def run(self) -> None:
-        """Draw the sheet and print where it is."""
+        """Generate the sheet and print its path."""
         from .quiet import quiet_libraries
 
         quiet_libraries()
         if self.output.suffix.lower() != ".png":
-            raise RestuneError(f"The sheet is a PNG file; write for instance --output {self.output.stem}.png.")
+            raise RestuneError(
+                f"--output {self.output} is not a PNG file; use a .png file, for example --output "
+                f"{self.output.stem}.png."
+            )
         if self.share_steps > self.steps:
-            raise RestuneError(f"--share-steps {self.share_steps} is more than the {self.steps} --steps.")
+            raise RestuneError(
+                f"--share-steps {self.share_steps} is more than --steps {self.steps}; use at most {self.steps}."
+            )
         from tqdm import tqdm
 
         from ..imaging.contact_sheet import fitting_cell, labelled_grid
@@ -62,13 +69,13 @@ class GridOptions(DrawOptions):
 
         columns = self._columns()
         pipeline = self.load()
-        # One bar for the sheet says more than one for each batch.
+        # One progress bar for the sheet replaces one for each batch.
         pipeline.set_progress_bar_config(disable=True)
         rows = [(prompt, seed) for prompt in self.prompt for seed in self.seeds]
-        drawn = [list(self._row(pipeline, *row, columns)) for row in tqdm(rows, unit="row")]
+        images = [list(self._row(pipeline, *row, columns)) for row in tqdm(rows, unit="row")]
         labels = [f"{prompt} (seed {seed})" if self.images > 1 else prompt for prompt, seed in rows]
-        cell = self.cell or fitting_cell(len(rows), len(columns), max(drawn[0][0].size))
-        sheet = labelled_grid(drawn, labels, [label for label, _ in columns], cell=cell)
+        cell = self.cell or fitting_cell(len(rows), len(columns), max(images[0][0].size))
+        sheet = labelled_grid(images, labels, [label for label, _ in columns], cell=cell)
         with atomic_write(self.output) as file:
             sheet.save(file, format="PNG")
         print(self.output)

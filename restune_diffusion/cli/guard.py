@@ -1,4 +1,4 @@
-"""Turn the errors that a user can mend into one sentence and an exit code."""
+"""Convert user errors to a one-line message and an exit code."""
 
 from __future__ import annotations
 
@@ -11,31 +11,31 @@ from ..utils.errors import RestuneError, TrainingInterrupted
 
 
 def run_guarded(action: Callable[[], object]) -> int:
-    """Do something; return the process's exit code, with what went wrong said in one sentence on stderr."""
+    """Call a function and return the exit code of the process; errors are printed to stderr as one line."""
     try:
         action()
         sys.stdout.flush()
     except TrainingInterrupted as stopped:
-        # torchrun and accelerate number their processes; one of them is enough to tell.
+        # With torchrun and accelerate only the process of rank 0 prints the message.
         if os.environ.get("RANK", "0") == "0":
             print("restune:", printable(str(stopped)), file=sys.stderr)
         return 0
     except KeyboardInterrupt:
-        print("restune: stopped; --resume goes on with a training from its newest checkpoint.", file=sys.stderr)
+        print("restune: stopped; --resume continues a training run from its newest checkpoint.", file=sys.stderr)
         return 130
     except BrokenPipeError:
-        # Whoever read the output, such as `head`, has what it wanted; what is still buffered goes nowhere.
+        # The reader of the output, such as `head`, closed the pipe; discard the buffered rest.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (RestuneError, OSError) as error:
-        # Messages of other libraries run over many lines.
+        # Messages of other libraries can have several lines.
         print("restune:", printable(" ".join(str(error).split())), file=sys.stderr)
         return 1
     except RuntimeError as error:
         if type(error).__name__ != "OutOfMemoryError":
             raise
         print(
-            "restune: the GPU's memory is full; use a smaller batch or resolution, --mixed-precision fp16, "
+            "restune: out of GPU memory; use a smaller batch size or resolution, --mixed-precision fp16, "
             "or --tuner bypass.",
             file=sys.stderr,
         )

@@ -1,4 +1,4 @@
-"""`restune inspect`: say what a tuner file is."""
+"""`restune inspect`: show the header of a tuner file."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class InspectOptions(BaseModel):
-    """Show what a tuner file says about itself, without loading it.
+    """Show the header of a tuner file without loading its weights.
 
     Example: restune inspect watercolor.safetensors
     """
@@ -27,15 +27,15 @@ class InspectOptions(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     file: Annotated[Path, tyro.conf.Positional]
-    """The tuner file."""
+    """Tuner file."""
     json_output: Annotated[bool, tyro.conf.arg(name="json"), tyro.conf.FlagCreatePairsOff] = False
     """Print JSON for other programs."""
     config_output: Annotated[bool, tyro.conf.arg(name="config"), tyro.conf.FlagCreatePairsOff] = False
-    """Print the settings that it was trained with as YAML, for `restune train --config`; data, output and, if it was
-    a folder, the base are to be given anew."""
+    """Print the training settings as YAML, for `restune train --config`. Data, output and a base that was a folder
+    are not included and must be given again."""
 
     def run(self) -> None:
-        """Print the facts."""
+        """Print the header in the chosen format."""
         from ..storage.tuner_file import read_info
 
         info = read_info(self.file)
@@ -48,7 +48,7 @@ class InspectOptions(BaseModel):
 
 
 def as_json(info: TunerInfo) -> dict[str, Any]:
-    """Return all that a file says about itself as plain JSON values; numbers beyond a float's range are text."""
+    """Return the whole header as plain JSON values; numbers beyond a float's range are strings."""
     return {
         "file": str(info.path),
         "bytes": info.bytes,
@@ -62,19 +62,19 @@ def as_json(info: TunerInfo) -> dict[str, Any]:
 
 
 def as_config(info: TunerInfo) -> str:
-    """Return the settings that a tuner was trained with as YAML.
+    """Return the training settings of a tuner as YAML.
 
     Raises:
-        TunerFileError: if the file records none.
+        TunerFileError: if the file records no training settings.
     """
     recorded = _mapping(info.training.get("config"))
     if not recorded:
-        raise TunerFileError(f"{info.path} does not say with which settings it was trained.")
+        raise TunerFileError(f"{info.path} records no training settings.")
     return recorded_yaml(recorded).rstrip("\n")
 
 
 def as_text(info: TunerInfo) -> str:
-    """Return the facts that a person asks for first, one a line; long ones are cut, control characters escaped."""
+    """Return the main header fields, one per line; long values are truncated and control characters escaped."""
     training = info.training
     config = _mapping(training.get("config"))
     widths = list(dict.fromkeys(site.channels for site in info.base.sites.values()))
@@ -84,7 +84,7 @@ def as_text(info: TunerInfo) -> str:
         ("parameters", f"{info.num_parameters:,} ({info.dtype})"),
         ("base", f"{config.get('base') or info.base.name or 'unnamed'} ({info.base.denoiser}, widths {widths})"),
     ]
-    # A tuner made in Python may carry other training facts, or none; `--json` shows them all.
+    # A tuner saved from Python may have other training facts, or none; `--json` shows all of them.
     if {"steps", "images", "data_hash"} <= training.keys():
         facts += [
             ("trained", f"{training.get('steps')} steps on {training.get('images')} images of "
@@ -106,7 +106,7 @@ _LINE = 2000
 
 
 def _mapping(value: object) -> dict[str, Any]:
-    """Read a training fact that should be an object; a file may hold anything there."""
+    """Return a training fact if it is a JSON object, otherwise an empty one; the file may hold any value."""
     return value if isinstance(value, dict) else {}
 
 

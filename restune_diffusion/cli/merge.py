@@ -1,4 +1,4 @@
-"""`restune merge`: make one tuner file of several."""
+"""`restune merge`: merge tuner files into one."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ from pydantic import BaseModel, ConfigDict, Field
 
 
 class MergeOptions(BaseModel):
-    """Make one tuner of several, or give a tuner of lora a lower rank.
+    """Merge several tuners into one, or reduce the rank of a lora tuner.
 
-    A sum (`add`, `subtract`) of skip tuners, or of tuners of lora alone, does exactly what they do together: their
-    bottlenecks stand side by side, so the file grows. The average of lora is exact in the same way. The average of
-    any other part is taken of its weights: it needs the same config, keeps the size, and is a heuristic.
+    A sum (`add`, `subtract`) of skip tuners, or of tuners with only lora parts, is exact: it equals the tuners active
+    together. Their bottlenecks are concatenated, so the file grows. The average of lora parts is exact in the same
+    way. The average of any other part averages the weights: it requires equal configs, keeps the size, and is a
+    heuristic.
 
     Example: restune merge watercolor.safetensors:0.5 ink.safetensors:0.5 --output both.safetensors
     """
@@ -23,17 +24,17 @@ class MergeOptions(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     tuners: Annotated[tuple[str, ...], tyro.conf.Positional] = Field(min_length=1)
-    """Tuner files, each with its weight after a colon where it is not 1."""
+    """Tuner files, each optionally with its weight after a colon: `ink.safetensors:0.5`; the default weight is 1."""
     output: Path
-    """The file to write."""
+    """Output file."""
     method: Literal["average", "interpolate", "add", "subtract", "stack"] = "average"
-    """`average`: the weighted mean. `interpolate`: from the first to the second, as far as the second's weight says.
-    `add` or, by another name, `stack`: the weighted sum. `subtract`: the first less the others."""
+    """`average`: weighted mean. `interpolate`: from the first tuner to the second, by the second's weight. `add`, also
+    called `stack`: weighted sum. `subtract`: the first tuner minus the others."""
     rank: int | None = Field(default=None, gt=0)
-    """Reduce lora to this rank, by the singular value decomposition of every layer."""
+    """Reduce lora parts to this rank by singular value decomposition of every layer."""
 
     def run(self) -> None:
-        """Merge, and say where the result is."""
+        """Merge the tuners and print the output path."""
         from ..conversion.arithmetic import merge_tuners, reduce_rank
         from ..storage.tuner_file import load_tuner, save_tuner
         from .options.mix import split_weight

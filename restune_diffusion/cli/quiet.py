@@ -1,10 +1,10 @@
-"""Keep the libraries' chatter off the terminal."""
+"""Suppress the log messages and progress bars of libraries."""
 
 from __future__ import annotations
 
 
 def quiet_libraries() -> None:
-    """Let diffusers and transformers report errors only, and show no progress bars of their own."""
+    """Set diffusers and transformers to log errors only and disable their progress bars."""
     import diffusers
     import transformers
 

@@ -1,4 +1,4 @@
-"""`restune report`: one page about a training run."""
+"""`restune report`: HTML page about a training run."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from pydantic import BaseModel, ConfigDict
 
 
 class ReportOptions(BaseModel):
-    """Write one self-contained HTML page about a training: curves, samples over time, data, settings, how to use it.
+    """Write a self-contained HTML page about a training run: curves, samples over time, data, settings, usage.
 
-    It also works while the training is going on. Example: restune report ./out
+    The command also works during the run. Example: restune report ./out
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     folder: Annotated[Path, tyro.conf.Positional]
-    """Output folder of the training."""
+    """Output folder of the training run."""
     output: Path | None = None
-    """Where to write the page; report.html in the folder where not given."""
+    """Output file; report.html in the run's folder if not given."""
 
     def run(self) -> None:
-        """Write the page and print where it is."""
+        """Write the page and print its path."""
         from .quiet import quiet_libraries
 
         quiet_libraries()

@@ -1,4 +1,4 @@
-"""The demo: customize the bundled base with two tuners, and draw what they change."""
+"""The demo: train two tuners on the bundled base, and generate samples before and after."""
 
 from __future__ import annotations
 
@@ -20,23 +20,26 @@ _ASSETS = Path(__file__).parents[1] / "assets"
 BASE = _ASSETS / "restune-tiny"
 IMAGES = _ASSETS / "demo"
 STYLE = "ink style"
-"""How the captions of the demo's images call a style that the base has never seen."""
+"""Name of the new style in the captions of the demo's images."""
 SUBJECTS = ("red heart", "cat face", "dog face", "red apple", "automobile", "evergreen tree", "alien", "tulip")
-"""What the grid shows; none of these is among the training images."""
-Kind: TypeAlias = Literal["res", "bypass"]
-_KINDS: tuple[Kind, ...] = ("res", "bypass")
+"""Subjects of the grid; none of them is among the training images."""
+Family: TypeAlias = Literal["res", "bypass"]
+_FAMILIES: tuple[Family, ...] = ("res", "bypass")
 
 
 def run_demo(output: Path, *, steps: int = 300, seed: int = 0) -> Path:
     """Train a res and a bypass tuner on the bundled images and write a grid: base, res tuner, bypass tuner.
 
     Args:
-        output: folder for the tuners and the grid; made where it does not exist.
+        output: folder for the tuners and the grid; created if it does not exist.
         steps: optimizer steps of each tuner.
         seed: seed of the training and of the images.
 
     Returns:
         Path of the grid.
+
+    Raises:
+        RestuneError: if the bundled base is missing.
     """
     started = time.perf_counter()
     if not (BASE / "model_index.json").is_file():
@@ -44,12 +47,12 @@ def run_demo(output: Path, *, steps: int = 300, seed: int = 0) -> Path:
     pipeline = load_base(str(BASE), torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     prompts = [f"{subject}, {STYLE}" for subject in SUBJECTS]
-    columns = {"base": _draw(pipeline, prompts, seed)}
-    for kind in _KINDS:
-        # Each run starts anew: a demo has nothing to resume, and its folder may hold an earlier one.
-        result = train(_recipe(kind, output, steps, seed), pipeline=pipeline)
+    columns = {"base": _generate(pipeline, prompts, seed)}
+    for family in _FAMILIES:
+        # The demo never resumes: its folder may have the files of an earlier run.
+        result = train(_recipe(family, output, steps, seed), pipeline=pipeline)
         pipeline.load_tuner_weights(result.path)
-        columns[f"{kind} tuner"] = _draw(pipeline, prompts, seed)
+        columns[f"{family} tuner"] = _generate(pipeline, prompts, seed)
         pipeline.unload_tuner_weights()
         print(f"{result.path}: {result.steps} steps in {result.seconds:.0f} s")
     rows = [list(row) for row in zip(*columns.values(), strict=True)]
@@ -61,18 +64,18 @@ def run_demo(output: Path, *, steps: int = 300, seed: int = 0) -> Path:
     return path
 
 
-def _recipe(kind: Kind, output: Path, steps: int, seed: int) -> TrainConfig:
+def _recipe(family: Family, output: Path, steps: int, seed: int) -> TrainConfig:
     return TrainConfig(
         base=str(BASE),
         data=IMAGES,
         output=output,
-        name=kind,
-        tuner=kind,
-        # Gradients end at the last of four up blocks: further in, few pictures are learned by heart.
-        res=ResConfig(width=32, grad_depth=3) if kind == "res" else ResConfig(),
+        name=family,
+        tuner=family,
+        # Gradients stop at the last of four up blocks: deeper tuners memorize a small set of images.
+        res=ResConfig(width=32, grad_depth=3) if family == "res" else ResConfig(),
         steps=steps,
         batch_size=8,
-        learning_rate=1e-3 if kind == "res" else 5e-3,
+        learning_rate=1e-3 if family == "res" else 5e-3,
         lr_scheduler="cosine",
         checkpoint_every=0,
         seed=seed,
@@ -81,8 +84,8 @@ def _recipe(kind: Kind, output: Path, steps: int, seed: int) -> TrainConfig:
     )
 
 
-def _draw(pipeline: Any, prompts: list[str], seed: int) -> list[Image.Image]:
-    """Draw each prompt from the same noise."""
+def _generate(pipeline: Any, prompts: list[str], seed: int) -> list[Image.Image]:
+    """Generate one image for each prompt, all from the same noise."""
     generators = [torch.Generator("cpu").manual_seed(seed) for _ in prompts]
     images: list[Image.Image] = pipeline(
         prompts, num_inference_steps=20, guidance_scale=4.0, generator=generators

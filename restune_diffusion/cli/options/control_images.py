@@ -1,4 +1,4 @@
-"""The images of a command line that steer control tuners."""
+"""Control images given on the command line."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ from typing import Any
 
 
 def read_control_images(
-    pipeline: Any, images: Sequence[str], pictures: Sequence[str], size: tuple[int | None, int | None]
+    pipeline: Any, images: Sequence[str], sources: Sequence[str], size: tuple[int | None, int | None]
 ) -> dict[str, Any] | None:
-    """Read condition images, or make them from pictures.
+    """Read condition images, or compute them from source images.
 
     Args:
-        pipeline: a pipeline with its tuners loaded.
-        images: files of condition images, `CONDITION=FILE`, or `FILE` where the tuners take only one condition.
-        pictures: the same for pictures that a condition is to be made from, by the maker of its name.
-        size: width and height of what will be drawn; the base's own where None.
+        pipeline: pipeline with its tuners loaded.
+        images: condition image files, `CONDITION=FILE`, or `FILE` if the tuners take only one condition.
+        sources: image files in the same form, from which the named condition is computed.
+        size: width and height of the generated images; the base's native size where None.
 
     Returns:
-        The condition images by the names of their conditions; None where there are none.
+        Condition images keyed by condition; None if no image is given.
 
     Raises:
-        ConditionError: if a name is missing, or a condition cannot be made.
+        ConditionError: if the name of a condition is missing, or a condition cannot be computed.
         DataError: if a file cannot be read.
     """
     from PIL import Image, ImageOps
@@ -31,20 +31,20 @@ def read_control_images(
     from ...pipelines.control_images import condition_names
     from ...pipelines.load_base import training_resolution
 
-    if not images and not pictures:
+    if not images and not sources:
         return None
     names = condition_names(pipeline)
     control_images = {name: _read(path) for name, path in (_split(entry, names) for entry in images)}
     native = training_resolution(pipeline, None)
-    for name, path in (_split(entry, names) for entry in pictures):
-        # Made at the size that is drawn, as in training: the edges of a large photo would fade when it is reduced.
+    for name, path in (_split(entry, names) for entry in sources):
+        # Computed at the generated size, as in training: edges of a large photo would fade when it is reduced.
         fitted = ImageOps.fit(_read(path), (size[0] or native, size[1] or native), Image.Resampling.LANCZOS)
         control_images[name] = make_condition(name, fitted)
     return control_images
 
 
 def _split(entry: str, names: Sequence[str]) -> tuple[str, Path]:
-    """Split `CONDITION=FILE`; the file may contain such a sign itself."""
+    """Split `CONDITION=FILE`; the file name may contain `=`."""
     from ...utils.errors import ConditionError
 
     name, equals, path = entry.partition("=")
@@ -52,7 +52,7 @@ def _split(entry: str, names: Sequence[str]) -> tuple[str, Path]:
         return name, Path(path)
     if len(names) != 1:
         known = ", ".join(names) or "none"
-        raise ConditionError(f"Say which condition {entry} is for, as CONDITION=FILE; the tuners take {known}.")
+        raise ConditionError(f"{entry} has no condition; write CONDITION=FILE. The tuners take {known}.")
     return names[0], Path(entry)
 
 

@@ -1,4 +1,4 @@
-"""The tuners of a command line: which files, how strongly, and where, when and on what they act."""
+"""Tuner options of the command line: files, weights, sites, schedules, masks and guidance branches."""
 
 from __future__ import annotations
 
@@ -17,31 +17,32 @@ if TYPE_CHECKING:
 class MixOptions(BaseModel):
     """Tuner files and their weights.
 
-    What belongs to one tuner starts with its name, `NAME:`; the name is that of its file without the ending, and may
-    be left out where there is only one tuner.
+    An option of one tuner starts with the tuner's name, `NAME:`. The name is the file name without its extension. It
+    may be omitted if there is only one tuner.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
 
     tuner: tuple[str, ...] = ()
-    """Tuner files, each with its weight after a colon where it is not 1: `watercolor.safetensors:0.8`."""
+    """Tuner files, each optionally with its weight after a colon: `watercolor.safetensors:0.8`; the default weight is
+    1."""
     tuner_sites: tuple[str, ...] = ()
-    """Weights by site, times the tuner's: `"skip.0-3=0.2, up.*=0"`, or `"watercolor: skip.0-3=0.2"` with several
-    tuners; of several patterns that match a site, the last counts."""
+    """Factors by site on the tuner's weight: `"skip.0-3=0.2, up.*=0"`, or `"watercolor: skip.0-3=0.2"` with several
+    tuners. If several patterns match a site, the last one applies."""
     tuner_schedule: tuple[str, ...] = ()
-    """Weights over the denoising steps, from 0, pure noise, to 1, times the tuner's: `"0.3-1: 1"` or
+    """Factors over the denoising steps on the tuner's weight, from 0 (pure noise) to 1: `"0.3-1: 1"`, or
     `"0-0.5: 0>1, 0.5-1: 1"` with a ramp; zero elsewhere. With several tuners: `"watercolor: 0.3-1: 1"`."""
     tuner_mask: tuple[str, ...] = ()
-    """Image whose white parts are where the tuner acts: `left.png`, or `watercolor:left.png` with several tuners."""
+    """Mask image; the tuner acts in its white area: `left.png`, or `watercolor:left.png` with several tuners."""
     tuner_guidance: tuple[str, ...] = ()
-    """Which half of classifier-free guidance the tuner sees, `both`, `cond` or `uncond`, after `NAME:` with
-    several tuners."""
+    """Guidance branch that the tuner acts on: `both`, `cond` (conditional) or `uncond` (unconditional), after `NAME:`
+    with several tuners."""
 
     def weights(self) -> dict[str, tuple[str, TunerWeight]]:
-        """Return the file and the weight of each tuner by its name.
+        """Return the file and the weight of each tuner, keyed by name.
 
         Raises:
-            RestuneError: if an option has another form, or is for a tuner that is not given.
+            RestuneError: if an option is malformed, or names a tuner that is not given.
         """
         from ...hooks.weights import TunerWeight, schedule
         from ...imaging.masks import load_mask
@@ -51,7 +52,7 @@ class MixOptions(BaseModel):
         sites = _by_tuner("--tuner-sites", self.tuner_sites, names)
         steps = _by_tuner("--tuner-schedule", self.tuner_schedule, names)
         masks = _by_tuner("--tuner-mask", self.tuner_mask, names)
-        halves: dict[str, Any] = _by_tuner("--tuner-guidance", self.tuner_guidance, names)
+        branches: dict[str, Any] = _by_tuner("--tuner-guidance", self.tuner_guidance, names)
         return {
             name: (
                 path,
@@ -60,7 +61,7 @@ class MixOptions(BaseModel):
                     sites=read_sites(sites[name]) if name in sites else {},
                     steps=schedule(steps[name]) if name in steps else None,
                     mask=load_mask(masks[name]) if name in masks else None,
-                    on=halves.get(name, "both"),
+                    on=branches.get(name, "both"),
                 ),
             )
             for name, (path, value) in zip(names, files, strict=True)
@@ -68,17 +69,17 @@ class MixOptions(BaseModel):
 
 
 def load_tuners(pipeline: Any, weights: dict[str, tuple[str, TunerWeight]]) -> None:
-    """Load the tuners of a command line into a pipeline and give them their weights."""
+    """Load the tuners of a command line into a pipeline and set their weights."""
     for name, (path, _) in weights.items():
         pipeline.load_tuner_weights(path, tuner_name=name)
     pipeline.set_tuners({name: weight for name, (_, weight) in weights.items()})
 
 
 def read_sites(text: str) -> dict[str, float]:
-    """Read factors by site: `skip.0-3=0.2, up.*=0`.
+    """Parse factors by site, such as `skip.0-3=0.2, up.*=0`.
 
     Raises:
-        RestuneError: if the text has another form; names the piece.
+        RestuneError: if an entry is malformed; the message quotes it.
     """
     factors = {}
     for piece in text.split(","):
@@ -87,25 +88,25 @@ def read_sites(text: str) -> dict[str, float]:
             factors[pattern.strip()] = float(factor)
         except ValueError:
             raise RestuneError(
-                f"`{piece.strip()}` is no weight of a site; write for instance `skip.0-3=0.2, up.*=0`."
+                f"Invalid site weight `{piece.strip()}`. Expected `SITES=FACTOR`, for example `skip.0-3=0.2, up.*=0`."
             ) from None
     return factors
 
 
 def split_weight(argument: str) -> tuple[str, float]:
-    """Split `FILE:WEIGHT`; the weight may be left out, and the file may contain colons itself."""
+    """Split `FILE:WEIGHT`; the weight is optional (1 by default), and the file name may contain colons."""
     path, colon, weight = argument.rpartition(":")
     if not colon or not path:
         return argument, 1.0
     try:
         return path, float(weight)
     except ValueError:
-        # `C:\\tuners\\a.safetensors`, or a misspelled weight, which is then told as a file that does not exist
+        # `C:\\tuners\\a.safetensors`, or an invalid weight; the latter is reported as a missing file.
         return argument, 1.0
 
 
 def unique_names(paths: list[str]) -> list[str]:
-    """Name tuners after their files, with a number behind those that share a name."""
+    """Return the file names without extension; repeated names get a numeric suffix."""
     names: list[str] = []
     for path in paths:
         stem = name = Path(path).stem
@@ -118,7 +119,7 @@ def unique_names(paths: list[str]) -> list[str]:
 
 
 def _by_tuner(option: str, arguments: Iterable[str], names: list[str]) -> dict[str, str]:
-    """Find out which tuner each argument of an option is for."""
+    """Return the value of an option for each tuner, keyed by tuner name."""
     found: dict[str, str] = {}
     for argument in arguments:
         name, colon, rest = argument.partition(":")
@@ -128,7 +129,7 @@ def _by_tuner(option: str, arguments: Iterable[str], names: list[str]) -> dict[s
             name, rest = names[0], argument
         else:
             raise RestuneError(
-                f"{option} {argument!r} does not say which tuner it is for; put a name and a colon before it: "
+                f"{option} {argument!r} names no tuner; prepend the name of a tuner and a colon. The tuners are "
                 f"{', '.join(names)}."
                 if names
                 else f"{option} {argument!r} needs a tuner; give one with --tuner."

@@ -1,4 +1,4 @@
-"""Load a base where, and as precisely, as the command line asks."""
+"""Load a base on the device and with the dtype of the command line."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ def load_placed(
     device: Literal["auto", "cpu", "cuda", "mps"],
     dtype: Literal["auto", "fp32", "fp16", "bf16"],
 ) -> Any:
-    """Load a base as a pipeline that takes tuners.
+    """Load a base as a pipeline that supports tuners.
 
     Args:
-        base: a directory, or the id of a hub repository.
-        device: where to compute; `auto` takes a GPU if there is one.
+        base: a directory, or a hub repository id.
+        device: compute device; `auto` uses a GPU if there is one.
         dtype: precision; `auto` is fp16 on a GPU and fp32 on the CPU.
 
     Raises:
-        RestuneError: if there is no such base or device.
+        RestuneError: if the base or the device does not exist.
     """
     import torch
 
@@ -29,7 +29,7 @@ def load_placed(
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda" and not torch.cuda.is_available():
-        raise RestuneError("There is no CUDA device here; use --device cpu.")
+        raise RestuneError("No CUDA device is available; use --device cpu.")
     automatic = torch.float32 if device == "cpu" else torch.float16
     dtypes = {"auto": automatic, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
     return load_base(base, dtypes[dtype]).to(device)

@@ -103,7 +103,7 @@ def test_generate_takes_control_images_and_makes_them(restune: Restune, workplac
         ((), "needs an image for 'canny' or 'palette'"),
         (
             ("--control-image", "a.png"),
-            "Say which condition a.png is for, as CONDITION=FILE; the tuners take canny, palette",
+            "a.png has no condition; write CONDITION=FILE. The tuners take canny, palette",
         ),
         (("--control-from", "canny=gone.png"), "gone.png cannot be read as an image"),
     ],

@@ -75,7 +75,7 @@ def test_common_steps_make_one_composition(restune: Restune, workplace: Path, tm
 def test_bad_settings_are_named_before_the_base_is_read(restune: Restune, tmp_path: Path) -> None:
     for arguments, message in (
         (("--output", "sheet.jpg"), "PNG"),
-        (("--share-steps=9", "--steps=3"), "--share-steps 9 is more than the 3 --steps"),
+        (("--share-steps=9", "--steps=3"), "--share-steps 9 is more than --steps 3"),
         (("--tuner", "a.safetensors", "--tuner-schedule", "x"), "no piece of a schedule"),
     ):
         code, _, errors = restune("grid", "--base", tmp_path / "gone", "--prompt", "x", *arguments)

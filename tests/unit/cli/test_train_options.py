@@ -121,7 +121,7 @@ def test_a_file_without_recorded_settings_is_told(restune: Restune, workplace: P
     save_tuner(load_tuner(workplace / "trained" / "disc.safetensors"), tmp_path / "bare.safetensors", training={})
     code, _, errors = restune("inspect", tmp_path / "bare.safetensors", "--config")
     assert (code, errors.count("\n")) == (1, 1)
-    assert "does not say with which settings" in errors
+    assert "records no training settings" in errors
 
 
 def test_scripts_take_files(workplace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
