@@ -1,9 +1,9 @@
-"""Count the bytes that one training forward keeps for backward: bypass and skip tuner against PEFT's LoRA.
+"""Count the bytes that autograd saves in one training forward pass: bypass, skip and res tuners against PEFT's LoRA.
 
     python benchmarks/backward_memory.py --output benchmarks/results/backward_memory
 
-A count, not a timing: the same on every machine for the same versions and attention kernel. All methods run in one
-process on one U-Net of Stable Diffusion 1.5's structure with random weights.
+The result is a count, not a timing: it is the same on every machine for the same versions and attention kernel. All
+methods run in one process on one U-Net with Stable Diffusion 1.5's structure and random weights.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ SD15 = {
 
 
 def build_unet() -> UNet2DConditionModel:
-    """Build SD 1.5's U-Net with random weights, frozen."""
+    """Return a frozen U-Net with SD 1.5's structure and random weights."""
     with torch.device("meta"):
         unet = UNet2DConditionModel(**SD15)
     unet = unet.to_empty(device="cpu").eval().requires_grad_(False)
@@ -52,12 +52,12 @@ def build_unet() -> UNet2DConditionModel:
 
 @contextmanager
 def kept_storages() -> Iterator[dict[int, torch.UntypedStorage]]:
-    """Yield the storages that autograd keeps meanwhile, parameters among them, each once by its `_cdata`."""
+    """Context manager that records the storages autograd saves inside it, parameters included, keyed by `_cdata`."""
     storages: dict[int, torch.UntypedStorage] = {}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
-        storages[storage._cdata] = storage  # held, so that no other takes its place
+        storages[storage._cdata] = storage  # the reference prevents reuse of the address
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
@@ -65,7 +65,7 @@ def kept_storages() -> Iterator[dict[int, torch.UntypedStorage]]:
 
 
 def kept_bytes(forward: Callable[[], torch.Tensor], parameters: set[int]) -> int:
-    """Sum the storages that autograd keeps during a forward pass, without parameters, which are told by address."""
+    """Return the bytes that autograd saves in a forward pass, except parameters, which are identified by address."""
     with kept_storages() as storages:
         out = forward()
     assert out.requires_grad
@@ -74,7 +74,7 @@ def kept_bytes(forward: Callable[[], torch.Tensor], parameters: set[int]) -> int
 
 @contextmanager
 def lora(unet: Any, rank: int) -> Iterator[int]:
-    """Put LoRA on the attention layers, as diffusers' training scripts do; yields the number of parameters."""
+    """Context manager with LoRA on the attention layers, as in diffusers' scripts; yields its parameter count."""
     unet.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=["to_q", "to_k", "to_v", "to_out.0"]), "peer")
     try:
         yield sum(parameter.numel() for parameter in unet.parameters() if parameter.requires_grad)
@@ -84,7 +84,7 @@ def lora(unet: Any, rank: int) -> Iterator[int]:
 
 @contextmanager
 def tuner(unet: Any, config: PartConfig) -> Iterator[int]:
-    """Attach a fresh tuner; yields the number of parameters."""
+    """Context manager with a new tuner attached; yields its parameter count."""
     fresh = Tuner.for_base(unet, config)
     with attach(unet, fresh):
         yield fresh.num_parameters()
@@ -104,7 +104,7 @@ METHODS: dict[str, Callable[[Any], Any]] = {
 
 
 def measure(size: int) -> list[dict[str, Any]]:
-    """Measure every method on latents of `size` x `size`, batch 1, fp32."""
+    """Return one row per method, measured on latents of `size` x `size`, batch 1, fp32."""
     unet = build_unet()
     inputs = torch.randn(1, 4, size, size), torch.tensor(500), torch.randn(1, 77, 768)
     rows: list[dict[str, Any]] = []
@@ -117,7 +117,7 @@ def measure(size: int) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    """Measure, print a table and write it with the facts that it depends on."""
+    """Run the benchmark, print the table and write it with the command, machine and versions."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--size", type=int, default=64, help="side of the latents (default: 64, a 512 px image)")
     parser.add_argument("--output", type=Path, help="write OUTPUT.json and OUTPUT.md")

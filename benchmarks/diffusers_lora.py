@@ -1,8 +1,8 @@
-"""The LoRA training of diffusers' `examples/text_to_image/train_text_to_image_lora.py`, step by step.
+"""LoRA training loop of diffusers' `examples/text_to_image/train_text_to_image_lora.py`.
 
-The script is not part of the wheel, so its procedure is written down here: the layers that get LoRA and their start,
-what is encoded when, the draws, the loss, and the order of accelerate's calls. Left out is what costs it no time in a
-step: arguments, trackers, checkpoints and validation.
+The script is not part of the wheel, so this module reimplements its procedure: the LoRA layers and their
+initialization, the encoding, the random numbers, the loss, and the order of accelerate's calls. It omits the parts
+that take no time in a step: arguments, trackers, checkpoints and validation.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ Item = dict[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class Settings:
-    """The script's options that matter here, with its defaults where it has some."""
+    """Options of the script that affect a step, with the script's defaults."""
 
     resolution: int
     steps: int
@@ -38,11 +38,11 @@ class Settings:
     rank: int = 4
     learning_rate: float = 1e-4
     cached: bool = False
-    """Not an option of the script: encode images and captions before the first step, as our training does."""
+    """Encode images and captions before the first step, as our training does; not an option of the script."""
 
 
-class Pictures(Dataset[Item]):
-    """Reads, scales, crops and tokenizes an image each time that it is drawn."""
+class Images(Dataset[Item]):
+    """Dataset that reads, resizes, crops and tokenizes an image on every access."""
 
     def __init__(self, examples: Sequence[Example], tokenizer: Any, resolution: int) -> None:
         self._examples, self._tokenizer, self._resolution = examples, tokenizer, resolution
@@ -60,22 +60,22 @@ class Pictures(Dataset[Item]):
 
     def _pixels(self, example: Example) -> torch.Tensor:
         side = self._resolution
-        with Image.open(example.path) as image:
-            picture = image.convert("RGB")
-        scale = side / min(picture.size)
-        scaled = picture.resize([max(side, round(s * scale)) for s in picture.size], Image.Resampling.BILINEAR)
+        with Image.open(example.path) as file:
+            image = file.convert("RGB")
+        scale = side / min(image.size)
+        scaled = image.resize([max(side, round(s * scale)) for s in image.size], Image.Resampling.BILINEAR)
         left, top = ((length - side) // 2 for length in scaled.size)
         square = np.asarray(scaled.crop((left, top, left + side, top + side)), dtype=np.float32)
         return torch.from_numpy(square / 127.5 - 1).permute(2, 0, 1)
 
 
 class Encoded(Dataset[Item]):
-    """What the frozen encoders say about each image, computed once."""
+    """Cache of the latents and text embeddings of a dataset, computed once."""
 
-    def __init__(self, pictures: Pictures, vae: Any, text_encoder: Any) -> None:
+    def __init__(self, images: Images, vae: Any, text_encoder: Any) -> None:
         self._items: list[Item] = []
         with torch.no_grad():
-            for item in (pictures[index] for index in range(len(pictures))):
+            for item in (images[index] for index in range(len(images))):
                 posterior = vae.encode(item["pixels"][None]).latent_dist
                 states = text_encoder(item["tokens"][None])[0][0]
                 self._items.append({"mean": posterior.mean[0], "std": posterior.std[0], "states": states})
@@ -90,12 +90,12 @@ class Encoded(Dataset[Item]):
 def train_lora(
     pipeline: Any, examples: Sequence[Example], settings: Settings, on_step: Callable[[float], None]
 ) -> None:
-    """Train LoRA on the attention layers of a pipeline's U-Net, and take it off again.
+    """Train LoRA on the attention layers of a pipeline's U-Net, and remove it afterwards.
 
     Args:
         pipeline: a Stable Diffusion pipeline in fp32, on the CPU.
         examples: images and captions.
-        settings: the options.
+        settings: options of the training.
         on_step: called after each step with its loss.
     """
     AcceleratorState._reset_state()
@@ -125,8 +125,8 @@ def _loop(
     noise_scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
     layers = [parameter for parameter in unet.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(layers, lr=settings.learning_rate, weight_decay=1e-2)
-    pictures = Pictures(examples, pipeline.tokenizer, settings.resolution)
-    dataset = Encoded(pictures, vae, text_encoder) if settings.cached else pictures
+    images = Images(examples, pipeline.tokenizer, settings.resolution)
+    dataset = Encoded(images, vae, text_encoder) if settings.cached else images
     loader = DataLoader(dataset, shuffle=True, batch_size=settings.batch_size, num_workers=0)
     schedule = get_scheduler("constant", optimizer, num_warmup_steps=0, num_training_steps=settings.steps)
     unet, optimizer, loader, schedule = accelerator.prepare(unet, optimizer, loader, schedule)
@@ -151,7 +151,7 @@ def _loop(
 
 
 def encode(batch: Item, vae: Any, text_encoder: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return latents and text states of a batch: from its pixels and tokens, or from what was cached of them."""
+    """Return latents and text embeddings of a batch, encoded from pixels and tokens, or taken from the cache."""
     if "pixels" in batch:
         latents = vae.encode(batch["pixels"]).latent_dist.sample()
         states = text_encoder(batch["tokens"], return_dict=False)[0]
@@ -162,7 +162,7 @@ def encode(batch: Item, vae: Any, text_encoder: Any) -> tuple[torch.Tensor, torc
 
 
 def denoising_loss(unet: Any, noise_scheduler: Any, latents: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
-    """The script's loss: mean squared error to what the scheduler says is predicted, at random timesteps."""
+    """Return the script's loss: mean squared error to the scheduler's prediction target at random timesteps."""
     noise = torch.randn_like(latents)
     timesteps = torch.randint(0, noise_scheduler.config.num_train_timesteps, (len(latents),)).long()
     noisy = noise_scheduler.add_noise(latents, noise, timesteps)

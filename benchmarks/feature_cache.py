@@ -1,4 +1,4 @@
-"""What a feature bank and a sweep save a bypass tuner in time, and what a bank costs it in quality.
+"""Time savings of the feature cache and of a sweep for a bypass tuner, and the quality cost of the cache.
 
     python research/restune_tiny/prepare_icons.py data/icons --download --benchmark
     python -m benchmarks.feature_cache quality --icons data/icons --output benchmarks/results/feature_cache
@@ -6,9 +6,9 @@
     python -m benchmarks.feature_cache size --output benchmarks/results/feature_cache
     python -m benchmarks.feature_cache sweep --output benchmarks/results/feature_cache
 
-Each part adds its rows to the same files. The quality is the denoising loss on other pictures of the style, by which
-the icon-style benchmark chooses learning rates; one bank of the largest size is made, and smaller ones are its first
-draws. Processor time is counted, which other programs on the machine disturb less than the clock.
+Each part adds its rows to the same files. Quality is the denoising loss on held-out images of the style, the loss that
+the icon-style benchmark uses to choose learning rates. One feature cache of the largest size is computed; the smaller
+ones are its first samples. Times are processor times, which depend less on other programs than wall-clock times.
 """
 
 from __future__ import annotations
@@ -57,34 +57,34 @@ LEARNING_RATE = 5e-3
 Row = dict[str, Any]
 
 
-class FirstDraws(CachedFeatureSampler):
-    """A stream over the first draws of a larger bank."""
+class FirstSamples(CachedFeatureSampler):
+    """Sampler over the first noise and timestep samples of a larger feature cache."""
 
     def __init__(self, length: int, seed: int, count: int, used: int) -> None:
         super().__init__(length, seed, count)
         self._used = used
 
     def entry(self, position: int) -> tuple[int, int]:
-        """Return which image is drawn at a position, and the number of its draw."""
+        """Return the image index at a position and the index of its cached sample."""
         return self._image_at(position), position // self._length % self._used
 
 
 def settings(data: Path, output: Path, **changes: Any) -> TrainConfig:
-    """A run of the bundled base on the CPU."""
+    """Return the config of a bypass training run on the bundled base on the CPU."""
     common = {"base": str(TINY), "data": data, "output": output, "tuner": "bypass", "cpu": True, "batch_size": 8}
     return TrainConfig(**{**common, "learning_rate": LEARNING_RATE, "checkpoint_every": 0, **changes})
 
 
 @contextmanager
-def ground_of(config: TrainConfig) -> Iterator[tuple[Any, TrainingInputs]]:
-    """Load the base and encode the pictures."""
+def inputs_of(config: TrainConfig) -> Iterator[tuple[Any, TrainingInputs]]:
+    """Context manager with the base loaded and the images encoded; yields the accelerator and the training inputs."""
     accelerator = build_accelerator(config)
     with prepared(config, accelerator) as inputs:
         yield accelerator, inputs
 
 
 def train_on(run: TrainState, batches: BatchSource | None = None) -> float:
-    """Train to the end and return the median processor time of a step."""
+    """Train to the last step and return the median processor time of a step in seconds."""
     if batches is not None:
         run.batches = batches
     seconds: list[float] = []
@@ -97,20 +97,20 @@ def train_on(run: TrainState, batches: BatchSource | None = None) -> float:
 
 
 def held_out(run: TrainState, selection: Cache) -> float:
-    """The denoising loss of a run's tuner on pictures that it has not seen."""
+    """Return the denoising loss of a run's tuner on held-out images."""
     with attach(run.pipeline.unet, run.tuner):
         return held_out_loss(run.pipeline.unet, selection, run.objective)
 
 
 def quality_of_seed(icons: Path, seed: int, steps: int, work: Path) -> list[Row]:
-    """Train one tuner without a bank and one from each size of bank, and score them."""
+    """Train one tuner without a feature cache and one with each cache size; return a row for each."""
     data = IconData(icons)
     split, style = data.split(STYLE, seed), data.styles[STYLE]
-    pictures = write_tuning_images(style, split.tuning, work / "tuning")
+    images = write_tuning_images(style, split.tuning, work / "tuning")
     others = write_tuning_images(style, split.selection, work / "selection")
     rows = []
-    config = settings(pictures, work / "out", steps=steps, seed=seed, feature_cache=max(SIZES))
-    with ground_of(config) as (accelerator, inputs):
+    config = settings(images, work / "out", steps=steps, seed=seed, feature_cache=max(SIZES))
+    with inputs_of(config) as (accelerator, inputs):
         selection = build_cache(inputs.pipeline, load_samples(find_examples(others), inputs.resolution))
         start = build_training_state(config, accelerator, inputs)
         rows.append({"bank": "before training", "loss": held_out(start, selection)})
@@ -124,19 +124,19 @@ def quality_of_seed(icons: Path, seed: int, steps: int, work: Path) -> list[Row]
         made = time.process_time() - began
         for used in SIZES:
             run = build_training_state(config, accelerator, inputs)
-            stream = FirstDraws(len(inputs.cache), seed, max(SIZES), used)
-            run.batches._stream = stream  # type: ignore[attr-defined]
-            fed = CachedFeatureBatches(
-                run.batches, stream, feature_cache, size=8, device=accelerator.device, dtype=torch.float32
+            sampler = FirstSamples(len(inputs.cache), seed, max(SIZES), used)
+            run.batches._stream = sampler  # type: ignore[attr-defined]
+            batches = CachedFeatureBatches(
+                run.batches, sampler, feature_cache, size=8, device=accelerator.device, dtype=torch.float32
             )
-            seconds = train_on(run, fed)
+            seconds = train_on(run, batches)
             rows.append({"bank": used, "loss": held_out(run, selection), "seconds": seconds})
         rows[-1]["making"] = made
     return [{"part": "quality", "seed": seed, "steps": steps, **row} for row in rows]
 
 
 def timed(ways: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Run every way in turn and return their median processor times."""
+    """Run the functions in turn, `rounds` times each, and return their median processor times in seconds."""
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for number in range(rounds + 1):
         for name, way in ways.items():
@@ -148,7 +148,7 @@ def timed(ways: dict[str, Callable[[], object]], rounds: int) -> dict[str, float
 
 
 def time_of_steps(unet: Any, what: str, batch: int, size: int, rounds: int) -> list[Row]:
-    """Relate a training step on features to one with a pass of the base."""
+    """Compare a training step on cached features with a step that runs the base's forward pass."""
     unet.eval().requires_grad_(False)
     generator = torch.Generator().manual_seed(0)
     tuner = Tuner.for_base(unet, BypassConfig(), generator=generator)
@@ -158,7 +158,7 @@ def time_of_steps(unet: Any, what: str, batch: int, size: int, rounds: int) -> l
     (part,) = tuner.parts()
     layout = BankLayout.of(describe_base(unet), part.taps, [(size, size)], 1, "fp16")
     features: TapFeatures = record_features(unet, part.taps, noisy, timesteps, encoder_hidden_states=states)
-    halves = features.to(torch.device("cpu"), torch.float16)
+    cached = features.to(torch.device("cpu"), torch.float16)
     optimizer = torch.optim.AdamW(tuner.parameters())
 
     def learn(prediction: torch.Tensor) -> None:
@@ -171,7 +171,7 @@ def time_of_steps(unet: Any, what: str, batch: int, size: int, rounds: int) -> l
             learn(unet(noisy, timesteps, states, return_dict=False)[0])
 
     def from_features() -> None:
-        learn(predict_from_features(unet, tuner, halves.to(torch.device("cpu"), torch.float32)))
+        learn(predict_from_features(unet, tuner, cached.to(torch.device("cpu"), torch.float32)))
 
     seconds = timed({"with the base": with_base, "from features": from_features}, rounds)
     ratio = seconds["from features"] / seconds["with the base"]
@@ -180,16 +180,16 @@ def time_of_steps(unet: Any, what: str, batch: int, size: int, rounds: int) -> l
 
 
 def time_of_sweep(ratios: Sequence[str], rounds: int, work: Path) -> list[Row]:
-    """Relate a step of several bypass tuners that share a pass of the base to a step of each of them alone."""
-    pictures = work / "pictures"
-    pictures.mkdir()
+    """Compare a step of several bypass tuners on one shared forward pass of the base with a step of each alone."""
+    images = work / "images"
+    images.mkdir()
     for number in range(8):
-        Image.effect_noise((64, 64), 60 + number).convert("RGB").save(pictures / f"{number}.png")
+        Image.effect_noise((64, 64), 60 + number).convert("RGB").save(images / f"{number}.png")
     config = settings(
-        pictures, work / "out", prompt="noise", steps=rounds + 1, sweep=f"ratio={','.join(ratios)}", batch_size=8
+        images, work / "out", prompt="noise", steps=rounds + 1, sweep=f"ratio={','.join(ratios)}", batch_size=8
     )
     seconds: dict[str, list[float]] = {"alone": [], "together": []}
-    with ground_of(config) as (accelerator, inputs):
+    with inputs_of(config) as (accelerator, inputs):
         configs = [variant.config for variant in parse_sweep(config)]
         alone = [build_training_state(each, accelerator, inputs) for each in configs]
         for run in alone:
@@ -215,7 +215,7 @@ def time_of_sweep(ratios: Sequence[str], rounds: int, work: Path) -> list[Row]:
 
 
 def merged(path: Path, rows: list[Row], part: str) -> list[Row]:
-    """Put the rows of a part in the place of those that the file has of it."""
+    """Return the rows of a results file with the rows of one part replaced."""
     known = json.loads(path.read_text())["rows"] if path.exists() else []
     seeds = {row.get("seed", row.get("what")) for row in rows}
     kept = [row for row in known if row["part"] != part or row.get("seed", row.get("what")) not in seeds]
@@ -223,21 +223,21 @@ def merged(path: Path, rows: list[Row], part: str) -> list[Row]:
 
 
 def table(rows: list[Row]) -> list[str]:
-    """Lay all rows out as Markdown."""
+    """Return the lines of the Markdown tables of all parts."""
     lines: list[str] = []
     quality = [row for row in rows if row["part"] == "quality"]
     if quality:
         seeds = sorted({row["seed"] for row in quality})
         lines += [
-            f"Denoising loss on 48 other pictures of {STYLE} after {quality[0]['steps']} steps of 8 of 24 pictures at "
-            f"a learning rate of {LEARNING_RATE:g}, seeds {seeds}; lower is better.",
+            f"Denoising loss on 48 held-out images of {STYLE} after {quality[0]['steps']} steps at batch size 8 on 24 "
+            f"images, learning rate {LEARNING_RATE:g}, seeds {seeds}; lower is better.",
             "",
-            "| draws per picture | loss | over no bank | processor time of a step, ms |",
+            "| samples per image | loss | relative to no cache | processor time of a step, ms |",
             "|---|---|---|---|",
         ]
         plain = {row["seed"]: row["loss"] for row in quality if row["bank"] == "none"}
-        for feature_cache in ("before training", "none", *SIZES):
-            chosen = [row for row in quality if row["bank"] == feature_cache]
+        for samples in ("before training", "none", *SIZES):
+            chosen = [row for row in quality if row["bank"] == samples]
             if not chosen:
                 continue
             ratios = [row["loss"] / plain[row["seed"]] for row in chosen]
@@ -245,12 +245,12 @@ def table(rows: list[Row]) -> list[str]:
             step = [row["seconds"] for row in chosen if "seconds" in row]
             shown = f"{1000 * median(step):.0f}" if step else ""
             loss = mean(row["loss"] for row in chosen)
-            lines.append(f"| {feature_cache} | {loss:.4f} | {mean(ratios):.4f}{spread} | {shown} |")
+            lines.append(f"| {samples} | {loss:.4f} | {mean(ratios):.4f}{spread} | {shown} |")
         lines.append("")
     times = [row for row in rows if row["part"] == "time"]
     if times:
         lines += [
-            "| base | batch | latent | step with the base, s | step from features, s | ratio | disk per draw, fp16 |",
+            "| base | batch | latent | step with the base, s | step from features, s | ratio | fp16 per sample |",
             "|---|---|---|---|---|---|---|",
         ]
         for row in times:
@@ -263,7 +263,7 @@ def table(rows: list[Row]) -> list[str]:
     swept = [row for row in rows if row["part"] == "sweep"]
     if swept:
         lines += [
-            "| base | bypass tuners | batch | each alone, s a step | all together, s a step | ratio | equal bits |",
+            "| base | bypass tuners | batch | separate, s/step | together, s/step | ratio | bit-identical |",
             "|---|---|---|---|---|---|---|",
         ]
         for row in swept:
@@ -276,13 +276,13 @@ def table(rows: list[Row]) -> list[str]:
 
 
 def main() -> None:
-    """Measure one part, and write it beside the others."""
+    """Run one part and add its rows to the results of the other parts."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("part", choices=["quality", "time", "size", "sweep"])
-    parser.add_argument("--icons", type=Path, default=Path("data/icons"), help="what prepare_icons wrote")
+    parser.add_argument("--icons", type=Path, default=Path("data/icons"), help="folder written by prepare_icons")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=200, help="optimizer steps (default: 200)")
-    parser.add_argument("--rounds", type=int, default=9, help="steps of every way (default: 9)")
+    parser.add_argument("--rounds", type=int, default=9, help="steps of each variant (default: 9)")
     parser.add_argument("--output", type=Path, required=True, help="write OUTPUT.json and OUTPUT.md")
     arguments = parser.parse_args()
     torch.set_num_threads(1)

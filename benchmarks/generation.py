@@ -1,9 +1,10 @@
-"""Time a U-Net pass with tuners against one without, at Stable Diffusion 1.5's size, in one process.
+"""Time a U-Net forward pass with and without tuners, at Stable Diffusion 1.5's size, in one process.
 
     python -m benchmarks.generation --output benchmarks/results/generation
 
-Random weights, fp32. Every way is run in turn, so that a busy moment meets them all; processor time is counted, which
-other programs on the machine disturb less than the clock. The peer is a LoRA of PEFT on the attention layers.
+The weights are random, in fp32. All variants run in turn, so that load on the machine affects them equally. Times are
+processor times, which depend less on other programs than wall-clock times. The peer is a PEFT LoRA on the attention
+layers.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ ALONE: dict[str, tuple[PartConfig, ...]] = {
 
 
 def acting_tuner(unet: nn.Module, config: PartConfig, seed: int) -> Tuner:
-    """Build a tuner whose residuals are not zero."""
+    """Return a frozen tuner with nonzero residuals."""
     generator = torch.Generator().manual_seed(seed)
     tuner = Tuner.for_base(unet, config, generator=generator)
     with torch.no_grad():
@@ -51,7 +52,7 @@ def acting_tuner(unet: nn.Module, config: PartConfig, seed: int) -> Tuner:
 
 @contextmanager
 def attached(unet: nn.Module, tuners: list[Tuner], weights: list[Weight]) -> Iterator[None]:
-    """Attach tuners for a while."""
+    """Context manager with the tuners attached at their weights."""
     with ExitStack() as stack:
         for number, (tuner, weight) in enumerate(zip(tuners, weights, strict=True)):
             stack.enter_context(attach(unet, tuner, str(number), weight))
@@ -60,7 +61,7 @@ def attached(unet: nn.Module, tuners: list[Tuner], weights: list[Weight]) -> Ite
 
 @contextmanager
 def peft_lora(unet: Any) -> Iterator[None]:
-    """Switch the LoRA of PEFT on."""
+    """Context manager with PEFT's LoRA enabled."""
     unet.enable_adapters()
     try:
         yield
@@ -69,7 +70,7 @@ def peft_lora(unet: Any) -> Iterator[None]:
 
 
 def measure(unet: Any, ways: dict[str, Attach], batch: int, size: int, rounds: int) -> list[dict[str, Any]]:
-    """Run every way in turn and relate its median processor time to the first one's."""
+    """Run all variants in turn and return their median processor times, with the ratio to the first variant."""
     generator = torch.Generator().manual_seed(0)
     width = unet.config.cross_attention_dim
     inputs = (torch.randn(batch, 4, size, size, generator=generator), 321, torch.randn(batch, 77, width))
@@ -90,9 +91,9 @@ def measure(unet: Any, ways: dict[str, Attach], batch: int, size: int, rounds: i
 
 
 def main() -> None:
-    """Measure, print a table and write it with the facts that it depends on."""
+    """Run the benchmark, print the table and write it with the command, machine and versions."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--rounds", type=int, default=9, help="passes of every way (default: 9)")
+    parser.add_argument("--rounds", type=int, default=9, help="forward passes of each variant (default: 9)")
     parser.add_argument("--output", type=Path, help="write OUTPUT.json and OUTPUT.md")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -111,7 +112,7 @@ def main() -> None:
         "no tuner": lambda: attached(unet, [], []),
     }
     rows = measure(unet, batched, 8, 16, arguments.rounds)
-    # The layers that PEFT wraps stay wrapped, so its ways come last and have a plain pass of their own.
+    # Layers wrapped by PEFT stay wrapped, so its variants run last and have a baseline of their own.
     rows = measure(unet, alone, 1, 32, arguments.rounds) + rows
     unet.add_adapter(LoraConfig(r=16, target_modules=["to_q", "to_k", "to_v", "to_out.0"]))
     unet.disable_adapters()
@@ -125,7 +126,13 @@ def main() -> None:
         f"| {r['what']} | {r['batch']} | {r['size']}x{r['size']} | {r['seconds']:.2f} | {r['ratio']:.3f} |"
         for r in rows
     ]
-    publish("benchmarks.generation", rows, table, f"medians of {arguments.rounds} passes in turn", arguments.output)
+    publish(
+        "benchmarks.generation",
+        rows,
+        table,
+        f"medians of {arguments.rounds} alternating forward passes",
+        arguments.output,
+    )
 
 
 if __name__ == "__main__":

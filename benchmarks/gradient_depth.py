@@ -1,10 +1,10 @@
-"""Count what a training step keeps for backward, by how deep the gradient reaches.
+"""Count the bytes that autograd saves in a training step, by gradient depth.
 
     python -m benchmarks.gradient_depth --output benchmarks/results/gradient_depth
 
-At Stable Diffusion 1.5's size, batch 1, 512 px, fp32: a bypass, a skip tuner beside it on the skips of the last so
-many up blocks, that skip tuner alone, and a res tuner in the last so many transformer blocks. A count of tensors with
-shapes and no values, as in `benchmarks.preset_memory`.
+The size is Stable Diffusion 1.5's, batch 1, 512 px, fp32. The tuners are a bypass, a bypass with a skip tuner on the
+skips of the last N up blocks, that skip tuner alone, and a res tuner in the last N transformer blocks. Tensors have
+shapes but no values, as in `benchmarks.preset_memory`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from restune_diffusion.tuners.configs import PartConfig
 
 
 def methods(blocks: int) -> dict[str, tuple[PartConfig, ...]]:
-    """Return the tuners to compare, by name."""
+    """Return the configs of the tuners to compare, keyed by name."""
     rows: dict[str, tuple[PartConfig, ...]] = {"bypass alone": (BypassConfig(),)}
     for depth in range(1, blocks + 1):
         skip = SkipConfig(ratio=0.1, grad_depth=depth)
@@ -37,7 +37,7 @@ def methods(blocks: int) -> dict[str, tuple[PartConfig, ...]]:
 
 
 def count(unet: Any, mode: Any, configs: tuple[PartConfig, ...]) -> dict[str, Any]:
-    """Return the parameters of a tuner and the MiB that its step keeps."""
+    """Return the parameter count of a tuner and the MiB that autograd saves in its step."""
     config = TrainConfig(base="base", data=Path("data"), output=Path("out"))
     tuner = Tuner.for_base(unet, *configs)
     with attach(unet, tuner), mode:
@@ -46,7 +46,7 @@ def count(unet: Any, mode: Any, configs: tuple[PartConfig, ...]) -> dict[str, An
 
 
 def main() -> None:
-    """Count, print a table and write it with the facts that it depends on."""
+    """Run the count, print the table and write it with the command, machine and versions."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--output", type=Path, help="write OUTPUT.json and OUTPUT.md")
     arguments = parser.parse_args()

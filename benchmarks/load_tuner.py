@@ -1,10 +1,11 @@
-"""Time the loading of a tuner file against the reading of a LoRA file of equal size, in one process.
+"""Time `load_tuner` against reading a LoRA file of equal size, in one process.
 
     python -m benchmarks.load_tuner --output benchmarks/results/load_tuner
 
 Both files are fp16, of Stable Diffusion 1.5's structure with random values, and in the page cache. `load_tuner` reads
-every value once, to refuse NaN and infinity; safetensors' `load_file`, with which diffusers' `load_lora_weights`
-begins, maps the file and reads none. Copying them, which `load_lora_weights` does next, is the fairer peer.
+every value once, to reject NaN and infinity. safetensors' `load_file`, the first step of diffusers'
+`load_lora_weights`, maps the file without reading values. The fair baseline also copies the values, which is the
+second step of `load_lora_weights`.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ _LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 
 
 def write_files(folder: Path) -> tuple[Path, Path]:
-    """Write a skip tuner of ratio 1.0, and a LoRA on the attention layers of the rank that comes closest in size."""
+    """Write a skip tuner of ratio 1.0, and an attention LoRA whose rank gives the nearest size; return both paths."""
     with torch.device("meta"):
         unet = UNet2DConditionModel(**SD15)
     tuner = Tuner.for_base(unet, SkipConfig(ratio=1.0), generator=torch.Generator().manual_seed(0)).half()
@@ -50,7 +51,7 @@ def write_files(folder: Path) -> tuple[Path, Path]:
 
 
 def measure(rounds: int) -> list[dict[str, Any]]:
-    """Time every way of reading in turn, `rounds` times, so that a busy moment meets them all."""
+    """Time all loading functions in turn, `rounds` times, so that load on the machine affects them equally."""
     with tempfile.TemporaryDirectory() as folder:
         tuner, lora = write_files(Path(folder))
         ways: dict[str, tuple[Path, Callable[[], object]]] = {
@@ -81,9 +82,9 @@ def measure(rounds: int) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    """Measure, print a table and write it with the facts that it depends on."""
+    """Run the benchmark, print the table and write it with the command, machine and versions."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--rounds", type=int, default=100, help="readings of each file (default: 100)")
+    parser.add_argument("--rounds", type=int, default=100, help="reads of each file (default: 100)")
     parser.add_argument("--output", type=Path, help="write OUTPUT.json and OUTPUT.md")
     arguments = parser.parse_args()
     rows = measure(arguments.rounds)
@@ -91,7 +92,7 @@ def main() -> None:
     lines += [
         f"| {r['what']} | {r['MB']:.1f} | {r['median_ms']:.2f} | {r['min_ms']:.2f} | {r['ratio']:.2f} |" for r in rows
     ]
-    publish("benchmarks.load_tuner", rows, lines, f"{arguments.rounds} rounds in turn", arguments.output)
+    publish("benchmarks.load_tuner", rows, lines, f"{arguments.rounds} alternating rounds", arguments.output)
 
 
 if __name__ == "__main__":

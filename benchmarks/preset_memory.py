@@ -1,12 +1,12 @@
-"""Count what each preset needs in memory while it trains, on the structures of SD 1.5, SD 2.1 and SDXL.
+"""Count the training memory of each preset, on the structures of SD 1.5, SD 2.1 and SDXL.
 
     python benchmarks/preset_memory.py --output benchmarks/results/preset_memory
 
-A count, not a measurement: weights of the U-Net (and of the text encoders where they are trained), sixteen bytes for
-each parameter of the tuner (weight, gradient, two moments), and what one forward pass keeps for backward, each once.
-Nothing is computed: the tensors have shapes and no values (`FakeTensorMode`), so that it runs anywhere. Not in it
-are what kernels need meanwhile, the CUDA context, the activations of trained text encoders, and the autoencoder, which
-is on the device only before the first step and for samples.
+The result is a count, not a measurement: weights of the U-Net (and of trained text encoders), sixteen bytes per tuner
+parameter (weight, gradient, two moments), and the tensors that autograd saves in one forward pass, each once. Tensors
+have shapes but no values (`FakeTensorMode`), so the count runs on any machine. It excludes the workspace of kernels,
+the CUDA context, the activations of trained text encoders, and the VAE, which is on the device only before the first
+step and for samples.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ _DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def kept_bytes(unet: Any, config: TrainConfig, side: int) -> int:
-    """Sum the storages that autograd keeps during one forward pass of a batch, each once, parameters left out."""
+    """Return the bytes that autograd saves in one forward pass of a batch, each storage once, without parameters."""
     held = {parameter.untyped_storage()._cdata: parameter for parameter in unet.parameters()}
     dtype, batch = _DTYPES[config.memory.mixed_precision], config.batch_size
     added = {}
@@ -72,7 +72,7 @@ def kept_bytes(unet: Any, config: TrainConfig, side: int) -> int:
 
 
 def build_unet(structure: dict[str, Any], dtype: torch.dtype) -> tuple[Any, FakeTensorMode]:
-    """Build a frozen U-Net without values, and the mode in which it runs."""
+    """Return a frozen U-Net without values, and the fake tensor mode to run it in."""
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
@@ -84,7 +84,7 @@ def build_unet(structure: dict[str, Any], dtype: torch.dtype) -> tuple[Any, Fake
 
 
 def count(base: str, preset: Any) -> dict[str, Any]:
-    """Return the bytes that a preset needs on a base, by what they are for."""
+    """Return the training memory of a preset on a base in bytes, by purpose."""
     structure, side, text_parameters = BASES[base]
     config = TrainConfig(base=base, data=Path("data"), output=Path("out"), preset=preset)
     dtype = _DTYPES[config.memory.mixed_precision]
@@ -103,7 +103,7 @@ def count(base: str, preset: Any) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Count, print a table and write it with the facts that it depends on."""
+    """Run the count, print the table and write it with the command and versions."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--output", type=Path, help="write OUTPUT.json and OUTPUT.md")
     arguments = parser.parse_args()

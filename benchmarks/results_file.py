@@ -1,4 +1,4 @@
-"""Write a table of figures with the facts that it depends on."""
+"""Write benchmark results with the command, machine and versions."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ import torch
 def publish(
     module: str, rows: Sequence[Mapping[str, Any]], table: Sequence[str], how: str, output: Path | None
 ) -> None:
-    """Print a Markdown table and, if asked, write it as OUTPUT.md and its figures as OUTPUT.json.
+    """Print a Markdown table, and write it to OUTPUT.md and its rows to OUTPUT.json if an output is given.
 
     Args:
-        module: name of the benchmark's module, as `python -m` takes it.
-        rows: the figures.
-        table: lines of the table.
-        how: how they were measured, for the note below the table.
-        output: path without suffix; None writes nothing.
+        module: name of the benchmark's module, in the form of `python -m`.
+        rows: result rows for the JSON file.
+        table: lines of the Markdown table.
+        how: method of measurement, for the note below the table.
+        output: path without extension; None writes no file.
     """
     print("\n".join(table))
     if output is None:

@@ -1,14 +1,16 @@
-"""Race our training against diffusers' LoRA script: images per second and memory, on one base with one set of images.
+"""Compare our training with diffusers' LoRA script: images per second and memory, on one base and one set of images.
 
     python -m benchmarks.training_lora --output benchmarks/results/training_lora
 
-Ours is `restune_diffusion.training.train`; the peer is `benchmarks.diffusers_lora`, once as the script is, encoding
-image and caption in every step, and once with both encoded beforehand as ours has them. All run in one process, in
-turn, and each round relates them to the script in the same round. Processor time is the figure to trust: other
-programs take from the clock's. Two bases: the bundled one, and one of Stable Diffusion 1.5's size with random weights.
+Our training is `restune_diffusion.training.train`. The peer is `benchmarks.diffusers_lora` in two variants: the
+original script, which encodes image and caption in every step, and one with both encoded before the first step, as in
+our training. All methods run in one process, in turn, and each round gives ratios to the script in the same round.
+Processor times are more reliable than wall-clock times, which other programs affect. There are two bases: the bundled
+one, and one of Stable Diffusion 1.5's size with random weights.
 
-Memory is told by two figures. Kept for backward: the bytes that autograd holds of one forward pass, parameters left
-out, which is the same on every machine. Peak: how far a fresh process grows while it trains, beyond the loaded base.
+Memory has two measures. "Kept for backward" is the number of bytes that autograd saves in one forward pass, without
+parameters; it is the same on every machine. "Process grows by" is the peak growth of a new process during training,
+beyond the loaded base.
 """
 
 from __future__ import annotations
@@ -51,7 +53,7 @@ Train = Callable[[Any, "Race", int, Callable[[Any], None]], None]
 
 @dataclass(frozen=True)
 class Race:
-    """A base and how long it is trained."""
+    """Base, resolution, batch size and length of one comparison."""
 
     base: str
     resolution: int
@@ -67,7 +69,7 @@ RACES = (
 
 
 def ours(**settings: Any) -> Train:
-    """Train a tuner with these settings by our library."""
+    """Return a function that trains a tuner of ours with these settings."""
 
     def run(pipeline: Any, race: Race, steps: int, on_step: Callable[[Any], None]) -> None:
         with tempfile.TemporaryDirectory() as folder:
@@ -81,7 +83,7 @@ def ours(**settings: Any) -> Train:
 
 
 def peer(cached: bool) -> Train:
-    """Train LoRA as diffusers' script does."""
+    """Return a function that trains LoRA as diffusers' script does."""
 
     def run(pipeline: Any, race: Race, steps: int, on_step: Callable[[Any], None]) -> None:
         settings = Settings(race.resolution, steps, race.batch, RANK, cached=cached)
@@ -102,7 +104,7 @@ CONTESTANTS: dict[str, Train] = {
 
 
 def load(race: Race) -> StableDiffusionPipeline:
-    """Load the bundled base, or build one of Stable Diffusion 1.5's size; frozen, fp32."""
+    """Return the bundled base, or a base of Stable Diffusion 1.5's size with random weights; fp32."""
     bundled = StableDiffusionPipeline.from_pretrained(str(ASSETS / "restune-tiny"))
     if race.base == "restune-tiny":
         return bundled
@@ -132,7 +134,7 @@ def load(race: Race) -> StableDiffusionPipeline:
 
 
 def twin(pipeline: Any) -> Any:
-    """A pipeline whose U-Net has modules of its own around the same weights, since PEFT leaves its wrappers behind."""
+    """Return a pipeline whose U-Net has separate modules but shared weights, because PEFT does not remove wrappers."""
     with torch.device("meta"):
         unet = UNet2DConditionModel.from_config(pipeline.unet.config)
     unet.load_state_dict(pipeline.unet.state_dict(), assign=True)
@@ -142,24 +144,24 @@ def twin(pipeline: Any) -> Any:
 
 @dataclass
 class Clock:
-    """Notes the wall and the processor time after each step."""
+    """Progress callback that records wall-clock and processor time after each step."""
 
     wall: list[float] = field(default_factory=list)
     processor: list[float] = field(default_factory=list)
 
     def __call__(self, _: Any) -> None:
-        """Take a note."""
+        """Record the current times."""
         self.wall.append(time.perf_counter())
         self.processor.append(time.process_time())
 
 
 def seconds_per_step(times: Sequence[float]) -> float:
-    """The median distance of the notes; what comes before the first one is preparation and warm-up."""
+    """Return the median interval of the recorded times; the time before the first one is preparation and warm-up."""
     return median(after - before for before, after in pairwise(times))
 
 
 def kept_for_backward(run: Train, pipeline: Any, race: Race) -> tuple[int, int]:
-    """Return the bytes that autograd keeps in one step, parameters left out, and the number of trained parameters."""
+    """Return the bytes that autograd saves in one step, without parameters, and the number of trained parameters."""
     trained: list[int] = []
 
     def leave_parameters_out(_: Any) -> None:
@@ -177,7 +179,10 @@ def kept_for_backward(run: Train, pipeline: Any, race: Race) -> tuple[int, int]:
 
 @contextmanager
 def growth() -> Iterator[list[int]]:
-    """Yield a list that holds at the end how far the memory of this process grew meanwhile, at most, in bytes."""
+    """Context manager that measures the peak memory growth of this process inside it.
+
+    Yields a list with one number, the growth in bytes, which is set on exit.
+    """
     process, stopped = psutil.Process(), threading.Event()
     before = process.memory_info().rss
     result, peak = [0], [before]
@@ -197,14 +202,14 @@ def growth() -> Iterator[list[int]]:
 
 
 def grown_in_a_fresh_process(name: str, race: Race) -> int:
-    """Return the growth of a process that does nothing but load the base and train it for two steps."""
+    """Return the memory growth of a new process that only loads the base and trains it for two steps, in bytes."""
     arguments = [sys.executable, "-m", "benchmarks.training_lora", "--growth", json.dumps([name, race.base])]
     done = subprocess.run(arguments, capture_output=True, text=True, check=True)
     return int(done.stdout.splitlines()[-1])
 
 
 def measure(race: Race) -> list[dict[str, Any]]:
-    """Run all contestants in turn."""
+    """Run all methods in turn and return one row for each."""
     pipeline = load(race)
     for model in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
         model.requires_grad_(False)
@@ -235,7 +240,7 @@ def measure(race: Race) -> list[dict[str, Any]]:
 
 
 def table(race: Race, rows: Sequence[dict[str, Any]]) -> list[str]:
-    """Lines of a Markdown table; every ratio is to diffusers' script."""
+    """Return the lines of a Markdown table; every ratio is to diffusers' script."""
     lines = [
         f"**{race.base}**, {race.resolution} px, batch {race.batch}, {race.rounds} rounds of {race.steps} steps",
         "",
@@ -253,10 +258,10 @@ def table(race: Race, rows: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def main() -> None:
-    """Race on every base, print the tables and write them with the facts that they depend on."""
+    """Run the comparison on every base, print the tables and write them with the command, machine and versions."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--bases", type=int, default=len(RACES), help="how many of the bases, the small one first")
-    parser.add_argument("--rounds", type=int, help="trainings of every method")
+    parser.add_argument("--bases", type=int, default=len(RACES), help="number of bases, the small one first")
+    parser.add_argument("--rounds", type=int, help="training runs of each method")
     parser.add_argument("--growth", help=argparse.SUPPRESS)
     parser.add_argument("--output", type=Path, help="write OUTPUT.json and OUTPUT.md")
     arguments = parser.parse_args()
