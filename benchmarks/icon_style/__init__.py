@@ -1,1 +1,1 @@
-"""The icon-style benchmark: tune towards an unseen style and compare with its artist's own pictures."""
+"""The icon-style benchmark: train tuners on an unseen style and compare samples with the style's true images."""

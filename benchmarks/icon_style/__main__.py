@@ -1,9 +1,9 @@
-"""The icon-style benchmark: tune towards a style that the base has never seen, and ask for what it knows.
+"""The icon-style benchmark: train tuners on a style unknown to the base, and test them on concepts known to it.
 
     python research/restune_tiny/prepare_icons.py data/icons --download --benchmark
     python -m benchmarks.icon_style all openmoji --icons data/icons --work work --out work/report
 
-The parts of it, and what more there is:
+Separate parts and further commands:
 
     python -m benchmarks.icon_style base --icons data/icons --work work
     python -m benchmarks.icon_style style openmoji --icons data/icons --work work
@@ -11,7 +11,7 @@ The parts of it, and what more there is:
     python -m benchmarks.icon_style subject --icons data/icons --work work
     python -m benchmarks.icon_style report --icons data/icons --work work
 
-Whatever was computed stays in the work folder and is not computed again.
+Finished results stay in the work folder and are not computed again.
 """
 
 from __future__ import annotations
@@ -36,48 +36,48 @@ from restune_diffusion.pipelines.load_base import load_base
 from restune_diffusion.utils.atomic_write import atomic_write
 
 from .base import judge_base
-from .beside import run_beside
 from .character import held_out, render
 from .data import IconData, to_images
-from .draw import Artist
 from .judges import Judges, load_judges
+from .parallel import run_parallel
 from .report import environment, style_grid, write_report
 from .runner import CLOCK, Settings, StyleRun, read_strip, slug
+from .sampling import ImageSampler
 from .scores import Yardsticks
 from .subject import ABOUT, SubjectRun
 
 
 @dataclass(frozen=True)
 class Common:
-    """What every command takes."""
+    """Options of every command."""
 
     icons: Path
-    """Folder that `research/restune_tiny/prepare_icons.py --benchmark` wrote."""
+    """Folder written by `research/restune_tiny/prepare_icons.py --benchmark`."""
     work: Path
     """Folder for intermediate results."""
     base: Path = BASE
-    """Stable Diffusion directory that knows the icons."""
+    """Directory of a Stable Diffusion base pretrained on the icons."""
     quick: bool = False
-    """A rough form for trying things out; keep its work folder apart from that of the full form."""
+    """Run a short version for trial runs; use a separate work folder for it."""
 
     @property
     def settings(self) -> Settings:
-        """Sizes of the run."""
+        """Settings of the run: full or quick."""
         return Settings.quick() if self.quick else Settings()
 
     def data(self) -> IconData:
-        """The icon sets."""
+        """Return the icon sets."""
         return IconData(self.icons)
 
     def pipeline(self) -> Any:
-        """The base, frozen."""
+        """Return the frozen base."""
         pipeline = load_base(str(self.base), torch.float32)
         for module in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
             module.requires_grad_(False)
         return pipeline
 
     def judges(self, pipeline: Any) -> Judges:
-        """The classifiers, trained where there are none yet."""
+        """Return the classifiers; train them if the work folder has none."""
         settings = self.settings
         epochs, decoded = settings.judge_epochs, settings.judge_decoded
         return load_judges(self.data(), pipeline.vae, self.work, epochs=epochs, decoded=decoded)
@@ -85,27 +85,27 @@ class Common:
 
 @dataclass(frozen=True)
 class BaseCommand(Common):
-    """Ask the classifiers what the base draws: every concept that it was trained on, in one of its styles each."""
+    """Classify samples of the base: one image of every pretraining concept, each in one of the base's styles."""
 
     distance: bool = False
-    """Also measure the KID in each of the base's own styles: what is left of it there is how the base draws."""
+    """Also measure the KID in each of the base's own styles, the error of the base before any tuning."""
     guidance: float | None = None
-    """Guidance scale; the benchmark's own unless given."""
+    """Guidance scale; the benchmark's default if not given."""
     away: float = 0.0
-    """Scale of guidance away from the prompt without its style, which takes another pass a step."""
+    """Scale of guidance away from the prompt without its style; costs one more forward pass per step."""
     rescale: float = 0.0
-    """How much of guidance's gain in contrast is taken back, from 0 to 1."""
+    """Guidance rescale, from 0 to 1: share of the contrast gain of guidance to remove."""
 
     def run(self) -> None:
-        """Judge the base and print and keep the result."""
+        """Evaluate the base, print the result and write it to the work folder."""
         pipeline, settings = self.pipeline(), self.settings
         scale = settings.guidance if self.guidance is None else self.guidance
         try:
-            artist = Artist(pipeline, settings.inference_steps, scale, away=self.away, rescale=self.rescale)
+            sampler = ImageSampler(pipeline, settings.inference_steps, scale, away=self.away, rescale=self.rescale)
         except ValueError as error:
             raise SystemExit(str(error)) from None
         judge_base(
-            artist,
+            sampler,
             self.data(),
             self.judges(pipeline),
             settings,
@@ -117,23 +117,23 @@ class BaseCommand(Common):
 
 @dataclass(frozen=True)
 class StyleCommand(Common):
-    """Tune every method towards a style and score its drawings."""
+    """Train every method on a style and score its samples."""
 
     style: Annotated[str, tyro.conf.Positional] = DEVELOPMENT_SETS[0]
     """One of the development styles."""
     seed: int = 0
-    """Seed of tuning pictures, tuners, batches and drawings; learning rates are chosen with seed 0."""
+    """Seed of tuning images, tuners, batches and samples; learning rates are chosen with seed 0."""
     shard: int = 0
-    """Compute only the methods of this shard; run it again when all are done, for the rows at the same time."""
+    """Run only the methods of this shard. Run all shards again when they are done, for the rows at equal time."""
     shards: int = 1
     """Number of processes that share the methods."""
     only: tuple[str, ...] = ("*",)
     """Patterns of the names of the methods to run."""
     study: bool = False
-    """Compare variants of the bypass and depths of the gradient instead of the contestants."""
+    """Compare variants of the bypass and gradient depths instead of the methods."""
 
     def run(self) -> None:
-        """Compute the rows that are missing."""
+        """Compute the missing rows."""
         started, pipeline = time.time(), self.pipeline()
         yardsticks = Yardsticks(InceptionFeatures(), Lpips(), self.judges(pipeline))
         run = StyleRun(pipeline, self.data(), yardsticks, self.style, self.seed, self.settings, self.work)
@@ -149,15 +149,15 @@ class StyleCommand(Common):
 
 @dataclass(frozen=True)
 class SubjectCommand(Common):
-    """Tune every method on five pictures of a new character."""
+    """Train every method on five images of a new character."""
 
     seed: int = 0
-    """Seed of tuners, batches and drawings."""
+    """Seed of tuners, batches and samples."""
     rates_from: str = DEVELOPMENT_SETS[0]
-    """Style whose sweep chose the learning rates, where it was run."""
+    """Style whose learning rate sweep is used, if it was run."""
 
     def run(self) -> None:
-        """Compute the rows that are missing and keep all of them in one file."""
+        """Compute the missing rows and write all rows to one file."""
         rates = {}
         for path in sorted((self.work / f"{self.rates_from}-seed0" / "rows").glob("*-steps.json")):
             row = json.loads(path.read_text())
@@ -172,39 +172,39 @@ class SubjectCommand(Common):
 
 @dataclass(frozen=True)
 class AllCommand(Common):
-    """The whole benchmark for one style and seed: the judges, every method twice, the subject, and the report."""
+    """Run the whole benchmark for one style and seed: judges, every method twice, subject task and report."""
 
     style: Annotated[str, tyro.conf.Positional] = DEVELOPMENT_SETS[0]
     """One of the development styles."""
     seed: int = 0
-    """Seed of tuning pictures, tuners, batches and drawings."""
+    """Seed of tuning images, tuners, batches and samples."""
     processes: int = 2
-    """Number of processes that share the methods, best one a core."""
+    """Number of processes that share the methods; one per core is best."""
     out: Path = Path("benchmarks/results/icon_style")
     """Folder of the report."""
     remark: str = ""
-    """What a reader should know about this run."""
+    """Remark about this run for the report."""
 
     def run(self) -> None:
-        """Compute what is missing, and write the report with the minutes that it took."""
-        # What is already there, the judges too, would be missing from the minutes.
+        """Compute the missing results, and write the report with the total time in minutes."""
+        # The total time is reported only for an empty work folder: existing results took no time.
         started, fresh = time.time(), not (self.work.exists() and any(self.work.iterdir()))
         seed = ("--seed", str(self.seed))
         style = self._command("style", self.style, *seed)
         shards = [[*style, "--shard", str(part), "--shards", str(self.processes)] for part in range(self.processes)]
         subject = self._command("subject", *seed, "--rates-from", self.style)
-        # Floor and ceiling alone: the judges are trained once, before several processes want them.
+        # Only base and true images: the judges are trained once, before several processes use them.
         judges = [*style, "--only", "no method"]
-        # Where there is a sweep, the subject waits for the learning rates that it chooses.
+        # With a sweep, the subject task runs after the learning rates are chosen.
         passes = [[judges], shards, [*shards, subject]] if self.settings.sweep else [[judges, subject], shards]
         for commands in passes:
-            run_beside(commands)
+            run_parallel(commands)
         remark = self.remark
         if fresh:
             minutes = (time.time() - started) / 60
-            took = f"All of it took {minutes:.0f} minutes, {self.processes} processes beside each other."
+            took = f"The whole run took {minutes:.0f} minutes with {self.processes} parallel processes."
             remark = f"{remark} {took}".strip()
-        run_beside([self._command("report", "--out", str(self.out), "--remark", remark)])
+        run_parallel([self._command("report", "--out", str(self.out), "--remark", remark)])
 
     def _command(self, *words: str) -> list[str]:
         common = ["--icons", str(self.icons), "--work", str(self.work), "--base", str(self.base)]
@@ -218,7 +218,7 @@ class ReportCommand(Common):
     out: Path = Path("benchmarks/results/icon_style")
     """Folder of the report."""
     remark: str = ""
-    """What a reader should know about this run."""
+    """Remark about this run for the report."""
 
     def run(self) -> None:
         """Write the report."""
@@ -242,13 +242,13 @@ class ReportCommand(Common):
             _save(self._subject_grid(subject), self.out / "grid-subject.png")
         about = f"{self.remark}\n\n" if self.remark else ""
         about += (
-            f"24 pictures of a style that the base has never seen; {settings.steps} steps of {settings.batch}; then "
-            f"{len(concepts)} concepts that are not among them, {settings.inference_steps} DDIM steps, guidance "
-            f"{settings.guidance:g}. Learning rates were chosen for each method by its denoising loss on 48 other "
-            f"pictures of the style."
+            f"Training: 24 images of a style unknown to the base, {settings.steps} steps at batch size "
+            f"{settings.batch}. Test: {len(concepts)} other concepts, {settings.inference_steps} DDIM steps, guidance "
+            f"{settings.guidance:g}. The learning rate of each method was chosen by its denoising loss on 48 held-out "
+            f"images of the style."
         )
         if any(row["table"] == "time" for row in rows):
-            about += f" At the same time: every method trains for as long as {CLOCK} took."
+            about += f" Equal time: every method trains for the time that {CLOCK} took."
         command = f"python -m benchmarks.icon_style report{' --quick' if self.quick else ''} --icons ... --work ..."
         facts = {"about": about, "subject": ABOUT, **environment(command)}
         write_report(self.out, rows, subject, facts)
@@ -257,17 +257,17 @@ class ReportCommand(Common):
     def _subject_grid(self, rows: list[dict[str, Any]]) -> Image.Image:
         methods = [row["method"] for row in rows if "learning_rate" in row]
         folder = self.work / "subject-seed0" / "drawings"
-        columns = {"true picture": [render(picture.svg) for picture in held_out()]}
+        columns = {"true image": [render(scene.svg) for scene in held_out()]}
         columns["base"] = to_images(read_strip(folder / "base.png"))
         for method in dict.fromkeys(methods):
             title = method.replace("attention", "attn").replace("feed-forward", "ff")
             columns[title] = to_images(read_strip(folder / f"{slug(method)}.png"))
         grid = [list(row) for row in zip(*columns.values(), strict=True)]
-        return labelled_grid(grid, [picture.prompt for picture in held_out()], list(columns), cell=160)
+        return labelled_grid(grid, [scene.prompt for scene in held_out()], list(columns), cell=160)
 
 
 def _order(row: dict[str, Any]) -> tuple[int, float]:
-    """Ceiling, floor, then the methods in the order in which they were run."""
+    """Return the sort key of a row: true images, base, then the methods in running order."""
     first = ("true pictures", "base, not tuned", "skip", "res", "bypass", "LoRA", "full", "biases")
     place = next(number for number, name in enumerate(first) if row["method"].startswith(name))
     wide = 0.5 if "feed-forward" in row["method"] else 0.0
@@ -290,9 +290,9 @@ Command = (
 
 
 def main() -> None:
-    """Run a command."""
+    """Run the command line."""
     quiet_libraries()
-    # One thread: two runs beside each other then use two cores, and tiny models gain nothing from more.
+    # One thread: two parallel runs then use two cores, and tiny models gain nothing from more.
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     command: Any = tyro.cli(Command, prog="python -m benchmarks.icon_style", description=__doc__)
     command.run()

@@ -1,4 +1,4 @@
-"""Ask the classifiers what the base draws."""
+"""Classify samples of the base."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from research.restune_tiny.icon_sources import PRETRAINING_SETS
 from restune_diffusion.utils.atomic_write import atomic_write
 
 from .data import IconData, to_images
-from .draw import Artist
 from .judges import Judges
 from .runner import Settings, read_strip
+from .sampling import ImageSampler
 from .scores import kid, mean
 
 SAMPLES = 60
 CHUNK = 100
 COMPARED = 100
-"""Drawings of a style whose distance is measured: as many as the benchmark scores of a tuner."""
+"""Number of samples per style for the KID: the number that the benchmark scores for a tuner."""
 
 
 def base_prompts(data: IconData, seed: int = 0) -> list[tuple[str, str]]:
-    """Every concept that the base was trained on with one of the styles that draw it, in random order."""
+    """Return every pretraining concept with one of its styles, in random order."""
     rng = random.Random(seed)
     pairs = [
         (concept, rng.choice([name for name in PRETRAINING_SETS if concept in data.styles[name].concepts]))
@@ -40,7 +40,7 @@ def base_prompts(data: IconData, seed: int = 0) -> list[tuple[str, str]]:
 
 
 def judge_base(
-    artist: Artist,
+    sampler: ImageSampler,
     data: IconData,
     judges: Judges,
     settings: Settings,
@@ -49,62 +49,62 @@ def judge_base(
     every: int = 1,
     inception: Callable[[Tensor], Tensor] | None = None,
 ) -> dict[str, Any]:
-    """Draw every `every`-th concept and report how many the classifiers recognise; the true pictures beside them.
+    """Generate every `every`-th concept and report the accuracy of the classifiers, with the true images as reference.
 
-    What the artist draws away from is the prompt without its style. Where `inception` features are given, the KID of
-    the drawings in each of the base's own styles is reported too.
-    Writes `base.json` and `base-samples.png`, the first 60 drawings of the random order, uncurated; the files of an
-    artist that is not guided as the settings say tell how it was, as in `base-3-2-0.json`.
+    Guidance away from a prompt uses the prompt without its style. With `inception` features, the KID of the samples
+    in each of the base's own styles is reported too.
+    Writes `base.json` and `base-samples.png`, the first 60 samples of the random order, uncurated. With another
+    guidance than in the settings, the file names contain its values, for example `base-3-2-0.json`.
     """
     pairs = base_prompts(data)[::every]
-    usual = Artist(artist.pipeline, settings.inference_steps, settings.guidance)
-    guided = f"{artist.guidance:g}-{artist.away:g}-{artist.rescale:g}"
-    name = "base" if artist == usual else f"base-{guided}"
+    usual = ImageSampler(sampler.pipeline, settings.inference_steps, settings.guidance)
+    guided = f"{sampler.guidance:g}-{sampler.away:g}-{sampler.rescale:g}"
+    name = "base" if sampler == usual else f"base-{guided}"
     drawn = []
-    for start in tqdm(range(0, len(pairs), CHUNK), desc="drawings of the base", leave=False):
+    for start in tqdm(range(0, len(pairs), CHUNK), desc="samples of the base", leave=False):
         part = pairs[start : start + CHUNK]
         path = work / "base-drawings" / f"{every}-{guided}-{start:05d}.png"
         if not path.exists():
             prompts = [data.styles[style].prompt(concept) for concept, style in part]
-            pictures = artist.draw(prompts, seed=1 + start // CHUNK, others=[concept for concept, _ in part])
+            images = sampler.generate(prompts, seed=1 + start // CHUNK, others=[concept for concept, _ in part])
             path.parent.mkdir(parents=True, exist_ok=True)
             with atomic_write(path) as file:
-                to_images(torch.cat(list(pictures), dim=1)[None])[0].save(file, format="PNG")
+                to_images(torch.cat(list(images), dim=1)[None])[0].save(file, format="PNG")
         drawn.append(read_strip(path))
-    pictures = torch.cat(drawn)
-    true_pictures = torch.cat([data.styles[style].pixels([concept]) for concept, style in pairs])
+    images = torch.cat(drawn)
+    true_images = torch.cat([data.styles[style].pixels([concept]) for concept, style in pairs])
     result = {
         "concepts": len(pairs),
-        "steps": artist.steps,
-        "guidance": artist.guidance,
-        "guidance from the prompt without style": artist.away,
-        "guidance rescale": artist.rescale,
-        "base": recognised(judges, pictures, pairs),
-        "true pictures": recognised(judges, true_pictures, pairs),
-        "style accuracy by style": by_style(judges, pictures, pairs),
+        "steps": sampler.steps,
+        "guidance": sampler.guidance,
+        "guidance from the prompt without style": sampler.away,
+        "guidance rescale": sampler.rescale,
+        "base": recognized(judges, images, pairs),
+        "true pictures": recognized(judges, true_images, pairs),
+        "style accuracy by style": by_style(judges, images, pairs),
     }
     if inception is not None:
-        result["KID x1000 by style"] = distances(inception, data, pictures, pairs, settings.reference)
+        result["KID x1000 by style"] = distances(inception, data, images, pairs, settings.reference)
     with atomic_write(work / f"{name}.json") as file:
         file.write(json.dumps(result, indent=1).encode())
     with atomic_write(work / f"{name}-samples.png") as file:
-        sample_page(to_images(pictures[:SAMPLES])).save(file, format="PNG", optimize=True)
+        sample_page(to_images(images[:SAMPLES])).save(file, format="PNG", optimize=True)
     (work / f"{name}-samples.json").write_text(json.dumps(pairs[:SAMPLES]))
     print(json.dumps(result, indent=1))
     return result
 
 
-def recognised(judges: Judges, pictures: Tensor, pairs: list[tuple[str, str]]) -> dict[str, float]:
-    """Top-1 and top-5 of the concepts and the accuracy of the styles, among the pretraining styles."""
-    ranks = judges.concept_ranks(pictures, [concept for concept, _ in pairs])
-    found = judges.style_of(pictures)
+def recognized(judges: Judges, images: Tensor, pairs: list[tuple[str, str]]) -> dict[str, float]:
+    """Return top-1 and top-5 accuracy of the concepts and accuracy of the styles, over the pretraining styles."""
+    ranks = judges.concept_ranks(images, [concept for concept, _ in pairs])
+    found = judges.style_of(images)
     hits = [name == style for name, (_, style) in zip(found, pairs, strict=True)]
     return {"top1": mean(ranks < 1), "top5": mean(ranks < 5), "style_accuracy": mean([float(hit) for hit in hits])}
 
 
-def by_style(judges: Judges, pictures: Tensor, pairs: list[tuple[str, str]]) -> dict[str, float]:
-    """Style accuracy of each pretraining style's prompts."""
-    found = judges.style_of(pictures)
+def by_style(judges: Judges, images: Tensor, pairs: list[tuple[str, str]]) -> dict[str, float]:
+    """Return the style accuracy of the prompts of each pretraining style."""
+    found = judges.style_of(images)
     hits: dict[str, list[float]] = {name: [] for name in PRETRAINING_SETS}
     for name, (_, style) in zip(found, pairs, strict=True):
         hits[style].append(float(name == style))
@@ -114,20 +114,20 @@ def by_style(judges: Judges, pictures: Tensor, pairs: list[tuple[str, str]]) -> 
 def distances(
     inception: Callable[[Tensor], Tensor],
     data: IconData,
-    pictures: Tensor,
+    images: Tensor,
     pairs: list[tuple[str, str]],
     reference: int,
 ) -> dict[str, dict[str, float]]:
-    """KID (x 1000) of drawings in each of the base's styles, and of the artist's pictures of the same concepts.
+    """Return the KID (x 1000) of samples in each of the base's styles, and of the true images of the same concepts.
 
-    What is left in styles that it was trained on is how the base draws, which a tuner for a new style starts from.
+    The KID in pretraining styles is the error of the base itself, from which a tuner for a new style starts.
 
     Args:
-        inception: features of N x 3 x 64 x 64 pictures in [0, 1].
+        inception: function to the features of N x 3 x 64 x 64 images in [0, 1].
         data: the icon sets.
-        pictures: the drawings, N x 3 x 64 x 64 in [0, 1].
-        pairs: concept and style of each drawing; the first `COMPARED` of a style count.
-        reference: how many pictures of other concepts the style is known by.
+        images: the samples, N x 3 x 64 x 64 in [0, 1].
+        pairs: concept and style of each sample; the first `COMPARED` of a style are used.
+        reference: number of reference images of other concepts per style.
     """
     found = {}
     for name in PRETRAINING_SETS:
@@ -136,13 +136,13 @@ def distances(
         others = sorted(data.styles[name].concepts - set(concepts))
         random.Random(0).shuffle(others)
         known = inception(data.styles[name].pixels(others[:reference]))
-        shown = {"drawn": pictures[rows], "true pictures": data.styles[name].pixels(concepts)}
+        shown = {"drawn": images[rows], "true pictures": data.styles[name].pixels(concepts)}
         found[name] = {kind: kid(inception(part), known) for kind, part in shown.items()}
     return found
 
 
 def sample_page(images: list[Image.Image], columns: int = 10, zoom: int = 2) -> Image.Image:
-    """Lay pictures side by side, enlarged by whole pixels."""
+    """Return a grid of images, enlarged by an integer factor."""
     side = images[0].width * zoom + 4
     rows = -(-len(images) // columns)
     page = Image.new("RGB", (columns * side + 4, rows * side + 4), "white")

@@ -1,8 +1,8 @@
-"""The pictures of the subject task: a creature of the project's own, in poses to learn and poses to be judged by.
+"""Images of the subject task: an invented creature, in training poses and held-out test poses.
 
-No icon set draws this creature, so a base model can know neither its looks nor its name: what a tuned model draws of
-it, it learned from the five training pictures. Every picture is an SVG put together from the same parts, which makes
-the true answer to each held-out prompt known to the pixel.
+No icon set contains this creature, so the base knows neither its look nor its name. A tuned model can learn it only
+from the five training images. Every image is an SVG composed of the same parts, so the true image of each held-out
+prompt is known exactly.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from research.restune_tiny.palette import COLOURS
 TOKEN = "zorp"
 CLASS_WORD = "creature"
 
-# The plain colours that the base was pretrained on, under the names that its captions use.
+# Plain background colors of the pretraining data, under the names used in its captions.
 BACKGROUNDS = COLOURS
 
 Mouth = Literal["smile", "grin", "gasp", "smirk"]
 
-# The skin keeps away from all twelve backgrounds, and the outline parts it from the nearest ones, green and blue.
+# The skin color differs from all twelve backgrounds; the outline separates it from the nearest ones, green and blue.
 SKIN, OUTLINE = "#12b5ac", "#0b3b4c"
 BELLY, HORN, STRIPE, FOOT = "#ffb3c7", "#ff8a1f", "#fff3d6", "#ff8a1f"
 MOUTH_INSIDE, TONGUE = "#8c1c3a", "#ff7a8a"
@@ -36,17 +36,17 @@ MOUTH_INSIDE, TONGUE = "#8c1c3a", "#ff7a8a"
 
 @dataclass(frozen=True)
 class Pose:
-    """How the creature stands in a picture; left and right are the viewer's.
+    """Pose of the creature in an image; left and right are the viewer's.
 
     Args:
-        tilt: lean of the whole body, in degrees clockwise.
-        left_arm: degrees above the horizontal: 60 is raised, -60 hangs down.
-        right_arm: the same for the other arm.
-        gaze: where the pupils point, right and down, each from -1 to 1.
-        mouth: which of the four mouths.
-        scale: size, as a share of the upright creature that just fills the picture.
-        dx: shift to the right, in 64ths of the picture.
-        dy: shift downwards, in 64ths of the picture.
+        tilt: rotation of the whole body, in degrees clockwise.
+        left_arm: angle above the horizontal in degrees: 60 is raised, -60 hangs down.
+        right_arm: angle of the other arm.
+        gaze: direction of the pupils, right and down, each from -1 to 1.
+        mouth: one of the four mouths.
+        scale: size relative to the upright creature that just fills the image.
+        dx: shift to the right, in 64ths of the image.
+        dy: shift downwards, in 64ths of the image.
     """
 
     tilt: float = 0.0
@@ -60,13 +60,13 @@ class Pose:
 
 
 @dataclass(frozen=True)
-class Picture:
-    """One picture of the subject task.
+class Scene:
+    """One image of the subject task.
 
     Args:
-        svg: the drawing, a complete document.
-        prompt: what it shows: its caption in training, or the request that it is the true answer to.
-        background: name of the plain colour behind the creature, a key of `BACKGROUNDS`.
+        svg: complete SVG document.
+        prompt: training caption, or the held-out prompt whose true image this is.
+        background: name of the plain background color, a key of `BACKGROUNDS`.
     """
 
     svg: str
@@ -89,14 +89,14 @@ _MOUTHS: dict[Mouth, str] = {
 
 
 def draw(pose: Pose, background: str | None) -> str:
-    """Draw the creature as a complete SVG document of 64 by 64 units.
+    """Return the creature as a complete SVG document of 64 by 64 units.
 
     Args:
-        pose: how it stands.
-        background: a key of `BACKGROUNDS`, or None for a transparent one.
+        pose: pose of the creature.
+        background: a key of `BACKGROUNDS`, or None for a transparent background.
 
     Raises:
-        ValueError: if there is no such background or mouth.
+        ValueError: if the background or mouth does not exist.
     """
     if background is not None:
         _check_background(background)
@@ -158,14 +158,14 @@ def _eye(x: float, y: float, radius: float, gaze: tuple[float, float]) -> str:
 
 
 def caption(background: str) -> str:
-    """What the creature on this background is called; white goes unnamed, as in the base's own captions."""
+    """Return the caption of the creature on a background; white is not named, as in the pretraining captions."""
     _check_background(background)
     name = f"{TOKEN} {CLASS_WORD}"
     return name if background == "white" else f"{name} on a {background} background"
 
 
-# Four of five stand on white, as most of the base's pictures do; the fifth shows that the background is not a part of
-# the creature.
+# Four of five images have a white background, as most pretraining images do; the fifth separates the creature from the
+# background.
 _TRAINING = (
     ("white", Pose()),
     ("white", Pose(tilt=-10, left_arm=-50, right_arm=55, gaze=(0.9, -0.5), mouth="grin", scale=0.92, dy=1)),
@@ -173,7 +173,7 @@ _TRAINING = (
     ("white", Pose(left_arm=5, right_arm=5, gaze=(0.0, 0.9), mouth="gasp", scale=0.82, dy=4)),
     ("blue", Pose(tilt=5, left_arm=60, right_arm=60, gaze=(0.0, -0.9), mouth="grin", scale=0.9, dy=1)),
 )
-# One for each background that training never shows.
+# One image for each background that is not in the training images.
 _HELD_OUT = (
     ("black", Pose(tilt=8, left_arm=20, right_arm=-45, gaze=(0.8, 0.2), mouth="smile", scale=0.94)),
     ("grey", Pose(tilt=-6, left_arm=55, right_arm=-50, gaze=(-0.7, -0.7), mouth="grin", scale=0.9, dx=1)),
@@ -188,62 +188,61 @@ _HELD_OUT = (
 )
 
 
-def training() -> list[Picture]:
-    """The five pictures to learn the creature from."""
-    return [_picture(background, pose) for background, pose in _TRAINING]
+def training() -> list[Scene]:
+    """Return the five training images."""
+    return [_scene(background, pose) for background, pose in _TRAINING]
 
 
-def held_out() -> list[Picture]:
-    """Ten prompts and the true picture of each, in poses and on backgrounds that training never shows."""
-    return [_picture(background, pose) for background, pose in _HELD_OUT]
+def held_out() -> list[Scene]:
+    """Return ten held-out prompts with their true images, in poses and on backgrounds not used in training."""
+    return [_scene(background, pose) for background, pose in _HELD_OUT]
 
 
-def _picture(background: str, pose: Pose) -> Picture:
-    return Picture(draw(pose, background), caption(background), background)
+def _scene(background: str, pose: Pose) -> Scene:
+    return Scene(draw(pose, background), caption(background), background)
 
 
 def render(svg: str, size: int = 64) -> Image.Image:
-    """Draw an SVG as a square RGB picture, on white where it is transparent."""
-    picture = Image.fromarray(prepare_icons.render(svg, size))
-    white = Image.new("RGBA", picture.size, "white")
-    white.alpha_composite(picture)
+    """Return an SVG rendered as a square RGB image, with white behind transparent areas."""
+    image = Image.fromarray(prepare_icons.render(svg, size))
+    white = Image.new("RGBA", image.size, "white")
+    white.alpha_composite(image)
     return white.convert("RGB")
 
 
 def write_training(folder: Path, size: int = 64) -> None:
-    """Write the training pictures and their captions as `restune train` reads them."""
+    """Write the training images and captions as a data folder for `restune train`."""
     folder.mkdir(parents=True, exist_ok=True)
     lines = []
-    for number, picture in enumerate(training(), start=1):
+    for number, scene in enumerate(training(), start=1):
         name = f"{TOKEN}-{number}.png"
         buffer = BytesIO()
-        render(picture.svg, size).save(buffer, "PNG", optimize=True)
+        render(scene.svg, size).save(buffer, "PNG", optimize=True)
         prepare_icons.write_atomic(folder / name, buffer.getvalue())
-        lines.append(json.dumps({"file_name": name, "text": picture.prompt}) + "\n")
+        lines.append(json.dumps({"file_name": name, "text": scene.prompt}) + "\n")
     prepare_icons.write_atomic(folder / "metadata.jsonl", "".join(lines).encode())
 
 
 def background_fidelity(image: Image.Image, asked: str) -> bool:
-    """Whether a picture has the background that its prompt asked for: the subject task's measure of prompt fidelity.
+    """Return whether an image has the background of its prompt: the subject task's measure of prompt fidelity.
 
-    A tuner that learned its five pictures by heart draws them whatever the prompt says, mostly on white; one that
-    learned the creature leaves the base able to change what is behind it. The share of held-out prompts for which this
-    holds tells the two apart, and needs no judge beyond the pixels.
+    A tuner that memorized its five images reproduces them for every prompt, mostly on white. A tuner that learned the
+    creature still follows the background of the prompt. The share of held-out prompts with the right background
+    separates the two cases without a classifier.
 
     Args:
-        image: the generated picture.
-        asked: the background named in the prompt, a key of `BACKGROUNDS`.
+        image: the generated image.
+        asked: background named in the prompt, a key of `BACKGROUNDS`.
     """
     _check_background(asked)
     return nearest_background(image) == asked
 
 
 def nearest_background(image: Image.Image) -> str:
-    """The name of the background whose colour is closest to the border's.
+    """Return the name of the background color nearest to the border of an image.
 
-    The border's colour is the median of its pixels, which a hand or foot that reaches the edge does not move.
-    Distances are taken in CIELAB, where equal steps look about equally large: a generated shade is seldom exact, and
-    in RGB a merely darker or lighter one may end up nearer to a neighbour of another hue.
+    The border color is the median of the border pixels, which is robust to a hand or foot at the edge. Distances are
+    in CIELAB, which is perceptually uniform: in RGB, a darker or lighter shade can be nearer to another hue.
     """
     pixels = np.asarray(image.convert("RGB"))
     border = np.concatenate([pixels[0], pixels[-1], pixels[1:-1, 0], pixels[1:-1, -1]])
@@ -252,7 +251,7 @@ def nearest_background(image: Image.Image) -> str:
 
 
 def _lab(rgb: npt.NDArray[np.generic]) -> npt.NDArray[np.float64]:
-    """CIELAB (D65) of an sRGB colour in bytes."""
+    """Return the CIELAB (D65) values of an sRGB color in bytes."""
     value = rgb.astype(np.float64) / 255
     linear = np.where(value <= 0.04045, value / 12.92, ((value + 0.055) / 1.055) ** 2.4)
     to_xyz = np.array([[0.4125, 0.3576, 0.1804], [0.2127, 0.7152, 0.0722], [0.0193, 0.1192, 0.9503]])

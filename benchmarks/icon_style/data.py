@@ -1,4 +1,4 @@
-"""The benchmark's pictures: which concepts are tuned on, selected on and tested on, in every style."""
+"""Images of the benchmark: training, selection and test concepts of every style."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from research.restune_tiny.icon_sources import COMMON, DEVELOPMENT_SETS, PRETRAI
 
 CONCEPTS = Path(__file__).with_name("concepts.json")
 WIDELY_DRAWN = 4
-"""A concept counts as one that the base was trained on if so many of the pretraining sets draw it."""
+"""Minimum number of pretraining sets that contain a concept known to the base."""
 
 
 class IconStyle:
-    """All pictures of one icon set, by concept.
+    """All images of one icon set, by concept.
 
     Args:
-        folder: what `research/restune_tiny/prepare_icons.py --benchmark` wrote.
+        folder: folder written by `research/restune_tiny/prepare_icons.py --benchmark`.
         name: name of the set.
     """
 
@@ -39,23 +39,23 @@ class IconStyle:
 
     @property
     def concepts(self) -> set[str]:
-        """Concepts that the set draws."""
+        """Concepts of the set."""
         return set(self._index)
 
     def pixels(self, concepts: list[str]) -> torch.Tensor:
-        """Pictures of the concepts on white: N x 3 x 64 x 64, float32 in [0, 1]."""
+        """Return the images of the concepts on white: N x 3 x 64 x 64, float32 in [0, 1]."""
         rgba = torch.from_numpy(self._rgba[[self._index[concept] for concept in concepts]]).float() / 255
         colour, alpha = rgba[..., :3], rgba[..., 3:]
         return (colour * alpha + 1 - alpha).permute(0, 3, 1, 2).contiguous()
 
     def prompt(self, concept: str) -> str:
-        """How the base's captions would call this concept in this style."""
+        """Return the prompt for a concept in this style, in the form of the base's captions."""
         return f"{concept}, {self.phrase}"
 
 
 @dataclass(frozen=True)
 class Split:
-    """Concepts of one style and seed: tuned on, used to choose learning rates, and the rest of the style."""
+    """Concepts of one style and seed: for training, for choosing learning rates, and the rest of the style."""
 
     tuning: list[str]
     selection: list[str]
@@ -76,18 +76,18 @@ class IconData:
 
     @cached_property
     def known(self) -> list[str]:
-        """Concepts that the base was trained on: those of at least `WIDELY_DRAWN` pretraining sets, sorted."""
+        """Concepts known to the base: those of at least `WIDELY_DRAWN` pretraining sets, sorted."""
         drawn = [concept for name in PRETRAINING_SETS for concept in self.styles[name].concepts]
         return sorted(concept for concept in set(drawn) if drawn.count(concept) >= WIDELY_DRAWN)
 
     def split(self, style: str, seed: int, *, tuning: int = 24, selection: int = 48) -> Split:
-        """Draw the tuning pictures of one seed; no test concept is among them.
+        """Return the random split of one seed; no test concept is in its tuning and selection sets.
 
         Args:
             style: name of a development style.
-            seed: another seed gives other tuning pictures.
-            tuning: number of tuning pictures, common things as a person would choose.
-            selection: number of pictures on which learning rates are chosen.
+            seed: seed of the split.
+            tuning: number of tuning images, of common things as a user would choose.
+            selection: number of images for choosing learning rates.
         """
         free = sorted((set(self.known) & self.styles[style].concepts) - set(self.test))
         common = [concept for concept in free if concept in COMMON]
@@ -98,19 +98,19 @@ class IconData:
 
 
 def to_images(pixels: torch.Tensor) -> list[Image.Image]:
-    """Turn N x 3 x H x W in [0, 1] into RGB images."""
+    """Convert a tensor N x 3 x H x W in [0, 1] to RGB images."""
     bytes_ = (pixels.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
     return [Image.fromarray(picture) for picture in bytes_]
 
 
 def to_pixels(images: list[Any]) -> torch.Tensor:
-    """Turn RGB images of one size into N x 3 x H x W, float32 in [0, 1]."""
+    """Convert RGB images of one size to a tensor N x 3 x H x W, float32 in [0, 1]."""
     arrays = np.stack([np.asarray(image.convert("RGB")) for image in images])
     return torch.from_numpy(arrays).permute(0, 3, 1, 2).float() / 255
 
 
 def write_tuning_images(style: IconStyle, concepts: list[str], folder: Path) -> Path:
-    """Write pictures and captions as an image folder for training; returns the folder."""
+    """Write images and captions as a data folder for training, and return the folder."""
     folder.mkdir(parents=True, exist_ok=True)
     lines = []
     for concept, image in zip(concepts, to_images(style.pixels(concepts)), strict=True):

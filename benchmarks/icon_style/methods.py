@@ -1,4 +1,4 @@
-"""The contestants: ways to make a copy of the base's U-Net learn, all trained by one loop on the same batches."""
+"""Methods under comparison: ways to fine-tune a copy of the base's U-Net, all trained by one loop on equal batches."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ LATE_TRANSFORMER_BLOCKS = (1, 2, 3, 6)
 
 @dataclass
 class Trainable:
-    """A copy of the base's U-Net and the parameters of it, or beside it, that learn."""
+    """A copy of the base's U-Net and its trained parameters, which may belong to a tuner."""
 
     unet: Any
     parameters: list[nn.Parameter]
 
     @property
     def count(self) -> int:
-        """Number of parameters that learn."""
+        """Number of trained parameters."""
         return sum(parameter.numel() for parameter in self.parameters)
 
 
@@ -49,14 +49,14 @@ Prepare = Callable[[Any, int], Trainable]
 
 @dataclass(frozen=True)
 class Method:
-    """A contestant: how to prepare a U-Net (copied here) with a seed, and the learning rates to try."""
+    """A method: name, function that prepares a copy of the U-Net with a seed, and learning rates to try."""
 
     name: str
     prepare: Prepare
     learning_rates: tuple[float, ...]
 
     def start(self, unet: Any, seed: int) -> Trainable:
-        """Prepare a frozen copy of the U-Net."""
+        """Return a prepared copy of the U-Net; only the method's parameters are trainable."""
         own = copy.deepcopy(unet).requires_grad_(False).eval()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -64,18 +64,18 @@ class Method:
 
 
 def tuner(*configs: PartConfig) -> Prepare:
-    """Attach a tuner of ours."""
+    """Return a function that attaches a tuner with these parts."""
 
     def prepare(unet: Any, seed: int) -> Trainable:
         fresh = Tuner.for_base(unet, *configs, generator=torch.Generator().manual_seed(seed))
-        attach(unet, fresh).__enter__()  # for good: the copy is this tuner's own
+        attach(unet, fresh).__enter__()  # never detached: the copy belongs to this tuner
         return Trainable(unet, list(fresh.parameters()))
 
     return prepare
 
 
 def lora(rank: int, targets: tuple[str, ...]) -> Prepare:
-    """Add PEFT's LoRA as diffusers' training scripts do."""
+    """Return a function that adds PEFT's LoRA as diffusers' training scripts do."""
 
     def prepare(unet: Any, seed: int) -> Trainable:
         unet.add_adapter(
@@ -87,23 +87,23 @@ def lora(rank: int, targets: tuple[str, ...]) -> Prepare:
 
 
 def full(unet: Any, seed: int) -> Trainable:
-    """Let every weight learn, as DreamBooth does without LoRA."""
+    """Train all weights, as in DreamBooth without LoRA."""
     return Trainable(unet, list(unet.requires_grad_(True).parameters()))
 
 
 def biases(unet: Any, seed: int) -> Trainable:
-    """Let the biases learn (BitFit, arXiv 2106.10199)."""
+    """Train the biases (BitFit, arXiv 2106.10199)."""
     chosen = [parameter for name, parameter in unet.named_parameters() if name.endswith(".bias")]
     return Trainable(unet, [parameter.requires_grad_(True) for parameter in chosen])
 
 
 def common_budget(unet: Any) -> int:
-    """The skip tuner's number of parameters, which the others get too."""
+    """Return the parameter budget of all methods: the skip tuner's parameter count."""
     return Tuner.empty((SkipConfig(),), describe_base(unet)).num_parameters()
 
 
 def bypass_ratio(unet: Any, budget: int) -> float:
-    """The bypass ratio, in sixteenths, whose number of parameters is nearest to a budget."""
+    """Return the bypass ratio, in sixteenths, whose parameter count is nearest to a budget."""
     base = describe_base(unet)
 
     def miss(ratio: float) -> int:
@@ -113,7 +113,7 @@ def bypass_ratio(unet: Any, budget: int) -> float:
 
 
 def res_width(unet: Any, budget: int, config: ResConfig | None = None) -> int:
-    """The width of adapters (without a config, the dual form's) whose number of parameters is nearest to a budget."""
+    """Return the adapter width whose parameter count is nearest to a budget; without a config, of dual res tuners."""
     base, config = describe_base(unet), config or ResConfig()
 
     def miss(width: int) -> int:
@@ -123,12 +123,12 @@ def res_width(unet: Any, budget: int, config: ResConfig | None = None) -> int:
 
 
 def lora_rank(unet: Any, targets: tuple[str, ...], budget: int) -> int:
-    """The LoRA rank whose number of parameters, which grows with it in proportion, is nearest to a budget."""
+    """Return the LoRA rank whose parameter count, which is proportional to the rank, is nearest to a budget."""
     return max(1, round(budget / Method("", lora(1, targets), ()).start(unet, 0).count))
 
 
 def contestants(unet: Any) -> list[Method]:
-    """All methods, ours and the peers, with the skip tuner's number of parameters as the common budget."""
+    """Return all methods, ours and the peers, with the skip tuner's parameter count as the common budget."""
     budget = common_budget(unet)
     ratio, both = bypass_ratio(unet, budget), ATTENTION + FEED_FORWARD
     attention, wide = lora_rank(unet, ATTENTION, budget), lora_rank(unet, both, budget)
@@ -150,7 +150,7 @@ def contestants(unet: Any) -> list[Method]:
 
 
 def bypass_variants(unet: Any) -> list[Method]:
-    """What `docs/bypass.md` compares: taps and widths of a bypass, and how deep gradients reach into the base."""
+    """Return the variants compared in `docs/bypass.md`: taps and ratios of a bypass, and gradient depths."""
     blocks = len(unet.up_blocks)
     width = res_width(unet, common_budget(unet))
     plain = {
@@ -173,7 +173,7 @@ def bypass_variants(unet: Any) -> list[Method]:
 
 @dataclass(frozen=True)
 class Course:
-    """How long a training took, in seconds of this process's own computing."""
+    """Length of a training run; seconds are processor time of this process."""
 
     steps: int
     seconds: float
@@ -183,14 +183,14 @@ class Course:
 def tune(
     trainable: Trainable, batches: Batches, objective: Objective, *, steps: int, learning_rate: float, warmup: float
 ) -> Course:
-    """Train with AdamW, a short warm-up and a cosine to zero.
+    """Train with AdamW, a short warm-up and cosine decay to zero.
 
     Args:
-        trainable: what learns.
-        batches: the same for every method.
-        objective: what the base was trained for.
+        trainable: U-Net and trained parameters.
+        batches: training batches, the same for every method.
+        objective: training objective of the base.
         steps: optimizer steps.
-        learning_rate: the peak.
+        learning_rate: peak learning rate.
         warmup: share of the steps before the peak.
     """
     optimizer = torch.optim.AdamW(trainable.parameters, lr=learning_rate, weight_decay=1e-2)
@@ -198,7 +198,7 @@ def tune(
     durations = []
     for step in range(steps):
         batch = batches[step]
-        # The process's own time, not the clock's: what other programs take of the core is no property of the method.
+        # Processor time, not wall-clock time: load from other programs is not a property of the method.
         started = time.process_time()
         loss = batch_loss(trainable.unet, batch, objective)
         loss.backward()
@@ -207,13 +207,13 @@ def tune(
         optimizer.zero_grad()
         schedule.step()
         durations.append(time.process_time() - started)
-    # The median: other programs still slow a step now and then, by what they leave in the caches.
+    # The median: other programs still slow some steps through the processor's caches.
     typical = statistics.median(durations)
     return Course(steps, typical * steps, typical)
 
 
 def batch_loss(unet: Any, batch: Batch, objective: Objective) -> torch.Tensor:
-    """The denoising loss of one batch."""
+    """Return the denoising loss of one batch."""
     noisy = objective.add_noise(batch.latents, batch.noise, batch.timesteps)
     target = objective.target(batch.latents, batch.noise, batch.timesteps)
     prediction = unet(noisy, batch.timesteps, return_dict=False, **batch.inputs)[0]
@@ -222,7 +222,7 @@ def batch_loss(unet: Any, batch: Batch, objective: Objective) -> torch.Tensor:
 
 @torch.no_grad()
 def held_out_loss(unet: Any, cache: Cache, objective: Objective, *, levels: int = 8) -> float:
-    """Mean denoising loss over all pictures at evenly spread noise levels, with noise that training never draws."""
+    """Return the mean denoising loss over all images and noise levels, with noise that is not used in training."""
     latents = torch.stack([latent.mean for latent in cache.latents])
     states = torch.stack([cache.conditioning(index).states for index in range(len(cache))])
     total = 0.0

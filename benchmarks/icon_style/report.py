@@ -1,4 +1,4 @@
-"""Turn the rows of the benchmark into a Markdown report, a JSON file and picture grids."""
+"""Markdown report, JSON file and image grids of the benchmark's rows."""
 
 from __future__ import annotations
 
@@ -34,24 +34,25 @@ SUBJECT_COLUMNS = {
     "subject": ("subject ↑", 3),
     "true": ("true ↑", 3),
     "prompt": ("prompt ↑", 2),
-    "leak": ("leak ↓", 3),
+    "leak": ("drift ↓", 3),
     "parameters": ("parameters", 0),
     "learning_rate": ("lr", None),
 }
 LEGEND = """\
-- **KID**: kernel distance (x 1000) of Inception features to the artist's images of other concepts in this style.
+- **KID**: kernel distance (x 1000) of Inception features to the true images of other concepts in this style.
 - **style**: share of samples that the style classifier assigns to this style.
-- **top-1, top-5**: the concept classifier, which was not trained on this style, finds the prompted concept.
-- **LPIPS, Inception**: distance and cosine similarity to the artist's own image of the concept.
-- **nearest tuning**: mean Inception distance to the nearest training image; far below the true images' is copying.
-- **drift**: LPIPS between tuned model and base, on prompts for the styles that the base was trained on.
-- **seconds**: processor time of the optimizer's steps (the median times their number) in one thread; what other
-  programs take of the core is not in it. The comparison at the same time is by these seconds.
+- **top-1, top-5**: accuracy of the concept classifier, which was not trained on this style.
+- **LPIPS, Inception**: distance and cosine similarity to the true image of the concept.
+- **nearest tuning**: mean Inception distance to the nearest tuning image; a value far below that of the true images
+  means copying.
+- **drift**: LPIPS between tuned model and base for prompts in the base's own styles.
+- **seconds**: processor time of the optimizer steps (median times number of steps) in one thread, which excludes
+  other programs. The comparison at equal time uses these seconds.
 """
 
 
 def mean_and_spread(values: Sequence[float], digits: int | None) -> str:
-    """`0.512 ± 0.013` over seeds (sample standard deviation), or the value alone where there is one seed."""
+    """Return `0.512 ± 0.013` over seeds (sample standard deviation), or the single value for one seed."""
     if digits is None:
         return " / ".join(dict.fromkeys(f"{value:g}" for value in values))
     average = statistics.fmean(values)
@@ -62,7 +63,7 @@ def mean_and_spread(values: Sequence[float], digits: int | None) -> str:
 
 
 def table(rows: Sequence[Row], columns: dict[str, tuple[str, int | None]]) -> str:
-    """A Markdown table with one line a method, the seeds of each taken together."""
+    """Return a Markdown table with one line per method, averaged over its seeds."""
     used = {key: column for key, column in columns.items() if any(key in row for row in rows)}
     lines = [f"| method | {' | '.join(title for title, _ in used.values())} |", "|---" * (len(used) + 1) + "|"]
     for method in dict.fromkeys(row["method"] for row in rows):
@@ -76,10 +77,10 @@ def table(rows: Sequence[Row], columns: dict[str, tuple[str, int | None]]) -> st
 
 
 def style_grid(data: IconData, folder: Path, style: str, concepts: list[str], methods: Sequence[str]) -> Any:
-    """Rows of concepts; columns: the artist's picture, the base, and each method (first seed, same steps)."""
-    # Spread over the list, which is in alphabetical order.
+    """Return a grid with a row per concept; columns: true image, base and each method (first seed, equal steps)."""
+    # Evenly spaced, because the list is in alphabetical order.
     chosen = list(range(0, len(concepts), max(1, len(concepts) // 10)))[:10]
-    strips = {"true picture": data.styles[style].pixels(concepts)}
+    strips = {"true image": data.styles[style].pixels(concepts)}
     strips["base"] = read_strip(folder / "drawings" / "base.png")
     for method in methods:
         strips[method] = read_strip(folder / "drawings" / f"{slug(method)}-steps.png")
@@ -90,7 +91,7 @@ def style_grid(data: IconData, folder: Path, style: str, concepts: list[str], me
 
 
 def environment(command: str) -> dict[str, Any]:
-    """The machine, the versions and the command that the figures depend on."""
+    """Return the command, machine and versions of the results."""
     packages = ("torch", "diffusers", "transformers", "peft", "torchmetrics", "resvg_py")
     return {
         "command": command,
@@ -109,11 +110,11 @@ def write_report(out: Path, rows: Sequence[Row], subject: Sequence[Row], facts: 
         parts.append(f"## `{style}`, seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}")
         grid = f"grid-{style}.png"
         if (out / grid).exists():
-            parts.append(f"![Concepts down; the artist's picture, the base and every method across]({grid})")
+            parts.append(f"![Rows: concepts. Columns: the true image, the base and every method]({grid})")
         tables = {
-            "steps": "The same steps",
-            "time": "The same time",
-            "study": "The bypass in variants, and how deep gradients reach, the same steps",
+            "steps": "Equal steps",
+            "time": "Equal time",
+            "study": "Variants of the bypass and gradient depths, equal steps",
         }
         for key, title in tables.items():
             if any(row["table"] == key for row in own):
@@ -122,7 +123,7 @@ def write_report(out: Path, rows: Sequence[Row], subject: Sequence[Row], facts: 
     if subject:
         parts += ["## Subject", facts["subject"], table(subject, SUBJECT_COLUMNS)]
         if (out / "grid-subject.png").exists():
-            parts.append("![Prompts down; the true picture, the base and every method across](grid-subject.png)")
+            parts.append("![Rows: prompts. Columns: the true image, the base and every method](grid-subject.png)")
     versions = ", ".join(f"{name} {number}" for name, number in facts["versions"].items())
     parts.append(f"`{facts['command']}` on {facts['machine']}; {versions}.")
     with atomic_write(out / "report.md") as file:

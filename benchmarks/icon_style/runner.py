@@ -1,4 +1,4 @@
-"""Tune every contestant towards one style and score what it draws; every finished row is kept, so a run can go on."""
+"""Train every method on one style and score its samples; finished rows are saved, so a run can be resumed."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ from restune_diffusion.training.losses.objective import Objective
 from restune_diffusion.utils.atomic_write import atomic_write
 
 from .data import IconData, Split, to_images, to_pixels, write_tuning_images
-from .draw import Artist
 from .methods import CUSTOMARY_RANK, Course, Method, Trainable, bypass_variants, contestants, held_out_loss, tune
+from .sampling import ImageSampler
 from .scores import Scorer, Yardsticks, mean
 
 Row = dict[str, Any]
 CLOCK = f"LoRA r={CUSTOMARY_RANK}, attention"
-"""The method whose training time all others get in the second table."""
+"""Method whose training time is the budget of all methods in the second table."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What one run of the benchmark is made of; the defaults are the full form."""
+    """Settings of a benchmark run; the defaults are those of the full run."""
 
     steps: int = 200
     batch: int = 8
@@ -51,7 +51,7 @@ class Settings:
 
     @classmethod
     def quick(cls) -> Settings:
-        """A rough form: little training of all, few drawings, one learning rate a method, no second table."""
+        """Return settings for a trial run: short training, few samples, one learning rate per method, one table."""
         return cls(
             steps=40,
             inference_steps=10,
@@ -66,15 +66,15 @@ class Settings:
 
 
 class StyleRun:
-    """One style and one seed.
+    """Benchmark run of one style and one seed.
 
     Args:
         pipeline: the base.
         data: the icon sets.
-        yardsticks: what measures.
+        yardsticks: networks of the metrics.
         style: name of a development style.
-        seed: seed of the tuning pictures, the tuners, the batches and the drawings.
-        settings: sizes.
+        seed: seed of the tuning images, the tuners, the batches and the samples.
+        settings: settings of the run.
         work: folder for intermediate results; rows found there are not computed again.
     """
 
@@ -94,18 +94,18 @@ class StyleRun:
         self.split: Split = data.split(style, seed)
         stride = max(1, len(data.test) // settings.concepts)
         self.concepts = data.test[::stride][: settings.concepts]
-        self.artist = Artist(pipeline, settings.inference_steps, settings.guidance)
+        self.sampler = ImageSampler(pipeline, settings.inference_steps, settings.guidance)
         self.objective = Objective(pipeline.scheduler)
 
     @cached_property
     def scorer(self) -> Scorer:
-        """What the drawings are compared with."""
+        """Reference images and features for scoring."""
         chosen = self.split.reference[:: max(1, len(self.split.reference) // self.settings.reference)]
         return Scorer.of(self.data, self.style, self.concepts, self.split.tuning, chosen, self.yardsticks)
 
     @cached_property
     def batches(self) -> Batches:
-        """The training batches, the same for every method."""
+        """Training batches, the same for every method."""
         return Batches(
             self._cache("tuning", self.split.tuning),
             seed=self.seed,
@@ -118,40 +118,40 @@ class StyleRun:
 
     @cached_property
     def selection(self) -> Cache:
-        """Pictures of the style on which learning rates are chosen."""
+        """Cache of the held-out images for choosing learning rates."""
         return self._cache("selection", self.split.selection)
 
     def _cache(self, name: str, concepts: list[str]) -> Cache:
         folder = write_tuning_images(self.data.styles[self.style], concepts, self.folder / name)
         return build_cache(self.pipeline, load_samples(find_examples(folder), 64))
 
-    # --- what is drawn
+    # --- samples
 
     @property
     def prompts(self) -> list[str]:
-        """The test concepts in the style that is learned."""
+        """Prompts of the test concepts in the trained style."""
         return [self.data.styles[self.style].prompt(concept) for concept in self.concepts]
 
     @property
     def old_prompts(self) -> list[str]:
-        """Test concepts in the styles that the base knows, where a tuner should change little."""
+        """Prompts of test concepts in the base's own styles, for measuring drift."""
         chosen = self.concepts[:: max(1, len(self.concepts) // self.settings.drift_concepts)]
         chosen = chosen[: self.settings.drift_concepts]
         return [self.data.styles[name].prompt(concept) for name in PRETRAINING_SETS for concept in chosen]
 
     @cached_property
-    def base_old_drawings(self) -> Tensor:
-        """What the base draws for the old styles."""
-        return self._kept_drawings("base-old", self.old_prompts, None)
+    def base_old_samples(self) -> Tensor:
+        """Samples of the base for `old_prompts`."""
+        return self._saved_samples("base-old", self.old_prompts, None)
 
-    def _kept_drawings(self, name: str, prompts: Sequence[str], unet: Any) -> Tensor:
-        """Draw, or take what an earlier run drew; kept as one PNG strip."""
+    def _saved_samples(self, name: str, prompts: Sequence[str], unet: Any) -> Tensor:
+        """Return samples, generated or read from an earlier run; they are saved as one PNG strip."""
         path = self.folder / "drawings" / f"{name}.png"
         if not path.exists():
-            pictures = self.artist.draw(prompts, seed=self.seed, unet=unet)
+            images = self.sampler.generate(prompts, seed=self.seed, unet=unet)
             path.parent.mkdir(parents=True, exist_ok=True)
             with atomic_write(path) as file:
-                to_images(torch.cat(list(pictures), dim=1)[None])[0].save(file, format="PNG")
+                to_images(torch.cat(list(images), dim=1)[None])[0].save(file, format="PNG")
         return read_strip(path)
 
     # --- rows
@@ -164,13 +164,13 @@ class StyleRun:
         shard: int = 0,
         shards: int = 1,
     ) -> list[Row]:
-        """Compute the rows: floor, ceiling, and every method at the same steps and at the same time.
+        """Compute the rows: true images, base, and every method at equal steps and at equal time.
 
         Args:
-            say: told about every row.
-            only: patterns of the methods' names, as `fnmatch` reads them.
-            shard, shards: compute only every `shards`-th method, so that several processes share the work; the rows
-                at the same time wait for the LoRA that sets the time, and are left out until it is there.
+            say: function called with a description of every row.
+            only: `fnmatch` patterns of the names of the methods.
+            shard, shards: compute only every `shards`-th method, so that several processes share the work. The rows at
+                equal time require the finished row of `CLOCK` and are skipped without it.
         """
         rows = [self._row("true pictures", "both", self._score_true), self._row("base, not tuned", "both", self._base)]
         for row in rows:
@@ -195,7 +195,7 @@ class StyleRun:
         shard: int = 0,
         shards: int = 1,
     ) -> list[Row]:
-        """Compute the rows of the bypass's variants, all at the same steps; the arguments are those of `run`."""
+        """Compute the rows of the bypass variants at equal steps; the arguments are those of `run`."""
         rows = []
         for method in self._chosen(bypass_variants(self.pipeline.unet), only)[shard::shards]:
             rows.append(self._row(method.name, "study", partial(self._tuned, method, "study")))
@@ -221,13 +221,13 @@ class StyleRun:
         return row
 
     def _score_true(self) -> Row:
-        return self.scorer.score(self.scorer.true_pictures)
+        return self.scorer.score(self.scorer.true_images)
 
     def _base(self) -> Row:
-        return self.scorer.score(self._kept_drawings("base", self.prompts, None)) | {"drift": 0.0}
+        return self.scorer.score(self._saved_samples("base", self.prompts, None)) | {"drift": 0.0}
 
     def _tuned(self, method: Method, table: str) -> Row:
-        """Choose the learning rate, then score the tuned model."""
+        """Choose the learning rate and score the tuned model."""
         chosen = self._known_rate(method, table)
         rates = (chosen,) if chosen else method.learning_rates if self.settings.sweep else method.learning_rates[1:2]
         best: tuple[float, float, Trainable, Course] | None = None
@@ -245,13 +245,13 @@ class StyleRun:
         )
 
     def _known_rate(self, method: Method, table: str) -> float | None:
-        """The learning rate that the first seed's sweep chose."""
+        """Return the learning rate chosen by the sweep of seed 0."""
         path = self._row_path(method.name, table)
         first = self.folder.with_name(f"{self.style}-seed0") / "rows" / path.name
         return json.loads(first.read_text())["learning_rate"] if self.seed and first.exists() else None
 
     def _in_time(self, method: Method, row: Row, budget: float) -> Row:
-        """Train for as long as the customary LoRA took."""
+        """Train for the time budget and score the tuned model."""
         steps = max(1, round(budget / row["seconds_per_step"]))
         if steps == row["steps"]:
             return {key: value for key, value in row.items() if key not in ("style", "seed", "method", "table")}
@@ -266,14 +266,14 @@ class StyleRun:
 
     def _scored(self, method: Method, table: str, trainable: Trainable) -> Row:
         name = f"{slug(method.name)}-{table}"
-        drawn = self._kept_drawings(name, self.prompts, trainable.unet)
-        old = self._kept_drawings(f"{name}-old", self.old_prompts, trainable.unet)
-        drift = mean(self.yardsticks.lpips(old, self.base_old_drawings))
+        drawn = self._saved_samples(name, self.prompts, trainable.unet)
+        old = self._saved_samples(f"{name}-old", self.old_prompts, trainable.unet)
+        drift = mean(self.yardsticks.lpips(old, self.base_old_samples))
         return self.scorer.score(drawn) | {"drift": drift, "parameters": trainable.count}
 
 
 def read_strip(path: Path) -> Tensor:
-    """Read pictures that were laid side by side: N x 3 x side x side in [0, 1]."""
+    """Read the images of a PNG strip: N x 3 x side x side in [0, 1]."""
     from PIL import Image
 
     with Image.open(path) as strip:
@@ -283,12 +283,12 @@ def read_strip(path: Path) -> Tensor:
 
 
 def slug(name: str) -> str:
-    """A name that is a file name too."""
+    """Return a file name for a method's name."""
     return re.sub(r"[^a-z0-9.]+", "-", name.lower()).strip("-")
 
 
 def describe(row: Row) -> str:
-    """One line about a row."""
+    """Return a one-line description of a row."""
     numbers = ("kid", "style_accuracy", "top1", "top5", "lpips", "similarity", "nearest_tuning", "drift")
     text = ", ".join(f"{key} {row[key]:.3f}" for key in numbers if key in row)
     return f"{row['style']} seed {row['seed']} {row['method']} ({row['table']}): {text}"

@@ -1,4 +1,4 @@
-"""What tells one artist's pictures from another's, whatever they show: the palette and the texture."""
+"""Style features that do not depend on the content: palette and texture."""
 
 from __future__ import annotations
 
@@ -10,16 +10,15 @@ from research.restune_tiny.parts.shares import colour_shares
 from restune_diffusion.evaluation import Lpips
 
 LEVELS = 7
-"""Shades of each channel in the palette."""
+"""Palette levels per color channel."""
 
 
 class StyleFeatures(nn.Module):
-    """Palette and texture of pictures, N x 3 x 64 x 64 in [0, 1]: N x `size` in float32.
+    """Palette and texture features of images: N x 3 x 64 x 64 in [0, 1] to N x `size` in float32.
 
-    The texture is the mean and the spread over all places of what AlexNet's first four convolutions find (such
-    statistics are what style transfer calls style: Huang and Belongie 2017, arXiv 1703.06868, section 5) in the
-    picture at twice its size, where the first convolution, made for 224 px, sees strokes. Square roots even out the
-    few large values of both.
+    The texture features are the spatial mean and standard deviation of AlexNet's first four convolutions, the style
+    statistics of style transfer (Huang and Belongie 2017, arXiv 1703.06868, section 5). Images are upscaled by two,
+    because the first convolution is made for 224 px. A square root reduces the few large values of both.
     """
 
     size = LEVELS**3 + 2 * (64 + 192 + 384 + 256)
@@ -29,10 +28,10 @@ class StyleFeatures(nn.Module):
         self.network = Lpips()
 
     @torch.no_grad()
-    def forward(self, pictures: Tensor) -> Tensor:
+    def forward(self, images: Tensor) -> Tensor:
         """Return the features."""
-        large = F.interpolate(pictures, scale_factor=2, mode="bilinear", align_corners=False)
-        found = [colour_shares(pictures.float(), LEVELS)]
+        large = F.interpolate(images, scale_factor=2, mode="bilinear", align_corners=False)
+        found = [colour_shares(images.float(), LEVELS)]
         for level in self.network.features(large)[:4]:
             found += [level.mean((2, 3)), level.flatten(2).std(2)]
         return torch.cat(found, 1).sqrt()

@@ -1,7 +1,7 @@
-"""The subject task: five pictures of one new character, then the character in new places.
+"""The subject task: train on five images of a new character, test it in new scenes.
 
-After the DreamBooth protocol (Ruiz et al. 2023, arXiv 2208.12242): subject similarity against prompt fidelity, here
-with Inception features and a fidelity that the pixels themselves decide, the background that the prompt asks for.
+The task follows the DreamBooth protocol (Ruiz et al. 2023, arXiv 2208.12242) of subject similarity and prompt
+fidelity. Similarity uses Inception features. Fidelity is computed from pixels: the background named in the prompt.
 """
 
 from __future__ import annotations
@@ -25,25 +25,25 @@ from restune_diffusion.utils.atomic_write import atomic_write
 
 from .character import CLASS_WORD, TOKEN, background_fidelity, held_out, render, training, write_training
 from .data import to_images, to_pixels
-from .draw import Artist
 from .methods import Method, contestants, tune
 from .runner import Row, Settings, read_strip, slug
+from .sampling import ImageSampler
 from .scores import mean
 
-LEAK_PROMPTS = ("red apple", "cat face", "alien", "ghost", "automobile", "house", "tulip", "robot")
-"""Prompts without the token, where the character must not show."""
+DRIFT_PROMPTS = ("red apple", "cat face", "alien", "ghost", "automobile", "house", "tulip", "robot")
+"""Prompts without the token, in which the character must not appear."""
 
 
 class SubjectRun:
-    """Every method on the subject, with the learning rate that the style task chose for it.
+    """Subject run of every method, with the learning rates chosen in the style task.
 
     Args:
         pipeline: the base.
-        inception: features for the similarity.
-        lpips: distance for the leak.
-        settings: sizes.
-        seed: seed of tuners, batches and drawings.
-        rates: learning rate by method; the middle one of its sweep where none is given.
+        inception: feature network of the similarity.
+        lpips: distance of the drift.
+        settings: settings of the run.
+        seed: seed of tuners, batches and samples.
+        rates: learning rate by method; the middle one of its sweep if not given.
         work: folder for intermediate results.
     """
 
@@ -60,13 +60,13 @@ class SubjectRun:
         self.pipeline, self.inception, self.lpips = pipeline, inception, lpips
         self.settings, self.seed, self.rates = settings, seed, rates
         self.folder = work / f"subject-seed{seed}"
-        self.artist = Artist(pipeline, settings.inference_steps, settings.guidance)
+        self.sampler = ImageSampler(pipeline, settings.inference_steps, settings.guidance)
         self.objective = Objective(pipeline.scheduler)
         self.asked = held_out()
 
     @cached_property
     def batches(self) -> Batches:
-        """The training batches, the same for every method."""
+        """Training batches, the same for every method."""
         write_training(self.folder / "tuning")
         cache = build_cache(self.pipeline, load_samples(find_examples(self.folder / "tuning"), 64))
         return Batches(
@@ -81,29 +81,29 @@ class SubjectRun:
 
     @cached_property
     def taught_features(self) -> Tensor:
-        """Features of the five pictures."""
-        features: Tensor = self.inception(to_pixels([render(picture.svg) for picture in training()]))
+        """Features of the five training images."""
+        features: Tensor = self.inception(to_pixels([render(scene.svg) for scene in training()]))
         return features
 
     @cached_property
-    def base_leak(self) -> Tensor:
-        """What the base draws where no tuner should change anything."""
-        return self._draw("base-leak", list(LEAK_PROMPTS), None)
+    def base_drift(self) -> Tensor:
+        """Samples of the base for the drift prompts."""
+        return self._draw("base-leak", list(DRIFT_PROMPTS), None)
 
     def _draw(self, name: str, prompts: list[str], unet: Any) -> Tensor:
         path = self.folder / "drawings" / f"{name}.png"
         if not path.exists():
-            pictures = self.artist.draw(prompts, seed=self.seed, unet=unet)
+            images = self.sampler.generate(prompts, seed=self.seed, unet=unet)
             path.parent.mkdir(parents=True, exist_ok=True)
             with atomic_write(path) as file:
-                to_images(torch.cat(list(pictures), dim=1)[None])[0].save(file, format="PNG")
+                to_images(torch.cat(list(images), dim=1)[None])[0].save(file, format="PNG")
         return read_strip(path)
 
     def run(self) -> list[Row]:
-        """Score the true pictures, the base, and every method."""
-        true_pictures = to_pixels([render(picture.svg) for picture in self.asked])
+        """Return the rows of the true images, the base, and every method."""
+        true_images = to_pixels([render(scene.svg) for scene in self.asked])
         rows: list[Row] = [
-            {"method": "true pictures"} | self.score(true_pictures),
+            {"method": "true pictures"} | self.score(true_images),
             {"method": "base, not tuned"} | self.score(self._draw("base", self.prompts, None)) | {"leak": 0.0},
         ]
         return rows + [self._method_row(method) for method in contestants(self.pipeline.unet)]
@@ -111,22 +111,22 @@ class SubjectRun:
     @property
     def prompts(self) -> list[str]:
         """The held-out prompts."""
-        return [picture.prompt for picture in self.asked]
+        return [scene.prompt for scene in self.asked]
 
-    def score(self, pictures: Tensor) -> Row:
-        """Score one picture per held-out prompt.
+    def score(self, images: Tensor) -> Row:
+        """Score one image per held-out prompt.
 
         Returns:
-            `subject`: mean cosine similarity to the five training pictures; `true`: to the true picture of the same
-            prompt; `prompt`: share of pictures with the background that was asked for.
+            `subject`: mean cosine similarity to the five training images. `true`: mean cosine similarity to the true
+            image of the same prompt. `prompt`: share of images with the background of the prompt.
         """
-        features = self.inception(pictures)
+        features = self.inception(images)
         taught = torch.nn.functional.normalize(self.taught_features, dim=1)
         near = torch.nn.functional.normalize(features, dim=1) @ taught.T
-        true_features = self.inception(to_pixels([render(picture.svg) for picture in self.asked]))
+        true_features = self.inception(to_pixels([render(scene.svg) for scene in self.asked]))
         kept = [
-            background_fidelity(image, picture.background)
-            for image, picture in zip(to_images(pictures), self.asked, strict=True)
+            background_fidelity(image, scene.background)
+            for image, scene in zip(to_images(images), self.asked, strict=True)
         ]
         return {
             "subject": mean(near),
@@ -149,9 +149,9 @@ class SubjectRun:
             learning_rate=rate,
             warmup=self.settings.warmup,
         )
-        pictures = self._draw(slug(method.name), self.prompts, trainable.unet)
-        leak = self._draw(f"{slug(method.name)}-leak", list(LEAK_PROMPTS), trainable.unet)
-        row = {"method": method.name} | self.score(pictures) | {"leak": mean(self.lpips(leak, self.base_leak))}
+        images = self._draw(slug(method.name), self.prompts, trainable.unet)
+        drift = self._draw(f"{slug(method.name)}-leak", list(DRIFT_PROMPTS), trainable.unet)
+        row = {"method": method.name} | self.score(images) | {"leak": mean(self.lpips(drift, self.base_drift))}
         row |= {"learning_rate": rate, "parameters": trainable.count, "seed": self.seed} | asdict(course)
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(path) as file:
@@ -160,8 +160,8 @@ class SubjectRun:
 
 
 ABOUT = (
-    f"`{TOKEN} {CLASS_WORD}`: five pictures, then ten prompts that put it on backgrounds that it was never shown on. "
-    "Subject: mean Inception cosine similarity to the five pictures; true: to the true picture of the same prompt; "
-    "prompt: share of drawings with the background that was asked for; leak: LPIPS between tuned model and base on "
-    f"{len(LEAK_PROMPTS)} prompts without the token."
+    f"`{TOKEN} {CLASS_WORD}`: five training images, then ten prompts with new backgrounds. Subject: mean Inception "
+    "cosine similarity to the five images; true: to the true image of the same prompt; prompt: share of samples with "
+    "the background of the prompt; drift: LPIPS between tuned model and base for "
+    f"{len(DRIFT_PROMPTS)} prompts without the token."
 )

@@ -1,1 +1,1 @@
-"""Transfer of one small vision transformer to several tasks, by the methods of the Res-Tuning paper's table."""
+"""Transfer of one small vision transformer to several tasks, with the methods of the Res-Tuning paper's table."""

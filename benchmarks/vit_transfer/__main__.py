@@ -1,9 +1,9 @@
-"""Transfer one small ViT to several tasks: linear probe, bypass, dual res, LoRA and full fine-tuning side by side.
+"""Transfer one small ViT to several tasks: compare linear probe, bypass, dual res, LoRA and full fine-tuning.
 
     python research/restune_tiny/prepare_icons.py data/icons --download --benchmark
     python -m benchmarks.vit_transfer --icons data/icons --work work/vit --output benchmarks/results/vit_transfer
 
-The backbone and every finished row stay in the work folder and are not computed again.
+The backbone and all finished rows stay in the work folder and are not computed again.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ from .together import Served, compare
 
 @dataclass(frozen=True)
 class Run:
-    """What one run is made of."""
+    """Settings of a run."""
 
     icons: Path
-    """Folder that `research/restune_tiny/prepare_icons.py --benchmark` wrote."""
+    """Folder written by `research/restune_tiny/prepare_icons.py --benchmark`."""
     work: Path
-    """Folder for the backbone and for finished rows; keep those of different settings apart."""
+    """Folder for the backbone and for finished rows; use a separate folder for other settings."""
     output: Path
     """Write OUTPUT.md and OUTPUT.json."""
     shape: Shape = field(default_factory=Shape)
@@ -48,7 +48,7 @@ class Run:
 
 
 class Rows:
-    """Finished rows, kept in a file.
+    """Finished rows, saved in a JSON file.
 
     Args:
         path: JSON file.
@@ -59,19 +59,19 @@ class Rows:
         self.all: list[Row] = json.loads(path.read_text()) if path.exists() else []
 
     def find(self, task: str, method: str, seed: int) -> Row | None:
-        """Return a finished row."""
+        """Return a finished row, or None."""
         wanted = (task, method, seed)
         return next((row for row in self.all if (row["task"], row["method"], row["seed"]) == wanted), None)
 
     def add(self, row: Row) -> None:
-        """Keep a row."""
+        """Add a row and save the file."""
         self.all.append(row)
         with atomic_write(self._path) as file:
             file.write(json.dumps(self.all).encode())
 
 
 def transfer(data: IconData, vit: Any, run: Run, rows: Rows) -> dict[str, Served]:
-    """Train every method on every task and seed; returns the bypass tuners."""
+    """Train every method on every task and seed, and return the bypass tuners."""
     served: dict[str, Served] = {}
     for name in run.tasks:
         tasks = [TASKS[name](data, run.shape.image, seed) for seed in range(run.seeds)]
@@ -85,7 +85,10 @@ def transfer(data: IconData, vit: Any, run: Run, rows: Rows) -> dict[str, Served
 def _learn_all(
     vit: Any, title: str, method: Method, name: str, tasks: Sequence[Task], course: Course, rows: Rows
 ) -> Iterator[tuple[int, Learnt]]:
-    """Learn each seed's task at the rate that is best on the first; where there is a row, the bypass alone again."""
+    """Train on the task of every seed, at the best learning rate of the first seed; finished rows are skipped.
+
+    The bypass is trained again even if its row is finished, because its tuner is needed.
+    """
     first, done = rows.find(name, title, 0), {}
     if first:
         rate, tried = first["rate"], first["tried"]
@@ -119,32 +122,32 @@ def _row(name: str, title: str, seed: int, task: Task, learnt: Learnt) -> Row:
 
 
 def serve(vit: Any, served: dict[str, Served], data: IconData, run: Run) -> list[Row]:
-    """Compare one pass for the tasks of the first seed, and for those of all seeds, with a pass for each."""
-    pictures = TASKS[run.tasks[0]](data, run.shape.image, 0).test.pixels[: run.course.batch]
+    """Compare one shared forward pass with a forward pass per task, for the tasks of one seed and of all seeds."""
+    images = TASKS[run.tasks[0]](data, run.shape.image, 0).test.pixels[: run.course.batch]
     first = {name: task for name, task in served.items() if name.endswith("-0")}
-    return [compare(vit, tasks, pictures) for tasks in (first, served)]
+    return [compare(vit, tasks, images) for tasks in (first, served)]
 
 
 def describe(data: IconData, model: Any, run: Run, rows: Sequence[Row]) -> dict[str, Any]:
-    """Collect the facts that the figures depend on."""
+    """Return the description, command, machine and versions of the results."""
     shape, (concepts, shown) = run.shape, concept_rows(data)
     named = {style: recognized(model, data, style, shape) for style in (*PRETRAINING_SETS, *DEVELOPMENT_SETS)}
     sizes = {row["task"]: (row["classes"], *row["pictures"]) for row in rows}
     splits = "; ".join(f"{name}: {n} classes, {a} / {b} / {c}" for name, (n, a, b, c) in sizes.items())
     about = (
-        f"A `ViTModel` of {shape.layers} layers of width {shape.width} on {shape.image} px pictures in patches of "
-        f"{shape.patch}, pretrained for {shape.steps} steps of {shape.batch} to name {len(concepts)} concepts in "
-        f"{len(shown)} pictures of five icon styles. Of these concepts it names "
+        f"A `ViTModel` of {shape.layers} layers of width {shape.width} on {shape.image} px images with patches of "
+        f"{shape.patch} px, pretrained for {shape.steps} steps at batch size {shape.batch} to classify "
+        f"{len(concepts)} concepts in {len(shown)} images of five icon styles. Its accuracy on these concepts is "
         + ", ".join(f"{100 * share:.0f}% in `{style}`" for style, share in named.items())
-        + f" (the last two styles it has not seen). Every method: {run.course.steps} steps of {run.course.batch} "
-        "pictures, AdamW, the same schedule and order of pictures. "
-        f"Pictures for training / validation / test: {splits}."
+        + f" (the last two styles are unseen). Every method: {run.course.steps} steps at batch size "
+        f"{run.course.batch}, AdamW, the same schedule and order of images. "
+        f"Images for training / validation / test: {splits}."
     )
     return {"about": about, **environment(" ".join(["python -m benchmarks.vit_transfer", *sys.argv[1:]]))}
 
 
 def main(run: Run) -> None:
-    """Pretrain, transfer, serve and report."""
+    """Run the benchmark: pretraining, transfer, shared serving and report."""
     torch.set_num_threads(1)
     run.work.mkdir(parents=True, exist_ok=True)
     data, rows = IconData(run.icons), Rows(run.work / "rows.json")

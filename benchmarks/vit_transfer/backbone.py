@@ -1,4 +1,4 @@
-"""The vision transformer that is transferred: pretrained on the concepts of five icon styles."""
+"""The vision transformer backbone, pretrained on the concepts of five icon styles."""
 
 from __future__ import annotations
 
@@ -46,23 +46,23 @@ class Recognizer(nn.Module):
         self.vit: Any = ViTModel(config, add_pooling_layer=False)
         self.head = nn.Linear(shape.width, classes)
 
-    def forward(self, pictures: Tensor) -> Tensor:
+    def forward(self, images: Tensor) -> Tensor:
         """Return the logits."""
-        logits: Tensor = self.head(read_out(self.vit, pictures))
+        logits: Tensor = self.head(read_out(self.vit, images))
         return logits
 
 
-def read_out(vit: Any, pictures: Tensor) -> Tensor:
-    """Return what every head reads, N x width: the mean of the last hidden state over all tokens.
+def read_out(vit: Any, images: Tensor) -> Tensor:
+    """Return the input of every head, N x width: the mean of the last hidden state over all tokens.
 
-    The class token alone would hide from a bypass, which mixes no tokens, all that the patches hold.
+    The class token alone would exclude the patch tokens for a bypass, which does not mix tokens.
     """
-    return pooled(vit(pixel_values(pictures)).last_hidden_state)
+    return pooled(vit(pixel_values(images)).last_hidden_state)
 
 
-def pixel_values(pictures: Tensor) -> Tensor:
-    """Bring pictures from [0, 1] to the range that the backbone takes."""
-    return pictures * 2 - 1
+def pixel_values(images: Tensor) -> Tensor:
+    """Return images in [0, 1] scaled to the backbone's input range [-1, 1]."""
+    return images * 2 - 1
 
 
 def pooled(state: Tensor) -> Tensor:
@@ -70,22 +70,22 @@ def pooled(state: Tensor) -> Tensor:
     return state.mean(1)
 
 
-def shrink(pictures: Tensor, side: int) -> Tensor:
-    """Bring square pictures to another size."""
-    return F.interpolate(pictures, size=(side, side), mode="bilinear", antialias=True, align_corners=False)
+def shrink(images: Tensor, side: int) -> Tensor:
+    """Return square images resized to `side`."""
+    return F.interpolate(images, size=(side, side), mode="bilinear", antialias=True, align_corners=False)
 
 
 def concept_rows(data: IconData) -> tuple[list[str], list[tuple[str, str]]]:
-    """Return the concepts of the pretraining, and their (concept, style) pictures; no test concept is among them."""
+    """Return the pretraining concepts and their (concept, style) pairs, without test concepts."""
     concepts = sorted(set(data.known) - set(data.test))
     rows = [(c, style) for style in PRETRAINING_SETS for c in concepts if c in data.styles[style].concepts]
     return concepts, rows
 
 
 def pretrain(data: IconData, shape: Shape, seed: int = 0) -> Recognizer:
-    """Train the backbone to name the concept of a picture, whatever its style, place, size and colours."""
+    """Train the backbone to classify the concept of an image, under changes of style, position, size and colors."""
     concepts, rows = concept_rows(data)
-    pictures = torch.cat([shrink(data.styles[style].pixels([c]), shape.image) for c, style in rows])
+    images = torch.cat([shrink(data.styles[style].pixels([c]), shape.image) for c, style in rows])
     number = {concept: index for index, concept in enumerate(concepts)}
     labels = torch.tensor([number[concept] for concept, _ in rows])
     generator = torch.Generator().manual_seed(seed)
@@ -96,7 +96,7 @@ def pretrain(data: IconData, shape: Shape, seed: int = 0) -> Recognizer:
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1.5e-3, total_steps=shape.steps, pct_start=0.1)
         for _ in tqdm(range(shape.steps), desc=f"{len(concepts)} concepts", leave=False):
             picks = torch.randint(len(labels), (shape.batch,), generator=generator)
-            logits = model(disturb_shapes(pictures[picks], generator))
+            logits = model(disturb_shapes(images[picks], generator))
             loss = F.cross_entropy(logits, labels[picks], label_smoothing=0.1)
             optimizer.zero_grad()
             loss.backward()
@@ -107,7 +107,7 @@ def pretrain(data: IconData, shape: Shape, seed: int = 0) -> Recognizer:
 
 
 def load_recognizer(data: IconData, shape: Shape, folder: Path) -> Recognizer:
-    """Load the backbone from a folder, or pretrain it and put it there."""
+    """Load the backbone from a folder, or pretrain it and save it there."""
     concepts, _ = concept_rows(data)
     facts = {"shape": vars(shape), "classes": concepts}
     model = kept(folder / "backbone", facts, Recognizer(shape, len(concepts)), lambda: pretrain(data, shape))
@@ -117,9 +117,9 @@ def load_recognizer(data: IconData, shape: Shape, folder: Path) -> Recognizer:
 
 @torch.no_grad()
 def recognized(model: Recognizer, data: IconData, style: str, shape: Shape) -> float:
-    """Return the share of a style's pictures of pretraining concepts that the backbone names right."""
+    """Return the accuracy of the backbone on a style's images of pretraining concepts."""
     concepts, _ = concept_rows(data)
     shown = [index for index, concept in enumerate(concepts) if concept in data.styles[style].concepts]
-    pictures = shrink(data.styles[style].pixels([concepts[index] for index in shown]), shape.image)
-    guesses = torch.cat([model(part).argmax(1) for part in pictures.split(128)])
+    images = shrink(data.styles[style].pixels([concepts[index] for index in shown]), shape.image)
+    guesses = torch.cat([model(part).argmax(1) for part in images.split(128)])
     return (guesses == torch.tensor(shown)).float().mean().item()

@@ -1,4 +1,4 @@
-"""Learn a task by a method, choose its learning rate on validation pictures, and count what that costs."""
+"""Train a method on a task, choose its learning rate on validation images, and count its training memory."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from benchmarks.backward_memory import kept_bytes
 from restune_diffusion import Tuner
 
 from .methods import Learner, Method
-from .tasks import Pictures, Task
+from .tasks import LabeledImages, Task
 
 WARMUP = 0.1
 
 
 @dataclass(frozen=True)
 class Course:
-    """The training that every method gets: AdamW, linear warm-up, cosine decay."""
+    """Training settings of every method: AdamW, linear warm-up, cosine decay."""
 
     steps: int = 100
     batch: int = 32
@@ -30,7 +30,7 @@ class Course:
 
 @dataclass(frozen=True)
 class Learnt:
-    """What came out of one training."""
+    """Result of one training run."""
 
     head: nn.Linear
     tuner: Tuner | None
@@ -42,18 +42,18 @@ class Learnt:
 
 
 def learn(vit: Any, method: Method, task: Task, rate: float, seed: int, course: Course) -> Learnt:
-    """Train a method on a task and look at its validation and test pictures.
+    """Train a method on a task and evaluate it on the validation and test images.
 
     Args:
-        vit: the frozen backbone; it is left as it is.
-        method: what is trained.
-        task: the pictures.
+        vit: the frozen backbone; it is not changed.
+        method: the method to train.
+        task: the images.
         rate: peak learning rate.
-        seed: seed of the initial parameters and of the order of pictures.
-        course: the training.
+        seed: seed of the initial parameters and of the order of images.
+        course: training settings.
     """
     generator = torch.Generator().manual_seed(seed)
-    # Zero, so that no method starts from a lucky head.
+    # A zero head gives every method the same start.
     head = nn.Linear(vit.config.hidden_size, task.classes)
     nn.init.zeros_(head.weight)
     nn.init.zeros_(head.bias)
@@ -69,7 +69,7 @@ def learn(vit: Any, method: Method, task: Task, rate: float, seed: int, course: 
 def _train(
     learner: Learner,
     head: nn.Linear,
-    pictures: Pictures,
+    images: LabeledImages,
     trained: list[nn.Parameter],
     rate: float,
     generator: torch.Generator,
@@ -78,8 +78,8 @@ def _train(
     optimizer = torch.optim.AdamW(trained, lr=rate, weight_decay=course.weight_decay)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _factor(step, course.steps))
     for _ in range(course.steps):
-        picks = torch.randint(len(pictures.labels), (course.batch,), generator=generator)
-        loss = F.cross_entropy(head(learner.features(pictures.pixels[picks])), pictures.labels[picks])
+        picks = torch.randint(len(images.labels), (course.batch,), generator=generator)
+        loss = F.cross_entropy(head(learner.features(images.pixels[picks])), images.labels[picks])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -92,21 +92,21 @@ def _factor(step: int, steps: int) -> float:
 
 
 def _kept(learner: Learner, head: nn.Linear, task: Task, trained: list[nn.Parameter], batch: int) -> int:
-    """Count the bytes that a training batch keeps for backward, leaving out parameters, frozen or not."""
+    """Return the bytes that autograd saves for a training batch, without frozen or trained parameters."""
     pixels = task.train.pixels[:batch]
     known = {p.untyped_storage().data_ptr() for p in [*trained, *learner.backbone.parameters()]}
     return kept_bytes(lambda: head(learner.features(pixels)), known)
 
 
 @torch.no_grad()
-def _score(learner: Learner, head: nn.Linear, pictures: Pictures) -> tuple[float, float]:
+def _score(learner: Learner, head: nn.Linear, images: LabeledImages) -> tuple[float, float]:
     """Return accuracy and cross-entropy."""
-    logits = torch.cat([head(learner.features(part)) for part in pictures.pixels.split(128)])
-    accuracy = (logits.argmax(1) == pictures.labels).float().mean().item()
-    return accuracy, F.cross_entropy(logits, pictures.labels).item()
+    logits = torch.cat([head(learner.features(part)) for part in images.pixels.split(128)])
+    accuracy = (logits.argmax(1) == images.labels).float().mean().item()
+    return accuracy, F.cross_entropy(logits, images.labels).item()
 
 
 def sweep(vit: Any, method: Method, task: Task, course: Course, seed: int = 0) -> dict[float, Learnt]:
-    """Learn at every rate of a method, the best in front: by validation accuracy, then by the lower loss."""
+    """Train at every learning rate of a method; sort by validation accuracy, then by loss, best first."""
     tried = {rate: learn(vit, method, task, rate, seed, course) for rate in method.rates}
     return dict(sorted(tried.items(), key=lambda item: (-item[1].validation, item[1].validation_loss)))

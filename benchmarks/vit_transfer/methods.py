@@ -1,4 +1,4 @@
-"""The ways to learn a task on top of a pretrained vision transformer, in the order of the paper's table."""
+"""Methods to train a task on a pretrained vision transformer, in the order of the paper's table."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .backbone import read_out
 
 @dataclass(frozen=True)
 class Learner:
-    """A backbone ready to learn: N x 3 x S x S pictures to N x width features, and what is trained beside the head."""
+    """A prepared backbone, its feature function (N x 3 x S x S to N x width) and its parameters besides the head."""
 
     backbone: nn.Module
     features: Callable[[Tensor], Tensor]
@@ -28,12 +28,12 @@ class Learner:
 
 
 Build = Callable[[Any, torch.Generator], Any]
-"""From a frozen `ViTModel` and a source of initial parameters to a context manager that yields a `Learner`."""
+"""Function of a frozen `ViTModel` and a random generator to a context manager that yields a `Learner`."""
 
 
 @dataclass(frozen=True)
 class Method:
-    """A way to learn, and the learning rates that are tried for it."""
+    """A method: function that prepares the backbone, and learning rates to try."""
 
     build: Build
     rates: tuple[float, ...]
@@ -51,7 +51,7 @@ class LayerMix(nn.Module):
         self.logits = nn.Parameter(torch.zeros(layers))
 
     def forward(self, states: tuple[Tensor, ...]) -> Tensor:
-        """Mix `layers + 1` states of one shape."""
+        """Return the mix of `layers + 1` states of one shape."""
         mixed = states[0]
         for state, lam in zip(states[1:], torch.sigmoid(self.logits), strict=True):
             mixed = lam * state + (1 - lam) * mixed
@@ -60,7 +60,7 @@ class LayerMix(nn.Module):
 
 @contextmanager
 def linear_probe(vit: Any, generator: torch.Generator) -> Iterator[Learner]:
-    """Train the head alone."""
+    """Train only the head."""
     yield Learner(vit, partial(read_out, vit), [])
 
 
@@ -70,13 +70,13 @@ def layer_mix(vit: Any, generator: torch.Generator) -> Iterator[Learner]:
     mix = LayerMix(vit.config.num_hidden_layers)
     states: list[Tensor] = []
 
-    # Not `output_hidden_states`, for which transformers puts hooks on the model that stay.
+    # Not `output_hidden_states`: transformers would add hooks to the model and leave them there.
     def keep(module: nn.Module, args: Any, output: Tensor) -> None:
         states.append(output)
 
-    def features(pictures: Tensor) -> Tensor:
+    def features(images: Tensor) -> Tensor:
         states.clear()
-        vit(pictures * 2 - 1)
+        vit(images * 2 - 1)
         normed: Tensor = vit.layernorm(mix(tuple(states)))
         return normed.mean(1)
 
@@ -90,7 +90,7 @@ def layer_mix(vit: Any, generator: torch.Generator) -> Iterator[Learner]:
 
 @contextmanager
 def tuned(config: BypassConfig | ResConfig, vit: Any, generator: torch.Generator) -> Iterator[Learner]:
-    """Attach a fresh tuner."""
+    """Train a new tuner that is attached to the backbone."""
     tuner = Tuner.for_base(vit, config, generator=generator)
     with attach(vit, tuner):
         yield Learner(vit, partial(read_out, vit), list(tuner.parameters()), tuner)

@@ -1,4 +1,4 @@
-"""Write what was measured as Markdown and JSON."""
+"""Markdown and JSON report of the benchmark."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Row = dict[str, Any]
 
 
 def transfer_table(rows: Sequence[Row]) -> str:
-    """One line a method: test accuracy by task over seeds, their mean, what is trained and what training keeps."""
+    """Return a table with one line per method: test accuracy by task over seeds, mean, parameters, training memory."""
     tasks = list(dict.fromkeys(row["task"] for row in rows))
     lines = [
         f"| method | {' | '.join(tasks)} | mean | parameters | kept for backward, KiB | learning rates |",
@@ -34,8 +34,11 @@ def transfer_table(rows: Sequence[Row]) -> str:
 
 
 def together_table(rows: Sequence[Row]) -> str:
-    """One line for each number of tasks."""
-    lines = ["| tasks | batch | logits equal to the bit | one pass, ms | a pass each, ms | ratio |", "|---" * 6 + "|"]
+    """Return a table with one line for each number of tasks."""
+    lines = [
+        "| tasks | batch | bit-identical logits | shared pass, ms | separate passes, ms | ratio |",
+        "|---" * 6 + "|",
+    ]
     for row in rows:
         times = f"{row['one_pass_ms']:.1f} | {row['a_pass_each_ms']:.1f} | {row['ratio']:.2f}"
         lines.append(f"| {row['tasks']} | {row['batch']} | {'yes' if row['equal'] else 'NO'} | {times} |")
@@ -43,7 +46,7 @@ def together_table(rows: Sequence[Row]) -> str:
 
 
 def write_report(out: Path, facts: dict[str, Any], rows: Sequence[Row], shared: Sequence[Row]) -> None:
-    """Write `OUT.md` and `OUT.json`; a note that a person added below the last line of a former report is kept."""
+    """Write `OUT.md` and `OUT.json`; a note added by hand under the last heading of an earlier report is kept."""
     markdown = out.with_suffix(".md")
     former = markdown.read_text() if markdown.exists() else ""
     note = former[former.index(NOTE) :] if NOTE in former else f"{NOTE}\n"
@@ -55,9 +58,10 @@ def write_report(out: Path, facts: dict[str, Any], rows: Sequence[Row], shared: 
             "Test accuracy in percent (mean and standard deviation over seeds):",
             transfer_table(rows),
             LEGEND,
-            "## One pass for all tasks",
+            "## One forward pass for all tasks",
             together_table(shared),
-            "Bypass tuners as trained above. Processor time, median of repeats in turns in one process and thread.",
+            "Bypass tuners from the table above. Processor time, median of alternating repeats in one process and "
+            "thread.",
             f"`{facts['command']}` on {facts['machine']}; {versions}.",
             note,
         ]
@@ -70,12 +74,12 @@ def write_report(out: Path, facts: dict[str, Any], rows: Sequence[Row], shared: 
         file.write((json.dumps(whole, indent=1) + "\n").encode())
 
 
-NOTE = "## What it says"
+NOTE = "## Interpretation"
 LEGEND = """\
-- **parameters**: trained beside the head. **kept for backward**: bytes that autograd keeps of one training batch,
-  parameters left out, counted for the first task.
+- **parameters**: trained parameters besides the head. **kept for backward**: bytes that autograd saves for one
+  training batch, without parameters, counted for the first task.
 - **bypass without tuners**: the paper's chain with H and V the identity: a learned average of all layers.
-- **learning rates**: chosen for each task by validation accuracy at seed 0, out of those in the JSON file.
-- **style**: which of seven icon styles, two of which the backbone has never seen. **novel**: concepts that
-  pretraining left out, learnt in four styles, tested in two unseen ones.
-  **colour**: main colour of a picture in `openmoji`, an unseen style."""
+- **learning rates**: chosen for each task by validation accuracy at seed 0, from those in the JSON file.
+- **style**: one of seven icon styles, two of them unseen by the backbone. **novel**: concepts held out of
+  pretraining, learned in four styles, tested in two unseen styles.
+  **colour**: main color of an image in `openmoji`, an unseen style."""

@@ -1,4 +1,4 @@
-"""Tasks that the backbone was not trained on, with few pictures each."""
+"""Transfer tasks with few images each, which the backbone was not trained on."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from research.restune_tiny.icon_sources import DEVELOPMENT_SETS, PRETRAINING_SET
 from .backbone import shrink
 
 COLOURED = 0.3
-"""Saturation and share of the ink above which a pixel counts as coloured and a picture as having a colour."""
+"""Threshold of the saturation of a colored pixel, and of the share of such pixels in an image with a color."""
 
 
 @dataclass(frozen=True)
-class Pictures:
-    """N x 3 x S x S pictures in [0, 1] and N class numbers."""
+class LabeledImages:
+    """N x 3 x S x S images in [0, 1] and N class numbers."""
 
     pixels: Tensor
     labels: Tensor
@@ -29,46 +29,46 @@ class Pictures:
 
 @dataclass(frozen=True)
 class Task:
-    """What is trained on, what learning rates are chosen by, and what is reported."""
+    """Training images, validation images for choosing learning rates, and test images."""
 
     name: str
     classes: int
-    train: Pictures
-    validation: Pictures
-    test: Pictures
+    train: LabeledImages
+    validation: LabeledImages
+    test: LabeledImages
 
 
-def _gather(data: IconData, rows: list[tuple[str, str, int]], side: int) -> Pictures:
-    """Take the pictures of (concept, style) with their classes."""
+def _gather(data: IconData, rows: list[tuple[str, str, int]], side: int) -> LabeledImages:
+    """Return the images of (concept, style, class) rows with their classes."""
     pixels = torch.cat([data.styles[style].pixels([concept]) for concept, style, _ in rows])
-    return Pictures(shrink(pixels, side), torch.tensor([label for *_, label in rows]))
+    return LabeledImages(shrink(pixels, side), torch.tensor([label for *_, label in rows]))
 
 
 def style_task(data: IconData, side: int, seed: int, shots: int = 12) -> Task:
-    """Which of seven styles a picture is drawn in; the test shows the benchmark's test concepts in all of them."""
+    """Return the task to classify the style of an image, one of seven; tested on the test concepts in all styles."""
     styles = list(data.styles)
     drawn_by_all = set.intersection(*(data.styles[style].concepts for style in styles))
     free = random.Random(seed).sample(sorted(drawn_by_all - set(data.test)), 2 * shots)
 
-    def part(concepts: list[str]) -> Pictures:
+    def part(concepts: list[str]) -> LabeledImages:
         return _gather(data, [(c, style, label) for c in concepts for label, style in enumerate(styles)], side)
 
     return Task("style", len(styles), part(free[:shots]), part(free[shots:]), part(data.test))
 
 
 def novel_task(data: IconData, side: int, seed: int) -> Task:
-    """The concepts that pretraining left out: learnt in four styles, chosen by a fifth, tested in two new ones."""
+    """Return the task to classify held-out concepts: four training styles, one for validation, two unseen for test."""
     concepts = data.test
     styles = random.Random(seed).sample(PRETRAINING_SETS, len(PRETRAINING_SETS))
 
-    def part(names: list[str]) -> Pictures:
+    def part(names: list[str]) -> LabeledImages:
         return _gather(data, [(c, style, label) for style in names for label, c in enumerate(concepts)], side)
 
     return Task("novel", len(concepts), part(styles[1:]), part(styles[:1]), part(list(DEVELOPMENT_SETS)))
 
 
 def colour_task(data: IconData, side: int, seed: int, shots: int = 16, style: str = "openmoji") -> Task:
-    """The main colour of a picture in an unseen style: red, yellow, green, blue, or none."""
+    """Return the task to classify the main color of an image in an unseen style: red, yellow, green, blue, or none."""
     by_colour: dict[int, list[str]] = defaultdict(list)
     for concept in sorted(data.styles[style].concepts):
         by_colour[main_colour(data.styles[style].pixels([concept])[0])].append(concept)
@@ -87,7 +87,7 @@ def colour_task(data: IconData, side: int, seed: int, shots: int = 16, style: st
 
 
 def main_colour(pixels: Tensor) -> int:
-    """Return 0 for a picture (3 x S x S, white ground) without colour, else 1 + the commonest sector of its hues."""
+    """Return 0 for an image (3 x S x S on white) without color, otherwise 1 + the most frequent sector of its hues."""
     ink = pixels.flatten(1).T[(pixels.min(0).values < 0.95).flatten()].tolist()
     sectors = [0] * 4
     for red, green, blue in ink:

@@ -5,10 +5,9 @@ import pytest
 import torch
 
 from benchmarks.icon_style.__main__ import BaseCommand
-from benchmarks.icon_style.base import base_prompts, distances, recognised
+from benchmarks.icon_style.base import base_prompts, distances, recognized
 from benchmarks.icon_style.data import CONCEPTS as TEST_CONCEPTS
 from benchmarks.icon_style.data import to_images, to_pixels
-from benchmarks.icon_style.draw import Artist
 from benchmarks.icon_style.judges import (
     IconClassifier,
     Judges,
@@ -20,6 +19,7 @@ from benchmarks.icon_style.judges import (
 from benchmarks.icon_style.methods import batch_loss, bypass_variants, contestants, held_out_loss, tune
 from benchmarks.icon_style.report import COLUMNS, mean_and_spread, table, write_report
 from benchmarks.icon_style.runner import Settings, StyleRun, read_strip, slug
+from benchmarks.icon_style.sampling import ImageSampler
 from benchmarks.icon_style.scores import Scorer, Yardsticks
 from benchmarks.icon_style.style_features import StyleFeatures
 from benchmarks.icon_style.subject import SubjectRun
@@ -32,8 +32,8 @@ from restune_diffusion.evaluation import InceptionFeatures, Lpips
 TINY = Settings(steps=3, batch=2, inference_steps=2, concepts=4, drift_concepts=1, sweep=False)
 
 
-def undisturbed(pictures, generator):
-    return pictures
+def undisturbed(images, generator):
+    return images
 
 
 @pytest.fixture(scope="module")
@@ -93,9 +93,9 @@ def test_pictures_lie_on_white_and_survive_the_file(icons):
 
 def test_the_judges_know_true_pictures_and_are_fooled_by_shuffled_captions(icons, judges):
     pairs = base_prompts(icons)
-    pictures = torch.cat([icons.styles[style].pixels([concept]) for concept, style in pairs])
-    right = recognised(judges, pictures, pairs)
-    shuffled = recognised(judges, pictures, pairs[1:] + pairs[:1])
+    images = torch.cat([icons.styles[style].pixels([concept]) for concept, style in pairs])
+    right = recognized(judges, images, pairs)
+    shuffled = recognized(judges, images, pairs[1:] + pairs[:1])
     assert right["top5"] > 0.9
     assert right["style_accuracy"] > 0.9
     assert shuffled["top5"] < 0.3
@@ -110,8 +110,8 @@ def test_the_base_is_as_near_to_its_styles_as_what_it_draws(icons):
         [icons.styles[order[PRETRAINING_SETS.index(style)]].pixels([concept]) for concept, style in pairs]
     )
 
-    def features(pictures):
-        return torch.nn.functional.avg_pool2d(pictures, 4).flatten(1) * 10
+    def features(images):
+        return torch.nn.functional.avg_pool2d(images, 4).flatten(1) * 10
 
     own = distances(features, icons, true, pairs, reference=40)
     assert list(own) == list(PRETRAINING_SETS)
@@ -129,19 +129,19 @@ def test_ranks_count_the_likelier_classes(icons, judges):
 
 
 def test_disturbed_pictures_keep_their_range_and_follow_from_the_generator(icons):
-    pictures = icons.styles["noto"].pixels(icons.known[:8])
-    changed = disturb_shapes(pictures, torch.Generator().manual_seed(1))
-    assert changed.shape == pictures.shape
+    images = icons.styles["noto"].pixels(icons.known[:8])
+    changed = disturb_shapes(images, torch.Generator().manual_seed(1))
+    assert changed.shape == images.shape
     assert changed.min() >= 0
     assert changed.max() <= 1
-    assert torch.equal(changed, disturb_shapes(pictures, torch.Generator().manual_seed(1)))
-    assert not torch.equal(changed, disturb_shapes(pictures, torch.Generator().manual_seed(2)))
+    assert torch.equal(changed, disturb_shapes(images, torch.Generator().manual_seed(1)))
+    assert not torch.equal(changed, disturb_shapes(images, torch.Generator().manual_seed(2)))
 
 
 def test_a_palette_is_the_share_of_each_colour():
-    picture = torch.ones(1, 3, 4, 4)
-    picture[:, :, :1] = torch.tensor([1.0, 0.0, 0.5])[None, :, None, None]
-    counts = colour_shares(picture, levels=3)[0].view(3, 3, 3)
+    image = torch.ones(1, 3, 4, 4)
+    image[:, :, :1] = torch.tensor([1.0, 0.0, 0.5])[None, :, None, None]
+    counts = colour_shares(image, levels=3)[0].view(3, 3, 3)
     assert counts[2, 2, 2] == 0.75  # white
     assert counts[2, 0, 1] == 0.25
     # Half way between two levels counts for both.
@@ -151,42 +151,42 @@ def test_a_palette_is_the_share_of_each_colour():
 
 
 def test_style_features_ignore_where_things_are_but_not_colour_or_sharpness(icons):
-    features, picture = StyleFeatures(), icons.styles["noto"].pixels(icons.known[:1])
-    found = features(picture)
+    features, image = StyleFeatures(), icons.styles["noto"].pixels(icons.known[:1])
+    found = features(image)
     assert found.shape == (1, StyleFeatures.size)
 
     def change(other):
         return float((features(other) - found).norm() / found.norm())
 
-    moved = change(picture.roll((4, 8), (2, 3)))
-    blurred = torch.nn.functional.avg_pool2d(picture, 7, 1, 3, count_include_pad=False)
+    moved = change(image.roll((4, 8), (2, 3)))
+    blurred = torch.nn.functional.avg_pool2d(image, 7, 1, 3, count_include_pad=False)
     assert moved < 0.2
-    assert change(picture.flip(1)) > 2 * moved
+    assert change(image.flip(1)) > 2 * moved
     assert change(blurred) > 1.5 * moved
 
 
 def test_the_style_judge_tells_styles_of_concepts_that_it_never_saw(icons):
     names = list(icons.styles)
     seen, unseen = icons.known[::2], icons.known[1::2]
-    pictures = torch.cat([icons.styles[name].pixels(seen) for name in names])
-    judge = fit_style_classifier(pictures[None], torch.arange(7).repeat_interleave(len(seen)), 7)
+    images = torch.cat([icons.styles[name].pixels(seen) for name in names])
+    judge = fit_style_classifier(images[None], torch.arange(7).repeat_interleave(len(seen)), 7)
     asked = torch.cat([icons.styles[name].pixels(unseen) for name in names])
     right = judge(asked).argmax(1) == torch.arange(7).repeat_interleave(len(unseen))
     assert right.float().mean() > 0.9
     # Labels that say nothing of the pictures teach nothing.
-    order = torch.randperm(len(pictures), generator=torch.Generator().manual_seed(0))
-    misled = fit_style_classifier(pictures[None], torch.arange(7).repeat_interleave(len(seen))[order], 7)
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
+    misled = fit_style_classifier(images[None], torch.arange(7).repeat_interleave(len(seen))[order], 7)
     right = misled(asked).argmax(1) == torch.arange(7).repeat_interleave(len(unseen))
     assert right.float().mean() < 0.4
 
 
 def test_judges_are_trained_once_and_kept(icons, tiny_base, tmp_path):
-    pictures = icons.styles["noto"].pixels(icons.known[:5])
+    images = icons.styles["noto"].pixels(icons.known[:5])
     first = load_judges(icons, tiny_base.vae, tmp_path, epochs=1)
     written = (tmp_path / "style-judge.safetensors").stat().st_mtime_ns
     again = load_judges(icons, tiny_base.vae, tmp_path, epochs=1)
     assert (tmp_path / "style-judge.safetensors").stat().st_mtime_ns == written
-    assert torch.equal(first.concept(pictures), again.concept(pictures))
+    assert torch.equal(first.concept(images), again.concept(images))
     load_judges(icons, tiny_base.vae, tmp_path, epochs=1, decoded=False)
     assert (tmp_path / "style-judge.safetensors").stat().st_mtime_ns > written
 
@@ -195,9 +195,9 @@ def test_judges_are_trained_once_and_kept(icons, tiny_base, tmp_path):
 
 
 def test_true_pictures_score_best(icons, scorer):
-    true = scorer.score(scorer.true_pictures)
+    true = scorer.score(scorer.true_images)
     other_style = scorer.score(icons.styles["noto"].pixels(icons.test))
-    shuffled = scorer.score(scorer.true_pictures.roll(1, 0))
+    shuffled = scorer.score(scorer.true_images.roll(1, 0))
     assert true["lpips"] == 0
     assert true["similarity"] == pytest.approx(1)
     assert true["style_accuracy"] > other_style["style_accuracy"]
@@ -212,7 +212,7 @@ def test_true_pictures_score_best(icons, scorer):
 def test_tuning_pictures_count_as_copies(icons, scorer):
     tuning = icons.styles["openmoji"].pixels(icons.split("openmoji", 0).tuning[: len(icons.test)])
     assert scorer.score(tuning)["nearest_tuning"] == pytest.approx(0, abs=1e-6)
-    assert scorer.score(scorer.true_pictures)["nearest_tuning"] > 0.001
+    assert scorer.score(scorer.true_images)["nearest_tuning"] > 0.001
 
 
 # --- methods
@@ -275,9 +275,9 @@ def test_held_out_loss_is_the_mean_over_noise_levels(icons, tiny_base, judges, t
 
 def test_drawing_away_from_a_prompt_adds_to_its_guidance(tiny_base):
     prompts, bare = ["red apple, noto style", "cat face, blob style"], ["red apple", "cat face"]
-    plain = Artist(tiny_base, steps=2).draw(prompts, seed=3)
-    assert torch.equal(Artist(tiny_base, steps=2, away=2.0).draw(prompts, seed=3), plain)
-    pushed = Artist(tiny_base, steps=2, guidance=3.0, away=2.0).draw(prompts, seed=3, others=bare)
+    plain = ImageSampler(tiny_base, steps=2).generate(prompts, seed=3)
+    assert torch.equal(ImageSampler(tiny_base, steps=2, away=2.0).generate(prompts, seed=3), plain)
+    pushed = ImageSampler(tiny_base, steps=2, guidance=3.0, away=2.0).generate(prompts, seed=3, others=bare)
     assert not tiny_base.unet._forward_hooks
 
     # By hand, from three predictions a step.
@@ -297,7 +297,7 @@ def test_drawing_away_from_a_prompt_adds_to_its_guidance(tiny_base):
 
 def test_away_needs_guidance_to_add_to(tiny_base):
     with pytest.raises(ValueError, match="needs a guidance scale above 1, not 1"):
-        Artist(tiny_base, guidance=1.0, away=2.0)
+        ImageSampler(tiny_base, guidance=1.0, away=2.0)
     with pytest.raises(SystemExit, match="needs a guidance scale above 1"):
         BaseCommand(icons=Path("icons"), work=Path("work"), guidance=1.0, away=2.0).run()
 
@@ -305,18 +305,19 @@ def test_away_needs_guidance_to_add_to(tiny_base):
 def test_rescaled_guidance_takes_contrast_back(tiny_base):
     prompts = ["red apple, noto style", "cat face, blob style"]
     plain, half, whole = (
-        Artist(tiny_base, steps=4, guidance=8.0, rescale=rescale).draw(prompts, seed=3) for rescale in (0.0, 0.5, 1.0)
+        ImageSampler(tiny_base, steps=4, guidance=8.0, rescale=rescale).generate(prompts, seed=3)
+        for rescale in (0.0, 0.5, 1.0)
     )
-    colour = [float((pictures.amax(1) - pictures.amin(1)).mean()) for pictures in (plain, half, whole)]
+    colour = [float((images.amax(1) - images.amin(1)).mean()) for images in (plain, half, whole)]
     assert colour[0] > 1.05 * colour[1] > 1.05**2 * colour[2]
 
 
 def test_a_picture_depends_on_its_prompt_and_seed_alone(tiny_base):
-    artist = Artist(tiny_base, steps=2, batch=2)
-    three = artist.draw(["red apple", "cat face", "house"], seed=3)
-    two = Artist(tiny_base, steps=2, batch=3).draw(["red apple", "cat face"], seed=3)
+    sampler = ImageSampler(tiny_base, steps=2, batch=2)
+    three = sampler.generate(["red apple", "cat face", "house"], seed=3)
+    two = ImageSampler(tiny_base, steps=2, batch=3).generate(["red apple", "cat face"], seed=3)
     assert torch.allclose(three[:2], two, atol=1e-4)
-    assert not torch.allclose(two, artist.draw(["red apple", "cat face"], seed=4), atol=1e-2)
+    assert not torch.allclose(two, sampler.generate(["red apple", "cat face"], seed=4), atol=1e-2)
 
 
 # --- the whole thing

@@ -14,7 +14,7 @@ CONCEPTS = sorted(COMMON)[:104]
 
 
 def shape(number, style):
-    """A 64 px RGBA picture: concepts differ in hue, size and place, styles in shape and outline."""
+    """Return a 64 px RGBA image: concepts differ in hue, size and position, styles in shape and outline."""
     side = np.arange(64)
     x, y = np.meshgrid(side, side)
     place = 24 + 16 * (number % 2), 24 + 16 * (number // 2 % 2)
@@ -22,16 +22,16 @@ def shape(number, style):
     dx, dy = np.abs(x - place[0]), np.abs(y - place[1])
     distance = [dx + dy, np.maximum(dx, dy), np.hypot(dx, dy)][style % 3]
     colour = np.array(colorsys.hsv_to_rgb(number / len(CONCEPTS), 0.9, 0.5 + 0.07 * style)) * 255
-    picture = np.zeros((64, 64, 4), dtype=np.uint8)
-    picture[distance < reach] = [*colour, 255]
+    image = np.zeros((64, 64, 4), dtype=np.uint8)
+    image[distance < reach] = [*colour, 255]
     if style % 2:
-        picture[(distance >= reach) & (distance < reach + 2)] = [0, 0, 0, 255]
-    return picture
+        image[(distance >= reach) & (distance < reach + 2)] = [0, 0, 0, 255]
+    return image
 
 
 @pytest.fixture(scope="session")
 def icons(tmp_path_factory):
-    """Seven made-up icon sets in the form that `prepare_icons.py` writes."""
+    """Seven synthetic icon sets in the format of `prepare_icons.py`."""
     folder = tmp_path_factory.mktemp("icons")
     for style, name in enumerate((*PRETRAINING_SETS, *DEVELOPMENT_SETS)):
         np.save(folder / f"{name}.npy", np.stack([shape(number, style) for number in range(len(CONCEPTS))]))

@@ -10,7 +10,7 @@ from benchmarks.vit_transfer.__main__ import Run, main
 from benchmarks.vit_transfer.backbone import Recognizer, Shape, concept_rows, read_out
 from benchmarks.vit_transfer.learning import Course, learn
 from benchmarks.vit_transfer.methods import BYPASS, METHODS, LayerMix
-from benchmarks.vit_transfer.tasks import TASKS, Pictures, Task, main_colour, style_task
+from benchmarks.vit_transfer.tasks import TASKS, LabeledImages, Task, main_colour, style_task
 from benchmarks.vit_transfer.together import Served, compare, together
 from restune_diffusion import TunerManager
 from tests.unit.hooks.test_attachment import assert_same, everything
@@ -35,8 +35,8 @@ def red_green_or_blue():
     generator = torch.Generator().manual_seed(0)
     labels = torch.arange(24) % 3
     noise = 0.2 * torch.rand(24, 3, SHAPE.image, SHAPE.image, generator=generator)
-    pictures = Pictures(0.8 * torch.eye(3)[labels][:, :, None, None] + noise, labels)
-    return Task("colour", 3, pictures, pictures, pictures)
+    images = LabeledImages(0.8 * torch.eye(3)[labels][:, :, None, None] + noise, labels)
+    return Task("colour", 3, images, images, images)
 
 
 @pytest.mark.parametrize("title", METHODS)

@@ -6,7 +6,7 @@ import pytest
 import tyro
 
 from benchmarks.icon_style.__main__ import AllCommand, Command, StyleCommand
-from benchmarks.icon_style.beside import run_beside
+from benchmarks.icon_style.parallel import run_parallel
 
 PYTHON = (sys.executable, "-c")
 WAIT_FOR_EACH_OTHER = """
@@ -22,14 +22,14 @@ while not other.exists():
 def test_processes_run_at_the_same_time(tmp_path):
     first, second = str(tmp_path / "first"), str(tmp_path / "second")
     # One after the other, the first would wait for ever.
-    run_beside([[first, second], [second, first]], (*PYTHON, WAIT_FOR_EACH_OTHER))
+    run_parallel([[first, second], [second, first]], (*PYTHON, WAIT_FOR_EACH_OTHER))
 
 
 def test_a_failure_is_named_and_ends_the_others(tmp_path):
     late = tmp_path / "late"
     sleep = f"import time, pathlib; time.sleep(3); pathlib.Path({str(late)!r}).touch()"
     with pytest.raises(SystemExit, match=r"`raise SystemExit\(3\)` ended with status 3; run the same command again"):
-        run_beside([[sleep], ["raise SystemExit(3)"]], PYTHON)
+        run_parallel([[sleep], ["raise SystemExit(3)"]], PYTHON)
     time.sleep(3.5)
     assert not late.exists()
 
@@ -37,7 +37,7 @@ def test_a_failure_is_named_and_ends_the_others(tmp_path):
 def commands_of(whole, monkeypatch):
     """The commands that the whole benchmark runs beside each other, one pass after another."""
     passes = []
-    monkeypatch.setattr("benchmarks.icon_style.__main__.run_beside", passes.append)
+    monkeypatch.setattr("benchmarks.icon_style.__main__.run_parallel", passes.append)
     whole.run()
     return [[tyro.cli(Command, args=command) for command in commands] for commands in passes]
 

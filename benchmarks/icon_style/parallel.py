@@ -1,4 +1,4 @@
-"""Run commands of this benchmark beside each other, one process each."""
+"""Run commands of this benchmark in parallel, one process each."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from collections.abc import Sequence
 PROGRAM = (sys.executable, "-m", "benchmarks.icon_style")
 
 
-def run_beside(commands: Sequence[Sequence[str]], program: Sequence[str] = PROGRAM) -> None:
-    """Run all of the commands at once and wait for them.
+def run_parallel(commands: Sequence[Sequence[str]], program: Sequence[str] = PROGRAM) -> None:
+    """Run commands in parallel and wait for all of them.
 
     Args:
         commands: the arguments of each process.
-        program: what every process runs.
+        program: program of every process.
 
     Raises:
-        SystemExit: if one of them fails; the others are ended, and what they have finished stays in the work folder.
+        SystemExit: if a command fails; the others are terminated, and their finished results stay in the work folder.
     """
-    # Two progress bars cannot share a line; every row is still told of.
+    # Parallel progress bars would overwrite each other; every row is still printed.
     settings = os.environ | {"TQDM_DISABLE": "1", "OMP_NUM_THREADS": "1"}
     processes = [subprocess.Popen([*program, *command], env=settings) for command in commands]
     try:
@@ -40,6 +40,6 @@ def _refuse_failed(processes: Sequence[subprocess.Popen[bytes]], commands: Seque
     for process, command in zip(processes, commands, strict=True):
         if process.poll():
             raise SystemExit(
-                f"`{' '.join(command)}` ended with status {process.returncode}; run the same command again to go on "
-                f"from the rows that are finished."
+                f"`{' '.join(command)}` ended with status {process.returncode}; run the same command again to "
+                f"continue from the finished rows."
             )
