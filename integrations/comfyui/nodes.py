@@ -1,4 +1,4 @@
-"""The node that ComfyUI shows."""
+"""ComfyUI node that loads a skip tuner."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ folder_paths.add_model_folder_path(_FOLDER, os.path.join(folder_paths.models_dir
 
 
 class LoadRestuneTuner:
-    """Let a skip tuner act on a model, by a weight and in a range of the sampling steps."""
+    """Node that applies a skip tuner to a model, with a weight and a range of sampling steps."""
 
     CATEGORY = "loaders"
-    DESCRIPTION = "Adds a skip tuner (SCEdit) of restune-diffusion to a Stable Diffusion model; several add up."
+    DESCRIPTION = "Adds a skip tuner (SCEdit) of restune-diffusion to a Stable Diffusion model; several tuners add up."
     RETURN_TYPES = ("MODEL",)
     FUNCTION = "load"
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
-        """Describe the node's inputs to ComfyUI."""
+        """Return the inputs of the node in ComfyUI's format."""
         percent = {"min": 0.0, "max": 1.0, "step": 0.001}
         return {
             "required": {
@@ -38,10 +38,10 @@ class LoadRestuneTuner:
         }
 
     def load(self, model: Any, tuner_name: str, weight: float, start_percent: float, end_percent: float) -> tuple[Any]:
-        """Return a copy of the model, as ComfyUI wraps it, with the tuner; the model itself is not changed.
+        """Return a copy of ComfyUI's model patcher with the tuner applied; the original is not changed.
 
         Raises:
-            RestuneError: if the file is no skip tuner, or for a model of another structure.
+            RestuneError: if the file is not a skip tuner, or is for a model of another structure.
         """
         tuner = load_tuner(folder_paths.get_full_path_or_raise(_FOLDER, tuner_name))
         return (apply_tuner(model, tuner, weight, start_percent, end_percent),)

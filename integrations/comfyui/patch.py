@@ -1,4 +1,4 @@
-"""Let skip tuners act through ComfyUI's model patcher: one patch of the output blocks sums what all of them add.
+"""Apply skip tuners through ComfyUI's model patcher: one output block patch adds the residuals of all tuners.
 
 ComfyUI's U-Net calls each output block patch as `patch(h, hsp, transformer_options)` before it joins the hidden state
 `h` with the skip feature `hsp`; `transformer_options["block"]` is `("output", number)`, counted from the deepest
@@ -21,23 +21,23 @@ _PATCHES = "output_block_patch"
 
 @dataclass(frozen=True)
 class ActiveTuner:
-    """A tuner with its weight and the noise levels between which it acts."""
+    """A tuner with its weight and its range of noise levels."""
 
     tuner: Tuner
     weight: float
     sigma_start: float
     sigma_end: float
     always: bool
-    """Whether it acts at every noise level, which need not be read then."""
+    """Whether the tuner acts at every noise level; the sigmas are not read then."""
 
     def acts(self, sigmas: torch.Tensor) -> bool:
-        """Say whether the tuner acts at the noise levels of a batch, all of which are one step's."""
+        """Return whether the tuner acts at the noise level of a batch; all images of a batch are at the same step."""
         if self.weight == 0:
             return False
         return self.always or self.sigma_end <= float(sigmas[0]) <= self.sigma_start
 
     def residual(self, site: str, skip: torch.Tensor) -> torch.Tensor:
-        """Return what the tuner adds to a skip feature, in its dtype."""
+        """Return the tuner's residual for a skip feature, in the dtype of the feature."""
         (part,) = self.tuner.parts()
         assert isinstance(part, Part)
         if site not in part.writes:
@@ -48,7 +48,7 @@ class ActiveTuner:
 
 
 class SkipPatch:
-    """An output block patch: adds the residuals of all tuners, each made from the skip feature as it came in."""
+    """Output block patch that adds the residuals of all tuners, each computed from the unchanged skip feature."""
 
     def __init__(self, tuners: Sequence[ActiveTuner], skips: int) -> None:
         self.tuners = tuple(tuners)
@@ -57,7 +57,7 @@ class SkipPatch:
     def __call__(
         self, h: torch.Tensor, hsp: torch.Tensor, transformer_options: Mapping[str, Any]
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the hidden state as it is, and the tuned skip feature `(batch, channels, height, width)`."""
+        """Return the unchanged hidden state, and the tuned skip feature `(batch, channels, height, width)`."""
         _, number = transformer_options["block"]
         site, total = f"skip.{self._skips - 1 - number}", hsp
         for tuner in self.tuners:
@@ -66,11 +66,11 @@ class SkipPatch:
         return h, total
 
     def __deepcopy__(self, memo: object) -> SkipPatch:
-        # ComfyUI copies a model's options with the model; tuners have no state of their own to copy.
+        # ComfyUI copies a model's options with the model; the tuners are shared because they are never changed.
         return self
 
     def to(self, target: object) -> SkipPatch:
-        """Move the tuners where ComfyUI moves the model; they keep their own dtype."""
+        """Move the tuners to the device of the model; their dtype does not change."""
         if isinstance(target, torch.device):
             for active in self.tuners:
                 active.tuner.to(target)
@@ -78,22 +78,22 @@ class SkipPatch:
 
 
 def apply_tuner(model: Any, tuner: Tuner, weight: float, start_percent: float, end_percent: float) -> Any:
-    """Return a copy of a model patcher on which a tuner acts, beside those that act already.
+    """Return a copy of a model patcher with a tuner applied, in addition to the tuners applied before.
 
     Args:
-        model: ComfyUI's `ModelPatcher` around a Stable Diffusion model.
-        tuner: with a `skip` part and no other.
+        model: ComfyUI's `ModelPatcher` of a Stable Diffusion model.
+        tuner: a tuner with a `skip` part and no other part.
         weight: factor on the tuner's residuals.
-        start_percent: from which share of the sampling on the tuner acts, 0 to 1.
-        end_percent: up to which share.
+        start_percent: start of the tuner's range of sampling progress, 0 to 1.
+        end_percent: end of the range, 0 to 1.
 
     Raises:
         RestuneError: if the tuner has other parts.
-        BaseMismatchError: if the model has another structure than the tuner's base.
+        BaseMismatchError: if the structure of the model differs from that of the tuner's base.
     """
-    kinds = [config.part for config in tuner.configs]
-    if kinds != ["skip"]:
-        raise RestuneError(f"ComfyUI can run tuners with a skip part alone, but this one has {', '.join(kinds)}.")
+    parts = [config.part for config in tuner.configs]
+    if parts != ["skip"]:
+        raise RestuneError(f"ComfyUI supports only tuners with a single skip part; this one has {', '.join(parts)}.")
     skips = _check_fits(tuner.base, model.model.model_config.unet_config)
     sampling = model.get_model_object("model_sampling")
     active = ActiveTuner(
@@ -107,7 +107,7 @@ def apply_tuner(model: Any, tuner: Tuner, weight: float, start_percent: float, e
     patches = patched.model_options["transformer_options"].get("patches", {}).get(_PATCHES, [])
     for position, patch in enumerate(patches):
         if isinstance(patch, SkipPatch):
-            # The copy's list is its own; each tuner must see the feature without what the others add.
+            # The copy has a list of its own. Each tuner reads the feature without the residuals of the others.
             patches[position] = SkipPatch([*patch.tuners, active], skips)
             return patched
     patched.set_model_output_block_patch(SkipPatch([active], skips))
@@ -115,15 +115,19 @@ def apply_tuner(model: Any, tuner: Tuner, weight: float, start_percent: float, e
 
 
 def _check_fits(base: BaseInfo, config: Mapping[str, Any]) -> int:
-    """Compare a tuner's base with a U-Net's settings in ComfyUI; return the number of skip connections."""
+    """Check a tuner's base against a U-Net config of ComfyUI, and return the number of skip connections."""
     ours = [base.sites[name].channels for name in base.skips]
     theirs = _skip_channels(config)
     text = (base.structure.get("cross_attention_dim"), config.get("context_dim"))
     if ours != theirs:
-        raise BaseMismatchError(f"This tuner is for skip connections of {ours} channels, but the model has {theirs}.")
+        raise BaseMismatchError(
+            f"The tuner's base has skip connections of {ours} channels, but the model has {theirs}; "
+            f"use a model of the same family."
+        )
     if None not in text and text[0] != text[1]:
         raise BaseMismatchError(
-            f"This tuner is for a base with text states of width {text[0]}, but the model's have {text[1]}."
+            f"The tuner's base has text embeddings of width {text[0]}, but the model has {text[1]}; "
+            f"use a model of the same family."
         )
     return len(ours)
 
@@ -132,10 +136,12 @@ def _skip_channels(config: Mapping[str, Any]) -> list[int]:
     """Return the channels of a U-Net's skip connections, shallow to deep."""
     width, multipliers, layers = (config.get(key) for key in ("model_channels", "channel_mult", "num_res_blocks"))
     if width is None or multipliers is None or layers is None:
-        raise BaseMismatchError("This model has no U-Net with skip connections, as Stable Diffusion 1, 2 and XL have.")
+        raise BaseMismatchError(
+            "The model has no U-Net with skip connections; use a Stable Diffusion 1, 2 or XL model."
+        )
     counts = [layers] * len(multipliers) if isinstance(layers, int) else list(layers)
     channels = [width]
     for level, (multiplier, count) in enumerate(zip(multipliers, counts, strict=True)):
-        # Every level but the last ends in a downsampler, which makes a skip feature too.
+        # Every level except the last ends in a downsampler, whose output is a skip feature too.
         channels += [width * multiplier] * (count + (level < len(counts) - 1))
     return channels

@@ -1,4 +1,4 @@
-"""What the node sees of ComfyUI: its patcher's contract, and its U-Net's order of calls around diffusers' modules.
+"""Stand-in for ComfyUI: the contract of its model patcher, and its U-Net's order of calls on diffusers' modules.
 
 After `comfy/model_patcher.py` and `comfy/ldm/modules/diffusionmodules/openaimodel.py` of ComfyUI.
 """
@@ -14,22 +14,22 @@ from diffusers import UNet2DConditionModel
 
 
 class Sampling:
-    """Noise levels from 10 to 0, as `ModelSamplingDiscrete` gives them for shares of the sampling."""
+    """Noise levels from 10 to 0 by sampling progress, in the manner of `ModelSamplingDiscrete`."""
 
     def percent_to_sigma(self, percent: float) -> float:
-        """Return the noise level at a share of the sampling; without bound at its start."""
+        """Return the noise level at a sampling progress from 0 to 1; very large at the start."""
         return 999999999.9 if percent <= 0 else 10.0 * (1 - percent)
 
 
 class ModelPatcher:
-    """The part of ComfyUI's `ModelPatcher` that output block patches need."""
+    """The part of ComfyUI's `ModelPatcher` used by output block patches."""
 
     def __init__(self, unet: UNet2DConditionModel, unet_config: dict[str, Any]) -> None:
         self.model = SimpleNamespace(diffusion_model=unet, model_config=SimpleNamespace(unet_config=unet_config))
         self.model_options: dict[str, Any] = {"transformer_options": {}}
 
     def clone(self) -> ModelPatcher:
-        """Share the model, copy the options."""
+        """Return a patcher with the same model and a copy of the options."""
         cloned = ModelPatcher(self.model.diffusion_model, self.model.model_config.unet_config)
         cloned.model_options = copy.deepcopy(self.model_options)
         return cloned
@@ -44,7 +44,7 @@ class ModelPatcher:
         patches["output_block_patch"] = [*patches.get("output_block_patch", []), patch]
 
     def model_patches_to(self, target: Any) -> None:
-        """Move the patches, to a device and then to a dtype, before sampling."""
+        """Move the patches to a device and then to a dtype, as before sampling."""
         patches = self.model_options["transformer_options"].get("patches", {})
         for listed in patches.values():
             for number, patch in enumerate(listed):
@@ -53,7 +53,7 @@ class ModelPatcher:
 
     @torch.no_grad()
     def forward(self, x: torch.Tensor, time: torch.Tensor, text: torch.Tensor, sigma: float) -> torch.Tensor:
-        """Run the U-Net as ComfyUI's does: input blocks, middle block, output blocks with their patches."""
+        """Run the U-Net in ComfyUI's order: input blocks, middle block, output blocks with their patches."""
         unet = self.model.diffusion_model
         options = {**self.model_options["transformer_options"], "sigmas": torch.full((x.shape[0],), sigma)}
         emb = unet.time_embedding(unet.time_proj(time.expand(x.shape[0])))

@@ -132,7 +132,7 @@ def test_copies_share_the_tuner(model, node):
 @pytest.mark.parametrize(("changes", "message"), [
     ({"channel_mult": (1, 2, 4, 4)}, "32, 32, 32, 32, 64.* but the model has"),
     ({"num_res_blocks": 1}, "but the model has"),
-    ({"context_dim": 1024}, "text states of width 32, but the model's have 1024"),
+    ({"context_dim": 1024}, "text embeddings of width 32, but the model has 1024"),
     ({"model_channels": None}, "no U-Net with skip connections"),
 ])  # fmt: skip
 def test_a_model_of_another_structure_is_refused(unet, node, changes, message):
@@ -141,7 +141,7 @@ def test_a_model_of_another_structure_is_refused(unet, node, changes, message):
 
 
 def test_other_parts_are_refused(model, node):
-    with pytest.raises(RestuneError, match="skip part alone, but this one has bypass"):
+    with pytest.raises(RestuneError, match="single skip part; this one has bypass"):
         node.load(model, "bypass.safetensors", 1.0, 0.0, 1.0)
 
 
