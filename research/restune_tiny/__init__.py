@@ -1,1 +1,1 @@
-"""How the bundled base was made: `prepare_icons.py` makes the data, `pretrain_base.py` runs the stages."""
+"""Pretraining of the bundled base: `prepare_icons.py` writes the data, `pretrain_base.py` runs the stages."""

@@ -1,4 +1,4 @@
-"""Icon sets that the bundled base and the benchmarks are made from: packages, checksums, captions and concepts."""
+"""Icon sets of the bundled base and the benchmarks: packages, checksums, captions and concepts."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Source:
-    """One pinned npm package and the phrase that names its style in a prompt."""
+    """A pinned npm package and the phrase for its style in a prompt."""
 
     package: str
     version: str
@@ -18,7 +18,7 @@ class Source:
 
     @property
     def tarball(self) -> str:
-        """The file name that `npm pack` gives the package."""
+        """File name of the package after `npm pack`."""
         return f"{self.package.lstrip('@').replace('/', '-')}-{self.version}.tgz"
 
 
@@ -81,7 +81,7 @@ SOURCES = {
     ),
 }
 PRETRAINING_SETS = ("noto", "twemoji", "fluent-emoji-flat", "emojione", "noto-v1")
-# The base never sees these: the icon-style benchmark tunes towards them.
+# Not used for pretraining: styles of the icon-style benchmark.
 DEVELOPMENT_SETS = ("fluent-emoji", "openmoji")
 NAMES = Source(
     "emojibase-data",
@@ -105,9 +105,9 @@ LEFT_OUT = re.compile(
 GENDERED = re.compile(r"^(man|woman|men|women|person) .+|^(kiss|couple|family|people)\b|holding hands")
 CLOCK = re.compile(r"(o['’]?clock|[- ]thirty)$")
 ZODIAC = re.compile(r"^(aries|taurus|gemini|cancer|leo|virgo|libra|scorpio|sagittarius|capricorn|aquarius|pisces)$")
-# A concept that at least this many pretraining sets draw is shown for its own sake; what fewer draw teaches little.
+# Minimum number of pretraining sets for a concept of full weight; rarer concepts teach little.
 WIDELY_DRAWN = 4
-# What people ask for first: shown several times as often as the rest, so that little training draws it well.
+# Frequently requested concepts: sampled several times as often as the rest, so that short training learns them well.
 COMMON_NAMES = """
     airplane, alarm clock, alien, ambulance, american football, anchor, angry face, ant, artist palette,
     astonished face, automobile, avocado, axe, baby, baby chick, backpack, balloon, banana, bar chart, baseball,
@@ -148,7 +148,7 @@ COMMON_NAMES = """
 """
 COMMON = frozenset(re.split(r",\s*", COMMON_NAMES.strip()))
 
-# What people call common things whose Unicode label is longer or another word.
+# Everyday words for common things whose Unicode label is longer or different.
 EVERYDAY_WORDS = {
     "automobile": "car", "red heart": "heart", "deciduous tree": "tree", "red apple": "apple", "sailboat": "boat",
     "mantelpiece clock": "clock", "alarm clock": "clock", "crescent moon": "moon", "full moon": "moon",
@@ -165,5 +165,5 @@ EVERYDAY_WORDS = {
     "running shoe": "shoe", "top hat": "hat", "television": "tv", "bookmark tabs": "document",
 }  # fmt: skip
 
-# A tag that a handful of concepts share names them ("car" for "automobile"); one that many share names nothing.
+# Maximum number of concepts of a usable tag: a tag of few concepts names them ("car" for "automobile").
 MAX_TAG_CONCEPTS = 6

@@ -1,4 +1,4 @@
-"""The plain colours behind icons, under the names that captions use."""
+"""Plain background colors of icons, under their names in captions."""
 
 COLOURS: dict[str, tuple[int, int, int]] = {
     "white": (255, 255, 255),

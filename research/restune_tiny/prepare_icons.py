@@ -1,9 +1,9 @@
-"""Turn icon sets into captioned pictures: the pretraining data of `restune-tiny` and the demo set.
+"""Convert icon sets to captioned images: the pretraining data of `restune-tiny` and the demo set.
 
-An Iconify set is one npm package whose `icons.json` holds SVG bodies keyed by English names. This script reads the
-packages (downloaded with `npm pack` when asked, or from local tarballs), leaves out flags, skin tones, letters and
-hidden icons, renders the rest at a small size with transparency and writes, per set, the pixels (`<set>.npy`,
-uint8 RGBA) and the captions (`<set>.json`).
+An Iconify set is one npm package whose `icons.json` has SVG bodies keyed by English names. This script reads the
+packages from local tarballs or downloads them with `npm pack`. It skips flags, skin tones, letters and hidden icons,
+renders the rest at a small size with transparency, and writes for each set the pixels (`<set>.npy`, uint8 RGBA) and
+the captions (`<set>.json`).
 
 Examples:
     python research/restune_tiny/prepare_icons.py data/icons --download
@@ -57,7 +57,7 @@ from research.restune_tiny.icon_sources import (
 
 @dataclass
 class Icon:
-    """One rendered icon: its name in the set, what to call it, and how often to show it in training."""
+    """One rendered icon: name in the set, label, captions, tags and sampling weight."""
 
     name: str
     label: str
@@ -67,7 +67,11 @@ class Icon:
 
 
 def checked_bytes(path: Path, source: Source) -> bytes:
-    """Read a tarball and refuse it when it is not the pinned one."""
+    """Return the bytes of a tarball.
+
+    Raises:
+        ValueError: if its hash is not the pinned one.
+    """
     data = path.read_bytes()
     found = base64.b64encode(hashlib.sha512(data).digest()).decode()
     if found != source.sha512:
@@ -78,7 +82,7 @@ def checked_bytes(path: Path, source: Source) -> bytes:
 
 
 def download(source: Source, folder: Path) -> Path:
-    """Fetch a pinned package from the npm registry with `npm pack`."""
+    """Download a pinned package from the npm registry with `npm pack`, and return its path."""
     folder.mkdir(parents=True, exist_ok=True)
     target = folder / source.tarball
     if not target.exists():
@@ -87,19 +91,19 @@ def download(source: Source, folder: Path) -> Path:
 
 
 def read_package(path: Path, source: Source, members: tuple[str, ...]) -> list[Any]:
-    """The parsed JSON files of a package's tarball, in the order asked for."""
+    """Return the parsed JSON files of a package's tarball, in the order of `members`."""
     with tarfile.open(fileobj=io.BytesIO(checked_bytes(path, source)), mode="r:gz") as tar:
         files = [tar.extractfile(f"package/{member}") for member in members]
         return [json.load(handle) if handle else {} for handle in files]
 
 
 def kept(name: str, icon: dict[str, Any]) -> bool:
-    """Whether an icon is a picture worth drawing: no flag, skin tone, letter, button or hidden icon."""
+    """Return whether an icon is used: not a flag, skin tone, letter, button or hidden icon."""
     return not (icon.get("hidden") or SKIN_TONE.search(name) or LEFT_OUT.search(name))
 
 
 def svg(icon: dict[str, Any], root: dict[str, Any]) -> str:
-    """Wrap an icon's body in a complete SVG document."""
+    """Return a complete SVG document with an icon's body."""
     defaults = {"left": 0, "top": 0, "width": 16, "height": 16}
     left, top, width, height = (icon.get(key, root.get(key, default)) for key, default in defaults.items())
     return (
@@ -109,21 +113,21 @@ def svg(icon: dict[str, Any], root: dict[str, Any]) -> str:
 
 
 def render(document: str, size: int, supersample: int = 2) -> npt.NDArray[np.uint8]:
-    """Draw an SVG as a square RGBA picture, larger than asked and then averaged down."""
+    """Return an SVG rendered as a square RGBA image, supersampled and averaged down."""
     import resvg_py
 
     large = size * supersample
     png = bytes(resvg_py.svg_to_bytes(svg_string=document, width=large, height=large))
-    picture = Image.open(io.BytesIO(png)).convert("RGBA")
+    image = Image.open(io.BytesIO(png)).convert("RGBA")
     square = Image.new("RGBA", (large, large))
-    square.paste(picture, ((large - picture.width) // 2, (large - picture.height) // 2))
-    # `RGBa` is premultiplied: averaging it keeps the colour of transparent pixels out of the edges.
+    square.paste(image, ((large - image.width) // 2, (large - image.height) // 2))
+    # `RGBa` is premultiplied: averaging it keeps the color of transparent pixels out of the edges.
     small = square.convert("RGBa").resize((size, size), Image.Resampling.BOX).convert("RGBA")
     return np.asarray(small)
 
 
 def plain(text: str) -> str:
-    """Lower-case words with ASCII apostrophes and no punctuation between them."""
+    """Return a text as lower-case words with ASCII apostrophes and without punctuation."""
     return re.sub(r"\s+", " ", re.sub(r"[-_:,“”\"]", " ", text.lower().replace("’", "'"))).strip()
 
 
@@ -137,7 +141,7 @@ def weight_of(label: str, sets: int) -> float:
 
 
 def emoji_names(entries: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Unicode's entries by code points, with only the tags that single a concept out."""
+    """Return Unicode's entries keyed by code points, with only the tags that identify a concept."""
     taken = {plain(entry["label"]) for entry in entries} | set(EVERYDAY_WORDS.values())
     counts = Counter(plain(tag) for entry in entries for tag in entry.get("tags", []))
     for entry in entries:
@@ -147,12 +151,12 @@ def emoji_names(entries: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
 
 
 def hex_key(code_points: str) -> str:
-    """Code points in one spelling: lower case, without the variation selector that asks for colour."""
+    """Return code points in canonical form: lower case, without the variation selector for color."""
     return "-".join(part for part in code_points.lower().split("-") if part != "fe0f")
 
 
 def describe(name: str, entry: dict[str, Any] | None) -> Icon:
-    """Captions for an icon: its Unicode label and the name that the set gives it."""
+    """Return an icon with its captions: the Unicode label and the set's own name."""
     slug = plain(name)
     if entry is None:
         return Icon(name, slug, [slug])
@@ -165,7 +169,7 @@ def describe(name: str, entry: dict[str, Any] | None) -> Icon:
 
 
 def read_set(name: str, folder: Path) -> tuple[dict[str, Any], dict[str, str]]:
-    """A set's `icons.json` and, by icon name, its code points."""
+    """Return a set's `icons.json` and the code points of its icons by name."""
     root, chars = read_package(folder / SOURCES[name].tarball, SOURCES[name], ("icons.json", "chars.json"))
     code_points: dict[str, str] = {}
     for code, icon in chars.items():
@@ -176,7 +180,7 @@ def read_set(name: str, folder: Path) -> tuple[dict[str, Any], dict[str, str]]:
 def slugs_to_names(
     folder: Path, names: dict[str, dict[str, Any]], sets: tuple[str, ...] = PRETRAINING_SETS
 ) -> dict[str, dict[str, Any]]:
-    """Unicode's entries by icon name, for all sets at once: two sets list no code points but share the names."""
+    """Return Unicode's entries by icon name for all sets: two sets have no code points but the same names."""
     by_slug = {plain(entry["label"]).replace(" ", "-"): entry for entry in names.values()}
     for name in sets:
         for slug, code in read_set(name, folder)[1].items():
@@ -188,7 +192,7 @@ def slugs_to_names(
 def render_set(
     name: str, folder: Path, names: dict[str, dict[str, Any]], size: int
 ) -> tuple[npt.NDArray[np.uint8], list[Icon]]:
-    """Draw every kept icon of a set."""
+    """Render all used icons of a set; return N x size x size x 4 pixels in uint8, and the icons."""
     root, _ = read_set(name, folder)
     pictures, icons = [], []
     for slug, icon in root["icons"].items():
@@ -200,7 +204,7 @@ def render_set(
 
 
 def write_atomic(path: Path, data: bytes) -> None:
-    """Write a file so that a reader never sees half of it."""
+    """Write a file atomically."""
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_bytes(data)
     os.replace(temporary, path)
@@ -225,9 +229,9 @@ def write_demo(out: Path, folder: Path, size: int) -> None:
     root, _ = read_set(DEMO_SET, folder)
     lines = []
     for concept in DEMO_CONCEPTS:
-        picture = Image.fromarray(render(svg(root["icons"][concept], root), size))
-        white = Image.new("RGBA", picture.size, "white")
-        white.alpha_composite(picture)
+        image = Image.fromarray(render(svg(root["icons"][concept], root), size))
+        white = Image.new("RGBA", image.size, "white")
+        white.alpha_composite(image)
         buffer = io.BytesIO()
         white.convert("RGB").save(buffer, "PNG", optimize=True)
         write_atomic(out / f"{concept}.png", buffer.getvalue())
@@ -237,18 +241,16 @@ def write_demo(out: Path, folder: Path, size: int) -> None:
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    """The command line."""
+    """Return the parsed command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, nargs="?", help="folder for the pretraining data")
-    parser.add_argument("--demo", type=Path, metavar="DIR", help="write the demo set (24 pictures) to this folder")
-    parser.add_argument(
-        "--benchmark", action="store_true", help="add the sets that the icon-style benchmark tunes towards"
-    )
+    parser.add_argument("--demo", type=Path, metavar="DIR", help="write the demo set (24 images) to this folder")
+    parser.add_argument("--benchmark", action="store_true", help="add the sets of the icon-style benchmark")
     where = parser.add_mutually_exclusive_group(required=True)
     where.add_argument("--tarballs", type=Path, metavar="DIR", help="read the npm tarballs from this folder")
     where.add_argument("--download", action="store_true", help="fetch the tarballs with `npm pack` (uses the network)")
-    parser.add_argument("--cache", type=Path, default=Path(".icon-tarballs"), help="where --download keeps them")
-    parser.add_argument("--size", type=int, default=64, help="side of a picture in pixels (default: 64)")
+    parser.add_argument("--cache", type=Path, default=Path(".icon-tarballs"), help="folder for downloaded tarballs")
+    parser.add_argument("--size", type=int, default=64, help="side of the images in pixels (default: 64)")
     arguments = parser.parse_args(argv)
     if arguments.out is None and arguments.demo is None:
         parser.error("give a folder for the pretraining data, or --demo DIR, or both")
@@ -256,7 +258,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Prepare what the command line asks for."""
+    """Run the command line."""
     arguments = parse_arguments(argv)
     wanted = [SOURCES[name] for name in PRETRAINING_SETS] + [NAMES] if arguments.out else []
     wanted += [SOURCES[DEMO_SET]] if arguments.demo else []
@@ -267,7 +269,7 @@ def main(argv: list[str] | None = None) -> None:
             download(source, folder)
     if arguments.demo:
         write_demo(arguments.demo, folder, arguments.size)
-        print(f"{arguments.demo}: {len(DEMO_CONCEPTS)} pictures")
+        print(f"{arguments.demo}: {len(DEMO_CONCEPTS)} images")
     if arguments.out:
         entries = read_package(folder / NAMES.tarball, NAMES, ("en/data.json",))[0]
         by_code_points = emoji_names(entries)

@@ -1,1 +1,1 @@
-"""Modules that several stages share: networks, captions, icons, optimizers, the training loop and its log."""
+"""Modules shared by several stages: networks, captions, icons, optimizers, the training loop and its log."""

@@ -1,4 +1,4 @@
-"""The prompts that icons are learned under."""
+"""Training captions of the icons."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from research.restune_tiny.palette import COLOURS
 
 
 class Captions:
-    """Draws prompts for icons and turns them into ids of the tokens that occur at all."""
+    """Random captions for icons, and their ids in the compact vocabulary of the tokens in use."""
 
     templates = ("a picture of {}", "an icon of {}", "a drawing of {}", "an emoji of {}", "{} emoji", "{} icon")
 
@@ -26,7 +26,7 @@ class Captions:
         self.compact = {token: index for index, token in enumerate(self.used)}
 
     def draw(self, record: dict[str, Any], colour: str, rng: random.Random) -> str:
-        """One prompt for a picture of an icon on a colour; one in ten is empty, for guidance."""
+        """Return a random caption for an icon on a background color; one in ten is empty, for guidance."""
         if rng.random() < 0.1:
             return ""
         name = self.name(record, rng)
@@ -37,7 +37,7 @@ class Captions:
         return f"{name} in {record['style']}" if rng.random() < 0.1 else f"{name}, {record['style']}"
 
     def name(self, record: dict[str, Any], rng: random.Random) -> str:
-        """What a prompt calls an icon."""
+        """Return a random name of an icon."""
         kind, tags = rng.random(), record["tags"]
         if tags and kind < 0.04:
             return str(rng.choice(tags))
@@ -49,6 +49,6 @@ class Captions:
         return rng.choice(self.templates).format(dressed) if rng.random() < 0.07 else dressed
 
     def ids(self, prompts: list[str]) -> Tensor:
-        """Compact ids, padded to the length that inference uses."""
+        """Return the compact token ids of prompts, N x 77, padded to the length used at inference."""
         rows = self.tokenizer(prompts, padding="max_length", max_length=77, truncation=True).input_ids
         return torch.tensor([[self.compact[token] for token in row] for row in rows])

@@ -1,4 +1,4 @@
-"""The stage that plots how another one went."""
+"""Plot the training curves of a stage."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from research.restune_tiny.parts import log
 
 @dataclass(frozen=True)
 class Plot:
-    """What there is to see of a stage.
+    """Plot of a stage's log.
 
     Args:
-        seen: what it is shown, the label of the horizontal axis.
-        panels: labels of the numbers to plot, by their key in the log.
+        seen: label of the horizontal axis, the training samples used.
+        panels: labels of the plotted values, by their key in the log.
     """
 
     seen: str
@@ -25,33 +25,33 @@ class Plot:
 
 
 _PICTURES = Plot(
-    "pictures seen", {"loss": "loss\n(colours and outlines)", "l1": "error\n(mean over colours from -1 to 1)"}
+    "images seen", {"loss": "loss\n(colors and outlines)", "l1": "error\n(mean over colors from -1 to 1)"}
 )
 PLOTS = {
     "vae": _PICTURES,
     "text": Plot(
         "captions seen",
-        {"error": "error\n(mean square, expected latents)", "match": "loss\n(which caption for which picture)"},
+        {"error": "error\n(mean square, expected latents)", "match": "loss\n(matching captions to images)"},
     ),
     "unet": Plot(
         "noisy latents seen",
-        {"loss": "loss\n(faint noise counts less)", "error": "error\n(mean square, all noise alike)"},
+        {"loss": "loss\n(low noise has less weight)", "error": "error\n(mean square, equal weights)"},
     ),
     "decoder": _PICTURES,
 }
 
 
 def images_seen(entries: list[dict[str, float]]) -> npt.NDArray[np.float64]:
-    """How many pictures had been shown when each entry was written."""
+    """Return the cumulative number of images at each log entry."""
     steps = np.diff([entry["step"] for entry in entries], prepend=0)
     return np.cumsum(steps * np.array([entry["images_per_step"] for entry in entries]), dtype=np.float64)
 
 
 def running_mean(values: npt.NDArray[np.float64], reach: int) -> npt.NDArray[np.float64]:
-    """The mean of each value and up to `reach` neighbours on either side.
+    """Return the mean of each value and up to `reach` neighbors on either side.
 
-    The first values fall steeply, so there are never more neighbours after than before; the last ones are level, so
-    there the neighbours before stay, and no single value is the end of the curve.
+    The number of later neighbors never exceeds the number of earlier ones, because the first values fall steeply. The
+    last values are level and keep all earlier neighbors, so the curve does not end in a single value.
     """
     sums = np.concatenate([[0.0], np.cumsum(values)])
     places = np.arange(len(values))
@@ -62,7 +62,7 @@ def running_mean(values: npt.NDArray[np.float64], reach: int) -> npt.NDArray[np.
 
 
 def draw_curve(arguments: argparse.Namespace) -> None:
-    """Plot loss and error over the pictures seen, as measured and as a running mean.
+    """Plot loss and error over the number of images, as measured and as a running mean.
 
     Raises:
         SystemExit: if matplotlib is not installed, or the stage has written no log.
@@ -75,7 +75,7 @@ def draw_curve(arguments: argparse.Namespace) -> None:
     plot, path = PLOTS[arguments.trained], arguments.work / f"{arguments.trained}-log.jsonl"
     entries = log.read(path) if path.exists() else []
     if not entries:
-        raise SystemExit(f"There is nothing to plot: the stage `{arguments.trained}` has written no {path}.")
+        raise SystemExit(f"There is no log {path} to plot; run the stage `{arguments.trained}` first.")
     seen = images_seen(entries)
     figure = Figure(figsize=(8, 3 * len(plot.panels)), layout="constrained")
     panels = figure.subplots(len(plot.panels), sharex=True)

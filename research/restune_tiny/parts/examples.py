@@ -1,4 +1,4 @@
-"""Stored latents with prompts, as the text and U-Net stages draw them."""
+"""Training batches of the text and U-Net stages: stored latents with captions."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from research.restune_tiny.parts.icons import VARIANT_WEIGHTS, load_icons
 
 
 def caption_source(settings: argparse.Namespace) -> Captions:
-    """The prompts of the icons."""
+    """Return the captions of the icons."""
     return Captions(load_icons(settings.icons).records, CLIPTokenizer.from_pretrained(settings.tokenizer))
 
 
 class Examples:
-    """Draws latents with prompts."""
+    """Random batches of latents with captions."""
 
     def __init__(self, settings: argparse.Namespace) -> None:
         self.captions = caption_source(settings)
@@ -32,7 +32,7 @@ class Examples:
         self.variant_chances, self.palette = torch.tensor(settings.variants or VARIANT_WEIGHTS), list(COLOURS)
 
     def batch(self, seed: int, size: int) -> tuple[Tensor, Tensor, list[int]]:
-        """Latents, compact ids and icon indices; also seeds torch's generator."""
+        """Return latents, compact ids and icon indices; also seeds torch's global generator."""
         torch.manual_seed(seed)
         rng = random.Random(seed)
         picks = torch.multinomial(self.chances, size, replacement=True)

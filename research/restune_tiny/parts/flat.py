@@ -1,4 +1,4 @@
-"""A module's parameters as one flat tensor, which processes share and an optimizer steps at once."""
+"""A module's parameters as one flat tensor, for sharing between processes and for the optimizer."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 
 class Flat:
-    """One flat tensor as the storage of all of a module's parameters."""
+    """Layout of a module's parameters in one flat tensor."""
 
     def __init__(self, module: nn.Module) -> None:
         self.names, self.shapes, self.offsets = [], [], []
@@ -19,13 +19,13 @@ class Flat:
             self.size += -(-parameter.numel() // 32) * 32  # aligned for the convolution kernels
 
     def views(self, flat: Tensor) -> dict[str, Tensor]:
-        """The parts of a flat tensor by parameter name."""
+        """Return views into a flat tensor, keyed by parameter name."""
         slices = zip(self.names, self.shapes, self.offsets, strict=True)
         return {name: flat[start : start + shape.numel()].view(shape) for name, shape, start in slices}
 
     @torch.no_grad()
     def gather(self, module: nn.Module) -> Tensor:
-        """A flat float32 copy of a module's parameters."""
+        """Return a flat float32 copy of a module's parameters."""
         flat = torch.zeros(self.size)
         views = self.views(flat)
         for name, parameter in module.named_parameters():
@@ -33,7 +33,7 @@ class Flat:
         return flat
 
     def bind(self, module: nn.Module, values: Tensor, gradients: Tensor) -> None:
-        """Let a module's parameters and gradients live in flat tensors."""
+        """Replace the storage of a module's parameters and gradients with flat tensors."""
         value_views, gradient_views = self.views(values), self.views(gradients)
         for name, parameter in module.named_parameters():
             parameter.data, parameter.grad = value_views[name], gradient_views[name]

@@ -1,4 +1,4 @@
-"""Folders and files that a reader finds whole."""
+"""Atomic replacement of folders and files."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from restune_diffusion.utils.atomic_write import atomic_write
 
 
 def replace_folder(new: Path, folder: Path) -> None:
-    """Put a finished folder in another's place; a reader finds one of the two."""
+    """Replace a folder with a finished one by renaming."""
     old = folder.with_name(folder.name + ".old")
     shutil.rmtree(old, ignore_errors=True)
     if folder.exists():
@@ -24,12 +24,12 @@ def replace_folder(new: Path, folder: Path) -> None:
 
 
 def decoder_folder(work: Path) -> Path:
-    """The autoencoder with the best decoder there is."""
+    """Return the folder of the VAE with the improved decoder, or of the normalized VAE before that stage."""
     improved = work / "vae-final"
     return improved if improved.exists() else work / "vae-normalised"
 
 
 def write_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Write a safetensors file that is complete or absent."""
+    """Write a safetensors file atomically."""
     with atomic_write(path) as file:
         file.write(save(dict(tensors)))

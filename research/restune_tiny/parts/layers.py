@@ -1,4 +1,4 @@
-"""Stand-ins for layers of diffusers that are slow, or go wrong, when trained on a CPU."""
+"""Replacements for diffusers layers that are slow or incorrect when trained on a CPU."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 
 def double_by_copies(module: nn.Module) -> None:
-    """Upsample by plain copies: PyTorch 2.13's CPU compiler loses the gradient of large nearest interpolations."""
+    """Replace nearest upsampling with copies: PyTorch 2.13's CPU compiler loses its gradient for large inputs."""
 
     def double(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         count, channels, height, width = inputs[0].shape
@@ -24,7 +24,7 @@ def double_by_copies(module: nn.Module) -> None:
 
 
 class SharedTextAttention:
-    """Plain attention in which consecutive samples share one caption, projected once: (k * captions) queries."""
+    """Attention processor for consecutive samples with one caption, projected once: (k * captions) queries."""
 
     def __call__(
         self,
@@ -34,7 +34,7 @@ class SharedTextAttention:
         attention_mask: Tensor | None = None,
         **_: Any,
     ) -> Tensor:
-        """Attend; the arguments are diffusers'."""
+        """Return the attention output; the arguments are those of diffusers."""
         context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
         heads, width = attn.heads, attn.to_q.out_features
         query, key, value = (

@@ -1,4 +1,4 @@
-"""A training stage's log: one JSON object a line."""
+"""Log of a training stage: one JSON object per line."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from pathlib import Path
 
 
 def append(path: Path, entry: dict[str, float]) -> None:
-    """Add an entry; a reader sees all of it or none."""
+    """Append an entry as one complete line."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", buffering=1) as file:
         file.write(json.dumps(entry) + "\n")
 
 
 def read(path: Path) -> list[dict[str, float]]:
-    """All entries by step, of each step the last: a run that was resumed goes over some steps again."""
+    """Return the entries sorted by step, only the last of each step: a resumed run repeats some steps."""
     entries = [json.loads(line) for line in path.read_text().splitlines()]
     latest = {entry["step"]: entry for entry in entries}
     return [latest[step] for step in sorted(latest)]

@@ -1,4 +1,4 @@
-"""The structure of text encoder, U-Net and noise schedule."""
+"""Architecture of text encoder, U-Net and noise schedule."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ TEXT_WIDTH = 128
 
 
 def new_unet() -> UNet2DConditionModel:
-    """Stable Diffusion 1.5's block structure; most of the width where the picture is laid out."""
+    """Return a U-Net with Stable Diffusion 1.5's block structure, widest at the highest resolution."""
     unet = UNet2DConditionModel(
         sample_size=8,
         in_channels=16,
@@ -30,7 +30,7 @@ def new_unet() -> UNet2DConditionModel:
 
 
 def new_text_encoder(vocabulary: int) -> CLIPTextModel:
-    """A small CLIP text encoder."""
+    """Return a small CLIP text encoder."""
     config = CLIPTextConfig(
         vocab_size=vocabulary,
         hidden_size=TEXT_WIDTH,
@@ -48,7 +48,7 @@ def new_text_encoder(vocabulary: int) -> CLIPTextModel:
 
 
 def new_scheduler() -> DDIMScheduler:
-    """Stable Diffusion's noise schedule; the model predicts velocity."""
+    """Return Stable Diffusion's noise schedule with v-prediction."""
     return DDIMScheduler(
         beta_start=0.00085,
         beta_end=0.012,
@@ -61,7 +61,7 @@ def new_scheduler() -> DDIMScheduler:
 
 
 class TextAndUNet(nn.Module):
-    """What is trained in the last stage."""
+    """Text encoder and U-Net, trained together in the last stages."""
 
     def __init__(self, vocabulary: int) -> None:
         super().__init__()
@@ -69,6 +69,6 @@ class TextAndUNet(nn.Module):
         self.unet = new_unet()
 
     def forward(self, noisy: Tensor, timesteps: Tensor, ids: Tensor) -> Tensor:
-        """Predict velocity."""
+        """Return the predicted velocity."""
         velocity: Tensor = self.unet(noisy, timesteps, self.text_encoder(ids).last_hidden_state).sample
         return velocity

@@ -1,4 +1,4 @@
-"""The optimizers of a module whose parameters live in one flat tensor."""
+"""Optimizers for parameters in one flat tensor."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from research.restune_tiny.parts.flat import Flat
 class Optimizers:
     """Adam, or Muon (https://kellerjordan.github.io/posts/muon) for matrices and kernels and Adam for the rest.
 
-    Values, gradients and moments are parts of flat tensors, so that a checkpoint holds four tensors either way.
+    Values, gradients and moments are views of flat tensors, so a checkpoint has four tensors in both cases.
     """
 
     parts: list[torch.optim.Optimizer]
 
     def step(self, lr: float) -> None:
-        """Change the values by the gradients."""
+        """Update the values from the gradients."""
         for part in self.parts:
             part.param_groups[0]["lr"] = lr
             part.step()
@@ -29,15 +29,15 @@ class Optimizers:
 def new_optimizers(
     flat: Flat, values: Tensor, gradients: Tensor, moments: tuple[Tensor, Tensor], steps: int, muon: bool
 ) -> Optimizers:
-    """Optimizers over flat float32 tensors that have taken some steps.
+    """Return optimizers over flat float32 tensors, with the state after a number of steps.
 
     Args:
-        flat: says where in the flat tensors each parameter lies.
-        values: what is trained, changed in place.
-        gradients: where each step's gradients will lie.
-        moments: first and second, of zeros before the first step, changed in place.
-        steps: how many steps the moments come from.
-        muon: whether matrices and kernels are Muon's.
+        flat: layout of the parameters in the flat tensors.
+        values: parameters, updated in place.
+        gradients: gradients of each step.
+        moments: first and second moments, zero before the first step, updated in place.
+        steps: number of steps taken.
+        muon: whether Muon optimizes matrices and kernels.
     """
     every = zip(*(flat.views(tensor).items() for tensor in (values, gradients, *moments)), strict=True)
     adams, muons, states = [], [], {}
@@ -62,5 +62,5 @@ def new_optimizers(
 
 
 def is_hidden(name: str, value: Tensor) -> bool:
-    """Whether a parameter maps features to features: the first and last layers' and embeddings are left to Adam."""
+    """Return whether a parameter maps features to features; first and last layers and embeddings stay with Adam."""
     return value.ndim >= 2 and not any(part in name for part in ("embedding", "conv_in.", "conv_out."))

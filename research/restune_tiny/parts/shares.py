@@ -1,4 +1,4 @@
-"""How much of a picture each colour covers."""
+"""Color histograms of images."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from torch import Tensor
 
 
 def colour_shares(pictures: Tensor, levels: int) -> Tensor:
-    """Share of each colour in pictures, N x 3 x H x W in [0, 1]: N x levels^3, each row summing to 1.
+    """Return the share of each color in images: N x 3 x H x W in [0, 1] to N x levels^3, each row summing to 1.
 
-    A pixel counts for the eight colours of the grid around its own, by how near it is to each (trilinear), which gives
-    the shares a gradient.
+    Each pixel is distributed over the eight nearest grid colors with trilinear weights, which makes the shares
+    differentiable.
     """
     place = pictures.flatten(2).clamp(0, 1) * (levels - 1)
     corner = place.detach().floor().clamp(max=levels - 2)

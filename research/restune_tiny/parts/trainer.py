@@ -1,4 +1,4 @@
-"""The training loop that the stages share: worker processes, optimizer, checkpoints."""
+"""Training loop of the stages: worker processes, optimizer, checkpoints."""
 
 from __future__ import annotations
 
@@ -23,22 +23,25 @@ from research.restune_tiny.parts.optimizers import new_optimizers
 
 
 class Job(Protocol):
-    """What a training stage supplies; instances travel to the worker processes."""
+    """Interface of a training stage; instances are sent to the worker processes."""
 
     dtype: torch.dtype
-    """What the workers compute in."""
+    """Dtype of the computation in the workers."""
 
     def build(self) -> nn.Module:
-        """The module to train, freshly initialised."""
+        """Return the newly initialized module to train."""
 
     def prepare(self, module: nn.Module) -> Callable[[int, int], dict[str, float]]:
-        """Load data; returns the function that adds the gradient of micro-batch (step, index) and reports numbers."""
+        """Load data and return a function that adds the gradient of micro-batch (step, index) and returns metrics."""
 
 
 @dataclass
 class Shared:
-    """What the processes share. Each worker takes the next micro-batch when it is free, so that a core busy with
-    other work slows training by its own share only; threads within one process would all wait for it."""
+    """State shared by the processes.
+
+    Each worker takes the next micro-batch when it is free, so a core with other load slows training only by its own
+    share. Threads of one process would all wait for the slowest.
+    """
 
     values: Tensor
     gradients: Tensor
@@ -51,7 +54,7 @@ class Shared:
 
 
 def work(rank: int, job: Job, shared: Shared) -> None:
-    """A worker: compute gradients of micro-batches until the trainer goes away."""
+    """Run a worker process: compute gradients of micro-batches until the trainer ends it."""
     torch.set_num_threads(1)
     module = job.build().to(job.dtype)
     flat = Flat(module)
@@ -59,7 +62,7 @@ def work(rank: int, job: Job, shared: Shared) -> None:
     flat.bind(module, shared.values, gradients)
     run = job.prepare(module)
     for turn in range(shared.reports.shape[0]):
-        if turn == rank:  # one after another: the first compiles, the others find it in the compiler's cache
+        if turn == rank:  # in turn: the first worker compiles, the others use the compiler's cache
             run(0, 0)
         shared.gate.wait(1200)
     while True:
@@ -79,12 +82,12 @@ def work(rank: int, job: Job, shared: Shared) -> None:
 
 
 def micro_seed(seed: int, step: int, index: int) -> int:
-    """The seed of a micro-batch: all that it draws follows from its step and index."""
+    """Return the seed of a micro-batch; its randomness depends only on its step and index."""
     return seed * 1_000_003 + step * 64 + index
 
 
 def take(shared: Shared) -> int:
-    """The next micro-batch nobody works on."""
+    """Return the index of the next free micro-batch."""
     with shared.taken.get_lock():
         index: int = shared.taken.value
         shared.taken.value = index + 1
@@ -92,13 +95,13 @@ def take(shared: Shared) -> int:
 
 
 def shared_copy(tensor: Tensor) -> Tensor:
-    """The tensor in memory that all processes see."""
+    """Return a tensor moved to shared memory."""
     shared: Tensor = tensor.share_memory_()
     return shared
 
 
 class Trainer:
-    """Float32 weights, optimizer, moving average and checkpoints over workers, one a core."""
+    """Float32 weights, optimizer, EMA and checkpoints, with one worker per core."""
 
     def __init__(self, job: Job, settings: argparse.Namespace, keys: Sequence[str]) -> None:
         module = job.build()
@@ -135,7 +138,7 @@ class Trainer:
 
     @torch.no_grad()
     def step(self) -> dict[str, float]:
-        """One optimizer step; returns the workers' numbers and the gradient's norm."""
+        """Run one optimizer step and return the workers' metrics, gradient norm and learning rate."""
         self.shared.step.value, self.shared.taken.value = self.steps, 0
         self.shared.gate.wait(1200)
         self.shared.gate.wait(1200)
@@ -155,12 +158,14 @@ class Trainer:
         return numbers | {"norm": norm, "lr": lr}
 
     def averaged(self) -> dict[str, Tensor]:
-        """The moving average by parameter name."""
+        """Return the EMA weights by parameter name."""
         return {name: view.clone() for name, view in self.flat.views(self.ema).items()}
 
     def save(self) -> None:
-        """Write a checkpoint that is complete or absent. A micro-batch's randomness follows from its step and index,
-        so the step is all there is to know about it."""
+        """Write a checkpoint atomically.
+
+        The randomness of a micro-batch depends only on its step and index, so the step is the only random state.
+        """
         temporary = self.checkpoint.with_name(self.checkpoint.name + ".tmp")
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
@@ -172,13 +177,13 @@ class Trainer:
 
     @torch.no_grad()
     def load(self) -> None:
-        """Go on where a checkpoint stands."""
+        """Restore the state of a checkpoint."""
         for name, tensor in load_file(self.checkpoint / "state.safetensors").items():
             getattr(self, name).copy_(tensor)
         self.steps = json.loads((self.checkpoint / "state.json").read_text())["step"]
 
     def run(self, export: Callable[[dict[str, Tensor]], None], export_every: int) -> None:
-        """Train to the last step, printing, saving and exporting on the way."""
+        """Train to the last step, with regular log lines, checkpoints and exports."""
         started, first, settings = time.time(), self.steps, self.settings
         while self.steps < settings.steps:
             numbers = self.step()
@@ -187,7 +192,7 @@ class Trainer:
                 speed = (self.steps - first) * settings.micro * settings.batch / seconds
                 text = " ".join(f"{key} {value:.4g}" for key, value in numbers.items())
                 print(f"{time.strftime('%H:%M:%S')} step {self.steps} {text} {speed:.0f} images/s", flush=True)
-                # The pictures of a step are a setting, and a resumed run may have another one.
+                # The number of images per step is a setting that can change in a resumed run.
                 pace = {"images_per_step": settings.micro * settings.batch, "images_per_second": speed}
                 append(self.log, {"step": self.steps, **numbers, **pace, "seconds": seconds})
             if self.steps % export_every == 0 or self.steps >= settings.steps:
@@ -196,14 +201,14 @@ class Trainer:
         self.close()
 
     def close(self) -> None:
-        """End the workers, which would wait for another step."""
+        """Terminate the workers, which otherwise wait for another step."""
         for worker in self.workers:
             worker.terminate()
             worker.join()
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup: int) -> float:
-    """Linear warmup, then a cosine down to a fiftieth of the peak."""
+    """Return the learning rate of a step: linear warmup, then cosine decay to a fiftieth of the peak."""
     if step < warmup:
         return peak * (step + 1) / warmup
     progress = min(1.0, (step - warmup) / max(1, steps - warmup))

@@ -1,1 +1,1 @@
-"""Stages of pretraining `restune-tiny`, one a module; `pretrain_base.py` runs each."""
+"""Pretraining stages of `restune-tiny`, one per module; `pretrain_base.py` runs each."""

@@ -1,4 +1,4 @@
-"""The autoencoder and the two stages that train it: all of it, and its decoder alone."""
+"""The VAE and the two stages that train it: the whole VAE, and only its decoder."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from research.restune_tiny.parts.trainer import Trainer, micro_seed
 from research.restune_tiny.stages.redraw import REDRAWN, Redrawn
 from restune_diffusion.evaluation import Lpips
 
-# Stable Diffusion's own factor: latents are normalised to its inverse, so forgetting to scale them shows.
+# Stable Diffusion's factor: latents are normalized to its inverse, so missing scaling is easy to notice.
 SCALING_FACTOR = 0.18215
 
 
 def new_vae() -> AutoencoderKL:
-    """A small autoencoder: 64 px to 8x8 latents of 16 channels."""
+    """Return a small VAE: 64 px images to 8x8 latents of 16 channels."""
     vae = AutoencoderKL(
         block_out_channels=(32, 64, 96, 128),
         down_block_types=("DownEncoderBlock2D",) * 4,
@@ -36,7 +36,7 @@ def new_vae() -> AutoencoderKL:
         sample_size=64,
         scaling_factor=1.0,
     )
-    # Start as a nearly linear, nearly noiseless autoencoder: from the usual start the latents carry nothing for long.
+    # Initialize as a nearly linear, nearly noiseless VAE: with the usual initialization, latents stay empty for long.
     for name, parameter in vae.named_parameters():
         if name.endswith(("conv2.weight", "to_out.0.weight")):
             nn.init.zeros_(parameter)
@@ -50,20 +50,20 @@ def new_vae() -> AutoencoderKL:
 
 
 def vae_batch(icons: Icons, size: int) -> Tensor:
-    """Icons by the square root of their weight, slightly shifted, a third of them on random plain colours."""
+    """Return icons sampled by the square root of their weight, slightly shifted, a third on random plain colors."""
     picks = torch.multinomial(icons.weights.sqrt(), size, replacement=True)
     dy, dx = (int(value) for value in torch.randint(-3, 4, (2,)))
     colour = torch.where(torch.rand(size, 1) < 0.67, torch.ones(size, 3), torch.rand(size, 3))
     return on_background(shifted(icons.pixels[picks], dy, dx), colour)
 
 
-def edges(picture: Tensor) -> tuple[Tensor, Tensor]:
-    """Differences of neighbouring pixels, across and down."""
-    return picture[..., 1:] - picture[..., :-1], picture[..., 1:, :] - picture[..., :-1, :]
+def edges(image: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the differences of neighboring pixels, horizontal and vertical."""
+    return image[..., 1:] - image[..., :-1], image[..., 1:, :] - image[..., :-1, :]
 
 
 def reconstruction_loss(found: Tensor, wanted: Tensor) -> Tensor:
-    """Colour and outline errors at three scales: a cheap stand-in for a perceptual loss."""
+    """Return color and edge errors at three scales: a cheap substitute for a perceptual loss."""
     loss = F.l1_loss(found, wanted) + F.mse_loss(found, wanted)
     for _ in range(3):
         loss = loss + 0.5 * sum(F.l1_loss(a, b) for a, b in zip(edges(found), edges(wanted), strict=True))
@@ -73,29 +73,29 @@ def reconstruction_loss(found: Tensor, wanted: Tensor) -> Tensor:
 
 
 class Perceptual:
-    """LPIPS (arXiv 1801.03924) of pictures in -1..1 at twice their size, where it sees strokes; 0 by weight 0."""
+    """Weighted LPIPS (arXiv 1801.03924) of images in -1..1, upscaled by two to resolve strokes; 0 for weight 0."""
 
     def __init__(self, weight: float) -> None:
         self.weight = weight
         self.lpips = Lpips() if weight else None
 
     def __call__(self, found: Tensor, wanted: Tensor) -> Tensor:
-        """The weighted mean distance."""
+        """Return the weighted mean distance."""
         if self.lpips is None:
             return torch.zeros(())
-        large = [F.interpolate(picture / 2 + 0.5, scale_factor=2, mode="bilinear") for picture in (found, wanted)]
+        large = [F.interpolate(image / 2 + 0.5, scale_factor=2, mode="bilinear") for image in (found, wanted)]
         return self.weight * self.lpips(*large).mean()
 
 
 class VaeStep(nn.Module):
-    """The part of an autoencoder step that is compiled: pixels to reconstruction and posterior."""
+    """Compiled part of a VAE step: pixels to reconstruction and posterior."""
 
     def __init__(self, vae: AutoencoderKL) -> None:
         super().__init__()
         self.vae = vae
 
     def forward(self, pixels: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Encode, sample and decode."""
+        """Return reconstruction, mean and log variance."""
         mean, logvar = self.vae.quant_conv(self.vae.encoder(pixels)).chunk(2, dim=1)
         logvar = logvar.clamp(-10, 4)
         latents = mean + noise * torch.exp(0.5 * logvar)
@@ -104,19 +104,19 @@ class VaeStep(nn.Module):
 
 @dataclass
 class VaeJob:
-    """Train the autoencoder on shifted icons over plain colours."""
+    """Train the VAE on shifted icons over plain colors."""
 
     settings: argparse.Namespace
     dtype: torch.dtype = torch.bfloat16
 
     def build(self) -> nn.Module:
-        """A fresh autoencoder."""
+        """Return a new VAE."""
         torch.manual_seed(self.settings.seed)
         vae: nn.Module = new_vae()
         return vae
 
     def prepare(self, module: nn.Module) -> Callable[[int, int], dict[str, float]]:
-        """Load the icons; the function returned runs one micro-batch."""
+        """Load the icons and return a function that runs one micro-batch."""
         settings, icons = self.settings, load_icons(self.settings.icons)
         double_by_copies(module)
         forward: Callable[..., Any] = VaeStep(module)
@@ -138,7 +138,7 @@ class VaeJob:
 
 
 def train_vae(arguments: argparse.Namespace) -> None:
-    """Train the autoencoder and write it to `<work>/vae`."""
+    """Train the VAE and write it to `<work>/vae`."""
 
     def export(weights: dict[str, Tensor]) -> None:
         vae = new_vae()
@@ -153,24 +153,23 @@ def train_vae(arguments: argparse.Namespace) -> None:
 
 @dataclass
 class DecoderJob:
-    """Go on with the decoder alone: the encoder, and with it all stored latents, stays as it is.
+    """Train only the decoder: the encoder, and therefore all stored latents, are frozen.
 
-    What is left to learn are errors of a few hundredths, whose signs bfloat16 gets wrong: computed in it, the gradient
-    leads away.
+    The remaining errors are a few hundredths, whose signs are wrong in bfloat16: its gradients diverge.
     """
 
     settings: argparse.Namespace
     dtype: torch.dtype = torch.float32
 
     def build(self) -> nn.Module:
-        """The autoencoder with a frozen encoder."""
+        """Return the VAE with a frozen encoder."""
         vae: nn.Module = AutoencoderKL.from_pretrained(self.settings.work / "vae-normalised")
         for name, parameter in vae.named_parameters():
             parameter.requires_grad_(name.startswith(("decoder", "post_quant_conv")))
         return vae
 
     def prepare(self, module: Any) -> Callable[[int, int], dict[str, float]]:
-        """Load the icons; the function returned runs one micro-batch."""
+        """Load the icons and return a function that runs one micro-batch."""
         settings, icons = self.settings, load_icons(self.settings.icons)
         double_by_copies(module)
         redrawn = Redrawn(settings, icons) if (settings.work / REDRAWN).exists() else None
@@ -182,7 +181,7 @@ class DecoderJob:
             pixels = vae_batch(icons, settings.batch - count)
             with torch.no_grad():
                 latents = module.encode(pixels).latent_dist.sample()
-                # What the U-Net draws is never quite a picture's latents: learn to see past small errors.
+                # Latents from the U-Net have small errors: train the decoder to be robust to them.
                 level = 0.12 / SCALING_FACTOR * torch.rand(len(pixels), 1, 1, 1)
                 latents = latents + level * torch.randn(latents.shape)
             if redrawn:
@@ -211,7 +210,7 @@ def train_decoder(arguments: argparse.Namespace) -> None:
 
 @torch.no_grad()
 def normalise(vae: AutoencoderKL, mean: Tensor, std: Tensor) -> None:
-    """Give the latents zero mean and one spread a channel by folding the change into the 1x1 convolutions."""
+    """Normalize the latents per channel by folding mean and standard deviation into the 1x1 convolutions."""
     channels, target = mean.shape[0], 1 / SCALING_FACTOR
     gain = target / std
     quant, post = vae.quant_conv, vae.post_quant_conv

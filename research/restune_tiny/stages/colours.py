@@ -1,4 +1,4 @@
-"""A judge of colours: in which artist's palette a picture is painted, and how evenly, whatever it shows."""
+"""Color classifier: style of an image by its palette, and evenness of its areas, independent of the content."""
 
 from __future__ import annotations
 
@@ -21,26 +21,26 @@ from research.restune_tiny.parts.shares import colour_shares
 SHADES = 9
 RIDGE = 0.02
 FLOOR = 2e-4
-"""Added to each colour's share, whose square root is taken: keeps the gradient of an absent colour finite."""
+"""Added to each color's share before the square root: keeps the gradient of an absent color finite."""
 SHARPNESS = 8.0
-"""Makes logits of the least squares' fit, whose values lie about between 0 and 1."""
+"""Factor from the outputs of the least-squares fit, about 0 to 1, to logits."""
 NOISE = 0.3
-"""Strongest noise of the decoded pictures' latents, in standard deviations."""
+"""Maximum noise on the latents of the decoded images, in standard deviations."""
 STEP = 0.03
-"""Distance of two neighbouring pixels' colours, of 0..1, that makes half an edge."""
+"""Color distance of two neighboring pixels, of 0..1, that counts as half an edge."""
 COLOURS_FILE = "colours.safetensors"
 
 
 def palette(pictures: Tensor) -> Tensor:
-    """Square roots of the share of each of 9^3 colours in pictures, N x 3 x H x W in [0, 1]; has a gradient."""
+    """Return the square roots of the shares of 9^3 colors in images, N x 3 x H x W in [0, 1]; differentiable."""
     return (colour_shares(pictures, SHADES) + FLOOR).sqrt()
 
 
 def unevenness(pictures: Tensor) -> Tensor:
-    """The share of neighbouring pixels that differ in N x 3 x H x W pictures in [0, 1]: N; has a gradient.
+    """Return the share of neighboring pixels that differ: N x 3 x H x W images in [0, 1] to N; differentiable.
 
-    An edge counts as one however strong it is and a blotch nearly so (the function of Geman and McClure 1987), so that
-    what lowers it is evening out areas, not blurring edges.
+    An edge of any strength counts as about one (the function of Geman and McClure 1987), so smoothing areas lowers
+    the value and blurring edges does not.
     """
     across = (pictures[..., 1:] - pictures[..., :-1]).square().sum(1)
     down = (pictures[..., 1:, :] - pictures[..., :-1, :]).square().sum(1)
@@ -48,10 +48,10 @@ def unevenness(pictures: Tensor) -> Tensor:
 
 
 class ColourJudge(nn.Module):
-    """N x 3 x H x W pictures in [0, 1] to N x styles logits, linear in the palette.
+    """Classifier of N x 3 x H x W images in [0, 1] to N x styles logits, linear in the palette.
 
     Attributes:
-        uneven: mean unevenness of each style's pictures.
+        uneven: mean unevenness of each style's images.
     """
 
     def __init__(self) -> None:
@@ -72,9 +72,9 @@ class ColourJudge(nn.Module):
 
 @torch.no_grad()
 def fit_colour_judge(pictures: Tensor, styles: Tensor) -> ColourJudge:
-    """Fit a judge to pictures, N x 3 x H x W in [0, 1], and N style numbers by least squares with a ridge.
+    """Fit a judge to images, N x 3 x H x W in [0, 1], and N style numbers by ridge regression.
 
-    Notes how uneven each style's pictures are, too.
+    The judge also stores the mean unevenness of each style's images.
     """
     judge = ColourJudge()
     found = torch.cat([palette(part) for part in pictures.split(256)])
@@ -93,11 +93,11 @@ def fit_colour_judge(pictures: Tensor, styles: Tensor) -> ColourJudge:
 
 @torch.no_grad()
 def train_colours(arguments: argparse.Namespace) -> None:
-    """Fit the judge to the icons, as drawn and as the decoder returns them, and write it to the work folder."""
+    """Fit the judge to the icons and their VAE reconstructions, and write it to the work folder."""
     icons, vae = load_icons(arguments.icons), AutoencoderKL.from_pretrained(decoder_folder(arguments.work))
     torch.manual_seed(arguments.seed)
     pictures, decoded = on_background(icons.pixels, torch.ones(len(icons.pixels), 3)), []
-    for part in tqdm(pictures.split(32), desc="pictures through the autoencoder"):
+    for part in tqdm(pictures.split(32), desc="images through the VAE"):
         latents = vae.encode(part).latent_dist.mean
         level = NOISE / vae.config.scaling_factor * torch.rand(len(part), 1, 1, 1)
         decoded.append(vae.decode(latents + level * torch.randn(latents.shape)).sample)
@@ -105,12 +105,12 @@ def train_colours(arguments: argparse.Namespace) -> None:
     both = torch.cat([pictures, *decoded]) / 2 + 0.5
     judge = fit_colour_judge(both, styles.repeat(2))
     right = torch.cat([judge(part).argmax(1) for part in both.split(256)]) == styles.repeat(2)
-    print(f"names the style of {float(right.float().mean()):.1%} of the pictures that it was fitted to")
+    print(f"style accuracy on the training images: {float(right.float().mean()):.1%}")
     write_tensors(judge.state_dict(), arguments.work / COLOURS_FILE)
 
 
 class Colours:
-    """The verdict on the colours of drawings, given as latents."""
+    """Color judge of samples, given as latents."""
 
     def __init__(self, work: Path) -> None:
         self.judge = ColourJudge()
@@ -120,17 +120,17 @@ class Colours:
         double_by_copies(self.vae)
 
     def pictures(self, drawn: Tensor) -> Tensor:
-        """Scaled latents, N x 16 x 8 x 8, decoded: about [0, 1]."""
+        """Return decoded images, about [0, 1], of scaled latents, N x 16 x 8 x 8."""
         decoded: Tensor = self.vae.decode(drawn / self.vae.config.scaling_factor).sample
         return decoded / 2 + 0.5
 
     def logits(self, pictures: Tensor) -> Tensor:
-        """Whose palette it is, N x styles."""
-        # Fine noise, that no colour be met to the last shade only.
+        """Return the style logits of images, N x styles."""
+        # Fine noise prevents exact matches of single shades.
         level = 0.02 * torch.rand(len(pictures), 1, 1, 1)
         logits: Tensor = self.judge(pictures + level * torch.randn_like(pictures))
         return logits
 
     def excess(self, pictures: Tensor, styles: Tensor) -> Tensor:
-        """How much more uneven than their styles' pictures they are, on average; evener ones count as nothing."""
+        """Return the mean unevenness above that of the images' styles; more even images count as zero."""
         return (unevenness(pictures) - self.judge.uneven[styles]).clamp(min=0).mean()

@@ -1,4 +1,4 @@
-"""The stage that trains U-Net and text encoder, and the one that exports its latest checkpoint."""
+"""Stage that trains U-Net and text encoder, and stage that exports its latest checkpoint."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class UNetJob:
     dtype: torch.dtype = torch.bfloat16
 
     def build(self) -> nn.Module:
-        """Fresh U-Net, and the text encoder that has learned words where there is one."""
+        """Return a new U-Net, and the pretrained text encoder if there is one."""
         captions = caption_source(self.settings)
         torch.manual_seed(self.settings.seed)
         module = TextAndUNet(len(captions.used))
@@ -39,7 +39,7 @@ class UNetJob:
         return module
 
     def prepare(self, module: Any) -> Callable[[int, int], dict[str, float]]:
-        """Load the latents; the function returned runs one micro-batch."""
+        """Load the latents and return a function that runs one micro-batch."""
         settings, draw = self.settings, Examples(self.settings)
         module.unet.set_attn_processor(SharedTextAttention())
         double_by_copies(module)
@@ -59,15 +59,15 @@ class UNetJob:
 
 
 def denoising_loss(predict: Callable[[Tensor, Tensor], Tensor], clean: Tensor, signal: Tensor) -> tuple[Tensor, float]:
-    """The weighted loss and the plain squared error of predicted velocities.
+    """Return the weighted loss and the mean squared error of predicted velocities.
 
     Args:
-        predict: velocity, N x 16 x 8 x 8, of noisy latents in bfloat16 at N timesteps.
-        clean: N x 16 x 8 x 8 scaled latents.
-        signal: the share of signal in the variance at each of the 1,000 timesteps.
+        predict: function of noisy latents in bfloat16 and N timesteps to velocities, N x 16 x 8 x 8.
+        clean: scaled latents, N x 16 x 8 x 8.
+        signal: cumulative alphas at each of the 1,000 timesteps.
     """
     size = len(clean)
-    # Evenly spread over the noise levels, in random order: less noise in the gradient than free draws.
+    # Timesteps evenly spread in random order: less gradient noise than independent sampling.
     timesteps = ((torch.randperm(size) + torch.rand(size)) * (1000 / size)).long().clamp(max=999)
     alpha = signal[timesteps][:, None, None, None]
     noise = torch.randn_like(clean)
@@ -75,20 +75,20 @@ def denoising_loss(predict: Callable[[Tensor, Tensor], Tensor], clean: Tensor, s
     wanted = alpha.sqrt() * noise - (1 - alpha).sqrt() * clean
     found = predict(noisy.to(torch.bfloat16), timesteps).float()
     errors = (found - wanted).square().mean((1, 2, 3))
-    # Velocity's own weighting, held down where hardly any noise is left (as min-SNR does): what a caption says is
-    # decided where noise is strong, and weights that vanish there leave captions unheard.
+    # The weighting of v-prediction, reduced at low noise (as in min-SNR): captions matter at high noise, and vanishing
+    # weights there would leave them unlearned.
     total = 1 / (1 - alpha.flatten())
     loss = (errors * total.clamp(max=5) / total).mean()
     return loss, float(errors.detach().mean())
 
 
 def train_unet(arguments: argparse.Namespace) -> None:
-    """Train text encoder and U-Net, exporting a pipeline now and then."""
+    """Train text encoder and U-Net, with regular exports of the pipeline."""
     train_exporting(UNetJob(arguments), ("loss", "error"))
 
 
 def train_exporting(job: UNetJob, keys: Sequence[str]) -> None:
-    """Run a job that trains text encoder and U-Net and reports numbers by these keys, exporting pipelines."""
+    """Run a job that trains text encoder and U-Net, with metrics under these keys and regular pipeline exports."""
     settings = job.settings
     used = caption_source(settings).used
     trainer = Trainer(job, settings, keys)
@@ -96,7 +96,7 @@ def train_exporting(job: UNetJob, keys: Sequence[str]) -> None:
 
 
 def export_checkpoint(arguments: argparse.Namespace) -> None:
-    """Write the pipeline of the latest checkpoint, with the improved decoder where there is one."""
+    """Write the pipeline of the latest checkpoint, with the improved decoder if there is one."""
     flat = Flat(UNetJob(arguments).build())
     averaged = load_file(arguments.work / "unet-checkpoint" / "state.safetensors")["ema"]
     weights = {name: view.clone() for name, view in flat.views(averaged).items()}

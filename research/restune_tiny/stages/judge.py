@@ -1,4 +1,4 @@
-"""A small judge of latents: in which artist's style, and of which concept."""
+"""A small classifier of latents: style and concept."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from research.restune_tiny.parts.icons import load_icons
 
 CHANNELS = 96
 NOISE = 1.2
-"""Strongest noise that the judge learns to see through, in standard deviations of the latents.
+"""Maximum noise in the training of the judge, in standard deviations of the latents.
 
-A judge that has seen noise judges colours and shapes; the gradient of one that has not is mostly noise itself.
+A judge trained with noise responds to colors and shapes; the gradient of one trained without noise is mostly noise.
 """
 
 
 class Block(nn.Module):
-    """Two 3x3 convolutions around a shortcut."""
+    """Two 3x3 convolutions with a shortcut."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -41,9 +41,9 @@ class Block(nn.Module):
 
 
 class LatentJudge(nn.Module):
-    """N x 16 x 8 x 8 scaled latents to the logits of style, N x styles, and of concept, N x concepts.
+    """Classifier of scaled latents, N x 16 x 8 x 8, to style logits, N x styles, and concept logits, N x concepts.
 
-    It shares neither weights nor features with the judges of `benchmarks/icon_style`, which look at pictures.
+    It shares neither weights nor features with the judges of `benchmarks/icon_style`, which classify images.
     """
 
     def __init__(self, concepts: int) -> None:
@@ -59,7 +59,7 @@ class LatentJudge(nn.Module):
         near = self.near(self.stem(latents))
         far = F.silu(self.far(near))
         near = F.silu(near)
-        # Mean and spread over all places: style is what a picture has everywhere.
+        # Spatial mean and standard deviation: style does not depend on position.
         texture = torch.cat([near.mean((2, 3)), near.flatten(2).std(2), far.mean((2, 3))], 1)
         return self.style(texture), self.concept(F.adaptive_avg_pool2d(far, 2))
 
@@ -74,7 +74,7 @@ class Labels:
 
 
 def label(records: Sequence[dict[str, Any]]) -> Labels:
-    """Number the styles and the concepts."""
+    """Return the class numbers of the styles and concepts of records."""
     names = sorted({record["label"] for record in records})
     numbers = {name: number for number, name in enumerate(names)}
     return Labels(
@@ -85,7 +85,7 @@ def label(records: Sequence[dict[str, Any]]) -> Labels:
 
 
 def disturbed(latents: Tensor, low: float, high: float) -> Tensor:
-    """Latents with noise of random strength between two bounds, in standard deviations of the latents."""
+    """Return latents with noise of random strength between two bounds, in standard deviations of the latents."""
     strength = low + (high - low) * torch.rand(len(latents), 1, 1, 1)
     return latents + strength * torch.randn_like(latents)
 
@@ -100,7 +100,7 @@ def train_judge(arguments: argparse.Namespace) -> None:
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, arguments.lr, total_steps=arguments.steps, pct_start=0.1)
     for step in range(1, arguments.steps + 1):
         picks = torch.randint(len(latents), (arguments.batch,))
-        shapes = torch.randint(2, (arguments.batch,))  # as drawn, and moved
+        shapes = torch.randint(2, (arguments.batch,))  # original and shifted variants
         style, concept = judge(disturbed(latents[picks, shapes].float(), 0, NOISE))
         style_loss = F.cross_entropy(style, labels.styles[picks], label_smoothing=0.05)
         concept_loss = F.cross_entropy(concept, labels.concepts[picks], label_smoothing=0.05)

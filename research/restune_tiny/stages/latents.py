@@ -1,4 +1,4 @@
-"""The stage that encodes all icons once, so that later stages need no autoencoder."""
+"""Stage that encodes all icons once, so that later stages need no VAE encoder."""
 
 from __future__ import annotations
 
@@ -20,27 +20,27 @@ PART = 400
 
 
 def source_vae(arguments: argparse.Namespace) -> AutoencoderKL:
-    """The autoencoder that encodes: the one just trained, or that of the pipeline to go on from."""
+    """Return the VAE for encoding: that of the start pipeline, or the newly trained one."""
     folder = arguments.start / "vae" if arguments.start else arguments.work / "vae"
     return AutoencoderKL.from_pretrained(folder).eval()
 
 
 @torch.no_grad()
 def encode_part(arguments: argparse.Namespace, start: int) -> tuple[npt.NDArray[np.float32], list[list[int]]]:
-    """Latents and background colours of the variants of `PART` icons (arrays travel between processes by value)."""
+    """Return latents and background colors of the variants of `PART` icons, as arrays that can be pickled."""
     torch.set_num_threads(1)
     icons = load_icons(arguments.icons)
     vae = source_vae(arguments)
     latents, colours = [], []
     for index in range(start, min(start + PART, len(icons.records))):
-        pictures, shades = icons.variants(index, arguments.seed)
-        latents.append(vae.encode(pictures).latent_dist.mean.numpy())
+        images, shades = icons.variants(index, arguments.seed)
+        latents.append(vae.encode(images).latent_dist.mean.numpy())
         colours.append(shades)
     return np.stack(latents), colours
 
 
 def encode_latents(arguments: argparse.Namespace) -> None:
-    """Encode the variants of all icons, and write the autoencoder that gives normalised latents."""
+    """Encode the variants of all icons, and write the VAE with normalized latents."""
     icons = load_icons(arguments.icons)
     starts = range(0, len(icons.records), PART)
     with ProcessPoolExecutor(arguments.workers, mp_context=mp.get_context("spawn")) as pool:
@@ -48,7 +48,7 @@ def encode_latents(arguments: argparse.Namespace) -> None:
     colours = [shades for _, part in parts for shades in part]
     stored = torch.from_numpy(np.concatenate([latents for latents, _ in parts])).contiguous()
     vae = source_vae(arguments)
-    if arguments.start:  # already normalised, and the U-Net to go on from knows these latents
+    if arguments.start:  # already normalized, and the start U-Net is trained on these latents
         vae.save_pretrained(arguments.work / "vae-normalised")
         scaled = (stored * vae.config.scaling_factor).to(torch.bfloat16)
         write_latents(scaled, colours, arguments)
@@ -64,6 +64,6 @@ def encode_latents(arguments: argparse.Namespace) -> None:
 
 
 def write_latents(latents: Tensor, colours: list[list[int]], arguments: argparse.Namespace) -> None:
-    """Write latents and background colours, and the seed from which `Icons.variants` makes the same pictures."""
+    """Write latents and background colors, with the seed for `Icons.variants` to reproduce the images."""
     stored = {"latents": latents, "colours": torch.tensor(colours), "seed": torch.tensor(arguments.seed)}
     write_tensors(stored, arguments.work / "latents.safetensors")

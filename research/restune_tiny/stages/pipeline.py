@@ -1,4 +1,4 @@
-"""Writing what was learned as a Stable Diffusion pipeline, and going on from one."""
+"""Export of the trained weights as a Stable Diffusion pipeline, and loading of an exported pipeline."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from research.restune_tiny.parts.networks import TEXT_WIDTH, TextAndUNet, new_sc
 
 
 def load_pipeline(module: TextAndUNet, folder: Path, used: list[int]) -> None:
-    """Begin with the weights of an exported pipeline."""
+    """Load the weights of an exported pipeline."""
     module.unet.load_state_dict(UNet2DConditionModel.from_pretrained(folder / "unet").state_dict())
     weights = CLIPTextModel.from_pretrained(folder / "text_encoder", dtype=torch.float32).state_dict()
     name = next(key for key in weights if key.endswith("token_embedding.weight"))
@@ -26,7 +26,7 @@ def load_pipeline(module: TextAndUNet, folder: Path, used: list[int]) -> None:
 
 
 def fill_vocabulary(weights: dict[str, Tensor], used: list[int], seed: int) -> dict[str, Tensor]:
-    """The text encoder's weights with a row for every CLIP token; those never seen stay at a random start."""
+    """Return the text encoder's weights with an embedding for every CLIP token; unused tokens get random ones."""
     name = next(key for key in weights if key.endswith("token_embedding.weight"))
     generator = torch.Generator().manual_seed(seed)
     table = torch.randn(49408, TEXT_WIDTH, generator=generator) * 0.02
@@ -57,7 +57,7 @@ def export_pipeline(weights: dict[str, Tensor], used: list[int], arguments: argp
     temporary = arguments.export.with_name(arguments.export.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     pipeline.save_pretrained(temporary)
-    # transformers loads in the type that the config names, diffusers in float32: let both compute in float32.
+    # transformers loads in the dtype of the config and diffusers in float32: set the config to float32 for both.
     config = temporary / "text_encoder" / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"dtype": "float32"}, indent=2) + "\n")
     write_for_transformers_4(temporary)
@@ -80,7 +80,7 @@ def write_for_transformers_4(folder: Path) -> None:
 
 
 def blend_pipelines(arguments: argparse.Namespace) -> None:
-    """Write a pipeline whose U-Net and text encoder lie between those of two others (arXiv 2203.05482)."""
+    """Write a pipeline with the weighted average of two U-Nets and text encoders (arXiv 2203.05482)."""
     temporary = arguments.out.with_name(arguments.out.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     shutil.copytree(arguments.first, temporary)

@@ -1,4 +1,4 @@
-"""The stage that refines the denoiser by what is thought of its drawings."""
+"""Stage that refines the denoiser with a reward on its samples."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from research.restune_tiny.stages.denoiser import UNetJob, denoising_loss, train
 from research.restune_tiny.stages.judge import LatentJudge, disturbed, label
 
 JUDGED_NOISE = (0.1, 0.8)
-"""Noise that is laid over a drawing before it is judged, in standard deviations of the latents."""
+"""Range of the noise added to a sample before it is judged, in standard deviations of the latents."""
 
 
 class Rotation:
-    """DDIM for velocity: a step turns the noisy latents by the difference of two angles (arXiv 2202.00512, app. D)."""
+    """DDIM for v-prediction: a step rotates the latents by the difference of two angles (arXiv 2202.00512, app. D)."""
 
     def __init__(self, steps: int) -> None:
         scheduler = new_scheduler()
@@ -39,22 +39,22 @@ class Rotation:
         self.turns: list[float] = (angles[:-1] - angles[1:]).tolist()
 
     def step(self, index: int, noisy: Tensor, velocity: Tensor) -> Tensor:
-        """The latents after a step."""
+        """Return the latents after a step."""
         turn = self.turns[index]
         return math.cos(turn) * noisy - math.sin(turn) * velocity
 
     def effect(self, index: int) -> float:
-        """How far a step's velocity moves the finished drawing, later steps' velocities being given."""
+        """Return the derivative of the final sample by a step's velocity, with later velocities fixed."""
         later = math.prod(math.cos(turn) for turn in self.turns[index + 1 :])
         return -math.sin(self.turns[index]) * later
 
 
 @dataclass
 class RefineJob(UNetJob):
-    """Denoise as in the U-Net's stage, and draw, and learn from the verdict on the drawings."""
+    """Train with the denoising loss of the U-Net stage and with a reward on samples."""
 
     def prepare(self, module: Any) -> Callable[[int, int], dict[str, float]]:
-        """Load latents and judge; the function returned runs one micro-batch of pictures and one of drawings."""
+        """Load latents and judge; return a function that runs one micro-batch of images and one of samples."""
         studio = Studio(self.settings, module)
 
         def run(step: int, index: int) -> dict[str, float]:
@@ -65,10 +65,10 @@ class RefineJob(UNetJob):
 
 
 class Studio:
-    """A denoiser that draws, a judge of its drawings, and the denoiser as it was.
+    """The trained denoiser, the judge of its samples, and a frozen copy of the initial denoiser.
 
-    The gradient of the verdict reaches the velocities of some steps of a drawing, each step's noisy latents being
-    taken as given (deep reward tuning, arXiv 2405.00760, section 3): nothing is kept of the other steps.
+    The gradient of the reward reaches the velocities of some steps of a sample, with each step's noisy latents fixed
+    (deep reward tuning, arXiv 2405.00760, section 3). Nothing is saved for backward of the other steps.
     """
 
     def __init__(self, settings: argparse.Namespace, module: Any) -> None:
@@ -88,11 +88,11 @@ class Studio:
         self.colours = Colours(settings.work) if judges_colours(settings) else None
 
     def compiled(self, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        """The function, compiled where that is asked for."""
+        """Return the function, compiled if `--compile` is set."""
         return torch.compile(function, dynamic=False) if self.settings.compile else function
 
     def denoise(self, seed: int) -> dict[str, float]:
-        """Add the gradient of a micro-batch of noisy pictures."""
+        """Add the gradient of a micro-batch of noisy images."""
         latents, ids, _ = self.examples.batch(seed, self.settings.batch)
 
         def predict(noisy: Tensor, timesteps: Tensor) -> Tensor:
@@ -103,7 +103,7 @@ class Studio:
         return {"loss": float(loss.detach()), "error": error}
 
     def draw(self, seed: int) -> dict[str, float]:
-        """Draw a micro-batch, and add the gradient of the verdict."""
+        """Generate a micro-batch of samples, and add the gradient of the reward."""
         settings, captions = self.settings, self.examples.captions
         rng, size = random.Random(seed), settings.batch
         picks = torch.multinomial(self.examples.chances, size, replacement=True)
@@ -113,7 +113,7 @@ class Studio:
         named = states.detach().requires_grad_()
         with torch.no_grad():
             unnamed = self.text(self.empty)
-        # The first step sees noise alone and decides the composition.
+        # The first step starts from pure noise and decides the composition; it gets no gradient.
         taught = taught_steps(settings)
         learning = set(rng.sample(taught, settings.learning_steps))
         share = settings.guidance * len(taught) / settings.learning_steps
@@ -142,7 +142,7 @@ class Studio:
         return numbers | {"change": sum(float(change.square().mean()) for _, change, _ in moments) / len(moments)}
 
     def verdict(self, drawn: Tensor, picks: Tensor) -> tuple[Tensor, dict[str, float]]:
-        """What is thought of drawings of the icons at some indices: a loss, and numbers."""
+        """Return the loss of the judges for samples of the icons at some indices, and metrics."""
         styles, concepts = self.labels.styles[picks], self.labels.concepts[picks]
         style, concept = self.judge(disturbed(drawn, *JUDGED_NOISE))
         style_loss, concept_loss = F.cross_entropy(style, styles), F.cross_entropy(concept, concepts)
@@ -151,8 +151,8 @@ class Studio:
         found = float((concept.argmax(1) == concepts).float().mean())
         numbers = {"style": right, "concept": found}
         if self.colours:
-            pictures = self.colours.pictures(drawn)
-            painted, uneven = self.colours.logits(pictures), self.colours.excess(pictures, styles)
+            images = self.colours.pictures(drawn)
+            painted, uneven = self.colours.logits(images), self.colours.excess(images, styles)
             loss = loss + self.settings.colour_weight * F.cross_entropy(painted, styles)
             loss = loss + self.settings.evenness_weight * uneven
             numbers["colours"] = float((painted.argmax(1) == styles).float().mean())
@@ -161,28 +161,31 @@ class Studio:
 
 
 def kept_of_guided(named: Tensor, guided: Tensor, rescale: float) -> Tensor:
-    """What a guided velocity, N x C x H x W, is multiplied by to take back guidance's gain in contrast: N x 1 x 1 x 1.
+    """Return the guidance rescale factor of a guided velocity, N x C x H x W, as N x 1 x 1 x 1.
 
-    Diffusers' `guidance_rescale` (arXiv 2305.08891, section 3.4); 1 for `rescale` 0.
+    The factor is that of diffusers' `guidance_rescale` (arXiv 2305.08891, section 3.4); it is 1 for `rescale` 0.
     """
     contrast = named.std((1, 2, 3), keepdim=True) / guided.std((1, 2, 3), keepdim=True)
     return 1 + rescale * (contrast - 1)
 
 
 def taught_steps(settings: argparse.Namespace) -> range:
-    """The steps of a drawing that may get a gradient."""
+    """Return the denoising steps of a sample that may get a gradient."""
     return range(1, 1 + round(settings.taught * (settings.drawing_steps - 1)))
 
 
 def judges_colours(settings: argparse.Namespace) -> bool:
-    """Whether the verdict is on colours too, for which drawings are decoded."""
+    """Return whether the reward includes colors, which requires decoding the samples."""
     return bool(settings.colour_weight or settings.evenness_weight)
 
 
 def train_refine(arguments: argparse.Namespace) -> None:
-    """Refine U-Net and text encoder, exporting a pipeline now and then."""
+    """Refine U-Net and text encoder, with regular exports of the pipeline."""
     if (taught := len(taught_steps(arguments))) < arguments.learning_steps:
-        raise SystemExit(f"--learning-steps {arguments.learning_steps} are more than the {taught} that may be taught.")
+        raise SystemExit(
+            f"--learning-steps {arguments.learning_steps} is above the limit of {taught} set by --taught; lower it or "
+            f"raise --taught."
+        )
     coloured = judges_colours(arguments)
     if coloured and not (arguments.work / COLOURS_FILE).exists():
         raise SystemExit(

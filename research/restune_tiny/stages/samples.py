@@ -1,4 +1,4 @@
-"""The stage that draws a grid with an exported pipeline."""
+"""Stage that generates a sample grid with an exported pipeline."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ SAMPLE_STYLES = ("noto style", "twemoji style", "fluent flat style", "emojione s
 
 
 def draw_samples(arguments: argparse.Namespace) -> None:
-    """Draw a grid with the exported pipeline: concepts across, styles down."""
+    """Generate a sample grid with the exported pipeline: a column per concept, a row per style."""
     pipeline = StableDiffusionPipeline.from_pretrained(arguments.model)
     pipeline.set_progress_bar_config(disable=True)
     concepts = arguments.concepts.split(",") if arguments.concepts else SAMPLE_CONCEPTS
@@ -33,7 +33,7 @@ def draw_samples(arguments: argparse.Namespace) -> None:
         ).images
         for column, image in enumerate(images):
             sheet.paste(image, (66 * column + 2, 66 * row + 2))
-    print(f"{(time.time() - started) / len(rows) / len(concepts):.2f} s an image")
+    print(f"{(time.time() - started) / len(rows) / len(concepts):.2f} s per image")
     sheet.resize((sheet.width * arguments.zoom, sheet.height * arguments.zoom), Image.Resampling.NEAREST).save(
         arguments.out
     )

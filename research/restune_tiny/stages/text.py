@@ -1,4 +1,4 @@
-"""The stage that teaches the text encoder words."""
+"""Stage that pretrains the text encoder."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from research.restune_tiny.parts.folders import write_tensors
 from research.restune_tiny.parts.networks import TEXT_WIDTH, new_text_encoder
 from research.restune_tiny.parts.trainer import Trainer, micro_seed
 
-TEXT_LENGTH = 40  # tokens while the text encoder learns words; all later positions then start as padding
+TEXT_LENGTH = 40  # tokens in the pretraining of the text encoder; later positions start as padding
 
 
 class TextMatcher(nn.Module):
-    """A text encoder that is asked what the picture of a caption looks like, and which of a batch it is."""
+    """A text encoder with heads that predict the latents of a caption's image and match captions to images."""
 
     def __init__(self, vocabulary: int) -> None:
         super().__init__()
@@ -28,8 +28,8 @@ class TextMatcher(nn.Module):
         self.text_side, self.picture_side = nn.Linear(TEXT_WIDTH, 96), nn.Linear(1024, 96)
 
     def forward(self, ids: Tensor, pictures: Tensor) -> tuple[Tensor, Tensor]:
-        """The expected latents, and scaled similarities (captions by pictures)."""
-        # The mean over all positions: the U-Net starts by attending to all alike, and padding is most of them.
+        """Return the predicted latents, and scaled similarities (captions by images)."""
+        # The mean over all positions: the U-Net first attends to all equally, and most of them are padding.
         summary = self.text_encoder(ids).last_hidden_state.mean(1)
         ours = F.normalize(self.text_side(summary), dim=-1)
         theirs = F.normalize(self.picture_side(pictures), dim=-1)
@@ -38,19 +38,19 @@ class TextMatcher(nn.Module):
 
 @dataclass
 class TextJob:
-    """Teach the text encoder words before the U-Net listens to it; from a random start it listens very late."""
+    """Pretrain the text encoder before the U-Net; with a random one the U-Net learns to use captions very late."""
 
     settings: argparse.Namespace
     dtype: torch.dtype = torch.bfloat16
 
     def build(self) -> nn.Module:
-        """A fresh text encoder with its heads."""
+        """Return a new text encoder with its heads."""
         captions = caption_source(self.settings)
         torch.manual_seed(self.settings.seed)
         return TextMatcher(len(captions.used))
 
     def prepare(self, module: nn.Module) -> Callable[[int, int], dict[str, float]]:
-        """Load the latents; the function returned runs one micro-batch."""
+        """Load the latents and return a function that runs one micro-batch."""
         settings, draw = self.settings, Examples(self.settings)
 
         def run(step: int, index: int) -> dict[str, float]:
@@ -58,7 +58,7 @@ class TextJob:
             flat = latents.flatten(1)
             look, similarity = module(ids[:, :TEXT_LENGTH], flat.to(torch.bfloat16))
             error = F.mse_loss(look.float(), flat)
-            # Pictures of one icon are one target.
+            # Images of one icon are one target.
             same = torch.tensor(records)
             share = (same[:, None] == same[None]).float()
             named = ids[:, 1] != ids[:, -1]
@@ -71,7 +71,7 @@ class TextJob:
 
 
 def train_text(arguments: argparse.Namespace) -> None:
-    """Train the text encoder alone and write `<work>/text.safetensors`, where the U-Net's stage begins."""
+    """Train only the text encoder and write `<work>/text.safetensors`, the initialization of the U-Net stage."""
 
     def export(weights: dict[str, Tensor]) -> None:
         own = {key.split(".", 1)[1]: value for key, value in weights.items() if key.startswith("text_encoder.")}

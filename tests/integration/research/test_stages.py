@@ -195,7 +195,7 @@ def test_refine_stage_learns_from_drawings_and_exports(icons, tokenizer, trained
     start = ["--start", str(trained / "export"), "--tokenizer", str(TINY_BASE / "tokenizer")]
     drawing = ["--drawing-steps", "3", "--learning-steps", "2", "--taught", "1", "--export", str(tmp_path / "export")]
     refine = ["refine", str(icons), str(tmp_path), *start, *drawing, *STEPS, "--export-every", "2"]
-    with pytest.raises(SystemExit, match="--learning-steps 2 are more than the 1 that may be taught"):
+    with pytest.raises(SystemExit, match="--learning-steps 2 is above the limit of 1 set by --taught"):
         main([*refine, "--taught", "0.5"])
     for weight in ("--colour-weight", "--evenness-weight"):
         with pytest.raises(SystemExit, match="run the stage colours first"):

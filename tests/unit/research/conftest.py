@@ -11,7 +11,7 @@ NAMES = ("apple", "red heart", "sun", "house")
 
 
 def picture(number, style):
-    """A 64 px RGBA picture: names differ in place and hue, styles in shape."""
+    """Return a 64 px RGBA image: names differ in position and hue, styles in shape."""
     x, y = np.meshgrid(np.arange(64), np.arange(64))
     dx, dy = np.abs(x - 24 - 5 * number), np.abs(y - 36 + 3 * number)
     distance = [dx + dy, np.maximum(dx, dy), np.hypot(dx, dy), dx + 2 * dy, 2 * dx + dy][style]
@@ -23,7 +23,7 @@ def picture(number, style):
 
 @pytest.fixture(scope="session")
 def icons(tmp_path_factory):
-    """The five pretraining sets, made up, in the form that `prepare_icons.py` writes."""
+    """Five synthetic pretraining sets in the format of `prepare_icons.py`."""
     folder = tmp_path_factory.mktemp("icons")
     for style, name in enumerate(PRETRAINING_SETS):
         np.save(folder / f"{name}.npy", np.stack([picture(number, style) for number in range(len(NAMES))]))
