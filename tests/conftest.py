@@ -12,7 +12,7 @@ from torch import nn
 
 from restune_diffusion import BypassConfig, RestuneStableDiffusionPipeline, SkipConfig, Tuner, save_tuner
 
-# Small models gain nothing from a second thread and lose much to any other process on the machine.
+# Small models gain nothing from a second thread and slow down under load from other processes.
 torch.set_num_threads(1)
 
 ROOT = Path(__file__).parents[1]
@@ -47,7 +47,7 @@ SDXL: dict[str, Any] = {
 
 
 def make_unet(seed: int = 0, **changes: Any) -> UNet2DConditionModel:
-    """Build a small U-Net with the block structure of SD 1.5 and random weights."""
+    """Return a small frozen U-Net with SD 1.5's block structure and random weights."""
     config = {
         **SD15_BLOCKS,
         "block_out_channels": (32, 64, 64, 96),
@@ -66,7 +66,7 @@ Inputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 def make_inputs(batch: int = 2, size: int = 16, text_width: int = 32) -> Inputs:
-    """Draw a latent, a timestep and text states."""
+    """Return random latents, a timestep and text embeddings."""
     generator = torch.Generator().manual_seed(1)
     return (
         torch.randn(batch, 4, size, size, generator=generator),
@@ -76,7 +76,7 @@ def make_inputs(batch: int = 2, size: int = 16, text_width: int = 32) -> Inputs:
 
 
 def randomize(module: nn.Module, seed: int = 0, std: float = 0.1) -> None:
-    """Fill a tuner with values that make it act, as training would."""
+    """Fill a tuner with random values, so that its residuals are nonzero as after training."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in module.parameters():

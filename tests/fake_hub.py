@@ -1,4 +1,4 @@
-"""A server on this machine that speaks as much of the Hub's protocol as small files going up and down need."""
+"""A local server with the part of the Hub's protocol that uploads and downloads of small files need."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 class FakeHub(ThreadingHTTPServer):
-    """Keeps what is committed in `files` and what is asked in `requests`."""
+    """HTTP server that records committed files in `files` and requests in `requests`."""
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
@@ -82,4 +82,4 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(content)
 
     def log_message(self, format: str, *args: object) -> None:
-        """Say nothing."""
+        """Discard the log message."""

@@ -1,4 +1,4 @@
-"""What people use beside tuners, at tiny size: a context in which a pipeline has it, and the arguments for it."""
+"""Features used together with tuners, at tiny size: context managers that enable one and yield its arguments."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from .tiny_pipelines import Kind, pictures
 
 
 def nothing(pipe: Any, kind: Kind) -> contextlib.AbstractContextManager[dict[str, Any]]:
-    """The pipeline as it is."""
+    """Return a context manager that does not change the pipeline."""
     return contextlib.nullcontext({})
 
 
 @contextlib.contextmanager
 def freeu(pipe: Any, kind: Kind) -> Iterator[dict[str, Any]]:
-    """FreeU with factors of the usual size."""
+    """Context manager with FreeU enabled, with factors of the usual size."""
     pipe.enable_freeu(s1=0.9, s2=0.2, b1=1.2, b2=1.4)
     try:
         yield {}
@@ -34,7 +34,7 @@ def freeu(pipe: Any, kind: Kind) -> Iterator[dict[str, Any]]:
 
 @contextlib.contextmanager
 def ip_adapter(pipe: Any, kind: Kind) -> Iterator[dict[str, Any]]:
-    """An IP-Adapter with random weights, and its picture."""
+    """Context manager with an IP-Adapter of random weights; yields its image argument."""
     encoder, processor = pipe.image_encoder, pipe.feature_extractor
     pipe.load_ip_adapter(_ip_adapter_weights(pipe.unet, encoder.config.projection_dim), subfolder="", weight_name="")
     try:
@@ -46,7 +46,7 @@ def ip_adapter(pipe: Any, kind: Kind) -> Iterator[dict[str, Any]]:
 
 @contextlib.contextmanager
 def lora(pipe: Any, kind: Kind) -> Iterator[dict[str, Any]]:
-    """A LoRA with random weights, loaded as diffusers loads one."""
+    """Context manager with a LoRA of random weights, loaded by diffusers."""
     pipe.load_lora_weights(_lora_weights(pipe.unet), adapter_name="lora")
     try:
         yield {}
@@ -55,7 +55,7 @@ def lora(pipe: Any, kind: Kind) -> Iterator[dict[str, Any]]:
 
 
 def _ip_adapter_weights(unet: UNet2DConditionModel, image_width: int, tokens: int = 4) -> dict[str, Any]:
-    """Make weights in the layout of the IP-Adapter files: two projections for each cross-attention, oddly numbered."""
+    """Return weights in the layout of IP-Adapter files: two projections per cross-attention, with odd numbers."""
     generator = torch.Generator().manual_seed(3)
     text_width = unet.config.cross_attention_dim
 

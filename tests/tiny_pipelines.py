@@ -1,4 +1,4 @@
-"""Every public pipeline class on random components with Stable Diffusion's exact structure at small widths."""
+"""All public pipeline classes on random components with Stable Diffusion's exact structure at small widths."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from restune_diffusion.tuners.configs import PartConfig
 from .conftest import SDXL, make_unet, randomize
 
 SIZE = 32
-"""Pixels; the four levels of SD then see features of 4, 2, 1 and 1."""
+"""Image size in pixels; the features at the four levels of SD have sizes 4, 2, 1 and 1."""
 PROMPTS = ["a red apple", "a boat at sea", "a small house"]
 TEXT_WIDTH = 32
 
@@ -46,31 +46,31 @@ TUNERS: dict[str, PartConfig] = {
     ),
     "res on linear layers": ResConfig(self_attention="lora", cross_attention="lora", feed_forward=None, width=4),
 }
-"""The kinds of tuners that the tables run; a new part needs a line here."""
+"""Tuner configs that the tests run; a new part needs an entry here."""
 
 
 def make_tuner(unet: nn.Module, kind: str = "skip", seed: int = 0) -> Tuner:
-    """Build a tuner of one of `TUNERS` that acts."""
+    """Return a tuner of one of `TUNERS` with random weights."""
     tuner = Tuner.for_base(unet, TUNERS[kind])
     randomize(tuner, seed)
     return tuner
 
 
 def detach_all(unet: nn.Module) -> None:
-    """Take off whatever tuners a test has left on a shared U-Net."""
+    """Detach all tuners that a test left on a shared U-Net."""
     manager = TunerManager.of(unet)
     for name in manager.names if manager is not None else ():
         detach(unet, name)
 
 
 def sd_unet(**changes: Any) -> UNet2DConditionModel:
-    """Build the U-Net of the Stable Diffusion 1.5 pipelines, or a variant of it."""
+    """Return the U-Net of the Stable Diffusion 1.5 pipelines, or a variant of it."""
     size = {"block_out_channels": (32, 32, 64, 64), "cross_attention_dim": TEXT_WIDTH, "sample_size": SIZE // 8}
     return make_unet(**{**size, **changes})
 
 
 def sd_components() -> dict[str, Any]:
-    """Build the components of Stable Diffusion 1.5 pipelines."""
+    """Return the components of Stable Diffusion 1.5 pipelines."""
     torch.manual_seed(0)
     return _with_controlnet(
         {
@@ -87,7 +87,7 @@ def sd_components() -> dict[str, Any]:
 
 
 def sdxl_components() -> dict[str, Any]:
-    """Build the components of Stable Diffusion XL pipelines."""
+    """Return the components of Stable Diffusion XL pipelines."""
     torch.manual_seed(0)
     changes: dict[str, Any] = {
         "block_out_channels": (32, 32, 64),
@@ -115,13 +115,13 @@ def sdxl_components() -> dict[str, Any]:
 
 
 def pictures(count: int, seed: int = 0) -> list[Image.Image]:
-    """Draw random pictures."""
+    """Return random images."""
     noise = np.random.default_rng(seed).integers(0, 256, (count, SIZE, SIZE, 3), dtype=np.uint8)
-    return [Image.fromarray(picture) for picture in noise]
+    return [Image.fromarray(pixels) for pixels in noise]
 
 
 def masks(count: int) -> list[Image.Image]:
-    """Draw masks that cover the right half."""
+    """Return masks that cover the right half."""
     mask = np.zeros((SIZE, SIZE), dtype=np.uint8)
     mask[:, SIZE // 2 :] = 255
     return [Image.fromarray(mask)] * count
@@ -129,11 +129,11 @@ def masks(count: int) -> list[Image.Image]:
 
 @dataclass(frozen=True)
 class Kind:
-    """A pair of pipeline classes, ours and diffusers', and what they need."""
+    """A pair of pipeline classes, ours and diffusers', with their arguments."""
 
     name: str
     inputs: Callable[[int], dict[str, Any]]
-    """Arguments beside the prompts, for a number of pictures."""
+    """Function from a number of images to the arguments besides the prompts."""
 
     @property
     def is_xl(self) -> bool:
@@ -148,7 +148,7 @@ class Kind:
         return getattr(diffusers, self.name)
 
     def make(self, pipeline_class: Any, components: dict[str, Any], **changes: Any) -> DiffusionPipeline:
-        """Build a pipeline of one of the two classes from those of the components and changes that it takes."""
+        """Return a pipeline of one of the two classes, built from the components and changes that it accepts."""
         options = {"add_watermarker": False, "requires_safety_checker": False}
         taken = inspect.signature(pipeline_class).parameters
         chosen = {name: part for name, part in {**components, **options, **changes}.items() if name in taken}
@@ -178,15 +178,15 @@ KINDS = [
     for size in ("", "XL")
     for task, inputs in {"": _nothing, "Img2Img": _image, "Inpaint": _masked, "ControlNet": _control}.items()
 ]
-"""Every public pipeline class."""
+"""All public pipeline classes."""
 PAG_KINDS = [Kind(f"StableDiffusion{size}PAGPipeline", _nothing) for size in ("", "XL")]
 KINDS_BY_NAME = {kind.name: kind for kind in [*KINDS, *PAG_KINDS]}
 
 
 def draw(pipe: Any, kind: Kind, count: int = 1, one_generator: bool = False, **changes: Any) -> Any:
-    """Generate with two steps from fixed noise; returns what the pipeline returns as images.
+    """Generate images with two steps from fixed noise, and return them in the pipeline's output type.
 
-    An argument of None is left out.
+    Arguments that are None are omitted.
     """
     generators = [torch.Generator().manual_seed(seed) for seed in range(count)]
     arguments = {
@@ -202,7 +202,7 @@ def draw(pipe: Any, kind: Kind, count: int = 1, one_generator: bool = False, **c
 
 
 def untouched(unet: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, set[str]]]:
-    """Check that a model has no hook, and return its parameters and the names of its modules' attributes."""
+    """Assert that a model has no hooks; return its parameters and the attribute names of its modules."""
     for name, module in unet.named_modules():
         hooks = {key: value for key, value in vars(module).items() if key.endswith("_hooks") and value}
         assert not hooks, f"{name} has {hooks}"
@@ -213,7 +213,7 @@ def untouched(unet: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, set[s
 
 
 def identical(one: Any, two: Any) -> bool:
-    """Say whether two sets of images, of any of diffusers' output types, are the same bit for bit."""
+    """Return whether two sets of images, of any of diffusers' output types, are bit-identical."""
     return np.array_equal(_numbers(one), _numbers(two))
 
 
@@ -227,7 +227,7 @@ def _numbers(images: Any) -> np.ndarray[Any, Any]:
 
 
 def _with_controlnet(components: dict[str, Any]) -> dict[str, Any]:
-    """Add a ControlNet that acts: `from_unet` starts it with zero convolutions."""
+    """Return the components with a ControlNet whose output is nonzero: `from_unet` starts with zero convolutions."""
     controlnet = ControlNetModel.from_unet(components["unet"], conditioning_embedding_out_channels=(8, 8, 8, 8))
     for convolution in [*controlnet.controlnet_down_blocks, controlnet.controlnet_mid_block]:
         nn.init.normal_(convolution.weight, std=0.1)
@@ -241,7 +241,7 @@ _VOCABULARY = {token: number for number, token in enumerate([*_LETTERS, _START, 
 
 
 def _tokenizer() -> CLIPTokenizer:
-    """Make CLIP's tokenizer with a vocabulary of single letters: the real one takes longer to copy than all else."""
+    """Return CLIP's tokenizer with a vocabulary of single letters, because copying the real one is slow."""
     # From files, because transformers 4 and 5 name the arguments of the class differently.
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "vocab.json").write_text(json.dumps(_VOCABULARY))

@@ -1,4 +1,4 @@
-"""Small real Stable Diffusion pipelines with random weights, and folders of drawn images."""
+"""Small real Stable Diffusion pipelines with random weights, and folders of synthetic images."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def scheduler(prediction_type: str = "epsilon") -> DDIMScheduler:
 
 
 def sd_pipeline(prediction_type: str = "epsilon") -> StableDiffusionPipeline:
-    """SD 1.5's block structure (12 skips) at small widths, 16 px images."""
+    """Return a pipeline with SD 1.5's block structure (12 skips) at small widths; 16 px images."""
     torch.manual_seed(0)
     words = tokenizer()
     unet = UNet2DConditionModel(
@@ -93,7 +93,7 @@ def sd_pipeline(prediction_type: str = "epsilon") -> StableDiffusionPipeline:
 
 
 def sdxl_pipeline() -> StableDiffusionXLPipeline:
-    """SDXL's block structure (9 skips) with two text encoders at small widths, 16 px images."""
+    """Return a pipeline with SDXL's block structure (9 skips), two text encoders and small widths; 16 px images."""
     torch.manual_seed(0)
     words = tokenizer()
     unet = UNet2DConditionModel(
@@ -130,7 +130,7 @@ def draw_image(color: str, size: tuple[int, int] = (24, 20)) -> Image.Image:
 
 
 def write_images(folder: Path, colors: list[str] = COLORS) -> Path:
-    """A folder of small drawings with `metadata.jsonl`."""
+    """Write a folder of small images with `metadata.jsonl`, and return it."""
     folder.mkdir(parents=True)
     for color in colors:
         draw_image(color).save(folder / f"{color}.png")

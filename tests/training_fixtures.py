@@ -29,7 +29,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def config(base: Path, images: Path, tmp_path: Path) -> Callable[..., TrainConfig]:
-    """Makes configs of short runs; keywords override."""
+    """Factory of configs of short runs; keyword arguments override the defaults."""
 
     def make(**changes: Any) -> TrainConfig:
         settings = {
@@ -51,16 +51,16 @@ Script = Callable[..., "subprocess.Popen[str]"]
 
 
 def start_script(*arguments: str | Path, **variables: str) -> subprocess.Popen[str]:
-    """Start Python on the given arguments, offline, with its output captured and more variables in its environment."""
+    """Start Python with the given arguments, offline, with captured output and additional environment variables."""
     return subprocess.Popen(
         [sys.executable, *map(str, arguments)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        # One thread: what runs beside the tests must not slow them, and both processes must round alike.
+        # One thread: other load must not slow the tests, and both processes must round identically.
         env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", **variables},
         cwd=Path(__file__).parents[1],
-        # Whoever runs the tests in a shell's background has them ignore Ctrl-C, and that is inherited.
+        # In a shell's background, tests ignore Ctrl-C, and child processes inherit that.
         preexec_fn=_heed_ctrl_c,
     )
 
@@ -71,5 +71,5 @@ def _heed_ctrl_c() -> None:
 
 @pytest.fixture
 def script() -> Script:
-    """Starts Python on the given arguments."""
+    """Function that starts Python with the given arguments."""
     return start_script

@@ -1,4 +1,4 @@
-"""What both processes of a group run; `test_two_processes.py` starts it as `two_processes.py JOBS.json`.
+"""Program of both processes of a group; `test_two_processes.py` starts it as `two_processes.py JOBS.json`.
 
 JOBS.json names the configs to train in turn, and a folder whose cache is built together. Each process writes what it
 saw to JOBS-<rank>.json.
@@ -25,7 +25,7 @@ from restune_diffusion.utils.errors import RestuneError
 
 
 def values(cache: Cache) -> dict[str, Any]:
-    """Everything in a cache, as plain values."""
+    """Return the contents of a cache as plain values."""
     return {
         "latents": [[latent.mean.tolist(), latent.std.tolist()] for latent in cache.latents],
         "captions": cache.captions,
@@ -38,7 +38,7 @@ def values(cache: Cache) -> dict[str, Any]:
 
 
 def caches(accelerator: Accelerator, base: str, folder: Path) -> dict[str, Any]:
-    """Build the cache of a folder together and alone."""
+    """Build the cache of a folder with both processes and with one."""
     pipeline = load_base(base, torch.float32)
     encoded = []
 
@@ -54,7 +54,7 @@ def caches(accelerator: Accelerator, base: str, folder: Path) -> dict[str, Any]:
 
 
 def refused(action: Any) -> str | None:
-    """Return the message that an action is refused with."""
+    """Return the error message of an action."""
     try:
         action()
     except RestuneError as error:
@@ -63,14 +63,14 @@ def refused(action: Any) -> str | None:
 
 
 def main() -> None:
-    """Do the jobs."""
+    """Run the jobs."""
     torch.set_num_threads(1)
     path = Path(sys.argv[1])
     jobs = json.loads(path.read_text())
     messages = []
     for config in jobs["configs"]:
         messages.append(refused(lambda config=config: train(TrainConfig.model_validate(config), verbose=False)))
-        # A training ends the process group; the next one shall found it anew.
+        # A training run ends the process group; the next run must create it again.
         AcceleratorState._reset_state(reset_partial_state=True)
     accelerator = Accelerator(cpu=True)
     results = {

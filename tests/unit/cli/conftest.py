@@ -13,7 +13,7 @@ from ... import tiny_training as tiny
 
 @pytest.fixture(scope="session")
 def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a small base, images, and a tuner that visibly changes what the base draws."""
+    """Folder with a small base, images, and a tuner that visibly changes the base's samples."""
     folder = tmp_path_factory.mktemp("cli")
     tiny.sd_pipeline().save_pretrained(folder / "base")
     tiny.write_images(folder / "images")
@@ -35,7 +35,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def restune(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
-    """Runs a command; returns its exit code, output and errors."""
+    """Function that runs a command and returns its exit code, stdout and stderr."""
 
     def run(*arguments: str | Path) -> tuple[int, str, str]:
         with pytest.raises(SystemExit) as exited:

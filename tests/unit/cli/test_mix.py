@@ -43,8 +43,8 @@ def test_one_tuner_needs_no_name() -> None:
     ("options", "message"),
     [
         ({"tuner_sites": ("mid=1",)}, "needs a tuner"),
-        ({"tuner": ("a", "b"), "tuner_sites": ("mid=1",)}, "prepend the name of a tuner and a colon. The tuners are a, b"),
-        ({"tuner": ("a", "b"), "tuner_sites": ("oil:mid=1",)}, "prepend the name of a tuner and a colon. The tuners are a, b"),
+        ({"tuner": ("a", "b"), "tuner_sites": ("mid=1",)}, "and a colon. The tuners are a, b"),
+        ({"tuner": ("a", "b"), "tuner_sites": ("oil:mid=1",)}, "and a colon. The tuners are a, b"),
         ({"tuner": ("a",), "tuner_sites": ("mid=1", "a: mid=2")}, "given twice for the tuner a"),
         ({"tuner": ("a",), "tuner_sites": ("mid",)}, "Invalid site weight `mid`"),
         ({"tuner": ("a",), "tuner_schedule": ("mid=1",)}, "no piece of a schedule"),

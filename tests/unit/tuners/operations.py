@@ -1,4 +1,4 @@
-"""Real attention modules of diffusers as the operations that tuners stand beside."""
+"""Real attention modules of diffusers as the operations that tuners run in parallel to."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def frozen(attention: Attention) -> FrozenAttention:
 
 
 class PrependingProcessor:
-    """Attention as diffusers' plain `AttnProcessor` computes it, with keys and values put before its own."""
+    """Return the attention of diffusers' `AttnProcessor` with additional keys and values before its own."""
 
     def __init__(self, key: torch.Tensor, value: torch.Tensor) -> None:
         self.key, self.value = key, value
@@ -53,7 +53,7 @@ class PrependingProcessor:
     ) -> torch.Tensor:
         batch, context = len(hidden_states), hidden_states if encoder_hidden_states is None else encoder_hidden_states
         query = attn.head_to_batch_dim(attn.to_q(hidden_states))
-        # `key` is (length, heads, head width): flat, its rows are what the frozen key layer would have made.
+        # `key` is (length, heads, head width); flattened, its rows have the layout of the key layer's output.
         own = [extra.flatten(1)[None].repeat(batch, 1, 1) for extra in (self.key, self.value)]
         key = attn.head_to_batch_dim(torch.cat([own[0], attn.to_k(context)], dim=1))
         value = attn.head_to_batch_dim(torch.cat([own[1], attn.to_v(context)], dim=1))
