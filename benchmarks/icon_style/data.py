@@ -100,7 +100,7 @@ class IconData:
 def to_images(pixels: torch.Tensor) -> list[Image.Image]:
     """Convert a tensor N x 3 x H x W in [0, 1] to RGB images."""
     bytes_ = (pixels.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
-    return [Image.fromarray(picture) for picture in bytes_]
+    return [Image.fromarray(each) for each in bytes_]
 
 
 def to_pixels(images: list[Any]) -> torch.Tensor:

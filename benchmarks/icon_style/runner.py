@@ -158,7 +158,7 @@ class StyleRun:
 
     def run(
         self,
-        say: Callable[[str], None] = print,
+        log: Callable[[str], None] = print,
         *,
         only: Sequence[str] = ("*",),
         shard: int = 0,
@@ -167,29 +167,29 @@ class StyleRun:
         """Compute the rows: true images, base, and every method at equal steps and at equal time.
 
         Args:
-            say: function called with a description of every row.
+            log: function called with a description of every row.
             only: `fnmatch` patterns of the names of the methods.
             shard, shards: compute only every `shards`-th method, so that several processes share the work. The rows at
                 equal time require the finished row of `CLOCK` and are skipped without it.
         """
         rows = [self._row("true pictures", "both", self._score_true), self._row("base, not tuned", "both", self._base)]
         for row in rows:
-            say(describe(row))
+            log(describe(row))
         methods = self._chosen(contestants(self.pipeline.unet), only)[shard::shards]
         for method in methods:
             rows.append(self._row(method.name, "steps", partial(self._tuned, method, "steps")))
-            say(describe(rows[-1]))
+            log(describe(rows[-1]))
         clock = self._row_path(CLOCK, "steps")
         if self.settings.equal_time and clock.exists():
             budget: float = json.loads(clock.read_text())["seconds"]
             for method, row in zip(methods, rows[2:], strict=True):
                 rows.append(self._row(method.name, "time", partial(self._in_time, method, row, budget)))
-                say(describe(rows[-1]))
+                log(describe(rows[-1]))
         return rows
 
     def study(
         self,
-        say: Callable[[str], None] = print,
+        log: Callable[[str], None] = print,
         *,
         only: Sequence[str] = ("*",),
         shard: int = 0,
@@ -199,7 +199,7 @@ class StyleRun:
         rows = []
         for method in self._chosen(bypass_variants(self.pipeline.unet), only)[shard::shards]:
             rows.append(self._row(method.name, "study", partial(self._tuned, method, "study")))
-            say(describe(rows[-1]))
+            log(describe(rows[-1]))
         return rows
 
     @staticmethod

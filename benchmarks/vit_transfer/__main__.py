@@ -24,7 +24,7 @@ from research.restune_tiny.icon_sources import DEVELOPMENT_SETS, PRETRAINING_SET
 from restune_diffusion.utils.atomic_write import atomic_write
 
 from .backbone import Shape, concept_rows, load_recognizer, recognized
-from .learning import Course, Learnt, learn, sweep
+from .learning import Course, Learned, learn, sweep
 from .methods import BYPASS, METHODS, Method
 from .report import Row, write_report
 from .tasks import TASKS, Task
@@ -76,15 +76,15 @@ def transfer(data: IconData, vit: Any, run: Run, rows: Rows) -> dict[str, Served
     for name in run.tasks:
         tasks = [TASKS[name](data, run.shape.image, seed) for seed in range(run.seeds)]
         for title, method in METHODS.items():
-            for seed, learnt in _learn_all(vit, title, method, name, tasks, run.course, rows):
-                if title == BYPASS and learnt.tuner is not None:
-                    served[f"{name}-{seed}"] = Served(learnt.tuner, learnt.head)
+            for seed, learned in _learn_all(vit, title, method, name, tasks, run.course, rows):
+                if title == BYPASS and learned.tuner is not None:
+                    served[f"{name}-{seed}"] = Served(learned.tuner, learned.head)
     return served
 
 
 def _learn_all(
     vit: Any, title: str, method: Method, name: str, tasks: Sequence[Task], course: Course, rows: Rows
-) -> Iterator[tuple[int, Learnt]]:
+) -> Iterator[tuple[int, Learned]]:
     """Train on the task of every seed, at the best learning rate of the first seed; finished rows are skipped.
 
     The bypass is trained again even if its row is finished, because its tuner is needed.
@@ -100,22 +100,22 @@ def _learn_all(
         known = rows.find(name, title, seed)
         if known and title != BYPASS:
             continue
-        learnt = done[seed] if seed in done else learn(vit, method, task, rate, seed, course)
+        learned = done[seed] if seed in done else learn(vit, method, task, rate, seed, course)
         if not known:
-            rows.add(_row(name, title, seed, task, learnt) | {"rate": rate, "tried": tried})
-        yield seed, learnt
+            rows.add(_row(name, title, seed, task, learned) | {"rate": rate, "tried": tried})
+        yield seed, learned
 
 
-def _row(name: str, title: str, seed: int, task: Task, learnt: Learnt) -> Row:
-    print(f"{name:8}{title:28} seed {seed}  test {100 * learnt.test:.1f}", flush=True)
+def _row(name: str, title: str, seed: int, task: Task, learned: Learned) -> Row:
+    print(f"{name:8}{title:28} seed {seed}  test {100 * learned.test:.1f}", flush=True)
     return {
         "task": name,
         "method": title,
         "seed": seed,
-        "validation": learnt.validation,
-        "test": learnt.test,
-        "beside_head": learnt.parameters - sum(p.numel() for p in learnt.head.parameters()),
-        "kept": learnt.kept,
+        "validation": learned.validation,
+        "test": learned.test,
+        "beside_head": learned.parameters - sum(p.numel() for p in learned.head.parameters()),
+        "kept": learned.kept,
         "classes": task.classes,
         "pictures": [len(part.labels) for part in (task.train, task.validation, task.test)],
     }

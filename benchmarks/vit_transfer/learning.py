@@ -29,7 +29,7 @@ class Course:
 
 
 @dataclass(frozen=True)
-class Learnt:
+class Learned:
     """Result of one training run."""
 
     head: nn.Linear
@@ -41,7 +41,7 @@ class Learnt:
     kept: int
 
 
-def learn(vit: Any, method: Method, task: Task, rate: float, seed: int, course: Course) -> Learnt:
+def learn(vit: Any, method: Method, task: Task, rate: float, seed: int, course: Course) -> Learned:
     """Train a method on a task and evaluate it on the validation and test images.
 
     Args:
@@ -63,7 +63,7 @@ def learn(vit: Any, method: Method, task: Task, rate: float, seed: int, course: 
         _train(learner, head, task.train, trained, rate, generator, course)
         validation, loss = _score(learner, head, task.validation)
         test, _ = _score(learner, head, task.test)
-    return Learnt(head, learner.tuner, validation, loss, test, sum(p.numel() for p in trained), kept)
+    return Learned(head, learner.tuner, validation, loss, test, sum(p.numel() for p in trained), kept)
 
 
 def _train(
@@ -106,7 +106,7 @@ def _score(learner: Learner, head: nn.Linear, images: LabeledImages) -> tuple[fl
     return accuracy, F.cross_entropy(logits, images.labels).item()
 
 
-def sweep(vit: Any, method: Method, task: Task, course: Course, seed: int = 0) -> dict[float, Learnt]:
+def sweep(vit: Any, method: Method, task: Task, course: Course, seed: int = 0) -> dict[float, Learned]:
     """Train at every learning rate of a method; sort by validation accuracy, then by loss, best first."""
     tried = {rate: learn(vit, method, task, rate, seed, course) for rate in method.rates}
     return dict(sorted(tried.items(), key=lambda item: (-item[1].validation, item[1].validation_loss)))

@@ -132,7 +132,7 @@ def plain(text: str) -> str:
 
 
 def weight_of(label: str, sets: int) -> float:
-    """How often to show a concept that so many sets draw: common things often, rare ones and near-copies seldom."""
+    """Return the sampling weight of a concept by its number of sets: high for common things, low for rare ones."""
     if sets < WIDELY_DRAWN:
         return 0.1
     if CLOCK.search(label) or GENDERED.search(label) or ZODIAC.search(label) or "arrow" in label:
@@ -194,13 +194,13 @@ def render_set(
 ) -> tuple[npt.NDArray[np.uint8], list[Icon]]:
     """Render all used icons of a set; return N x size x size x 4 pixels in uint8, and the icons."""
     root, _ = read_set(name, folder)
-    pictures, icons = [], []
+    images, icons = [], []
     for slug, icon in root["icons"].items():
         if not kept(slug, icon):
             continue
-        pictures.append(render(svg(icon, root), size))
+        images.append(render(svg(icon, root), size))
         icons.append(describe(slug, names.get(slug)))
-    return np.stack(pictures), icons
+    return np.stack(images), icons
 
 
 def write_atomic(path: Path, data: bytes) -> None:
@@ -210,11 +210,11 @@ def write_atomic(path: Path, data: bytes) -> None:
     os.replace(temporary, path)
 
 
-def write_set(out: Path, name: str, pictures: npt.NDArray[np.uint8], icons: list[Icon]) -> None:
+def write_set(out: Path, name: str, images: npt.NDArray[np.uint8], icons: list[Icon]) -> None:
     """Write a set's pixels and captions."""
     out.mkdir(parents=True, exist_ok=True)
     buffer = io.BytesIO()
-    np.save(buffer, pictures, allow_pickle=False)
+    np.save(buffer, images, allow_pickle=False)
     write_atomic(out / f"{name}.npy", buffer.getvalue())
     source = SOURCES[name]
     about = {"set": name, "style": source.style, "package": source.package, "version": source.version}
@@ -223,7 +223,7 @@ def write_set(out: Path, name: str, pictures: npt.NDArray[np.uint8], icons: list
 
 
 def write_demo(out: Path, folder: Path, size: int) -> None:
-    """Write the demo set: white-backed PNGs, `metadata.jsonl` and the licence."""
+    """Write the demo set: PNGs with white background and `metadata.jsonl`."""
     out.mkdir(parents=True, exist_ok=True)
     source = SOURCES[DEMO_SET]
     root, _ = read_set(DEMO_SET, folder)
@@ -276,17 +276,17 @@ def main(argv: list[str] | None = None) -> None:
         names = slugs_to_names(folder, by_code_points)
         drawn = {name: render_set(name, folder, names, arguments.size) for name in PRETRAINING_SETS}
         counts = Counter(label for _, icons in drawn.values() for label in {icon.label for icon in icons})
-        for name, (pictures, icons) in drawn.items():
+        for name, (images, icons) in drawn.items():
             for icon in icons:
                 icon.weight = weight_of(icon.label, counts[icon.label])
-            write_set(arguments.out, name, pictures, icons)
+            write_set(arguments.out, name, images, icons)
             matched = sum(len(icon.captions) + len(icon.tags) > 1 for icon in icons)
             print(f"{name}: {len(icons)} icons, {matched} with more than one name", flush=True)
         if arguments.benchmark:
             names = slugs_to_names(folder, by_code_points, PRETRAINING_SETS + DEVELOPMENT_SETS)
             for name in DEVELOPMENT_SETS:
-                pictures, icons = render_set(name, folder, names, arguments.size)
-                write_set(arguments.out, name, pictures, icons)
+                images, icons = render_set(name, folder, names, arguments.size)
+                write_set(arguments.out, name, images, icons)
                 print(f"{name}: {len(icons)} icons", flush=True)
 
 

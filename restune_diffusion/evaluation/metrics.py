@@ -78,7 +78,7 @@ def retrieval_accuracy(found: torch.Tensor, wanted: torch.Tensor, k: int) -> flo
 
 
 def style_share(found: torch.Tensor, wanted: torch.Tensor, base: torch.Tensor) -> float:
-    """Return the share of rows of `found` whose nearest neighbour is in `wanted` rather than in `base`.
+    """Return the share of rows of `found` whose nearest neighbor is in `wanted` rather than in `base`.
 
     The metric follows the 1-NN two-sample test (Lopez-Paz and Oquab 2017, arXiv 1610.06545). Row i of all three sets
     belongs to prompt i. Rows of the same prompt are excluded: there the subject would decide instead of the style.

@@ -151,7 +151,7 @@ class Studio:
         found = float((concept.argmax(1) == concepts).float().mean())
         numbers = {"style": right, "concept": found}
         if self.colours:
-            images = self.colours.pictures(drawn)
+            images = self.colours.images(drawn)
             painted, uneven = self.colours.logits(images), self.colours.excess(images, styles)
             loss = loss + self.settings.colour_weight * F.cross_entropy(painted, styles)
             loss = loss + self.settings.evenness_weight * uneven

@@ -27,12 +27,12 @@ class TextMatcher(nn.Module):
         self.look = nn.Linear(TEXT_WIDTH, 1024)
         self.text_side, self.picture_side = nn.Linear(TEXT_WIDTH, 96), nn.Linear(1024, 96)
 
-    def forward(self, ids: Tensor, pictures: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, ids: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:
         """Return the predicted latents, and scaled similarities (captions by images)."""
         # The mean over all positions: the U-Net first attends to all equally, and most of them are padding.
         summary = self.text_encoder(ids).last_hidden_state.mean(1)
         ours = F.normalize(self.text_side(summary), dim=-1)
-        theirs = F.normalize(self.picture_side(pictures), dim=-1)
+        theirs = F.normalize(self.picture_side(images), dim=-1)
         return self.look(summary), 12 * ours @ theirs.T
 
 

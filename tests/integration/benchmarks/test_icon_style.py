@@ -325,7 +325,7 @@ def test_a_picture_depends_on_its_prompt_and_seed_alone(tiny_base):
 
 def test_a_run_gives_every_row_and_goes_on_where_it_was_left(icons, tiny_base, yardsticks, tmp_path, monkeypatch):
     run = StyleRun(tiny_base, icons, yardsticks, "openmoji", 0, TINY, tmp_path)
-    rows = run.run(say=lambda text: None)
+    rows = run.run(log=lambda text: None)
     methods = [row["method"] for row in rows if row["table"] == "steps"]
     assert [row["method"] for row in rows if row["table"] == "time"] == methods
     assert len(methods) == 10
@@ -339,7 +339,7 @@ def test_a_run_gives_every_row_and_goes_on_where_it_was_left(icons, tiny_base, y
 
     monkeypatch.setattr("benchmarks.icon_style.runner.tune", refuse)
     again = StyleRun(tiny_base, icons, yardsticks, "openmoji", 0, TINY, tmp_path)
-    assert again.run(say=lambda text: None) == rows
+    assert again.run(log=lambda text: None) == rows
     write_report(
         tmp_path / "out",
         rows,

@@ -21,7 +21,7 @@ while not other.exists():
 
 def test_processes_run_at_the_same_time(tmp_path):
     first, second = str(tmp_path / "first"), str(tmp_path / "second")
-    # One after the other, the first would wait for ever.
+    # In sequence, the first would wait forever.
     run_parallel([[first, second], [second, first]], (*PYTHON, WAIT_FOR_EACH_OTHER))
 
 
@@ -35,7 +35,7 @@ def test_a_failure_is_named_and_ends_the_others(tmp_path):
 
 
 def commands_of(whole, monkeypatch):
-    """The commands that the whole benchmark runs beside each other, one pass after another."""
+    """Return the commands of the whole benchmark: a list of parallel commands for each stage."""
     passes = []
     monkeypatch.setattr("benchmarks.icon_style.__main__.run_parallel", passes.append)
     whole.run()
@@ -46,14 +46,14 @@ def test_the_parts_of_the_whole_share_its_settings(tmp_path, monkeypatch):
     whole = AllCommand(tmp_path, tmp_path / "work", style="fluent-emoji", seed=2)
     [judges], shards, [*again, subject], [report] = commands_of(whole, monkeypatch)
     assert judges.only == ("no method",)
-    assert again == shards  # the methods at the same time, which is known then
+    assert again == shards  # the methods at equal time, which is known then
     assert all(isinstance(part, StyleCommand) for part in [judges, *shards])
     assert [(part.shard, part.shards) for part in shards] == [(0, 2), (1, 2)]
     assert {(part.style, part.seed, part.quick, part.work) for part in [judges, *shards]} == {
         ("fluent-emoji", 2, False, tmp_path / "work")
     }
     assert (subject.rates_from, subject.seed) == ("fluent-emoji", 2)
-    assert "minutes, 2 processes" in report.remark
+    assert "minutes with 2 parallel processes" in report.remark
 
 
 def test_the_quick_form_has_no_rates_to_wait_for(tmp_path, monkeypatch):

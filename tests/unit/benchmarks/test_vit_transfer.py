@@ -45,9 +45,9 @@ def test_a_method_learns_and_leaves_the_base_as_it_was(vit, title):
     before, pixels = everything(vit), task.test.pixels[:4]
     plain = read_out(vit, pixels)
     untaught = learn(vit, METHODS[title], task, 1e-2, 0, Course(steps=0))
-    learnt = learn(vit, METHODS[title], task, 1e-2, 0, COURSE)
+    learned = learn(vit, METHODS[title], task, 1e-2, 0, COURSE)
     assert untaught.validation_loss == pytest.approx(math.log(task.classes), abs=1e-5)
-    assert learnt.validation_loss < untaught.validation_loss - 0.1
+    assert learned.validation_loss < untaught.validation_loss - 0.1
     assert torch.equal(read_out(vit, pixels), plain)
     assert_same(before, everything(vit))
 
@@ -75,8 +75,8 @@ def test_a_layer_mix_is_the_chain_of_the_paper():
 def test_one_pass_gives_the_logits_of_every_task(vit, task):
     served = {}
     for seed in range(3):
-        learnt = learn(vit, METHODS[BYPASS], task, 1e-2, seed, COURSE)
-        served[f"task-{seed}"] = Served(learnt.tuner, learnt.head)
+        learned = learn(vit, METHODS[BYPASS], task, 1e-2, seed, COURSE)
+        served[f"task-{seed}"] = Served(learned.tuner, learned.head)
     pixels = task.test.pixels[:8]
     row = compare(vit, served, pixels, repeats=1)
     assert row["equal"]

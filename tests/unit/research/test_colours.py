@@ -79,7 +79,7 @@ def test_judge_of_the_icons_is_written_for_the_stage_that_refines(icons, tmp_pat
     colours = Colours(tmp_path)
     with torch.no_grad():
         latents = colours.vae.encode(pictures * 2 - 1).latent_dist.mean * colours.vae.config.scaling_factor
-        decoded = colours.pictures(latents)
+        decoded = colours.images(latents)
         alone = colours.excess(decoded[:1], styles[:1])
         assert float(colours.excess(decoded.mean((2, 3), keepdim=True).expand_as(decoded), styles)) == 0
     assert float((decoded - pictures).abs().mean()) < 0.05

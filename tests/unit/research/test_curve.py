@@ -59,5 +59,5 @@ def test_missing_matplotlib_is_named(tmp_path, monkeypatch):
 
 def test_missing_log_is_named(tmp_path):
     pytest.importorskip("matplotlib")
-    with pytest.raises(SystemExit, match=r"vae.*vae-log\.jsonl"):
+    with pytest.raises(SystemExit, match=r"vae-log\.jsonl to plot; run the stage `vae` first"):
         draw_curve(settings(tmp_path, "vae"))
