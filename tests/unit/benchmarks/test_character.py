@@ -18,11 +18,11 @@ def pixels(svg):
 
 @pytest.fixture(scope="module")
 def poses():
-    """Every pose on white, training first, so that a background cannot pass for a different pose."""
+    """Return every pose on white, training poses first, so that images differ only by pose."""
     return [pixels(draw(pose, "white")) for _, pose in character._TRAINING + character._HELD_OUT]
 
 
-def test_five_pictures_to_learn_from_and_ten_to_be_judged_by():
+def test_there_are_five_training_images_and_ten_held_out_ones():
     assert len(training()) == 5
     assert len(held_out()) == 10
     assert not {picture.background for picture in training()} & {picture.background for picture in held_out()}
@@ -36,7 +36,7 @@ def test_prompts_name_the_creature_and_its_background():
         assert picture.prompt == f"zorp creature on a {picture.background} background"
 
 
-def test_drawings_are_well_formed_svg():
+def test_images_are_well_formed_svg():
     for picture in training() + held_out():
         root = ElementTree.fromstring(picture.svg)
         assert root.tag == "{http://www.w3.org/2000/svg}svg"
@@ -81,7 +81,7 @@ def test_mouths_differ():
     assert len(drawn) == 4
 
 
-def test_true_pictures_have_only_the_background_asked_for():
+def test_true_images_have_exactly_the_background_of_the_prompt():
     for picture in training() + held_out():
         image = render(picture.svg)
         assert [name for name in BACKGROUNDS if background_fidelity(image, name)] == [picture.background]

@@ -19,7 +19,7 @@ while not other.exists():
 """
 
 
-def test_processes_run_at_the_same_time(tmp_path):
+def test_processes_run_in_parallel(tmp_path):
     first, second = str(tmp_path / "first"), str(tmp_path / "second")
     # In sequence, the first would wait forever.
     run_parallel([[first, second], [second, first]], (*PYTHON, WAIT_FOR_EACH_OTHER))
@@ -56,13 +56,13 @@ def test_the_parts_of_the_whole_share_its_settings(tmp_path, monkeypatch):
     assert "minutes with 2 parallel processes" in report.remark
 
 
-def test_the_quick_form_has_no_rates_to_wait_for(tmp_path, monkeypatch):
+def test_the_quick_run_waits_for_no_learning_rates(tmp_path, monkeypatch):
     [judges, subject], shards, [report] = commands_of(AllCommand(tmp_path, tmp_path / "work", quick=True), monkeypatch)
     assert all(part.quick for part in [judges, subject, *shards, report])
     assert (judges.only, len(shards)) == (("no method",), 2)
 
 
-def test_a_run_that_goes_on_does_not_say_how_long_it_took(tmp_path, monkeypatch):
+def test_a_resumed_run_reports_no_duration(tmp_path, monkeypatch):
     row = tmp_path / "work" / "openmoji-seed0" / "rows" / "base-not-tuned-both.json"
     row.parent.mkdir(parents=True)
     row.write_text("{}")
@@ -70,6 +70,6 @@ def test_a_run_that_goes_on_does_not_say_how_long_it_took(tmp_path, monkeypatch)
     assert commands_of(whole, monkeypatch)[-1][0].remark == "By hand."
 
 
-def test_judges_that_were_there_are_not_in_the_minutes(tmp_path, monkeypatch):
+def test_a_run_with_existing_judges_reports_no_duration(tmp_path, monkeypatch):
     (tmp_path / "style-judge.json").write_text("{}")
     assert commands_of(AllCommand(tmp_path, tmp_path), monkeypatch)[-1][0].remark == ""

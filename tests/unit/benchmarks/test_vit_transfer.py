@@ -90,7 +90,7 @@ def test_one_pass_gives_the_logits_of_every_task(vit, task):
 
 
 @pytest.mark.parametrize("name", TASKS)
-def test_no_picture_is_in_two_parts_of_a_task(icons, name):
+def test_no_image_is_in_two_parts_of_a_task(icons, name):
     parts = {}
     for seed in (0, 1):
         task = TASKS[name](icons, 16, seed, **({} if name == "novel" else {"shots": 4}))

@@ -36,7 +36,7 @@ def test_every_help_has_an_example(restune: Restune, command: str) -> None:
     assert f"Example: restune {command}" in output
 
 
-def test_train_writes_the_tuner_and_says_where(restune: Restune, workplace: Path, tmp_path: Path) -> None:
+def test_train_writes_the_tuner_and_prints_its_path(restune: Restune, workplace: Path, tmp_path: Path) -> None:
     code, output, errors = restune(
         "train", "--base", workplace / "base", "--data", workplace / "images", "--output", tmp_path, "--steps=2",
         "--tuner=bypass", "--bypass.ratio=0.25", "--cpu", "--validation.prompts", "a disc", "a ring",
@@ -60,7 +60,7 @@ def generate(restune: Restune, workplace: Path, output: Path, *arguments: str | 
     return np.asarray(Image.open(output / "00-seed4.png")).astype(int)
 
 
-def test_generate_draws_what_the_pipeline_draws(restune: Restune, workplace: Path, tmp_path: Path) -> None:
+def test_generate_writes_the_pipelines_images(restune: Restune, workplace: Path, tmp_path: Path) -> None:
     tuner = workplace / "trained" / "disc.safetensors"
     full = generate(restune, workplace, tmp_path / "full", "--tuner", tuner)
     none = generate(restune, workplace, tmp_path / "none", "--tuner", f"{tuner}:0")
@@ -108,7 +108,7 @@ def test_generate_takes_control_images_and_makes_them(restune: Restune, workplac
         (("--control-from", "canny=gone.png"), "gone.png cannot be read as an image"),
     ],
 )
-def test_generate_says_what_is_wrong_with_control_images(
+def test_generate_reports_invalid_control_images(
     restune: Restune, workplace: Path, tmp_path: Path, arguments: tuple[str, ...], message: str
 ) -> None:
     code, _, errors = restune(
@@ -120,7 +120,7 @@ def test_generate_says_what_is_wrong_with_control_images(
     assert "Traceback" not in errors
 
 
-def test_generate_draws_every_prompt_and_seed(restune: Restune, workplace: Path, tmp_path: Path) -> None:
+def test_generate_writes_an_image_for_every_prompt_and_seed(restune: Restune, workplace: Path, tmp_path: Path) -> None:
     code, output, _ = restune(
         "generate", "--base", workplace / "base", "--prompt", "one", "two", "--images=2", "--steps=1", "--output",
         tmp_path, "--width=32", "--height=16", "--device=cpu",
@@ -132,7 +132,7 @@ def test_generate_draws_every_prompt_and_seed(restune: Restune, workplace: Path,
     assert len({file.read_bytes() for file in files}) == 4
 
 
-def test_inspect_tells_the_facts(restune: Restune, workplace: Path) -> None:
+def test_inspect_prints_the_header(restune: Restune, workplace: Path) -> None:
     tuner = workplace / "trained" / "disc.safetensors"
     code, text, _ = restune("inspect", tuner)
     assert code == 0
@@ -224,7 +224,7 @@ def test_weights_are_split_from_files() -> None:
     assert split_weight("C:\\a.safetensors:2") == ("C:\\a.safetensors", 2.0)
 
 
-def test_tuners_of_one_name_are_told_apart() -> None:
+def test_tuners_of_one_name_get_distinct_names() -> None:
     assert unique_names(["x/a.safetensors", "y/a.safetensors", "a-2.safetensors", "b"]) == ["a", "a-2", "a-2-2", "b"]
 
 

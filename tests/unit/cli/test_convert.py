@@ -60,7 +60,7 @@ def test_errors_are_one_sentence(restune, components, tmp_path):
     assert not (tmp_path / "out.safetensors").exists()
 
 
-def test_partial_says_what_it_leaves_out(restune, components, tmp_path, caplog):
+def test_partial_logs_the_skipped_layers(restune, components, tmp_path, caplog):
     name = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q"
     width = components["unet"].mid_block.attentions[0].transformer_blocks[0].attn1.to_q.in_features
     lora = {f"{name}.lora_down.weight": torch.ones(2, width), f"{name}.lora_up.weight": torch.ones(width, 2),

@@ -25,9 +25,7 @@ def images(tmp_path: Path) -> Path:
     return folder
 
 
-def test_inspect_tells_what_would_be_trained_on(
-    restune: Restune, workplace: Path, images: Path, tmp_path: Path
-) -> None:
+def test_inspect_lists_the_training_images(restune: Restune, workplace: Path, images: Path, tmp_path: Path) -> None:
     sheet = tmp_path / "sheet.png"
     code, output, errors = restune(
         "data", "inspect", images, "--base", workplace / "base", "--resolution=64", "--bucketing", "--flip",

@@ -16,7 +16,7 @@ Restune = Callable[..., tuple[int, str, str]]
 
 
 def cells(sheet: Path, columns: int, rows: int, cell: int) -> list[list[np.ndarray]]:
-    """Cut the pictures out of a sheet: they end one margin before its right and lower edges."""
+    """Return the images of a sheet, which end one margin before its right and lower edges."""
     pixels = np.asarray(Image.open(sheet)).astype(int)
     tops = [pixels.shape[0] - (cell + 8) * (rows - row) for row in range(rows)]
     lefts = [pixels.shape[1] - (cell + 8) * (columns - column) for column in range(columns)]
@@ -27,7 +27,7 @@ def enlarged(image: Image.Image, cell: int) -> np.ndarray:
     return np.asarray(image.resize((cell, cell), Image.Resampling.NEAREST)).astype(int)
 
 
-def test_a_sheet_shows_what_the_pipeline_draws(restune: Restune, workplace: Path, tmp_path: Path) -> None:
+def test_a_sheet_has_the_pipelines_images(restune: Restune, workplace: Path, tmp_path: Path) -> None:
     tuner, output = workplace / "trained" / "disc.safetensors", tmp_path / "sheet.png"
     code, printed, errors = restune(
         "grid", "--base", workplace / "base", "--tuner", tuner, f"{tuner}:0.25", "--weights", "0.5", "1", "--mix",

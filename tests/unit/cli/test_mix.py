@@ -52,6 +52,6 @@ def test_one_tuner_needs_no_name() -> None:
         ({"tuner": ("a",), "tuner_mask": ("gone.png",)}, "gone.png cannot be read"),
     ],
 )
-def test_what_is_wrong_is_said(options: dict[str, tuple[str, ...]], message: str) -> None:
+def test_invalid_options_are_reported(options: dict[str, tuple[str, ...]], message: str) -> None:
     with pytest.raises(RestuneError, match=message):
         MixOptions(**options).weights()

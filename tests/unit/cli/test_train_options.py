@@ -117,7 +117,7 @@ def test_a_tuners_recorded_settings_train_it_again(restune: Restune, workplace: 
     assert (tmp_path / "out" / "disc.safetensors").stat().st_size == tuner.stat().st_size
 
 
-def test_a_file_without_recorded_settings_is_told(restune: Restune, workplace: Path, tmp_path: Path) -> None:
+def test_a_file_without_recorded_settings_is_reported(restune: Restune, workplace: Path, tmp_path: Path) -> None:
     save_tuner(load_tuner(workplace / "trained" / "disc.safetensors"), tmp_path / "bare.safetensors", training={})
     code, _, errors = restune("inspect", tmp_path / "bare.safetensors", "--config")
     assert (code, errors.count("\n")) == (1, 1)

@@ -1,4 +1,4 @@
-"""Whatever is in a data folder: never a traceback, and every file is used or listed with a reason."""
+"""Arbitrary data folders give no traceback, and every file is used or listed with a reason."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ OPTIONS = st.fixed_dictionaries(
 
 
 def place(path: Path, what: bytes | str) -> None:
-    """Put something into the folder; where its name is impossible or taken there is nothing to test."""
+    """Create an entry in the folder; reject examples with an invalid or existing name."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if isinstance(what, bytes):
@@ -147,7 +147,7 @@ def check(folder: Path, config: DataConfig) -> None:
 
 @given(FILES, METADATA, OPTIONS)
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-def test_any_folder_is_read_or_told_what_is_wrong_with_it(
+def test_any_folder_is_read_or_its_faults_are_reported(
     files: dict[tuple[str, str], bytes | str], metadata: dict[str, list[str]], options: dict[str, object]
 ) -> None:
     with tempfile.TemporaryDirectory() as name:

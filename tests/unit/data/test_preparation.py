@@ -28,7 +28,7 @@ MakeConfig = Callable[..., TrainConfig]
 
 
 def gradient(width: int, height: int) -> Image.Image:
-    """A picture in which red tells the column and green the row."""
+    """Return an image with the column in red and the row in green."""
     pixels = np.zeros((height, width, 3), np.uint8)
     pixels[..., 0], pixels[..., 1] = np.arange(width)[None], np.arange(height)[:, None]
     return Image.fromarray(pixels)
@@ -54,9 +54,9 @@ def test_framing_cuts_and_mirrors() -> None:
     np.testing.assert_array_equal(mirrored, cut[:, ::-1])
 
 
-def test_the_corner_of_a_mirrored_cut_is_that_of_the_mirrored_picture() -> None:
+def test_the_corner_of_a_mirrored_crop_is_that_of_the_mirrored_image() -> None:
     told = Crop((40, 30), (5, 7), (16, 8), mirrored=True).size_conditioning((80, 60))
-    # columns 5 to 20 of 40 are columns 19 to 34 of the mirrored picture
+    # columns 5 to 20 of 40 are columns 19 to 34 of the mirrored image
     assert (told.original, told.corner, told.size) == ((60, 80), (7, 19), (8, 16))
     mirrored = Image.fromarray(np.asarray(gradient(40, 30))[:, ::-1].copy())
     again = Crop((40, 30), (19, 7), (16, 8)).apply(mirrored)
@@ -95,9 +95,9 @@ def test_lines_and_specks_are_refused_with_their_size(tmp_path: Path) -> None:
         assert f"{size[0]} x {size[1]} pixels" in refused[0].reason
 
 
-def test_a_mask_is_cut_exactly_as_its_picture(tmp_path: Path) -> None:
+def test_a_mask_is_cropped_exactly_as_its_image(tmp_path: Path) -> None:
     picture = gradient(60, 40)
-    # the mask says of each pixel what red says
+    # the mask equals the red channel at each pixel
     picture.putalpha(picture.getchannel("R").point(lambda value: value * 4))
     picture.save(tmp_path / "a.png")
     plain = gradient(60, 40)
@@ -121,7 +121,7 @@ def test_mask_files_are_found_by_name_and_follow_the_cut(tmp_path: Path) -> None
     (tmp_path / "images" / "sub").mkdir(parents=True)
     path = tmp_path / "images" / "sub" / "a.jpg"
     gradient(60, 40).save(path, quality=100)
-    # half the size of its picture, white on the left third
+    # half the size of its image, white on the left third
     mask = Image.new("L", (30, 20))
     mask.paste(255, (0, 0, 10, 20))
     mask.save(tmp_path / "masks" / "sub" / "a.png")
@@ -130,7 +130,7 @@ def test_mask_files_are_found_by_name_and_follow_the_cut(tmp_path: Path) -> None
     plain, mirrored = views(path, preparation)
     assert plain.mask is not None
     assert mirrored.mask is not None
-    # 10 columns of either side of the picture are cut; of the left third, columns 0 to 19, ten are left
+    # 10 columns on each side of the image are cropped; ten columns of the left third, 0 to 19, remain
     assert plain.mask[0, :, :9].min() == 1
     assert plain.mask[0, :, 11:].max() == 0
     assert torch.equal(plain.mask.flip(2), mirrored.mask)

@@ -19,7 +19,7 @@ def draw(count: int, width: int = 16, *, seed: int = 0, shift: float = 0.0) -> t
 
 
 def polynomial_mmd(x: np.ndarray, y: np.ndarray) -> float:
-    """The unbiased estimate, term by term."""
+    """Return the unbiased estimate, computed term by term."""
 
     def kernel(a: np.ndarray, b: np.ndarray) -> float:
         return float((a @ b / len(a) + 1) ** 3)
@@ -38,7 +38,7 @@ def test_kernel_distance_is_the_unbiased_polynomial_mmd() -> None:
     assert deviation == 0
 
 
-def test_kernel_distance_tells_a_shifted_set_from_two_halves_of_one() -> None:
+def test_kernel_distance_separates_a_shifted_set_from_two_halves_of_one() -> None:
     pool = draw(400)
     same, _ = kernel_distance(pool[::2], pool[1::2])
     shifted, _ = kernel_distance(pool[::2], pool[1::2] + 0.5)

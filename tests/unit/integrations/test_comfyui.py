@@ -29,7 +29,7 @@ def folder(tmp_path):
 
 @pytest.fixture
 def node(folder, monkeypatch):
-    """The node, loaded as ComfyUI loads a folder of `custom_nodes`."""
+    """The node, loaded in the way of ComfyUI's `custom_nodes` folders."""
     paths = types.ModuleType("folder_paths")
     paths.models_dir = str(folder.parent)
     paths.registered = []

@@ -12,7 +12,7 @@ from restune_diffusion.evaluation import Lpips
 
 
 @torch.no_grad()
-def test_normalised_autoencoder_draws_the_same_from_even_latents():
+def test_a_normalized_vae_decodes_the_same_images_from_even_latents():
     torch.manual_seed(0)
     vae = new_vae().eval()
     torch.nn.init.normal_(vae.quant_conv.bias, std=0.5)
@@ -44,7 +44,7 @@ def test_reconstruction_loss_sees_colours_and_outlines():
     assert reconstruction_loss(lines, flat) > reconstruction_loss(even, flat) + 0.09
 
 
-def test_perceptual_loss_weighs_lpips_of_enlarged_pictures():
+def test_perceptual_loss_weighs_lpips_of_enlarged_images():
     torch.manual_seed(0)
     wanted = torch.rand(2, 3, 64, 64) * 2 - 1
     found = (wanted + 0.2 * torch.randn_like(wanted)).requires_grad_()

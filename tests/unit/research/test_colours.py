@@ -1,4 +1,4 @@
-"""The judge of colours."""
+"""The color judge."""
 
 import argparse
 
@@ -55,7 +55,7 @@ def test_unevenness_has_the_gradient_of_its_values():
     assert torch.autograd.gradcheck(unevenness, pictures, eps=1e-8, atol=1e-3)
 
 
-def test_judge_tells_palettes_of_pictures_it_has_not_seen():
+def test_judge_classifies_palettes_of_held_out_images():
     generator = torch.Generator().manual_seed(0)
     styles = torch.arange(100) % len(PRETRAINING_SETS)
     inks = torch.rand(len(PRETRAINING_SETS), 4, 3, generator=generator)

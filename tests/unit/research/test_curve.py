@@ -42,7 +42,7 @@ def test_running_mean_follows_the_start_and_levels_the_end():
 
 
 @pytest.mark.parametrize("stage", ["unet", "text", "vae"])
-def test_curve_is_a_picture(tmp_path, stage):
+def test_curve_is_an_image(tmp_path, stage):
     pytest.importorskip("matplotlib")
     write(tmp_path / f"{stage}-log.jsonl", [entry(step) | {"l1": 0.2, "match": 3.0} for step in (5, 10, 15)])
     draw_curve(settings(tmp_path, stage))

@@ -9,24 +9,24 @@ PALETTE = [torch.tensor(colour) / 127.5 - 1 for colour in COLOURS.values()]
 
 
 def disc(radius=20):
-    """An orange disc on a transparent ground."""
+    """Return an orange disc on a transparent background."""
     side = torch.arange(64) - 31.5
     inside = side[:, None].square() + side[None].square() < radius**2
     return inside[:, :, None] * torch.tensor([240, 120, 30, 255], dtype=torch.uint8)
 
 
-def test_pictures_records_and_weights_go_together(icons):
+def test_images_records_and_weights_have_one_order(icons):
     loaded = load_icons(icons)
     assert loaded.pixels.shape == (20, 64, 64, 4)
     assert loaded.pixels.dtype == torch.uint8
     assert [record["set"] for record in loaded.records] == [name for name in PRETRAINING_SETS for _ in range(4)]
     assert loaded.records[6]["style"] == "twemoji style"
     assert loaded.weights.tolist() == [1, 2, 3, 4] * 5
-    # The second picture of the third set, by its colour: see `picture`.
+    # The second image of the third set, by its color: see `picture`.
     assert loaded.pixels[9, 33, 29].tolist() == [60, 120, 90, 255]
 
 
-def test_background_shows_where_the_picture_is_transparent():
+def test_background_shows_where_the_image_is_transparent():
     rgba = torch.zeros(2, 1, 3, 4, dtype=torch.uint8)
     rgba[:, 0, 0] = torch.tensor([255, 0, 51, 255])
     rgba[:, 0, 1] = torch.tensor([255, 0, 51, 51])
@@ -44,14 +44,14 @@ def test_shift_moves_down_and_right_and_fills_with_transparency():
     assert not moved[:, :, -2:].any()
 
 
-def test_smaller_picture_stands_in_the_middle():
+def test_a_reduced_image_is_in_the_center():
     opaque = torch.full((64, 64, 4), 255, dtype=torch.uint8)
     alpha = smaller(opaque, 52)[..., 3]
     assert (alpha[6:58, 6:58] == 255).all()
     assert int((alpha > 0).sum()) == 52**2
 
 
-def test_variants_are_as_drawn_moved_smaller_and_on_a_colour():
+def test_variants_are_original_shifted_smaller_and_on_a_color():
     rgba, seen = disc(), set()
     white = on_background(rgba[None], torch.ones(1, 3))[0]
     for seed in range(60):

@@ -16,7 +16,7 @@ class Small(nn.Module):
 
 
 def gradient(flat, turn):
-    """A gradient for a turn, zero in the padding."""
+    """Return the gradient of a step, zero in the padding."""
     generator = torch.Generator().manual_seed(turn)
     found = torch.zeros(flat.size)
     for view in flat.views(found).values():
@@ -25,7 +25,7 @@ def gradient(flat, turn):
 
 
 def trained(muon, turns, pause=None):
-    """Values, moments and the flat layout after some turns; at the pause the optimizers are made anew."""
+    """Return values, moments and the flat layout after some steps; the optimizers are rebuilt at the pause."""
     flat = Flat(Small())
     values, gradients = flat.gather(Small()), torch.zeros(flat.size)
     moments = torch.zeros(flat.size), torch.zeros(flat.size)

@@ -32,7 +32,7 @@ def test_flags_skin_tones_and_letters_are_left_out(name):
 @pytest.mark.parametrize(
     "name", ["red-heart", "light-bulb", "chequered-flag", "waving-hand", "dark-sunglasses-on-table"]
 )
-def test_pictures_stay(name):
+def test_used_icons_are_kept(name):
     assert kept(name, {"body": ""})
 
 

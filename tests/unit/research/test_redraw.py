@@ -11,7 +11,7 @@ WANTED = torch.linspace(-2, 2, 2 * 16 * 8 * 8).view(2, 16, 8, 8)
 
 
 class Painter(nn.Module):
-    """In place of a U-Net: named pictures are seen through any noise, unnamed ones are taken for half of them."""
+    """Stand-in for a U-Net that predicts the target latents with a prompt, and half of them without."""
 
     dtype = torch.float64
 
@@ -28,7 +28,7 @@ class Painter(nn.Module):
 
 
 class Texts:
-    """In place of a pipeline: a named prompt is 1, an empty one is a half."""
+    """Stand-in for a pipeline: the embedding of a prompt is 1, that of an empty one is 0.5."""
 
     def __init__(self):
         self.unet, self.scheduler = Painter(), new_scheduler()
@@ -38,7 +38,7 @@ class Texts:
 
 
 @pytest.mark.parametrize("steps", [1, 4])
-def test_redrawn_latents_are_what_the_unet_takes_them_for(steps):
+def test_redrawn_latents_follow_the_unets_prediction(steps):
     clean = torch.randn(2, 16, 8, 8, generator=torch.Generator().manual_seed(1))
     timesteps = [401, 301, 201, 101, 1][-steps - 1 :]
     for guidance in (1.0, 3.0):
@@ -52,13 +52,13 @@ def test_redrawn_latents_are_what_the_unet_takes_them_for(steps):
         noisy = angles[timesteps[0]].cos() * clean + angles[timesteps[0]].sin() * noisy
         guess = WANTED.double() * (0.5 + guidance * 0.5)
         for now, then in zip(timesteps, [*timesteps[1:], 0], strict=True):
-            # DDIM keeps the noise that it finds beside the guess, which is linear in the guidance.
+            # DDIM keeps the remaining noise of the prediction, which is linear in the guidance.
             noise = (noisy - angles[now].cos() * guess) / angles[now].sin()
             noisy = angles[then].cos() * guess + angles[then].sin() * noise
         torch.testing.assert_close(found.double(), noisy, rtol=1e-3, atol=2e-3)
 
 
-def test_fewer_steps_stay_nearer_to_the_picture():
+def test_fewer_steps_stay_nearer_to_the_image():
     clean = WANTED.flip(0)
     torch.manual_seed(0)
     pipeline = Texts()

@@ -74,7 +74,7 @@ def test_folder_may_be_new(tmp_path):
 
 
 class OwnThread(threading.Thread):
-    """A worker that starts at once, in place of a process, and ends when the barrier is broken."""
+    """Stand-in for a worker process that starts immediately and ends when the barrier breaks."""
 
     def __init__(self, target, args, daemon):
         super().__init__(target=target, args=args, daemon=daemon)
@@ -89,7 +89,7 @@ class OwnThread(threading.Thread):
 
 
 class Slopes:
-    """A job whose micro-batch (step, index) has the gradient 10 * step + index + 1 in all places."""
+    """Job whose micro-batch (step, index) has the gradient 10 * step + index + 1 everywhere."""
 
     dtype = torch.bfloat16
 
