@@ -38,7 +38,7 @@ def undisturbed(images, generator):
 
 @pytest.fixture(scope="module")
 def judges(icons):
-    """Classifiers of the made-up icons."""
+    """Classifiers of the synthetic icons."""
     styles = list(icons.styles)
     numbers = torch.arange(len(icons.known))
     sets = [icons.styles[name].pixels(icons.known) for name in styles]
@@ -173,7 +173,7 @@ def test_the_style_judge_tells_styles_of_concepts_that_it_never_saw(icons):
     asked = torch.cat([icons.styles[name].pixels(unseen) for name in names])
     right = judge(asked).argmax(1) == torch.arange(7).repeat_interleave(len(unseen))
     assert right.float().mean() > 0.9
-    # Labels that say nothing of the pictures teach nothing.
+    # Labels in random order cannot be learned.
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
     misled = fit_style_classifier(images[None], torch.arange(7).repeat_interleave(len(seen))[order], 7)
     right = misled(asked).argmax(1) == torch.arange(7).repeat_interleave(len(unseen))
@@ -202,7 +202,7 @@ def test_true_pictures_score_best(icons, scorer):
     assert true["similarity"] == pytest.approx(1)
     assert true["style_accuracy"] > other_style["style_accuracy"]
     assert true["kid"] < other_style["kid"]
-    # Another order of the same pictures: the same style, another content.
+    # Another order of the same images: the same style, other content.
     assert shuffled["kid"] == pytest.approx(true["kid"], abs=2)
     assert shuffled["style_accuracy"] == true["style_accuracy"]
     assert shuffled["similarity"] < true["similarity"]

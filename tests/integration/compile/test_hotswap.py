@@ -28,7 +28,7 @@ from ...unit.pipelines.test_loaders import generate, same
 
 @pytest.fixture
 def more(files, components, tmp_path):
-    """Beside `water` of the common files, a second tuner of its config."""
+    """Folder with a second tuner of the same config as `water` of the common files."""
     tuner = Tuner.for_base(components["unet"], SkipConfig(ratio=0.5))
     randomize(tuner, seed=11, std=0.05)
     save_tuner(tuner, tmp_path / "wave.safetensors", metadata={"author": "somebody"})

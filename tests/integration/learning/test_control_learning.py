@@ -1,4 +1,4 @@
-"""A control tuner really learns to read its condition: on pictures that were held out, the right one helps."""
+"""A control tuner learns to use its condition: on held-out images, the right condition lowers the loss."""
 
 import shutil
 

@@ -17,7 +17,7 @@ def output(tmp_path_factory):
 
 
 def cells(grid, row):
-    """The three pictures of a row, cut from the grid and brought back to 64 px."""
+    """Return the three images of a row, cropped from the grid and resized to 64 px."""
     left, top, pitch = grid.width - 3 * 136, grid.height - len(SUBJECTS) * 136, 136
     boxes = [(left + pitch * column, top + pitch * row) for column in range(3)]
     return [np.asarray(grid.crop((x, y, x + 128, y + 128)))[::2, ::2] for x, y in boxes]

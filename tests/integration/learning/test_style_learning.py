@@ -1,4 +1,4 @@
-"""Training really teaches a style: measured on the bundled base by the loss on pictures that were held out."""
+"""Training learns a style: the loss on held-out images decreases on the bundled base."""
 
 from pathlib import Path
 
@@ -26,7 +26,7 @@ def base():
 
 @torch.no_grad()
 def loss_on(pipeline, cache):
-    """Mean loss over all images at eight noise levels each, with noise that training never draws."""
+    """Return the mean loss over all images at eight noise levels each, with noise not used in training."""
     objective = Objective(pipeline.scheduler)
     total, levels = 0.0, 8
     for level in range(levels):

@@ -18,7 +18,7 @@ def full_unet():
     unet = unet.to_empty(device="cpu").eval().requires_grad_(False)
     generator = torch.Generator().manual_seed(0)
     for parameter in unet.parameters():
-        # drawn once per tensor's size, small enough that activations neither die nor explode
+        # sampled once per tensor size, with a scale that keeps activations from vanishing or exploding
         parameter.data.uniform_(-0.02, 0.02, generator=generator)
     yield unet
     gc.collect()

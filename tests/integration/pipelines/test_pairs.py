@@ -1,4 +1,4 @@
-"""A tuner and one other extension: each does its part, and taking one away leaves the other exactly as it is alone."""
+"""A tuner with one other extension: both have an effect, and removing one leaves the other exactly unchanged."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from ...tiny_pipelines import (
     sdxl_components,
 )
 
-# The task that a pipeline class is named after, and what is set up on an instance.
+# The task in a pipeline class's name, and the setup of an instance.
 PEERS = {
     "ControlNet": ("ControlNet", nothing),
     "IP-Adapter": ("", ip_adapter),

@@ -1,4 +1,4 @@
-"""What diffusers' pipelines can do, they can do with tuners; with the tuners off, to the last bit as without us."""
+"""Features of diffusers' pipelines with tuners; with tuners disabled, outputs are bit-identical to diffusers'."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def made() -> Iterator[dict[bool, Arguments]]:
 
 @pytest.fixture
 def components(made: dict[bool, Arguments]) -> Iterator[dict[bool, Arguments]]:
-    """The shared components; what a test has left on their U-Nets is taken off, so that one failure stays one."""
+    """Shared components; tuners left on their U-Nets by a failed test are detached."""
     yield made
     for parts in made.values():
         detach_all(parts["unet"])
@@ -78,7 +78,7 @@ def load_several(pipe: Any) -> None:
         pipe.load_tuner_weights(tuner, name)
 
 
-# Each row sets something up on a pipeline and says which arguments the call gets.
+# Each row enables a feature on a pipeline and gives the arguments of the call.
 
 
 def passing(**arguments: Any) -> Row:
@@ -273,7 +273,7 @@ OFFLOADS: dict[str, Callable[[Any], Any]] = {
 
 @pytest.fixture(scope="module")
 def drawn(made: dict[bool, Arguments]) -> Callable[[Kind], tuple[Any, Any]]:
-    """The pictures of a pipeline class without and with tuners, each drawn once."""
+    """Images of a pipeline class without and with tuners, each generated once."""
 
     @cache
     def both(kind: Kind) -> tuple[Any, Any]:

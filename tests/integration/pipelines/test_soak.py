@@ -78,7 +78,7 @@ class Life:
             return self.unet(self.latents, torch.tensor(500), self.text).sample
 
     def step(self):
-        """Do one thing, drawn at random."""
+        """Run one random action."""
         choices = {
             self.load: 20,
             self.swap: 12,
@@ -175,7 +175,7 @@ class Life:
             self.pipe.delete_tuners(names)
 
     def mistake(self):
-        """Ask for what cannot be; nothing may change."""
+        """Run an invalid action; the state must not change."""
         kind = self.random.choice(list(CONFIGS))
         with pytest.raises(TunerNameError):
             self.pipe.set_tuners("nobody")
@@ -248,6 +248,6 @@ def test_a_thousand_random_operations_leave_nothing(components, tmp_path):
     assert life.done.total() == OPERATIONS
     assert min(life.done.values()) > 3
     assert life.empty > 20
-    # What the first quarter leaves in caches of Python and torch is all that ever stays.
+    # Caches of Python and torch are filled in the first quarter and must not grow after it.
     assert max(counts[1:]) <= counts[0]
     assert sizes[-1] - sizes[0] < 8 * 2**20

@@ -1,4 +1,4 @@
-"""What signals do to a training in a process of its own."""
+"""Effect of signals on a training run in a separate process."""
 
 from __future__ import annotations
 

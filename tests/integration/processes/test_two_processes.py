@@ -1,4 +1,4 @@
-"""Two processes at batch N do what one does at batch 2N, for every kind of tuner; all tests share one start."""
+"""Two processes at batch size N match one process at 2N, for every tuner family; all tests share one launch."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ KINDS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Group:
-    """What two processes left behind."""
+    """Output of the two processes."""
 
     folder: Path
     base: str

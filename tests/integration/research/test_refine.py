@@ -1,4 +1,4 @@
-"""Drawings that a judge looks at, and what the denoiser learns from their verdict."""
+"""Samples, the reward of the judges, and the gradients of the denoiser."""
 
 import argparse
 
@@ -18,7 +18,7 @@ from tests.conftest import TINY_BASE
 
 @pytest.fixture(scope="module")
 def settings(icons, tmp_path_factory):
-    """The settings of the stage on made-up icons, with made-up latents and a judge that has learned them."""
+    """Settings of the stage on synthetic icons, with synthetic latents and a judge trained on them."""
     work = tmp_path_factory.mktemp("refine")
     labels = label(load_icons(icons).records)
     generator = torch.Generator().manual_seed(0)
@@ -104,7 +104,7 @@ def test_judge_tells_styles_and_concepts_of_pictures(settings):
 
 
 def verdicts_around_a_step(settings, length):
-    """The verdict on the same drawings before and after a step against its gradient, and what that has parts in."""
+    """Return the reward of the same samples before and after a gradient step, and the modules with a gradient."""
     module = denoiser(settings)
     studio = Studio(settings, module)
 

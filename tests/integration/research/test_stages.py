@@ -1,4 +1,4 @@
-"""The stages on made-up icons, as their command line runs them."""
+"""Pretraining stages on synthetic icons, run through their command line."""
 
 import argparse
 import json

@@ -36,7 +36,7 @@ SEEDS: dict[str, tuple[tuple[Any, ...], torch.dtype]] = {
 }
 
 Outcome = Literal["same", "refused", "either"]
-"""What must become of a file: loads with its seed's values, is refused, or either, if what loads is right."""
+"""Expected result of a file: it loads with its seed's values, is refused, or either (with correct values)."""
 
 
 @dataclass(frozen=True)

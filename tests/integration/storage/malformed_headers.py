@@ -1,4 +1,4 @@
-"""Changes to what a header says: metadata, tensor entries, JSON, patterns and names."""
+"""Mutations of a header's content: metadata, tensor entries, JSON, patterns and names."""
 
 from __future__ import annotations
 
@@ -176,7 +176,7 @@ def leave_no_values(rng: random.Random, seed: Seed) -> bytes:
     return assemble(header, b"")
 
 
-# What the header says about the tuner
+# The header's description of the tuner
 
 
 @mutation(3)

@@ -104,7 +104,7 @@ def test_a_file_that_is_replaced_while_it_is_read(unet, tmp_path):
         process.stdout.readline()
         try:
             for _ in range(250):
-                # So fast a writer may get in the way each time, which is told.
+                # A writer this fast may interfere with every attempt, which gives an error.
                 refusal, tuner = None, None
                 try:
                     tuner = load_tuner(tmp_path / "tuner.safetensors")

@@ -42,14 +42,14 @@ def inspect(path, json_output=False):
 
 
 def rewritten(path, data):
-    """Write a file anew: a tuner that is still mapped from the old one keeps it."""
+    """Replace a file; a tuner that is still mapped from the old file keeps it."""
     path.unlink(missing_ok=True)
     path.write_bytes(data)
     return path
 
 
 def expect_of(data):
-    """Read a tuner file as simply as can be: what its bytes say, where they say anything."""
+    """Return the metadata and tensors of a tuner file, parsed by a minimal reader."""
     size = int.from_bytes(data[:8], "little")
     header, body = json.loads(data[8 : 8 + size]), data[8 + size :]
     metadata = header.pop("__metadata__")
@@ -95,7 +95,7 @@ def check(mutant: Mutant, path: Path):
         check_loaded(mutant, tuner)
     code, out, err = inspect(path, json_output=mutant.number % 2 == 0)
     if code:
-        # What the header alone shows to be wrong is also refused when loading.
+        # A file with an invalid header is also refused by loading.
         assert tuner is None
         assert not out
         assert err.startswith(f"restune: {path} ")
@@ -109,7 +109,7 @@ def check(mutant: Mutant, path: Path):
 
 
 class Memory:
-    """Peak of the resident memory since the last reset, where the kernel tells."""
+    """Return the peak resident memory since the last reset, if the kernel reports it."""
 
     def __init__(self) -> None:
         self.known = os.access("/proc/self/clear_refs", os.W_OK)
@@ -151,13 +151,13 @@ def test_ten_thousand_malformed_files(seeds, tmp_path):
             and mutant.number % 10 == 0
             and not hasattr(tuner, "control")
         ):
-            # What loads also runs; a control part asks for a condition first.
+            # A loaded tuner also runs; a control part needs a condition first.
             with attach(unet, tuner, text=text), torch.no_grad():
                 unet(*inputs)
             ran += 1
     assert memory.growth() < 64 * MIB
     assert sum(each.total() for each in outcomes.values()) == 10_000
-    # The stream reaches what it is meant to reach: each mutation many times, refusing and loading.
+    # The mutations cover their targets: each one occurs many times, with refused and loaded files.
     assert min(each.total() for each in outcomes.values()) >= 50
     assert [name for name in MIXED if not outcomes[name]["refused"] or not outcomes[name]["loaded"]] == []
     assert ran >= 50
@@ -234,7 +234,7 @@ def test_inspect_in_a_process_of_its_own(seeds, tmp_path):
     raw = json.dumps(header).encode()
     path = rewritten(tmp_path / "odd.safetensors", len(raw).to_bytes(8, "little") + raw + body)
     command = [sys.executable, "-c", "from restune_diffusion.cli import main; main()", "inspect"]
-    # A terminal that knows ASCII alone
+    # An ASCII-only terminal
     result = subprocess.run([*command, path], capture_output=True, env={**os.environ, "PYTHONIOENCODING": "ascii"})
     assert result.returncode == 0
     assert rb"title       a\x1b[2J\x1b]0;owned\x07\x9b31m\x7f\x00\r\n\u202e\u2028\xe9\U0001f98a" in result.stdout
