@@ -232,7 +232,7 @@ def table(rows: list[Row]) -> list[str]:
             f"Denoising loss on 48 held-out images of {STYLE} after {quality[0]['steps']} steps at batch size 8 on 24 "
             f"images, learning rate {LEARNING_RATE:g}, seeds {seeds}; lower is better.",
             "",
-            "| samples per image | loss | relative to no cache | processor time of a step, ms |",
+            "| noise samples per image | loss | over no cache | processor time of a step, ms |",
             "|---|---|---|---|",
         ]
         plain = {row["seed"]: row["loss"] for row in quality if row["bank"] == "none"}
@@ -250,7 +250,8 @@ def table(rows: list[Row]) -> list[str]:
     times = [row for row in rows if row["part"] == "time"]
     if times:
         lines += [
-            "| base | batch | latent | step with the base, s | step from features, s | ratio | fp16 per sample |",
+            "| base | batch | latent | step with the base, s | step from features, s | ratio "
+            "| disk per noise sample, fp16 |",
             "|---|---|---|---|---|---|---|",
         ]
         for row in times:

@@ -19,7 +19,7 @@ Model = TypeVar("Model", bound=BaseModel)
 
 
 def with_flat_flags(model: type[Model]) -> type[Model]:
-    """Return a model for tyro whose groups have flags by flat name, `--learning-rate`, and not by their place."""
+    """Return a model for tyro whose grouped settings have flat flags, such as `--learning-rate`."""
     groups: dict[str, Any] = {}
     for name, field in model.model_fields.items():
         group = group_of(field)
@@ -30,7 +30,7 @@ def with_flat_flags(model: type[Model]) -> type[Model]:
 
 
 def unchecked(model: type[Model], values: dict[str, Any]) -> Model:
-    """Return an instance of such a model that tyro takes as default, with settings that may not fit together yet."""
+    """Return an unvalidated instance of such a model, as default for tyro."""
     values = dict(values)
     for name, field in model.model_fields.items():
         group = group_of(field)
@@ -40,7 +40,7 @@ def unchecked(model: type[Model], values: dict[str, Any]) -> Model:
 
 
 def current_flags(args: Sequence[str]) -> list[str]:
-    """Return arguments with the present names of flags; each old name is told on stderr."""
+    """Return arguments with old flag names replaced by the current ones; print each old name to stderr."""
     new_names = {_flag(old): _flag(new) for old, new in RENAMED.items()}
     result = []
     for argument in args:
@@ -54,7 +54,7 @@ def current_flags(args: Sequence[str]) -> list[str]:
 
 @contextmanager
 def old_names_on_stderr() -> Iterator[None]:
-    """Tell old names of settings on stderr meanwhile, where Python would hide the warnings."""
+    """Context manager that prints warnings about old setting names to stderr, where Python would hide them."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", RenamedSettingWarning)
         yield
