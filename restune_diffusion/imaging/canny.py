@@ -1,6 +1,6 @@
-"""Canny's edge detector (Canny 1986) on NumPy arrays, with OpenCV's choices.
+"""Canny edge detector (Canny 1986) on NumPy arrays, with OpenCV's conventions.
 
-The libraries that have it, OpenCV and scikit-image, weigh more than all that this package installs beside torch.
+OpenCV and scikit-image are larger than all dependencies of this package except torch, so it is implemented here.
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ Mask = npt.NDArray[np.bool_]
 
 _TAN_22_5 = math.sqrt(2) - 1
 _TAN_67_5 = math.sqrt(2) + 1
-_NEIGHBOURS = np.array([(y, x) for y in (-1, 0, 1) for x in (-1, 0, 1) if (y, x) != (0, 0)])
+_NEIGHBORS = np.array([(y, x) for y in (-1, 0, 1) for x in (-1, 0, 1) if (y, x) != (0, 0)])
 
 
 def canny_edges(pixels: npt.NDArray[np.uint8], low: float, high: float) -> Mask:
-    """Find edges one pixel wide.
+    """Detect edges one pixel wide.
 
     Args:
-        pixels: `(height, width, channels)`.
-        low: edges go on while the gradient, `|dx| + |dy|` of a 3x3 Sobel filter, is above this.
-        high: edges start where the gradient is above this.
+        pixels: uint8 array `(height, width, channels)`.
+        low: lower hysteresis threshold on the gradient `|dx| + |dy|` of a 3x3 Sobel filter: edges continue above it.
+        high: upper hysteresis threshold: edges start above it.
 
     Returns:
-        `(height, width)`, true on edges.
+        Boolean array `(height, width)`, true on edges.
     """
     across, down = _gradient(pixels.astype(np.int32))
     strength = np.abs(across) + np.abs(down)
@@ -36,7 +36,7 @@ def canny_edges(pixels: npt.NDArray[np.uint8], low: float, high: float) -> Mask:
 
 
 def _gradient(pixels: Array) -> tuple[Array, Array]:
-    """Sobel's derivatives to the right and downwards, at each pixel those of the channel that changes most."""
+    """Return the Sobel derivatives along x and y, at each pixel those of the channel with the largest gradient."""
     p = np.pad(pixels, ((1, 1), (1, 1), (0, 0)), mode="edge")
     rows = p[:-2] + 2 * p[1:-1] + p[2:]
     columns = p[:, :-2] + 2 * p[:, 1:-1] + p[:, 2:]
@@ -46,7 +46,7 @@ def _gradient(pixels: Array) -> tuple[Array, Array]:
 
 
 def _is_ridge(across: Array, down: Array, strength: Array) -> Mask:
-    """Tell where the gradient is larger than at both neighbours in its direction, rounded to 45 degrees."""
+    """Return where the gradient is larger than at both neighbors in its direction, rounded to 45 degrees."""
     padded = np.pad(strength, 1)
     height, width = strength.shape
 
@@ -66,11 +66,11 @@ def _is_ridge(across: Array, down: Array, strength: Array) -> Mask:
 
 
 def _connected(candidates: Mask, seeds: Mask) -> Mask:
-    """Return the candidates that a chain of neighbouring candidates links to a seed."""
+    """Return the candidates that are connected to a seed through neighboring candidates."""
     left, found = np.pad(candidates & ~seeds, 1), np.pad(seeds, 1)
     frontier = np.argwhere(found)
     while len(frontier):
-        around = np.unique((frontier[:, None] + _NEIGHBOURS).reshape(-1, 2), axis=0)
+        around = np.unique((frontier[:, None] + _NEIGHBORS).reshape(-1, 2), axis=0)
         frontier = around[left[around[:, 0], around[:, 1]]]
         left[frontier[:, 0], frontier[:, 1]] = False
         found[frontier[:, 0], frontier[:, 1]] = True

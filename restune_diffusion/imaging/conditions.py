@@ -1,6 +1,6 @@
-"""Make condition images for control tuners out of pictures, without any model.
+"""Condition images for control tuners, computed from images without any model.
 
-Each maker takes a PIL image of any mode and returns one of the same size: `canny`, `palette`, `blur`, `mask`.
+Each maker (`canny`, `palette`, `blur`, `mask`) takes a PIL image of any mode and returns one of the same size.
 """
 
 from __future__ import annotations
@@ -23,21 +23,21 @@ _MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 
 
 def canny(image: Image.Image, low: float = 100, high: float = 200) -> Image.Image:
-    """Draw the edges, white on black, as OpenCV's `Canny` does.
+    """Return the edges, white on black, as OpenCV's `Canny` computes them.
 
     Args:
-        image: the picture; transparent pixels count as white.
-        low: gradients above this belong to an edge if they touch one.
-        high: gradients above this are an edge.
+        image: source image; transparent pixels count as white.
+        low: lower hysteresis threshold: gradients above it belong to an edge if they touch one.
+        high: upper hysteresis threshold: gradients above it are an edge.
     """
     return Image.fromarray(canny_edges(np.asarray(to_rgb(image)), low, high).astype(np.uint8) * 255)
 
 
 def palette(image: Image.Image, cells: int = 8) -> Image.Image:
-    """Paint every cell of a coarse grid with its mean colour.
+    """Fill every cell of a coarse grid with its mean color.
 
     Args:
-        image: the picture; transparent pixels count as white.
+        image: source image; transparent pixels count as white.
         cells: number of cells along the shorter side.
     """
     rgb = to_rgb(image)
@@ -47,23 +47,23 @@ def palette(image: Image.Image, cells: int = 8) -> Image.Image:
 
 
 def blur(image: Image.Image, radius: float = 1 / 16) -> Image.Image:
-    """Blur the picture.
+    """Blur an image with a Gaussian filter.
 
     Args:
-        image: the picture; transparent pixels count as white.
-        radius: standard deviation of the Gaussian over the shorter side.
+        image: source image; transparent pixels count as white.
+        radius: standard deviation of the Gaussian, as a fraction of the shorter side.
     """
     rgb = to_rgb(image)
     return rgb.filter(ImageFilter.GaussianBlur(radius * min(rgb.size)))
 
 
 def mask(image: Image.Image, threshold: float = 0.1) -> Image.Image:
-    """Paint what stands before the background white, and the background black.
+    """Return a foreground mask: the foreground white, the background black.
 
     Args:
-        image: the picture. Where it has an alpha channel, that decides, at one half; otherwise the difference to the
-            background's colour, which is the median of the outermost pixels.
-        threshold: smallest difference in any colour channel, from 0 to 1.
+        image: source image. An alpha channel, if there is one, decides at one half; otherwise the difference from
+            the background color, which is the median of the outermost pixels.
+        threshold: smallest difference of a foreground pixel in any color channel, from 0 to 1.
     """
     if has_transparency(image):
         alpha = np.asarray(image.convert("RGBA"))[..., 3]
@@ -75,14 +75,14 @@ def mask(image: Image.Image, threshold: float = 0.1) -> Image.Image:
 
 
 MAKERS: Mapping[str, Maker] = MappingProxyType({"canny": canny, "palette": palette, "blur": blur, "mask": mask})
-"""The makers by name."""
+"""Condition makers by name."""
 
 
 def make_condition(name: str, image: Image.Image) -> Image.Image:
-    """Make a condition image by the name of its maker.
+    """Compute a condition image with the maker of a name.
 
     Raises:
-        ConditionError: if there is no such maker.
+        ConditionError: if there is no maker of that name.
     """
     if name not in MAKERS:
         raise ConditionError(f"There is no condition maker named {name!r}; choose one of {', '.join(MAKERS)}.")
@@ -90,13 +90,13 @@ def make_condition(name: str, image: Image.Image) -> Image.Image:
 
 
 def condition_to_tensor(image: Image.Image, channels: int = 3) -> torch.Tensor:
-    """Turn a condition image into a uint8 tensor `(channels, height, width)`.
+    """Convert a condition image to a uint8 tensor `(channels, height, width)`.
 
     Raises:
-        ConditionError: if no kind of image has so many channels.
+        ConditionError: if `channels` is not 1, 3 or 4.
     """
     if channels not in _MODES:
-        raise ConditionError(f"An image has 1, 3 or 4 channels, but the condition asks for {channels}; give tensors.")
+        raise ConditionError(f"An image has 1, 3 or 4 channels, but the condition needs {channels}; pass tensors.")
     converted = image.convert("RGBA") if channels == 4 else to_rgb(image).convert(_MODES[channels])
     pixels = np.array(converted).reshape(converted.height, converted.width, channels)
     return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()

@@ -1,4 +1,4 @@
-"""Lay images out in a labelled grid."""
+"""Contact sheets: images in a grid with labels or captions."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _INK, _FAINT, _PAPER = (30, 30, 30), (110, 110, 110), (255, 255, 255)
 _FONT, _LINE = 14, 18
 _LABEL = 150
 _HEADLINES = 3
-# What image viewers and browsers show without trouble.
+# Largest side of a sheet in pixels that image viewers and browsers display without problems.
 _PAGE = 4096
 
 
@@ -27,8 +27,8 @@ def labelled_grid(
 
     Args:
         rows: the images, the same number in each row.
-        row_labels: one label a row, wrapped over as many lines as the row has room for, and then cut.
-        column_labels: one label a column, or none; wrapped likewise.
+        row_labels: one label per row, wrapped to the lines that fit the row's height, then truncated.
+        column_labels: one label per column, or none; wrapped in the same way.
         cell: side of the square that each image is fitted into, in pixels.
     """
     font = ImageFont.load_default(size=_FONT)
@@ -59,10 +59,10 @@ def labelled_grid(
 def captioned_grid(
     images: Sequence[Image.Image], captions: Sequence[tuple[str, str]], *, columns: int, cell: int = 192
 ) -> Image.Image:
-    """Draw images row by row, each with a heading and a caption below, cut where there is no room.
+    """Draw images row by row, each with a heading and a caption below; text that does not fit is truncated.
 
     Args:
-        images: the images, of any shapes, one at least.
+        images: the images, at least one, of any shapes.
         captions: heading and caption of each.
         columns: number of images in a row.
         cell: side of the square that each image is fitted into, and width of the text, in pixels.
@@ -70,7 +70,7 @@ def captioned_grid(
     font = ImageFont.load_default(size=_FONT)
     fitted = [_fitted(image, cell) for image in images]
     rows = [range(start, min(start + columns, len(fitted))) for start in range(0, len(fitted), columns)]
-    # A row of wide images is low.
+    # The height of each row is that of its tallest image.
     heights = [max(fitted[number].height for number in row) for row in rows]
     text = _LINE * (1 + _HEADLINES) + _MARGIN
     width = _MARGIN + (cell + _MARGIN) * min(columns, len(fitted))
@@ -84,15 +84,15 @@ def captioned_grid(
             image, (heading, caption) = fitted[number], captions[number]
             sheet.paste(image, (left + (cell - image.width) // 2, bottom - image.height))
             lines = [(heading, _FAINT), *((line, _INK) for line in _wrapped(caption, font, cell, _HEADLINES))]
-            for offset, (line, colour) in enumerate(lines):
+            for offset, (line, color) in enumerate(lines):
                 place = (left + cell / 2, bottom + _MARGIN // 2 + _LINE * offset)
-                draw.text(place, line, fill=colour, font=font, anchor="ma")
+                draw.text(place, line, fill=color, font=font, anchor="ma")
         bottom += text + _MARGIN
     return sheet
 
 
 def fitting_cell(rows: int, columns: int, side: int) -> int:
-    """Choose the cell for a grid: the images' own size or a multiple of it, or less on a large page.
+    """Return a cell size for a grid: the images' own size or a multiple of it, smaller if the page would be too large.
 
     Args:
         rows: number of rows.
@@ -105,33 +105,33 @@ def fitting_cell(rows: int, columns: int, side: int) -> int:
 
 
 def _wrapped(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int, limit: int) -> list[str]:
-    """Break a text into lines of a width in pixels, inside a word only where it must, and end with dots if cut."""
+    """Wrap text to lines of a width in pixels; only words that are too long are broken, an ellipsis marks the end."""
     lines: list[str] = []
-    # Pillow's own font has no accented letters.
+    # Pillow's default font has no accented letters.
     plain = "".join(sign for sign in unicodedata.normalize("NFKD", text) if not unicodedata.combining(sign))
     for word in plain.split():
         if lines and font.getlength(f"{lines[-1]} {word}") <= width:
             lines[-1] += f" {word}"
             continue
         while font.getlength(word) > width:
-            part = _cut(word, font, width)
+            part = _truncated(word, font, width)
             lines.append(part)
             word = word[len(part) :]
         lines.append(word)
     if len(lines) > limit:
-        lines[limit - 1 :] = [_cut(" ".join(lines[limit - 1 : limit + 1]), font, width, "…") + "…"]
+        lines[limit - 1 :] = [_truncated(" ".join(lines[limit - 1 : limit + 1]), font, width, "…") + "…"]
     return lines
 
 
-def _cut(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int, end: str = "") -> str:
-    """Return the longest beginning of a text that fits, at least one character."""
+def _truncated(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int, end: str = "") -> str:
+    """Return the longest prefix of a text that fits, at least one character."""
     while len(text) > 1 and font.getlength(text + end) > width:
         text = text[:-1]
     return text
 
 
 def _fitted(image: Image.Image, cell: int) -> Image.Image:
-    # Small images are enlarged by whole pixels, so that the grid shows what the model drew.
+    # Small images are scaled by a whole factor without interpolation, so that the grid shows the exact pixels.
     if max(image.size) * 2 <= cell:
         factor = cell // max(image.size)
         return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)

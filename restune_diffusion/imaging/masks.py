@@ -1,4 +1,4 @@
-"""Masks that say where in the picture a tuner acts, from images."""
+"""Spatial masks of a tuner's weight, read from images."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..utils.errors import RestuneError
 
 
 def mask_from_image(image: Image.Image) -> torch.Tensor:
-    """Return the mask that an image shows: white is where a tuner acts, black where it does not, grey in between.
+    """Convert an image to a mask: the tuner acts on white, does not act on black, and partially on gray.
 
     Args:
         image: an image of any mode and size; transparent pixels count as black.
@@ -22,7 +22,7 @@ def mask_from_image(image: Image.Image) -> torch.Tensor:
         `(height, width)`, float32, from 0 to 1, for `TunerWeight(mask=...)`.
     """
     if image.mode.startswith("I;16"):
-        # Pillow would cut 16 bits off at 255.
+        # Pillow would clip 16-bit values at 255.
         return torch.from_numpy(np.asarray(image).astype(np.float32) / 65535)
     if image.has_transparency_data:
         image = image.convert("RGBA")
@@ -31,10 +31,10 @@ def mask_from_image(image: Image.Image) -> torch.Tensor:
 
 
 def load_mask(path: str | os.PathLike[str]) -> torch.Tensor:
-    """Read the mask in an image file; see `mask_from_image`.
+    """Read a mask from an image file; see `mask_from_image`.
 
     Raises:
-        RestuneError: if it is no image that can be read.
+        RestuneError: if the file cannot be read as an image.
     """
     try:
         with Image.open(Path(path).expanduser()) as image:

@@ -1,4 +1,4 @@
-"""Bring pictures of any mode to RGB."""
+"""Convert images of any mode to RGB or RGBA."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from PIL import Image
 
 
 def has_transparency(image: Image.Image) -> bool:
-    """Say whether an image carries an alpha channel or a transparent colour."""
+    """Return whether an image has an alpha channel or a transparent color."""
     return image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info
 
 
@@ -24,7 +24,7 @@ def to_rgba(image: Image.Image) -> Image.Image:
 def to_rgb(image: Image.Image, background: tuple[int, int, int] = (255, 255, 255)) -> Image.Image:
     """Convert any mode to RGB; transparent pixels become the background, 16-bit gray keeps its brightness."""
     if image.mode.startswith("I"):
-        # Pillow's own conversion clips 16-bit values at 255, which turns the image white.
+        # Pillow's conversion clips 16-bit values at 255, which turns the image white.
         gray = np.asarray(image).astype(np.float32) / 257
         return Image.fromarray(gray.clip(0, 255).round().astype(np.uint8)).convert("RGB")
     if has_transparency(image):

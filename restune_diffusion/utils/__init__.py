@@ -1,1 +1,1 @@
-"""Helpers that know nothing of tuners: errors, atomic writes, seeds, settings."""
+"""General helpers, independent of tuners: errors, atomic writes, seeds, settings."""

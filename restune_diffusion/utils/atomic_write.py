@@ -1,4 +1,4 @@
-"""Write files so that a crash leaves the old file or the new one, never a part."""
+"""Atomic file writes: a crash leaves the old file or the new one, never a partial file."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from .errors import TunerFileError
 
 @contextlib.contextmanager
 def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
-    """Open a file that takes its name only when it is written, synced and closed without an error.
+    """Open a temporary file and rename it to `path` after it was written, synced and closed without an error.
 
-    A crash at any time leaves the old file or the new one, whole.
+    A crash at any time leaves either the complete old file or the complete new one.
 
     Raises:
-        TunerFileError: if the file cannot be written, for instance on a full disk; the old file is still there.
+        TunerFileError: if the file cannot be written, for instance on a full disk; the old file is kept.
     """
     path = Path(path)
     temporary: Path | None = None
@@ -36,8 +36,8 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
         sync_directory(path.parent)
     except OSError as error:
         raise TunerFileError(
-            f"Cannot write {path}: {error.strerror or error}; free space or choose another folder, "
-            "what was there before is unchanged."
+            f"Cannot write {path}: {error.strerror or error}; free space or choose another folder "
+            "(an existing file is unchanged)."
         ) from error
     finally:
         if temporary is not None:
@@ -51,7 +51,7 @@ def _umask() -> int:
 
 
 def sync_directory(directory: Path) -> None:
-    """Make sure that the names in a directory, a new or renamed file among them, survive a power cut."""
+    """Flush a directory's entries to disk, so that a new or renamed file survives a power failure."""
     # Windows has no directory handles to sync.
     if os.name == "posix":
         handle = os.open(directory, os.O_RDONLY)

@@ -1,4 +1,4 @@
-"""Errors that a user can cause and mend; each message says what is wrong and what to do, in one sentence."""
+"""Errors that a user can cause and fix; each message is one sentence with the problem and the remedy."""
 
 
 class RestuneError(Exception):
@@ -14,7 +14,7 @@ class TunerFileError(RestuneError):
 
 
 class BaseMismatchError(RestuneError):
-    """A tuner was made for a base of another structure."""
+    """A tuner was trained for a base of a different structure."""
 
 
 class TunerNameError(RestuneError, ValueError):
@@ -22,7 +22,7 @@ class TunerNameError(RestuneError, ValueError):
 
 
 class ConditionError(RestuneError, ValueError):
-    """A condition image is missing, or of the wrong kind."""
+    """A condition image is missing or invalid."""
 
 
 class SettingsError(RestuneError, ValueError):
@@ -38,8 +38,8 @@ class NoImageError(DataError):
 
 
 class TrainingError(RestuneError):
-    """Training cannot go on."""
+    """Training cannot continue."""
 
 
 class TrainingInterrupted(RestuneError):
-    """A training was asked to stop and has saved its state; nothing went wrong."""
+    """Training was stopped on request after saving its state; not a failure."""

@@ -1,4 +1,4 @@
-"""What all settings have in common."""
+"""Base class of all settings models."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .settings_merge import first_unknown
 
 
 class Settings(BaseModel):
-    """Frozen settings, which refuse a name that they do not know and suggest the nearest one."""
+    """Frozen pydantic model that rejects unknown names and suggests the closest valid one."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
 

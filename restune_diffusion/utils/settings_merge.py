@@ -1,4 +1,4 @@
-"""Settings from several places: a preset, a file, flags; the later ones win, name by name."""
+"""Merge settings from preset, YAML file and command line, in increasing precedence, and check single fields."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
 Place: TypeAlias = tuple[Any, ...]
-"""Where a setting is: the names of the groups that hold it, its own, and indices into its value."""
+"""Path of a setting: the names of its groups, its own name, and indices into its value."""
 
 
 class RefusedSetting(ValueError):
-    """A setting that is not allowed, and its place."""
+    """Invalid setting, with its path and the reason."""
 
     def __init__(self, place: Place, reason: str) -> None:
         super().__init__(reason)
@@ -23,7 +23,7 @@ class RefusedSetting(ValueError):
 
 
 def layered(*layers: Mapping[str, Any]) -> dict[str, Any]:
-    """Return nested settings in which each layer wins over those before it: groups are merged, lists replaced."""
+    """Merge nested settings; later layers take precedence, groups are merged and lists replaced."""
     result: dict[str, Any] = {}
     for layer in layers:
         for key, value in layer.items():
@@ -34,7 +34,7 @@ def layered(*layers: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def flat(settings: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    """Return nested settings one by one, those of a group under `group.name`."""
+    """Flatten nested settings to pairs of name and value; a setting in a group is named `group.name`."""
     items: list[tuple[str, Any]] = []
     for name, value in settings.items():
         items += flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else [(prefix + name, value)]
@@ -42,7 +42,7 @@ def flat(settings: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]
 
 
 def first_unknown(model: type[BaseModel], values: Mapping[Any, Any]) -> tuple[Place, str] | None:
-    """Return the place of the first name that a model or a group in it does not know, and a sentence about it."""
+    """Return path and error message of the first name that is not a field of the model or of a group in it."""
     for name, value in values.items():
         if name not in model.model_fields:
             return (name,), unknown_name(name, model.model_fields)
@@ -50,16 +50,16 @@ def first_unknown(model: type[BaseModel], values: Mapping[Any, Any]) -> tuple[Pl
         if isinstance(group, type) and issubclass(group, BaseModel) and isinstance(value, Mapping):
             found = first_unknown(group, value)
             if found is not None:
-                place, sentence = found
-                return (name, *place), f"in {name} {sentence}"
+                place, message = found
+                return (name, *place), f"in {name} {message}"
     return None
 
 
 def checked_fields(fields: Mapping[str, FieldInfo], values: Mapping[str, Any]) -> dict[str, Any]:
-    """Check some settings, each by its own field, and return them in the fields' types.
+    """Validate settings one by one, each by its own field, and return their values in the fields' types.
 
     Raises:
-        RefusedSetting: for the first that is not allowed.
+        RefusedSetting: for the first invalid value.
     """
     checked = {}
     for name, value in values.items():
@@ -74,28 +74,29 @@ def checked_fields(fields: Mapping[str, FieldInfo], values: Mapping[str, Any]) -
 
 
 def first_refused(error: ValidationError) -> RefusedSetting:
-    """Return the first thing that pydantic refuses."""
+    """Return the first error that pydantic reports."""
     first = error.errors(include_url=False, include_context=False, include_input=False)[0]
     reason = _REASONS.get(first["type"]) or first["msg"].removeprefix("Value error, ").rstrip(".")
     return RefusedSetting(first["loc"], f"{reason[0].lower()}{reason[1:]}")
 
 
 def unknown_name(name: object, known: Collection[str]) -> str:
-    """Return a sentence about a name that is not among the known ones, with the nearest of them."""
+    """Return an error message for a name that is not among the valid ones, with the closest valid name."""
     near = get_close_matches(str(name), known, n=1)
     if near:
-        meant = f"did you mean {near[0]}?"
+        hint = f"did you mean {near[0]}?"
     else:
-        meant = f"there are {', '.join(known)}" if len(known) <= _LISTED else "restune train --help lists them all"
-    return f"there is no setting {name}; {meant}"
+        listed = ", ".join(known)
+        hint = f"valid names are {listed}" if len(known) <= _LISTED else "restune train --help lists them all"
+    return f"there is no setting {name}; {hint}"
 
 
-# A person reads so many names.
+# Longest list of names in an error message.
 _LISTED = 20
-# What pydantic says in words of Python.
+# Replacements for pydantic messages that name Python types.
 _REASONS = {
-    "missing": "this setting is needed",
-    "tuple_type": "it should be a list",
-    "string_type": "it should be text; put it in quotes",
-    "model_type": "it is a group of settings, each with a name",
+    "missing": "this setting is required",
+    "tuple_type": "expected a list",
+    "string_type": "expected text; put it in quotes",
+    "model_type": "expected a group of named settings",
 }

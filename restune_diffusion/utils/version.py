@@ -1,3 +1,3 @@
-"""Version of the package; pyproject.toml and the files that record it read it here."""
+"""Version of the package, the only definition: pyproject.toml and file headers read it from here."""
 
 __version__ = "0.1.0"

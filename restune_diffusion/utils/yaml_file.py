@@ -1,4 +1,4 @@
-"""Read settings from YAML, with the line that each stands in; write them."""
+"""Read settings from YAML with the line number of each, and write them."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from .display import printable
 from .errors import SettingsError
 from .settings_merge import Place
 
-# Far more than a person writes, and little for a parser.
+# Far more than a handwritten file has, and little for a parser.
 _MOST_BYTES = 1 << 20
 _MOST_LEVELS = 20
 
 
 @dataclass(frozen=True)
 class YamlFile:
-    """The values of a YAML file, and the line of each, counted from 1."""
+    """Values of a YAML file, with the line number of each, counted from 1."""
 
     path: Path
     values: dict[Any, Any]
     lines: dict[tuple[str, ...], int | None]
 
     def refused(self, place: Place, reason: str) -> SettingsError:
-        """Return the error for what stands in a place, with its line."""
-        # pydantic's places go on with the kinds of value that it tried; a merged key (`<<`) has no line of its own.
+        """Return the error for the setting at a path, with its line number."""
+        # pydantic appends the types that it tried to the path; a merged key (`<<`) has no line of its own.
         place = tuple(map(str, place))
         known = next((place[:end] for end in range(len(place), 0, -1) if place[:end] in self.lines), place[:1])
         named = reason if not known or known[-1] in reason else f"{'.'.join(known)}: {reason}"
@@ -36,10 +36,10 @@ class YamlFile:
 
 
 def read_yaml(path: Path) -> YamlFile:
-    """Read a file that holds one mapping, by PyYAML's safe loader.
+    """Read a file with one top-level mapping, using PyYAML's safe loader.
 
     Raises:
-        SettingsError: if it cannot be read, is no valid YAML, holds a name twice, or something other than a mapping.
+        SettingsError: if the file cannot be read, is not valid YAML, has a duplicate name, or is not a mapping.
     """
     text = _text(path)
     try:
@@ -53,19 +53,19 @@ def read_yaml(path: Path) -> YamlFile:
         mark = error.problem_mark or error.context_mark
         reason = error.problem or error.context or "it cannot be parsed"
         if "'\\t'" in reason:
-            reason = "a tab; indent with spaces"
+            reason = "tab character; indent with spaces"
         raise _error(path, f"this is not valid YAML: {reason}", _line(mark)) from error
     except (yaml.YAMLError, ValueError, OverflowError) as error:
         raise _error(path, f"this is not valid YAML: {str(error).splitlines()[0]}") from error
     if values is None:
         values = {}
     if not isinstance(values, dict):
-        raise _error(path, "the file must hold settings as `name: value`, one a line")
+        raise _error(path, "the file must contain settings as `name: value`, one per line")
     return YamlFile(path, values, lines)
 
 
 def to_yaml(values: Mapping[str, Any]) -> str:
-    """Write plain values as YAML, in their order."""
+    """Convert plain values to YAML, in their order."""
     return yaml.safe_dump(dict(values), sort_keys=False, allow_unicode=True, width=100)
 
 
@@ -76,7 +76,7 @@ def _text(path: Path) -> str:
     except OSError as error:
         raise SettingsError(f"{path} cannot be read: {error.strerror or error}.") from error
     if len(data) > _MOST_BYTES:
-        raise SettingsError(f"{path} is larger than {_MOST_BYTES:,} bytes; settings are never that long.")
+        raise SettingsError(f"{path} is larger than {_MOST_BYTES:,} bytes, the limit for a settings file.")
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -85,7 +85,7 @@ def _text(path: Path) -> str:
 
 
 def _check_depth(path: Path, text: str) -> None:
-    """Refuse what would exhaust the stack of the recursive steps; the events come without recursion."""
+    """Reject nesting that would exhaust the stack of the recursive steps; YAML events need no recursion."""
     depth = 0
     for event in yaml.parse(text, Loader=yaml.SafeLoader):
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
@@ -110,7 +110,9 @@ def _places(
             if isinstance(key, yaml.ScalarNode):
                 if key.value in found:
                     name = ".".join((*place, key.value))
-                    raise _error(path, f"{name} stands here again, after line {found[key.value]}; keep one", line)
+                    raise _error(
+                        path, f"duplicate setting {name}, first set in line {found[key.value]}; keep one", line
+                    )
                 found[key.value] = line
                 yield (*place, key.value), line
                 yield from _places(path, child, (*place, key.value), seen)

@@ -150,5 +150,5 @@ def test_a_tensor_has_the_channels_that_the_tuner_asks_for():
     assert condition_to_tensor(image, 4)[3].eq(255).all()
     assert condition_to_tensor(image, 1).shape == (1, 2, 3)
     assert condition_to_tensor(image).dtype == torch.uint8
-    with pytest.raises(ConditionError, match="has 1, 3 or 4 channels, but the condition asks for 7"):
+    with pytest.raises(ConditionError, match="has 1, 3 or 4 channels, but the condition needs 7"):
         condition_to_tensor(image, 7)

@@ -37,22 +37,22 @@ def refusal(folder: Path, text: str | bytes) -> str:
     [
         ("stepps: 3", ", line 4: there is no setting stepps; did you mean steps?"),
         ("skip:\n  ratoi: 3", ", line 5: in skip there is no setting ratoi; did you mean ratio?"),
-        ("skip:\n  qqq: 3", ", line 5: in skip there is no setting qqq; there are part, ratio, sites"),
+        ("skip:\n  qqq: 3", ", line 5: in skip there is no setting qqq; valid names are part, ratio, sites"),
         ("steps: many", ", line 4: steps: input should be a valid integer"),
         ("skip:\n  ratio: 30", ", line 5: skip.ratio: input should be less than or equal to 8"),
-        ("validation:\n  prompts:\n  - a fox\n  - 3", ", line 7: validation.prompts.1: it should be text"),
-        ("validation:\n  prompts: a fox", ", line 5: validation.prompts: it should be a list"),
-        ("skip: 3", ", line 4: skip: it is a group of settings"),
+        ("validation:\n  prompts:\n  - a fox\n  - 3", ", line 7: validation.prompts.1: expected text"),
+        ("validation:\n  prompts: a fox", ", line 5: validation.prompts: expected a list"),
+        ("skip: 3", ", line 4: skip: expected a group of named settings"),
         ("tuner: lora", ", line 4: tuner: input should be 'bypass', 'control'"),
         ("preset: speed", ", line 4: preset: input should be 'style', 'subject'"),
-        ("steps: 3\nsteps: 4", ", line 5: steps stands here again, after line 4; keep one"),
-        ("skip:\n  ratio: 1\n  ratio: 2", ", line 6: skip.ratio stands here again, after line 5"),
-        ("steps: 3\n\tseed: 4", ", line 5: this is not valid YAML: a tab; indent with spaces"),
+        ("steps: 3\nsteps: 4", ", line 5: duplicate setting steps, first set in line 4; keep one"),
+        ("skip:\n  ratio: 1\n  ratio: 2", ", line 6: duplicate setting skip.ratio, first set in line 5"),
+        ("steps: 3\n\tseed: 4", ", line 5: this is not valid YAML: tab character; indent with spaces"),
         ("prompt: [a", ", line 4: this is not valid YAML: expected ',' or ']'"),
         ("prompt: 2024-99-99", ": this is not valid YAML: month must be in 1..12"),
         ("prompt: !!python/object/apply:os.getcwd []", ", line 4: this is not valid YAML: could not determine"),
         ("prompt: " + "[" * 1_000, ", line 4: settings are nested deeper than 20 levels"),
-        ("prompt: &a [*a]", ", line 4: prompt: it should be text"),
+        ("prompt: &a [*a]", ", line 4: prompt: expected text"),
         ("x: &x {steps: many}\n<<: *x", ", line 4: there is no setting x"),
         ("<<: {steps: many}", ": steps: input should be a valid integer"),
         ("? [a, b]\n: 3", ", line 4: this is not valid YAML: found unhashable key"),
@@ -66,7 +66,9 @@ def test_what_cannot_be_used_is_told_with_its_line(tmp_path: Path, text: str, me
 
 
 def test_files_that_are_no_settings_are_refused(tmp_path: Path) -> None:
-    assert refusal(tmp_path, "- base: b\n- steps: 3") == (": the file must hold settings as `name: value`, one a line")
+    assert refusal(tmp_path, "- base: b\n- steps: 3") == (
+        ": the file must contain settings as `name: value`, one per line"
+    )
     assert "is not UTF-8 text" in refusal(tmp_path, b"base: b\nprompt: \xff\xfea")
     assert "line 2" in refusal(tmp_path, b"base: b\nprompt: \xff\xfea")
     with pytest.raises(SettingsError, match="cannot be read: No such file"):
@@ -78,7 +80,7 @@ def test_files_that_are_no_settings_are_refused(tmp_path: Path) -> None:
 def test_missing_and_unfitting_settings_are_told(tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
     path.write_text("base: b\ndata: d\n")
-    with pytest.raises(SettingsError, match="output: this setting is needed"):
+    with pytest.raises(SettingsError, match="output: this setting is required"):
         read_config(path)
     path.write_text(NEEDED + "lr_warmup_steps: 3\n")
     with pytest.raises(SettingsError, match="a constant learning rate has no warm-up"):
