@@ -25,24 +25,24 @@ def hub_files(
     base_model: str | None = None,
     license: str | None = None,
 ) -> dict[str, bytes]:
-    """Make everything that `push_to_hub` would upload, by its path in the repository.
+    """Return the files that `push_to_hub` would upload, as bytes by path in the repository.
 
     Args:
         tuner_file: a file that `save_tuner` wrote.
         repo_id: `user/name`.
-        samples: prompts with the images that were drawn for them.
-        base_model: id of the base's repository; what the file says where not given.
-        license: identifier of the licence, as the Hub lists them.
+        samples: prompts with the images that were generated from them.
+        base_model: id of the base's repository; defaults to the id in the file.
+        license: license identifier of the Hub.
 
     Raises:
-        TunerFileError: if the file is no tuner, or damaged.
+        TunerFileError: if the file is not a tuner file, or is damaged.
     """
     info = read_info(tuner_file)
     paths = sample_paths(samples)
     files = {path: _png(image) for path, (_, image) in zip(paths, samples, strict=True)}
     prompts = {path: prompt for path, (prompt, _) in zip(paths, samples, strict=True)}
     card = model_card(info, repo_id, samples=prompts, base_model=base_model, license=license)
-    # Under this name `load_tuner_weights(repo_id)` finds it without being told.
+    # `load_tuner_weights(repo_id)` looks for this name by default.
     return {TUNER_WEIGHT_NAME: Path(tuner_file).read_bytes(), "README.md": card.encode(), **files}
 
 
@@ -59,32 +59,32 @@ def push_to_hub(
     revision: str | None = None,
     create_pr: bool = False,
 ) -> str:
-    """Upload a tuner file with its card and samples, in one commit; the repository is made where there is none.
+    """Upload a tuner file with its model card and samples in one commit; create the repository if it does not exist.
 
     Args:
         tuner_file: a file that `save_tuner` wrote.
         repo_id: `user/name`.
-        samples: prompts with the images that were drawn for them; they become the card's gallery.
-        base_model: id of the base's repository; what the file says where not given.
-        license: identifier of the licence, as the Hub lists them.
+        samples: prompts with the images that were generated from them, for the card's gallery.
+        base_model: id of the base's repository; defaults to the id in the file.
+        license: license identifier of the Hub.
         commit_message: title of the commit.
-        private: whether a new repository is private; the account's setting where not given.
-        token: token for the Hub; the one that is logged in where not given.
+        private: whether a new repository is private; defaults to the account's setting.
+        token: token for the Hub; defaults to the token of the current login.
         revision: branch to commit to.
         create_pr: open a pull request instead of committing.
 
     Returns:
-        Address of the commit.
+        URL of the commit.
 
     Raises:
-        TunerFileError: if the file is no tuner, or damaged; nothing is uploaded then.
-        RestuneError: if the Hub cannot be reached or refuses.
+        TunerFileError: if the file is not a tuner file, or is damaged; nothing is uploaded then.
+        RestuneError: if the Hub cannot be reached or rejects the upload.
     """
     files = hub_files(tuner_file, repo_id, samples=samples, base_model=base_model, license=license)
     from huggingface_hub import CommitOperationAdd, HfApi
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
-    # Without a connection the HTTP library's own errors are raised, and which library that is depends on the version.
+    # Without a connection huggingface_hub raises the errors of its HTTP library, which depends on its version.
     refusals = cast("tuple[type[Exception], ...]", (*HfHubHTTPError.__bases__, HFValidationError, OSError, ValueError))
     api = HfApi(token=token)
     try:

@@ -1,4 +1,4 @@
-"""Find a tuner file on this machine or on the Hub."""
+"""Locate a tuner file on disk or on the Hub."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ def tuner_file(
     cache_dir: str | os.PathLike[str] | None = None,
     local_files_only: bool | None = None,
 ) -> Path:
-    """Return the path of a tuner file; what is neither a file nor a folder is asked of the Hub, if it can be an id.
+    """Return the path of a tuner file; download it if the source is a repository id and not a local file or folder.
 
     The arguments are those of `RestuneLoaderMixin.load_tuner_weights`.
 
     Raises:
-        TunerFileError: if there is no such file.
+        TunerFileError: if the file is neither on disk nor on the Hub.
     """
     return local_tuner_file(source, weight_name, subfolder) or _download(
         str(source), weight_name, subfolder, revision, token, cache_dir, local_files_only
@@ -37,7 +37,7 @@ def tuner_file(
 def local_tuner_file(
     source: str | os.PathLike[str], weight_name: str | None = None, subfolder: str | None = None
 ) -> Path | None:
-    """Return the tuner file that a local path means, or None where nothing exists at the path."""
+    """Return the tuner file at a local path or in a local folder, or None if the path does not exist."""
     path = Path(source).expanduser()
     if path.is_file():
         return path
@@ -51,7 +51,7 @@ def local_tuner_file(
     if len(found) == 1:
         return found[0]
     raise TunerFileError(
-        f"{folder} holds {len(found)} safetensors files; name one with weight_name."
+        f"{folder} contains {len(found)} safetensors files; select one with weight_name."
         if weight_name is None
         else f"There is no {weight_name} in {folder}."
     )
@@ -66,7 +66,7 @@ def _download(
     cache_dir: str | os.PathLike[str] | None,
     local_files_only: bool | None,
 ) -> Path:
-    # A path that merely does not exist must never become a network call.
+    # A mistyped local path must not cause a network call.
     if not _HUB_ID.fullmatch(repository) or repository.endswith((".safetensors", ".bin", ".pt", ".ckpt")):
         raise TunerFileError(f"There is no tuner file at {repository}.")
     from huggingface_hub import hf_hub_download
@@ -87,5 +87,5 @@ def _download(
     except (HfHubHTTPError, OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise TunerFileError(
-            f"There is no file or folder {repository} here, and the Hub did not give it: {reason}"
+            f"There is no local file or folder {repository}, and the download from the Hub failed: {reason}"
         ) from error

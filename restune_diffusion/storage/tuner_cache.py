@@ -1,4 +1,4 @@
-"""Keep the tuners that were used last in memory, for a service that changes them between requests."""
+"""In-memory LRU cache of tuners, for a service that switches tuners between requests."""
 
 from __future__ import annotations
 
@@ -24,24 +24,24 @@ _Stamp = tuple[int, int]
 class _Entry:
     stamp: _Stamp
     tuner: Future[Tuner]
-    """Done when the file is read; whoever asks for it meanwhile waits for the same one."""
+    """Done when the file is read; concurrent requests for the same file wait for it."""
 
 
 class TunerCache:
-    """The tuners that were asked for last, on the CPU; safe to use from several threads.
+    """LRU cache of tuners on the CPU, safe to use from several threads.
 
-    The tuners that it hands out are its own, so that a swap copies no parameter twice and copies from pinned memory:
-    read them, but do not train or move them. Attaching one attaches a copy.
+    The returned tuners are the cached objects and not copies, so that a swap copies each parameter once and from
+    pinned memory: read them, but do not train or move them. Attaching one attaches a copy.
 
     Args:
-        capacity: how many tuners to keep.
-        max_bytes: how many bytes of parameters to keep; a tuner that is larger alone is read but not kept.
-        pin_memory: whether to hold them in page-locked memory, from which a GPU copies fastest; None means where CUDA
-            is available.
-        dtype: dtype of the parameters; None keeps each file's.
+        capacity: largest number of cached tuners.
+        max_bytes: largest total size of the cached parameters in bytes; a single larger tuner is read but not cached.
+        pin_memory: whether to keep the parameters in page-locked memory, for the fastest copy to a GPU; None pins them
+            if CUDA is available.
+        dtype: dtype of the parameters; None keeps the dtype of each file.
 
     Raises:
-        RestuneError: if there is no positive bound, or memory cannot be pinned here.
+        RestuneError: if neither bound is positive, or `pin_memory` is set without CUDA.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class TunerCache:
         if not bounds or min(bounds) < 1:
             raise RestuneError("A TunerCache needs a positive `capacity`, a positive `max_bytes`, or both.")
         if pin_memory and not torch.cuda.is_available():
-            raise RestuneError("pin_memory=True needs CUDA, which is not available here; leave it out.")
+            raise RestuneError("pin_memory=True needs CUDA, which is not available; omit it.")
         self.capacity = capacity
         self.max_bytes = max_bytes
         self.dtype = dtype
@@ -65,20 +65,20 @@ class TunerCache:
         self._entries: OrderedDict[Path, _Entry] = OrderedDict()
 
     def get(self, source: str | os.PathLike[str], weight_name: str | None = None, **options: Any) -> Tuner:
-        """Return the tuner of a file, read again only if it is not kept or the file has changed.
+        """Return the tuner of a file; read the file only if it is not cached or has changed.
 
-        A change is seen by the file's time of modification and its size.
+        Changes are detected by the file's modification time and size.
 
         Args:
-            source: a tuner file, a folder that holds one, or a repository id on the Hub.
+            source: a tuner file, a folder that contains one, or a repository id on the Hub.
             weight_name: name of the file in a folder or repository.
             options: `subfolder`, `revision`, `token`, `cache_dir`, `local_files_only`, as for `load_tuner_weights`.
 
         Returns:
-            A tuner on the CPU that others share: do not change it.
+            A shared tuner on the CPU: do not modify it.
 
         Raises:
-            TunerFileError: if the file cannot be found, read or trusted; nothing is kept of it.
+            TunerFileError: if the file cannot be found, read or trusted; it is not cached then.
         """
         path = tuner_file(source, weight_name, **options).resolve()
         stamp = _stamp(path)
@@ -93,13 +93,13 @@ class TunerCache:
         return entry.tuner.result()
 
     def clear(self) -> None:
-        """Forget all tuners; those that are attached stay as they are."""
+        """Empty the cache; attached tuners are not affected."""
         with self._lock:
             self._entries.clear()
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of the parameters that are kept."""
+        """Total size of the cached parameters in bytes."""
         with self._lock:
             return sum(map(_bytes_of, self._entries.values()))
 
@@ -112,7 +112,7 @@ class TunerCache:
             return Path(path).resolve() in self._entries
 
     def _read(self, path: Path, entry: _Entry) -> None:
-        """Fill an entry outside the lock, so that other files are not kept waiting."""
+        """Read the file of an entry without holding the lock, so that requests for other files do not wait."""
         try:
             tuner = self._load(path)
         except BaseException as error:
@@ -127,20 +127,20 @@ class TunerCache:
             self._evict()
 
     def _forget(self, path: Path, entry: _Entry) -> None:
-        # The file may have changed meanwhile, and another entry be in its place.
+        # The entry may have been replaced since, because the file changed.
         if self._entries.get(path) is entry:
             del self._entries[path]
 
     def _load(self, path: Path) -> Tuner:
         tuner = load_tuner(path, dtype=self.dtype).requires_grad_(False)
         for parameter in tuner.parameters():
-            # What load_tuner returns may be mapped from the file, which somebody may cut short while it is kept here.
+            # load_tuner may return tensors mapped from the file, which may be truncated while the tuner is cached.
             parameter.data = parameter.data.pin_memory() if self.pin_memory else parameter.data.clone()
         tuner.shared = True
         return tuner
 
     def _evict(self) -> None:
-        """Forget the tuners that were not used for longest, until what is left is within the bounds."""
+        """Remove the least recently used tuners until the cache is within its bounds."""
         kept = sum(map(_bytes_of, self._entries.values()))
         for path in list(self._entries):
             too_many = self.capacity is not None and len(self._entries) > self.capacity
@@ -151,7 +151,7 @@ class TunerCache:
 
 
 def _bytes_of(entry: _Entry) -> int:
-    """Bytes of an entry's parameters; none while it is being read."""
+    """Return the size of an entry's parameters in bytes; 0 while the file is being read."""
     if not entry.tuner.done():
         return 0
     return sum(parameter.numel() * parameter.element_size() for parameter in entry.tuner.result().parameters())

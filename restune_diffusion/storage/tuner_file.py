@@ -1,4 +1,4 @@
-"""Tuner files: one safetensors file with the config, the base's structure and the training facts in its header."""
+"""Tuner file format: a safetensors file with config, base structure and training facts in its header."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ from .header import (
     read_info,
 )
 
-_ALIGNMENT = 64  # bytes: torch's own allocator starts every CPU tensor at a multiple of it
-# As safetensors names them.
+_ALIGNMENT = 64  # bytes: torch's allocator starts every CPU tensor at a multiple of it
+# Names of dtypes in safetensors.
 _DTYPE_NAMES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 __all__ = ["TunerInfo", "load_tuner", "read_info", "save_tuner"]
@@ -51,18 +51,18 @@ def save_tuner(
 
     Args:
         tuner: the tuner to write, on any device.
-        path: where to write.
+        path: path of the file.
         training: facts about the training, stored as JSON.
-        metadata: further header entries; they win over those the tuner already carries.
+        metadata: further header entries; they take precedence over those of the tuner.
 
     Raises:
-        TunerFileError: if the file cannot be written, or `load_tuner` would refuse it: the tuner holds NaN or
-            infinity, the tensors of a part differ in dtype, or the metadata is beyond what a header may hold.
+        TunerFileError: if the file cannot be written, or `load_tuner` would reject it: the tuner contains NaN or
+            infinity, the tensors of a part differ in dtype, or the metadata exceeds the size limit of a header.
     """
     path = Path(path)
     tensors = {key: value.detach().cpu().contiguous() for key, value in tuner.state_dict().items()}
     header = {
-        # Fields that other programs show, from the ModelSpec standard (github.com/Stability-AI/ModelSpec).
+        # Fields of the ModelSpec standard (github.com/Stability-AI/ModelSpec), which other programs display.
         "modelspec.sai_model_spec": "1.0.0",
         "modelspec.architecture": f"{tuner.base.denoiser}/restune-{'-'.join(c.part for c in tuner.configs)}",
         "modelspec.implementation": "restune-diffusion",
@@ -86,26 +86,26 @@ def save_tuner(
 
 
 def _serialized(tensors: Mapping[str, torch.Tensor], header: dict[str, str], path: Path) -> list[bytes | memoryview]:
-    """Turn tensors and header into the file's bytes, in parts, if `load_tuner` would take them back."""
+    """Serialize tensors and header to the file's bytes, in parts; reject what `load_tuner` would reject."""
     try:
         parse_metadata(header)
         check_dtypes({key: _DTYPE_NAMES.get(value.dtype, str(value.dtype)) for key, value in tensors.items()})
     except ValueError as error:
-        raise TunerFileError(f"The tuner is not saved to {path}: {error}.") from error
+        raise TunerFileError(f"The tuner was not saved to {path}: {error}.") from error
     for key, value in tensors.items():
         if not _is_finite(value):
             raise TunerFileError(
-                f"The tuner is not saved to {path}: `{key}` holds NaN or infinity; "
-                "train again at a lower learning rate."
+                f"The tuner was not saved to {path}: `{key}` contains NaN or infinity; "
+                "train again with a lower learning rate."
             )
     data: bytes = save(tensors, header)
     end = 8 + int.from_bytes(data[:8], "little")
-    # The format lets spaces follow the header: with them the tensors start where `_mapped` need not copy them all.
+    # The format allows spaces after the header: padding aligns the tensors, so that `_mapped` need not copy them.
     size = end - 8 + -end % _ALIGNMENT
     if size > MAX_HEADER_BYTES:
         raise TunerFileError(
-            f"The tuner is not saved to {path}: its metadata makes a header of {size} bytes, where "
-            f"{MAX_HEADER_BYTES} is the most; leave some of it out."
+            f"The tuner was not saved to {path}: its header has {size} bytes, but the limit is {MAX_HEADER_BYTES}; "
+            "reduce the metadata."
         )
     return [size.to_bytes(8, "little"), data[8:end].ljust(size), memoryview(data)[end:]]
 
@@ -115,12 +115,12 @@ def load_tuner(path: str | os.PathLike[str], *, dtype: torch.dtype | None = None
 
     Args:
         path: a file that `save_tuner` wrote.
-        dtype: dtype of the parameters; None keeps the file's.
+        dtype: dtype of the parameters; None keeps the dtype of the file.
 
     Returns:
-        The tuner on the CPU. Where the dtype is kept, tensors that start at a multiple of 64 bytes are mapped from the
-        file, privately: changing them leaves the file alone. Replace a file that is in use by renaming another over
-        it, as `save_tuner` does; one that is overwritten in place pulls the tuner's values away.
+        The tuner on the CPU. If the dtype is kept, tensors that start at a multiple of 64 bytes are memory-mapped
+        (copy-on-write): modifying them does not modify the file. Replace a file in use by renaming a new file over
+        it, as `save_tuner` does; overwriting it in place corrupts the loaded tuner.
 
     Raises:
         TunerFileError: if the file is missing, truncated, not a tuner file, or of a newer version, or if a value is
@@ -140,26 +140,26 @@ def load_tuner(path: str | os.PathLike[str], *, dtype: torch.dtype | None = None
             reason = (
                 f"values beyond the range of {dtype}; load it in another dtype"
                 if _is_finite(value)
-                else "NaN or infinity; train again at a lower learning rate"
+                else "NaN or infinity; train again with a lower learning rate"
             )
-            raise TunerFileError(f"{path} is refused: `{key}` holds {reason}.")
+            raise TunerFileError(f"{path} was not loaded: `{key}` contains {reason}.")
     tuner.load_state_dict(tensors, assign=True)
     return tuner
 
 
-# Why a map, when reading the file into memory would be proof against another program that cuts it short in place (the
-# kernel then ends whoever touches a page that is gone): processes that load the same tuner share its pages, a tuner
-# that is not in use costs no memory that cannot be taken back, and loading copies little. Every writer here, and the
-# Hub's client, replaces files by renaming; then the map keeps the old file. What goes to another device or dtype, as
-# on most GPUs, is a copy and depends on the file no longer. safetensors' own `load_file` makes the same choice.
+# Memory-mapping instead of reading: processes that load the same tuner share its pages, an unused tuner occupies only
+# reclaimable memory, and loading copies little. The drawback: if another program truncates the file in place, an access
+# to a missing page kills the process (SIGBUS). All writers of this package and the Hub client replace files by
+# renaming, after which the mapping keeps the old file. A tuner on another device or in another dtype, as on most GPUs,
+# is a copy and independent of the file. safetensors' `load_file` also maps the file.
 def _mapped(file: safe_open, key: str) -> torch.Tensor:
     value: torch.Tensor = file.get_tensor(key)
-    # The format promises nothing about where tensors start. Kernels that take whole cache lines at a time round
-    # otherwise from elsewhere, and a tuner should draw from its file just what it drew before it was saved.
+    # The format does not guarantee alignment. Vectorized kernels round differently on unaligned data, and a loaded
+    # tuner must generate exactly the images that it generated before it was saved.
     return value.clone() if value.data_ptr() % _ALIGNMENT else value
 
 
 def _is_finite(value: torch.Tensor) -> bool:
-    # NaN and infinity survive a sum, which reads the values once and makes no temporary, unlike `isfinite` on them
-    # all. A sum of finite values may still overflow: then the extremes decide.
+    # NaN and infinity propagate through a sum, which reads the values once and allocates no temporary, unlike
+    # elementwise `isfinite`. A sum of finite values may overflow: then minimum and maximum decide.
     return bool(value.sum().isfinite()) or all(bool(extreme.isfinite()) for extreme in torch.aminmax(value))

@@ -149,7 +149,7 @@ def test_up_to_the_hub_and_down_again_then_offline(components, tmp_path):
     assert hub.commit_header["summary"] == "Ink"
     assert names == "{'ink': 1.0}"
     torch.testing.assert_close(torch.tensor(json.loads(values)), expected)
-    assert refusal.startswith("TunerFileError There is no file or folder artist/other here")
+    assert refusal.startswith("TunerFileError There is no local file or folder artist/other")
 
     hub.shutdown()
     hub.server_close()
@@ -157,5 +157,5 @@ def test_up_to_the_hub_and_down_again_then_offline(components, tmp_path):
     names, values, refusal = run_as_user(LOAD, home, hub.url, HF_HUB_OFFLINE="1").splitlines()
     assert names == "{'ink': 1.0}"
     torch.testing.assert_close(torch.tensor(json.loads(values)), expected)
-    assert refusal.startswith("TunerFileError There is no file or folder artist/other here")
+    assert refusal.startswith("TunerFileError There is no local file or folder artist/other")
     assert len(hub.requests) == asked

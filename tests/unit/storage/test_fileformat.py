@@ -194,7 +194,7 @@ def test_non_finite_values_are_neither_saved_nor_loaded(tuner, path, value):
     before = path.read_bytes()
     with torch.no_grad():
         next(tuner.parameters())[0, 0] = value
-    with pytest.raises(TunerFileError, match=r"`skip.skip.0.down.weight` holds NaN or infinity"):
+    with pytest.raises(TunerFileError, match=r"`skip.skip.0.down.weight` contains NaN or infinity"):
         save_tuner(tuner, path)
     assert path.read_bytes() == before
     save_file(tuner.state_dict(), path, read_info(path).metadata)
@@ -293,7 +293,7 @@ def test_what_could_not_be_loaded_is_not_saved(tuner, path):
     before = path.read_bytes()
     deep = json.loads("[" * 40 + "]" * 40)
     for changes in ({"training": {"a": deep}}, {"metadata": {"thumbnail": "x" * (9 << 20)}}):
-        with pytest.raises(TunerFileError, match="The tuner is not saved to"):
+        with pytest.raises(TunerFileError, match="The tuner was not saved to"):
             save_tuner(tuner, path, **changes)
     tuner.skip.half()
     save_tuner(tuner, path)
