@@ -148,7 +148,7 @@ def load_tuner(path: str | os.PathLike[str], *, dtype: torch.dtype | None = None
 
 
 # Memory-mapping instead of reading: processes that load the same tuner share its pages, an unused tuner occupies only
-# reclaimable memory, and loading copies little. The drawback: if another program truncates the file in place, an access
+# reclaimable memory, and loading copies little. The drawback: if another program truncates the file in place, access
 # to a missing page kills the process (SIGBUS). All writers of this package and the Hub client replace files by
 # renaming, after which the mapping keeps the old file. A tuner on another device or in another dtype, as on most GPUs,
 # is a copy and independent of the file. safetensors' `load_file` also maps the file.
