@@ -1,4 +1,4 @@
-"""Read and write the files of other programs: ms-swift, SCEPTER, diffusers' LoRA loader, kohya's sd-scripts."""
+"""Import and export of other programs' formats: diffusers LoRA, kohya's sd-scripts, ms-swift, SCEPTER."""
 
 from .bases import describe_checkpoint
 from .convert import Layout, convert, load_any

@@ -1,13 +1,14 @@
-"""Arithmetic on tuners: weighted sums and means of files in one file, and lora of a lower rank.
+"""Arithmetic on tuners: weighted sums and averages of several tuners, and rank reduction of LoRA.
 
-What is exact and what is not:
+Exactness:
 
-- A sum of residuals is exact for tuners of one part that is `skip` or all lora: their bottlenecks are put side by
-  side, `W_up = [c_1 W_up1, c_2 W_up2]` over `W_down = [W_down1; W_down2]`, so the file grows.
-- The mean is exact for lora, whose residual is linear in its weights' product: the mean of two files is the mean of
-  their residuals, again with the ranks side by side, which an SVD can then reduce.
-- For every other part the mean is taken of the weights. That keeps the size, and is a heuristic: the residual of the
-  mean is not the mean of the residuals, though it often lies near it for tuners that were trained from one start.
+- A sum of residuals is exact for tuners with a single part that is `skip` or only LoRA: the bottlenecks are
+  concatenated, `W_up = [c_1 W_up1, c_2 W_up2]` and `W_down = [W_down1; W_down2]`, so the file grows.
+- An average is exact for LoRA, whose residual is linear in the product of its weights: the average of two tuners is
+  the average of their residuals, again with concatenated ranks, which an SVD can then reduce.
+- For every other part the weights are averaged. The size stays the same, but this is a heuristic: the residual of the
+  averaged weights is not the average of the residuals, although often close to it for tuners that were trained from
+  the same initialization.
 """
 
 from __future__ import annotations
@@ -26,29 +27,29 @@ from .lora_layers import lora_layers, lora_tuner
 from .skip_layers import SkipLayer, skip_layers, skip_tuner
 
 Method: TypeAlias = Literal["average", "interpolate", "add", "subtract", "stack"]
-"""`average`: `sum w_i T_i / sum w_i`. `interpolate`: `(1 - w) A + w B`, `w` the weight of the second. `add`, or
-`stack` after how it is done: `sum w_i T_i`. `subtract`: the first less all others."""
+"""Merge method. `average`: `sum w_i T_i / sum w_i`. `interpolate`: `(1 - w) A + w B` with the second weight `w`. `add`
+and `stack` (the same, named after the implementation): `sum w_i T_i`. `subtract`: the first minus all others."""
 
 
 def merge_tuners(tuners: Sequence[Tuner], weights: Sequence[float], method: Method = "average") -> Tuner:
-    """Make one tuner of several.
+    """Merge several tuners into one.
 
     Args:
-        tuners: made for bases of one structure.
-        weights: a factor for each.
-        method: which sum of them.
+        tuners: tuners for bases of the same structure.
+        weights: one factor per tuner.
+        method: how to combine them.
 
     Returns:
-        A tuner on the CPU, in the widest dtype of the tuners; in fp32 where a half precision could not hold the
+        A tuner on the CPU, in the widest dtype of the tuners, or in fp32 if a half precision cannot represent the
         weighted values exactly.
 
     Raises:
-        RestuneError: if the method does not go with the number of tuners, their weights or their parts.
-        BaseMismatchError: if they are for bases of different structures.
+        RestuneError: if the method does not support the number of tuners, their weights or their parts.
+        BaseMismatchError: if the tuners are for bases of different structures.
     """
     factors = _factors(weights, method)
     if len(factors) != len(tuners) or not tuners:
-        raise RestuneError(f"Give a weight for each tuner; there are {len(tuners)} tuners and {len(factors)} weights.")
+        raise RestuneError(f"There are {len(tuners)} tuners but {len(factors)} weights; give one weight per tuner.")
     for other in tuners[1:]:
         _check_same_structure(tuners[0], other)
     if all(_is_lora(tuner) for tuner in tuners):
@@ -58,26 +59,26 @@ def merge_tuners(tuners: Sequence[Tuner], weights: Sequence[float], method: Meth
     if all([config.part for config in tuner.configs] == ["skip"] for tuner in tuners):
         return _sum_of_skips(tuners, factors)
     raise RestuneError(
-        f"Sums ({method}) are for skip tuners, or for tuners of lora alone; mix these when generating instead, "
-        "or take the average of tuners with the same config."
+        f"The method {method!r} supports skip tuners, or res tuners with only lora; set weights for several tuners "
+        "when generating instead, or average tuners with the same config."
     )
 
 
 def reduce_rank(tuner: Tuner, rank: int) -> tuple[Tuner, float]:
-    """Find the best lora of a rank for each layer, by the singular value decomposition.
+    """Reduce the rank of each LoRA layer by a truncated singular value decomposition, the best approximation.
 
     Args:
-        tuner: of lora alone.
+        tuner: a `res` tuner with only LoRA.
         rank: largest rank of a layer.
 
     Returns:
-        The tuner, in fp32 or wider, and what share of the layers' squared Frobenius norm it keeps, from 0 to 1.
+        The tuner, in fp32 or wider, and the fraction of the layers' squared Frobenius norm that it keeps, from 0 to 1.
 
     Raises:
-        RestuneError: if the rank is not positive, or the tuner does anything else.
+        RestuneError: if the rank is not positive, or the tuner contains anything but LoRA.
     """
     if rank < 1:
-        raise RestuneError(f"A rank is a positive number, not {rank}.")
+        raise RestuneError(f"The rank must be a positive number, but is {rank}.")
     kept = total = 0.0
     reduced = {}
     for site, layer in lora_layers(tuner).items():
@@ -89,22 +90,22 @@ def reduce_rank(tuner: Tuner, rank: int) -> tuple[Tuner, float]:
 
 def _factors(weights: Sequence[float], method: Method) -> list[float]:
     if not all(map(math.isfinite, weights)):
-        raise RestuneError(f"Weights are finite numbers, not {list(weights)}.")
+        raise RestuneError(f"Weights must be finite numbers, but are {list(weights)}.")
     if method == "interpolate":
         if len(weights) != 2:
-            raise RestuneError(f"Interpolation is between two tuners, but there are {len(weights)}.")
+            raise RestuneError(f"Interpolation needs exactly two tuners, but {len(weights)} are given.")
         return [1 - weights[1], weights[1]]
     if method == "subtract":
         return [weights[0], *(-weight for weight in weights[1:])]
     if method == "average":
         if abs(sum(weights)) < 1e-12:
-            raise RestuneError("An average needs weights that do not sum to zero.")
+            raise RestuneError("The weights of an average sum to zero; their sum must not be zero.")
         return [weight / sum(weights) for weight in weights]
     return list(weights)
 
 
 def _check_same_structure(one: Tuner, other: Tuner) -> None:
-    """Raise `BaseMismatchError` unless two tuners are for bases of one structure, at the sites that both know."""
+    """Raise `BaseMismatchError` unless two tuners are for bases of the same structure at the sites of both."""
     known = one.base.sites.keys() & other.base.sites.keys()
     one.base.narrowed(known).check_fits(other.base)
     one.base.check_text_fits(other.base.text)
@@ -120,7 +121,7 @@ def _sum_of_loras(tuners: Sequence[Tuner], factors: Sequence[float]) -> Tuner:
     stacked = {}
     for site in dict.fromkeys(site for layers in of_each for site in layers):
         present = [(layers[site], factor) for layers, factor in zip(of_each, factors, strict=True) if site in layers]
-        up = _side_by_side([(layer.up, factor * layer.factor) for layer, factor in present], dim=1)
+        up = _concatenated([(layer.up, factor * layer.factor) for layer, factor in present], dim=1)
         down = torch.cat([layer.down.to(up.dtype) for layer, _ in present])
         stacked[site] = LoraLayer(down, up, float(down.shape[0]))
     sites = {name: site for tuner in tuners for name, site in tuner.base.sites.items()}
@@ -132,7 +133,7 @@ def _sum_of_skips(tuners: Sequence[Tuner], factors: Sequence[float]) -> Tuner:
     stacked = {}
     for site in dict.fromkeys(site for layers in of_each for site in layers):
         present = [(layers[site], factor) for layers, factor in zip(of_each, factors, strict=True) if site in layers]
-        up = _side_by_side([(layer.up, factor) for layer, factor in present], dim=1)
+        up = _concatenated([(layer.up, factor) for layer, factor in present], dim=1)
         bias = torch.stack([layer.up_bias.double() * factor for layer, factor in present]).sum(0).to(up.dtype)
         down = torch.cat([layer.down.to(up.dtype) for layer, _ in present])
         down_bias = torch.cat([layer.down_bias.to(up.dtype) for layer, _ in present])
@@ -140,8 +141,8 @@ def _sum_of_skips(tuners: Sequence[Tuner], factors: Sequence[float]) -> Tuner:
     return skip_tuner(stacked, tuners[0].base, {}, "The sum")
 
 
-def _side_by_side(pieces: Sequence[tuple[torch.Tensor, float]], dim: int) -> torch.Tensor:
-    """Weight and join tensors in a dtype that holds the weighted values."""
+def _concatenated(pieces: Sequence[tuple[torch.Tensor, float]], dim: int) -> torch.Tensor:
+    """Scale and concatenate tensors, in a dtype that represents the scaled values exactly, or fp32."""
     dtype = pieces[0][0].dtype
     for tensor, _ in pieces[1:]:
         dtype = torch.promote_types(dtype, tensor.dtype)
@@ -155,10 +156,13 @@ def _mean_of_weights(tuners: Sequence[Tuner], factors: Sequence[float]) -> Tuner
     first = tuners[0]
     for config, other in ((config, other) for tuner in tuners for config, other in _paired(first, tuner)):
         if config != other:
-            raise RestuneError(f"Only tuners with the same config can be averaged, but {_difference(config, other)}.")
+            raise RestuneError(f"Only tuners with the same config can be averaged; {_difference(config, other)}.")
         lora = isinstance(config, ResConfig) and "lora" in config.operations.values()
         if lora or (isinstance(config, TextConfig) and config.rank):
-            raise RestuneError("The average of lora is that of its products, which needs tuners of lora alone.")
+            raise RestuneError(
+                "The average of LoRA is that of its products, which needs tuners with only lora; set weights for "
+                "these tuners when generating instead."
+            )
     states = [tuner.state_dict() for tuner in tuners]
     merged = Tuner.empty(first.configs, first.base)
     mean = {}
@@ -180,7 +184,7 @@ def _paired(one: Tuner, other: Tuner) -> list[tuple[object, object]]:
 
 
 def _difference(one: object, other: object) -> str:
-    """Name the first setting in which two configs differ."""
+    """Describe the first setting in which two configs differ."""
     if type(one) is type(other) and hasattr(one, "model_dump") and hasattr(other, "model_dump"):
         ours, theirs = one.model_dump(), other.model_dump()
         name = next(name for name in ours if ours[name] != theirs[name])
@@ -189,8 +193,8 @@ def _difference(one: object, other: object) -> str:
 
 
 def _truncated(layer: LoraLayer, rank: int) -> tuple[LoraLayer, torch.Tensor]:
-    """Return the best approximation of a layer, and its squared singular values."""
-    # The product is never formed: its singular values are those of the small matrix between two orthonormal ones.
+    """Return the best approximation of a layer with a rank, and the squared singular values of the layer."""
+    # The product is never formed: after two QR decompositions its singular values are those of a small matrix.
     left, small_left = torch.linalg.qr(layer.factor * layer.up.double())
     right, small_right = torch.linalg.qr(layer.down.double().T)
     u, values, v = torch.linalg.svd(small_left @ small_right.T)

@@ -1,4 +1,4 @@
-"""Describe a base from its checkpoint's config alone, without reading a weight."""
+"""Describe a base from the config of its checkpoint, without loading weights."""
 
 from __future__ import annotations
 
@@ -16,27 +16,25 @@ def describe_checkpoint(base: str) -> BaseInfo:
     """Read the structure of a Stable Diffusion checkpoint in diffusers' layout.
 
     Args:
-        base: a directory, that of the U-Net included, or the id of a hub repository.
+        base: a checkpoint directory, its U-Net directory, or a repository id on the Hub.
 
     Raises:
-        RestuneError: if there is no U-Net's config there, or it is of a kind that takes no tuners.
+        RestuneError: if there is no U-Net config, or the denoiser is of an unsupported class.
     """
     config = _config(base)
     if config.get("_class_name") != "UNet2DConditionModel":
-        raise RestuneError(f"The base {base} has no UNet2DConditionModel, the kind of denoiser that tuners are for.")
+        raise RestuneError(f"The base {base} has no UNet2DConditionModel, the only denoiser supported here.")
     try:
         with torch.device("meta"):
             unet = UNet2DConditionModel.from_config(config)
     except (TypeError, ValueError, KeyError, RuntimeError) as error:
-        raise RestuneError(
-            f"The base {base} has a config that makes no U-Net: {str(error).splitlines()[0]}"
-        ) from error
+        raise RestuneError(f"The base {base} has an invalid U-Net config: {str(error).splitlines()[0]}") from error
     return describe_base(unet)
 
 
 def _config(base: str) -> dict[str, Any]:
     path = Path(base).expanduser()
-    # The config of the pipeline lies beside the U-Net's folder, that of a lone U-Net in it.
+    # A pipeline's directory has the U-Net in a subfolder; a U-Net's own directory has config.json at its top.
     subfolder = None if (path / "config.json").is_file() else "unet"
     try:
         config = UNet2DConditionModel.load_config(str(path) if path.exists() else base, subfolder=subfolder)

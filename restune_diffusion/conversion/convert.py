@@ -1,4 +1,4 @@
-"""Turn a file of one program into one of another."""
+"""Convert tuner files between the formats of this package and other programs."""
 
 from __future__ import annotations
 
@@ -17,17 +17,18 @@ Layout: TypeAlias = Literal["restune"] | ExportLayout
 
 
 def convert(source: Path, output: Path, layout: Layout, *, base: str | None = None, partial: bool = False) -> None:
-    """Read a tuner in any layout and write it in another.
+    """Read a tuner in any supported layout and write it in another.
 
     Args:
         source: a file of this package, of diffusers, kohya's sd-scripts, ms-swift or SCEPTER, or a folder with one.
-        output: where to write; for ms-swift a folder.
-        layout: what to write.
-        base: the checkpoint that a file of another program is for: a directory, or the id of a hub repository.
-        partial: of a LoRA, leave out modules on which no tuner acts, with a warning.
+        output: output path: a file, or for ms-swift a folder.
+        layout: layout of the output.
+        base: checkpoint that a file of another program was trained for: a directory, or a repository id on the Hub.
+        partial: skip LoRA modules that no tuner supports, with a warning, instead of raising an error.
 
     Raises:
-        RestuneError: if the file cannot be read, the base is needed and missing, or the layout has no place for it.
+        RestuneError: if the file cannot be read, `base` is required and missing, or the layout cannot represent the
+            tuner.
     """
     tuner = load_any(source, base=base, partial=partial)
     if layout == "restune":
@@ -37,15 +38,14 @@ def convert(source: Path, output: Path, layout: Layout, *, base: str | None = No
 
 
 def load_any(source: Path, *, base: str | None = None, partial: bool = False) -> Tuner:
-    """Read a tuner of this package or of another program; the arguments are those of `convert`."""
+    """Read a tuner file of this package or of another program; the arguments are those of `convert`."""
     if _is_ours(source):
         return load_tuner(source)
     if not source.expanduser().exists():
         raise RestuneError(f"There is no file or folder {source}.")
     if base is None:
         raise RestuneError(
-            f"{source} was written by another program and does not say which base it is for; name the checkpoint with "
-            "--base."
+            f"{source} was written by another program and does not record its base; pass the checkpoint with --base."
         )
     return import_tuner(source, describe_checkpoint(base), partial=partial)
 

@@ -1,7 +1,7 @@
-"""The layout of SCEPTER's CSC-Tuner: an encoder of the condition and a tuner for each skip connection.
+"""Layout of SCEPTER's CSC-Tuner: an encoder of the condition image and a tuner for each skip connection.
 
-Read in scepter 1.4.1: `CSCTuners` in `scepter/modules/model/tuner/sce/scetuning.py`, and how `unet_module.py` runs it.
-The factor `SCALE` of its configuration is no tensor; give it as the tuner's weight.
+Source: scepter 1.4.1, `CSCTuners` in `scepter/modules/model/tuner/sce/scetuning.py`, called by `unet_module.py`.
+The factor `SCALE` of its configuration is not stored as a tensor; pass it as the tuner's weight.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ _KEY = re.compile(
 _OURS = dict(zip(TENSORS, ("down.weight", "down.bias", "up.weight", "up.bias"), strict=True))
 
 
-def recognises(keys: Iterable[str]) -> bool:
-    """Say whether a file with these keys holds a CSC-Tuner of SCEPTER."""
+def recognizes(keys: Iterable[str]) -> bool:
+    """Return whether the keys are those of a SCEPTER CSC-Tuner."""
     return any("lsc_tuner_blocks." in key for key in keys)
 
 
 def read(file: ForeignFile, base: BaseInfo) -> Tuner:
-    """Make a control tuner of a CSC-Tuner.
+    """Convert a CSC-Tuner to a control tuner.
 
     Raises:
-        TunerFileError: if it holds anything else, has tuners on some skip connections only, or does not fit the base.
+        TunerFileError: if the file contains other tensors, tunes only some skip connections, or does not fit the base.
     """
     matches = {key: match for key in file.tensors if (match := _KEY.fullmatch(key))}
     file.refuse_others(matches, "a CSC-Tuner of SCEPTER")
@@ -55,7 +55,7 @@ def read(file: ForeignFile, base: BaseInfo) -> Tuner:
         if key not in state or key not in expected or state[key].shape != expected[key]:
             found = f"shape {tuple(state[key].shape)}" if key in state else "no such tensor"
             wanted = f"shape {tuple(expected[key])}" if key in expected else "no such tensor"
-            raise _misfit(file, f"has {found} for `{key}`, where this base takes {wanted}")
+            raise _misfit(file, f"has {found} for `{key}`, but this base needs {wanted}")
     tuner.load_state_dict(state, assign=True)
     return tuner
 
@@ -63,20 +63,20 @@ def read(file: ForeignFile, base: BaseInfo) -> Tuner:
 def _our_key(match: re.Match[str], condition: int, sites: list[str], file: ForeignFile) -> str:
     tensor = match["tensor"]
     if match["stem"]:
-        # Between the convolutions stand activations, which have a number but no tensors.
+        # Activations between the convolutions are numbered too, but have no tensors.
         return f"control.encoders.{condition}.stem.{int(match['layer']) // 2}.{tensor}"
     if match["level"]:
         return f"control.encoders.{condition}.levels.{int(match['depth'])}.{tensor}"
     number = int(match["site"])
     if number >= len(sites) or tensor not in _OURS:
-        raise _misfit(file, f"has a tuner at skip connection {number}, this base has {len(sites)}")
+        raise _misfit(file, f"has a tuner at skip connection {number}, but this base has {len(sites)}")
     return f"control.{sites[number]}.{condition}.{_OURS[tensor]}"
 
 
 def _config(
     state: dict[str, torch.Tensor], base: BaseInfo, sites: list[str], conditions: int, file: ForeignFile
 ) -> ControlConfig:
-    """Read the settings off the shapes."""
+    """Infer the config from the shapes of the tensors."""
     kernel = state["control.encoders.0.levels.0.weight"].shape[-1]
     widths = {site: (base.sites[site].channels, state[f"control.{site}.0.down.bias"].numel()) for site in sites}
     return make_config(
@@ -91,4 +91,4 @@ def _config(
 
 
 def _misfit(file: ForeignFile, reason: str) -> TunerFileError:
-    return TunerFileError(f"{file.path} is a CSC-Tuner that does not fit: it {reason}.")
+    return TunerFileError(f"{file.path} is a CSC-Tuner that does not fit this base: it {reason}.")

@@ -1,9 +1,10 @@
-"""The LoRA layout that diffusers' `load_lora_weights` reads and `save_lora_weights` writes.
+"""LoRA layout of diffusers' `load_lora_weights` and `save_lora_weights`.
 
-Read in diffusers 0.42.1 (`loaders/lora_base.py`, `loaders/peft.py`) and PEFT 0.21.2. Written is the present form,
-`unet.<module>.lora_A.weight` and `.lora_B.weight`, with ranks and alphas in the header's `lora_adapter_metadata`. Read
-are the older forms too: `<module>.lora.down.weight`, `<attention>.processor.to_q_lora.down.weight`, and the files of
-PEFT, ms-swift and SCEPTER with `adapter_config.json`; the last name the modules as the original U-Net does.
+Source: diffusers 0.42.1 (`loaders/lora_base.py`, `loaders/peft.py`) and PEFT 0.21.2. Files are written in the current
+form, `unet.<module>.lora_A.weight` and `.lora_B.weight`, with ranks and alphas in the header's
+`lora_adapter_metadata`. Older forms are read too: `<module>.lora.down.weight`,
+`<attention>.processor.to_q_lora.down.weight`, and the files of PEFT, ms-swift and SCEPTER with `adapter_config.json`;
+SCEPTER uses the module names of the original U-Net.
 """
 
 from __future__ import annotations
@@ -36,26 +37,26 @@ _FORMS = (
     re.compile(r"(?P<attention>.+)\.processor\.(?P<linear>to_(?:q|k|v|out))_lora\.(?P<half>down|up)\.weight"),
 )
 _ALPHA = re.compile(r"(?P<module>.+)\.alpha")
-# Settings of PEFT under which a LoRA is more than a low-rank product, and the value that means it is not.
+# PEFT settings that make a LoRA more than a low-rank product, each with the value of plain LoRA.
 _PLAIN = {"use_dora": False, "lora_bias": False, "use_qalora": False, "use_qa_lora": False, "use_merged_linear": False,
           "bias": "none", "modules_to_save": None}  # fmt: skip
 
 
-def recognises(keys: Iterable[str]) -> bool:
-    """Say whether a file with these keys is a LoRA in one of diffusers' layouts."""
+def recognizes(keys: Iterable[str]) -> bool:
+    """Return whether the keys are those of a LoRA in one of diffusers' layouts."""
     return any(_match(key) for key in keys)
 
 
 def read(file: ForeignFile, base: BaseInfo, partial: bool = False) -> Tuner:
-    """Make a tuner of a LoRA file.
+    """Convert a LoRA file to a tuner.
 
     Args:
-        file: what was read.
-        base: structure of the base that it is for.
-        partial: leave out modules on which no tuner acts, with a warning.
+        file: the file's content.
+        base: structure of the base that the file was trained for.
+        partial: skip modules that no tuner supports, with a warning, instead of raising an error.
 
     Raises:
-        TunerFileError: if it tunes other modules too, or is for a base of another structure.
+        TunerFileError: if the file also tunes unsupported modules, or is for a base of another structure.
     """
     halves: dict[str, dict[str, str]] = {}
     for key in file.tensors:
@@ -77,14 +78,14 @@ def read(file: ForeignFile, base: BaseInfo, partial: bool = False) -> Tuner:
 
 
 def write(tuner: Tuner, path: Path) -> None:
-    """Write a tuner of lora alone as `pipe.load_lora_weights` takes it.
+    """Write a tuner with only LoRA in the layout that `pipe.load_lora_weights` reads.
 
     Args:
-        tuner: what to write.
-        path: the file.
+        tuner: tuner to write.
+        path: path of the file.
 
     Raises:
-        TunerFileError: if the tuner does anything else, or the file cannot be written.
+        TunerFileError: if the tuner contains anything but LoRA, or the file cannot be written.
     """
     layers = {module_path(site): layer for site, layer in lora_layers(tuner).items()}
     tensors: dict[str, torch.Tensor] = {}
@@ -105,7 +106,7 @@ def write(tuner: Tuner, path: Path) -> None:
 
 
 def _match(key: str) -> tuple[str, str] | None:
-    """Return the module and the half of the product that a key names."""
+    """Return the module of a key, and the factor of the product (`down` or `up`)."""
     for form in _FORMS:
         if match := form.fullmatch(key):
             parts = match.groupdict()
@@ -124,7 +125,7 @@ def _layer(
     file: ForeignFile, keys: dict[str, str], path: str, alpha_key: str | None, settings: dict[str, Any]
 ) -> LoraLayer:
     if keys.keys() != {"down", "up"}:
-        raise TunerFileError(f"{file.path} is damaged: of `{path}` it has only one half.")
+        raise TunerFileError(f"{file.path} is damaged: `{path}` has only one of its two weights.")
     down, up = file.tensors[keys["down"]], file.tensors[keys["up"]]
     if alpha_key is not None:
         alpha = file.tensors[alpha_key]
@@ -139,34 +140,34 @@ def _layer(
 
 
 def _settings(file: ForeignFile) -> dict[str, Any]:
-    """Return PEFT's settings for the U-Net, from the header or from the file beside it."""
+    """Return PEFT's settings for the U-Net, from the header or from `adapter_config.json`."""
     settings = file.settings
     if _HEADER in file.metadata:
         try:
             header = json.loads(file.metadata[_HEADER])
             settings = {key.removeprefix("unet."): value for key, value in header.items() if key.startswith("unet.")}
         except (ValueError, AttributeError, RecursionError) as error:
-            raise TunerFileError(f"{file.path} is damaged: its {_HEADER} is no JSON object.") from error
+            raise TunerFileError(f"{file.path} is damaged: its {_HEADER} is not a JSON object.") from error
     for key, plain in _PLAIN.items():
         if settings.get(key) not in (plain, None):
             raise TunerFileError(
-                f"{file.path} was trained with {key} = {repr(settings[key])[:40]}, which no part here computes."
+                f"{file.path} was trained with {key} = {repr(settings[key])[:40]}, which no tuner family supports."
             )
     return settings
 
 
 def _for_module(pattern: dict[str, Any], path: str, default: object, file: ForeignFile) -> float:
-    """Return a module's own setting, or the common one."""
+    """Return the setting of a module from a PEFT pattern, or the default."""
     if not isinstance(pattern, dict):
-        raise TunerFileError(f"{file.path} is damaged: its alpha_pattern is no JSON object.")
+        raise TunerFileError(f"{file.path} is damaged: its alpha_pattern is not a JSON object.")
     value = default
     for name, own in pattern.items():
-        # PEFT takes these as regular expressions; those that diffusers writes are names.
+        # PEFT interprets the keys as regular expressions; diffusers writes plain names.
         plain = name.removeprefix("^").replace("\\.", ".")
         if path == plain or (not name.startswith("^") and path.endswith(f".{plain}")):
             value = own
             break
-    # Python's integers have no bound, numbers that compute have.
+    # A Python integer may exceed the range of a float.
     if isinstance(value, bool) or not isinstance(value, int | float) or abs(value) > 1e30:
         raise TunerFileError(f"{file.path} is damaged: its alpha is {repr(value)[:40]}.")
     return float(value)

@@ -1,4 +1,4 @@
-"""Read the tensors and settings of a file that another program wrote, without trusting it."""
+"""Read tensors and settings from files of other programs; the files are untrusted."""
 
 from __future__ import annotations
 
@@ -26,38 +26,38 @@ _LARGEST_HEADER = 1 << 20
 
 @dataclass(frozen=True)
 class ForeignFile:
-    """What a file of another program holds."""
+    """Content of a file of another program."""
 
     path: Path
     tensors: dict[str, torch.Tensor]
     metadata: dict[str, str] = field(default_factory=dict)
     """Entries of the safetensors header."""
     settings: dict[str, Any] = field(default_factory=dict)
-    """What `adapter_config.json` beside the file says, if there is one."""
+    """Content of `adapter_config.json` in the same folder, if there is one."""
 
     def refuse_others(self, known: Iterable[str], what: str) -> None:
-        """Raise `TunerFileError` if the file holds tensors beside the known ones.
+        """Raise `TunerFileError` if the file contains unknown tensors.
 
         Args:
-            known: keys that are understood.
-            what: what the file is, for the message.
+            known: supported keys.
+            what: description of the layout, for the message.
         """
         others = sorted(self.tensors.keys() - set(known))
         if others:
             raise TunerFileError(
-                f"{self.path} is not understood as {what}: it also holds {some(others)}, for which no part "
-                "here has a place."
+                f"{self.path} cannot be read as {what}: it also contains {some(others)}, which no tuner family "
+                "supports."
             )
 
 
 def read_foreign(path: Path) -> ForeignFile:
-    """Read a safetensors file, or the one in a folder, with the settings beside it.
+    """Read a safetensors file, or the one in a folder, with the settings in the same folder.
 
     Args:
-        path: a file; or a folder as ms-swift or diffusers writes it.
+        path: a file, or a folder as written by ms-swift or diffusers.
 
     Raises:
-        TunerFileError: if there is none, or it is a pickle, damaged, or of dtypes that no tuner has.
+        TunerFileError: if there is no file, or it is a pickle, damaged, or has an unsupported dtype.
     """
     file = _weights_file(path.expanduser())
     if file.suffix.lower() in _PICKLES:
@@ -72,9 +72,9 @@ def read_foreign(path: Path) -> ForeignFile:
         raise TunerFileError(f"{file} is not a safetensors file, or is damaged ({error}); get it again.") from error
     for key, tensor in tensors.items():
         if tensor.dtype not in _DTYPES:
-            raise TunerFileError(f"{file} holds `{key}` as {tensor.dtype}; give it in fp32, fp16 or bf16.")
+            raise TunerFileError(f"{file} contains `{key}` as {tensor.dtype}; convert it to fp32, fp16 or bf16.")
         if not torch.isfinite(tensor).all():
-            raise TunerFileError(f"{file} is refused: `{key}` holds NaN or infinity.")
+            raise TunerFileError(f"{file} was not loaded: `{key}` contains NaN or infinity.")
     return ForeignFile(file, tensors, metadata, _read_settings(file.with_name(_SETTINGS_NAME)))
 
 
@@ -85,7 +85,7 @@ def some(names: list[str], shown: int = 3) -> str:
 
 
 def _weights_file(path: Path) -> Path:
-    """Return the file that a path means: itself, or the weights in a folder or in its only subfolder with weights."""
+    """Return the weights file of a path: the file itself, or the weights in the folder or one of its subfolders."""
     if path.is_file():
         return path
     if not path.is_dir():
@@ -97,7 +97,7 @@ def _weights_file(path: Path) -> Path:
     found = sorted(file for file in path.glob("*") if file.suffix in (".safetensors", *_PICKLES))
     if len(found) == 1:
         return found[0]
-    raise TunerFileError(f"{path} holds {len(found)} files of weights; name the one to convert.")
+    raise TunerFileError(f"{path} contains {len(found)} weights files; pass the path of the one to convert.")
 
 
 def _starts_like_pickle(file: Path) -> bool:
@@ -108,7 +108,7 @@ def _starts_like_pickle(file: Path) -> bool:
 
 def _pickle_refusal(file: Path) -> TunerFileError:
     return TunerFileError(
-        f"{file} is a pickle; pickles can run code when they are opened and are never loaded here. Where you trust "
+        f"{file} is a pickle; pickles can run code when they are opened and are never loaded here. If you trust "
         'its source, convert it first: python -c "import torch, safetensors.torch as s; '
         f"s.save_file(torch.load('{file.name}', weights_only=True), '{file.stem}.safetensors')\""
     )
@@ -124,29 +124,29 @@ def _read_settings(file: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as error:
         raise TunerFileError(f"{file} cannot be read as JSON ({error}).") from error
     if not isinstance(settings, dict):
-        raise TunerFileError(f"{file} is no JSON object.")
+        raise TunerFileError(f"{file} is not a JSON object.")
     return settings
 
 
 def foreign_metadata(file: ForeignFile) -> dict[str, str]:
-    """Return the header entries that stay true of the tuner that a file becomes: all but the layout's own."""
+    """Return the header entries to copy to the converted tuner: all except those that describe the layout."""
     own = ("format", "lora_adapter_metadata", "modelspec.architecture", "modelspec.implementation",
            "modelspec.hash_sha256", "sshs_model_hash", "sshs_legacy_hash")  # fmt: skip
     kept: dict[str, str] = {}
     space = _LARGEST_HEADER
     for key, value in sorted(file.metadata.items(), key=lambda entry: len(entry[1])):
         space -= len(key) + len(value)
-        # sd-scripts may list every tag of every image; a tuner's header has a bound.
+        # sd-scripts may list every tag of every image; a tuner's header has a size limit.
         if space >= 0 and key not in own and not key.startswith("restune."):
             kept[key] = value
     return kept
 
 
 def make_config(kind: type[Config], source: str, **settings: Any) -> Config:
-    """Make a part's config of what a file implies; raises `TunerFileError` where no part has such settings."""
+    """Create a part's config from the settings of a file; raise `TunerFileError` if they are not valid."""
     try:
         return kind(**settings)
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"])) or "its settings"
-        raise TunerFileError(f"{source} has no counterpart here: {place}, {first['msg']}.") from error
+        raise TunerFileError(f"{source} has no equivalent tuner: {place}, {first['msg']}.") from error

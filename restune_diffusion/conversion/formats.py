@@ -1,4 +1,4 @@
-"""Tell which program wrote a file, and hand it to the module that knows the layout."""
+"""Detect the layout of a file, and call its reader or writer."""
 
 from __future__ import annotations
 
@@ -13,27 +13,27 @@ from . import csc, diffusers_lora, kohya, scepter, swift
 from .foreign import ForeignFile, read_foreign, some
 
 ExportLayout: TypeAlias = Literal["diffusers", "kohya", "swift"]
-"""Layouts that a tuner can be written in, beside our own."""
+"""Layouts of other programs that a tuner can be exported to."""
 
-_Recognises: TypeAlias = Callable[[Iterable[str]], bool]
-_READERS: tuple[tuple[_Recognises, Callable[[ForeignFile, BaseInfo], Tuner]], ...] = (
-    (swift.recognises, swift.read),
-    (csc.recognises, csc.read),
-    (scepter.recognises, scepter.read),
+_Recognizes: TypeAlias = Callable[[Iterable[str]], bool]
+_READERS: tuple[tuple[_Recognizes, Callable[[ForeignFile, BaseInfo], Tuner]], ...] = (
+    (swift.recognizes, swift.read),
+    (csc.recognizes, csc.read),
+    (scepter.recognizes, scepter.read),
 )
-_LORA_READERS: tuple[tuple[_Recognises, Callable[[ForeignFile, BaseInfo, bool], Tuner]], ...] = (
-    (kohya.recognises, kohya.read),
-    (diffusers_lora.recognises, diffusers_lora.read),
+_LORA_READERS: tuple[tuple[_Recognizes, Callable[[ForeignFile, BaseInfo, bool], Tuner]], ...] = (
+    (kohya.recognizes, kohya.read),
+    (diffusers_lora.recognizes, diffusers_lora.read),
 )
 _WRITERS: dict[ExportLayout, Callable[[Tuner, Path], None]] = {
     "diffusers": diffusers_lora.write,
     "kohya": kohya.write,
     "swift": swift.write,
 }
-# Parts of keys of adapters that no part here computes.
+# Substrings of keys that identify adapters without an equivalent tuner family.
 _UNSUPPORTED = {
     "restuning_": "Res-Tuning-Bypass of ms-swift, whose side network (chained adapters that replace the input of "
-    "the output head) is another than the bypass part here",
+    "the output head) differs from the bypass family",
     "hada_": "LoHa",
     "lokr_": "LoKr",
     "oft_": "OFT",
@@ -44,18 +44,18 @@ _UNSUPPORTED = {
 
 
 def import_tuner(path: Path, base: BaseInfo, *, partial: bool = False) -> Tuner:
-    """Make a tuner of a file that another program wrote.
+    """Convert a file of another program to a tuner.
 
     Args:
-        path: a safetensors file, or a folder as ms-swift or diffusers writes it.
-        base: structure of the base that the file is for.
-        partial: of a LoRA, leave out the modules on which no tuner acts, with a warning that names them.
+        path: a safetensors file, or a folder as written by ms-swift or diffusers.
+        base: structure of the base that the file was trained for.
+        partial: skip LoRA modules that no tuner supports, with a warning that lists them, instead of raising an error.
 
     Returns:
         The tuner on the CPU, in the dtype of the file.
 
     Raises:
-        TunerFileError: if the file cannot be read, or holds something that no part here computes; names it.
+        TunerFileError: if the file cannot be read, or contains tensors that no tuner family supports.
     """
     file = read_foreign(path)
     keys = file.tensors.keys()
@@ -63,29 +63,29 @@ def import_tuner(path: Path, base: BaseInfo, *, partial: bool = False) -> Tuner:
         marked = [key for key in keys if mark in key]
         if marked:
             raise TunerFileError(
-                f"{file.path} holds {what}, for instance {some(marked, 1)}; no part here computes it."
+                f"{file.path} contains {what}, for example {some(marked, 1)}; no tuner family supports it."
             )
-    for recognises, read in _READERS:
-        if recognises(keys):
+    for recognizes, read in _READERS:
+        if recognizes(keys):
             return read(file, base)
-    for recognises, read_lora in _LORA_READERS:
-        if recognises(keys):
+    for recognizes, read_lora in _LORA_READERS:
+        if recognizes(keys):
             return read_lora(file, base, partial)
     raise TunerFileError(
-        f"{file.path} is in no layout that is known here; it holds {some(sorted(keys))}. "
-        "Known are LoRAs of diffusers and kohya's sd-scripts, and SC- and CSC-Tuners of ms-swift and SCEPTER."
+        f"{file.path} has an unknown layout; it contains {some(sorted(keys))}. "
+        "Supported are LoRAs of diffusers and kohya's sd-scripts, and SC- and CSC-Tuners of ms-swift and SCEPTER."
     )
 
 
 def export_tuner(tuner: Tuner, path: Path, layout: ExportLayout) -> None:
-    """Write a tuner for another program.
+    """Write a tuner in the layout of another program.
 
     Args:
-        tuner: what to write.
-        path: a file; for ms-swift a folder.
-        layout: which program it is for.
+        tuner: tuner to write.
+        path: path of the file; for ms-swift of the folder.
+        layout: layout to write.
 
     Raises:
-        TunerFileError: if the tuner has parts that the layout has no place for, or cannot be written.
+        TunerFileError: if the layout cannot represent the tuner, or the file cannot be written.
     """
     _WRITERS[layout](tuner, path)

@@ -1,8 +1,8 @@
-"""The LoRA layout of kohya's sd-scripts, which ComfyUI and A1111 read: `lora_unet_<module with underscores>`.
+"""LoRA layout of kohya's sd-scripts, also read by ComfyUI and A1111: `lora_unet_<module with underscores>`.
 
-As diffusers' own converter reads it (`diffusers/loaders/lora_conversion_utils.py`, 0.42.1): `lora_down.weight`,
-`lora_up.weight` and a scalar `alpha` for each module; without alpha the factor is one. Stable Diffusion XL's trainers
-name the modules as the original U-Net does, all others as diffusers does; both are read for every base.
+Source: diffusers' converter (`diffusers/loaders/lora_conversion_utils.py`, 0.42.1). Each module has
+`lora_down.weight`, `lora_up.weight` and a scalar `alpha`; without alpha the factor is one. Trainers of Stable
+Diffusion XL use the module names of the original U-Net, all others those of diffusers; both are read for every base.
 """
 
 from __future__ import annotations
@@ -28,21 +28,21 @@ _SHARED = ("modelspec.title", "modelspec.author", "modelspec.description", "mode
            "modelspec.trigger_phrase", "modelspec.usage_hint", "modelspec.thumbnail")  # fmt: skip
 
 
-def recognises(keys: Iterable[str]) -> bool:
-    """Say whether a file with these keys is a LoRA in kohya's layout."""
+def recognizes(keys: Iterable[str]) -> bool:
+    """Return whether the keys are those of a LoRA in kohya's layout."""
     return any(_KEY.fullmatch(key) for key in keys)
 
 
 def read(file: ForeignFile, base: BaseInfo, partial: bool = False) -> Tuner:
-    """Make a tuner of a LoRA file.
+    """Convert a LoRA file to a tuner.
 
     Args:
-        file: what was read.
-        base: structure of the base that it is for.
-        partial: leave out modules on which no tuner acts, with a warning.
+        file: the file's content.
+        base: structure of the base that the file was trained for.
+        partial: skip modules that no tuner supports, with a warning, instead of raising an error.
 
     Raises:
-        TunerFileError: if it tunes other modules too, or is for a base of another structure.
+        TunerFileError: if the file also tunes unsupported modules, or is for a base of another structure.
     """
     matches = {key: match for key in file.tensors if (match := _KEY.fullmatch(key))}
     file.refuse_others(matches, "a LoRA of kohya's sd-scripts")
@@ -55,14 +55,14 @@ def read(file: ForeignFile, base: BaseInfo, partial: bool = False) -> Tuner:
 
 
 def write(tuner: Tuner, path: Path) -> None:
-    """Write a tuner of lora alone as a LoRA file in kohya's layout.
+    """Write a tuner with only LoRA in kohya's layout.
 
     Args:
-        tuner: what to write; for Stable Diffusion XL the modules get the names of the original U-Net.
-        path: the file.
+        tuner: tuner to write; for Stable Diffusion XL the modules get the names of the original U-Net.
+        path: path of the file.
 
     Raises:
-        TunerFileError: if the tuner does anything else, or the file cannot be written.
+        TunerFileError: if the tuner contains anything but LoRA, or the file cannot be written.
     """
     layers = lora_layers(tuner)
     tensors: dict[str, torch.Tensor] = {}
@@ -91,14 +91,14 @@ def _name(path: str) -> str:
 
 
 def _is_xl(base: BaseInfo) -> bool:
-    """Tell Stable Diffusion XL, whose first level has no attention, from the versions before it."""
+    """Return whether a base is Stable Diffusion XL, whose first level has no attention, unlike 1.x and 2.x."""
     return base.structure.get("down_block_types", [None])[0] == "DownBlock2D"
 
 
 def _layer(file: ForeignFile, name: str) -> LoraLayer:
     down, up = file.tensors.get(f"{name}.lora_down.weight"), file.tensors.get(f"{name}.lora_up.weight")
     if down is None or up is None:
-        raise TunerFileError(f"{file.path} is damaged: of `{name}` it has only one half.")
+        raise TunerFileError(f"{file.path} is damaged: `{name}` has only one of its two weights.")
     alpha = file.tensors.get(f"{name}.alpha")
     if alpha is not None and alpha.numel() != 1:
         raise TunerFileError(f"{file.path} is damaged: `{name}.alpha` has {alpha.numel()} values.")
@@ -106,6 +106,6 @@ def _layer(file: ForeignFile, name: str) -> LoraLayer:
 
 
 def _alpha_tensor(layer: LoraLayer) -> torch.Tensor:
-    """Store alpha in the weights' dtype, as sd-scripts does, where that can hold it."""
+    """Return alpha in the weights' dtype, as sd-scripts stores it, or in fp32 if that dtype cannot represent it."""
     alpha = torch.tensor(layer.alpha, dtype=layer.up.dtype)
     return alpha if alpha.item() == layer.alpha else torch.tensor(layer.alpha, dtype=torch.float32)

@@ -1,9 +1,9 @@
-"""Bring LoRA layers of different ranks and factors under one rank and one factor, and undo it.
+"""Fold LoRA layers of different ranks and factors into one common rank and factor, and undo it.
 
-A `res` part has one rank and one alpha for all layers; files have one each for every layer, and not every layer. So
-a smaller rank is padded with zeros to the largest, a layer that a file leaves out is zero, and a factor `alpha / rank`
-that differs goes into `up`. None of this changes what the LoRA does, and the header notes it, so that writing the
-file out again undoes it.
+A `res` part has one rank and one alpha for all layers; LoRA files have a rank and an alpha per layer, and may omit
+layers. So smaller ranks are padded with zeros to the largest, omitted layers are zero, and a different factor
+`alpha / rank` is folded into `up`. The LoRA's output does not change, and the header records the original values, so
+that exporting the tuner restores them.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ import torch
 import torch.nn.functional as F
 
 LAYERS_KEY = "restune.interchange.layers"
-"""Header entry: rank and alpha of each layer that had others than the whole, by site; zero where it had no layer."""
+"""Header entry: original rank and alpha, by site, of each layer that was changed; zero for an omitted layer."""
 DTYPE_KEY = "restune.interchange.dtype"
-"""Header entry: dtype of the file that was read, where the tuner needs a wider one."""
+"""Header entry: dtype of the original file, if the tuner needs a wider one."""
 
 
 @dataclass(frozen=True)
 class LoraLayer:
-    """`(alpha / rank) * up @ down`, `down` of shape `(rank, inputs)`, `up` `(outputs, rank)`."""
+    """LoRA layer `(alpha / rank) * up @ down` with `down` of shape `(rank, inputs)` and `up` of `(outputs, rank)`."""
 
     down: torch.Tensor
     up: torch.Tensor
@@ -36,22 +36,22 @@ class LoraLayer:
 
     @property
     def factor(self) -> float:
-        """What the product is multiplied by."""
+        """Factor `alpha / rank` of the product."""
         return self.alpha / self.rank if self.rank else 0.0
 
     def padded(self, rank: int) -> LoraLayer:
-        """Pad to a larger rank with zeros; `alpha` stays what it is."""
+        """Pad to a larger rank with zeros, keeping `alpha`."""
         more = rank - self.rank
         return LoraLayer(F.pad(self.down, (0, 0, 0, more)), F.pad(self.up, (0, more)), self.alpha)
 
 
 def scaled(up: torch.Tensor, ratio: float, dtype: torch.dtype) -> torch.Tensor:
-    """Multiply `up`, rounding once."""
+    """Multiply `up` by a ratio, rounding once."""
     return up.to(dtype) if ratio == 1 else (up.double() * ratio).to(dtype)
 
 
 def folds(layer: LoraLayer, factor: float, dtype: torch.dtype) -> bool:
-    """Say whether a layer's own factor can go into `up` under another one and come out of it again in this dtype."""
+    """Return whether folding a layer's factor into `up`, relative to a common factor, is reversible in a dtype."""
     ratio = layer.factor / factor
     up = layer.up.to(dtype)
     return torch.equal((scaled(up, ratio, dtype).double() / ratio).to(dtype), up)
@@ -61,13 +61,13 @@ def as_noted(layer: LoraLayer, rank: int, alpha: float, narrow: torch.dtype | No
     """Undo padding and folding.
 
     Args:
-        layer: of the part's rank and factor.
-        rank: rank in the file that was read; 0 where it had no such layer.
-        alpha: alpha in that file.
-        narrow: dtype in that file, where it differs.
+        layer: layer with the part's rank and factor.
+        rank: rank in the original file; 0 if the file omitted the layer.
+        alpha: alpha in the original file.
+        narrow: dtype in the original file, if it differs.
 
     Returns:
-        The layer as it was; None where there was none; `layer` itself where what was zero acts by now.
+        The original layer; None if the file omitted it; `layer` itself if the padding is no longer zero.
     """
     if rank > layer.rank or layer.down[rank:].any() or layer.up[:, rank:].any():
         return layer
@@ -83,7 +83,7 @@ def as_noted(layer: LoraLayer, rank: int, alpha: float, narrow: torch.dtype | No
 
 
 def read_notes(metadata: Mapping[str, str]) -> dict[str, tuple[int, float]]:
-    """Read the notes on layers; a header that somebody garbled costs the original layout, never the content."""
+    """Read the original ranks and alphas by site; an invalid entry is ignored, so that only the layout is lost."""
     try:
         notes = json.loads(metadata.get(LAYERS_KEY, "{}"))
         read = {site: (int(rank), float(alpha)) for site, (rank, alpha) in notes.items()}

@@ -1,4 +1,4 @@
-"""LoRA layers by site, and the `res` part that has them all; its tuners are all lora."""
+"""Convert between LoRA layers by site and a `res` part with only LoRA."""
 
 from __future__ import annotations
 
@@ -31,46 +31,46 @@ _OPERATIONS = {"self": "self_attention", "cross": "cross_attention", "ff": "feed
 def layers_of(
     file: ForeignFile, found: Mapping[str, LoraLayer], sites: Mapping[str, str], others: Iterable[str], partial: bool
 ) -> dict[str, LoraLayer]:
-    """Bring layers to their sites.
+    """Assign the layers of a file to sites.
 
     Args:
-        file: where they were read.
-        found: layers by the file's own names.
-        sites: site of each name that has one.
-        others: names of what the file holds beside these layers.
-        partial: leave out what has no site, with a warning, rather than refuse the file.
+        file: source file, for messages.
+        found: layers by their names in the file.
+        sites: site of each supported name.
+        others: names of further modules in the file.
+        partial: skip modules without a site, with a warning, instead of raising an error.
 
     Raises:
-        TunerFileError: if something has no site and `partial` is not set, or nothing has one.
+        TunerFileError: if no module has a site, or `partial` is not set and a module has none.
     """
     outside = sorted([name for name in found if name not in sites] + list(others))
     placed = {sites[name]: layer for name, layer in found.items() if name in sites}
     if not placed:
         raise TunerFileError(
-            f"{file.path} tunes no linear layer of this base's transformer blocks, but {some(outside)}."
+            f"{file.path} tunes none of the linear layers of this base's transformer blocks; it tunes {some(outside)}."
         )
     if outside and not partial:
         raise TunerFileError(
-            f"{file.path} also tunes {some(outside)}; a tuner acts on the linear layers of transformer blocks alone: "
-            "leave these out with --partial (partial=True), or load the file as a LoRA."
+            f"{file.path} also tunes {some(outside)}; tuners support only the linear layers of transformer blocks: "
+            "skip the others with --partial (partial=True), or load the file as a LoRA."
         )
     if outside:
-        logger.warning("%s: %d modules are left out, as no tuner acts there: %s.", file.path, len(outside),
+        logger.warning("%s: skipped %d modules that no tuner supports: %s.", file.path, len(outside),
                        ", ".join(outside))  # fmt: skip
     return placed
 
 
 def lora_tuner(layers: Mapping[str, LoraLayer], base: BaseInfo, metadata: Mapping[str, str], source: str) -> Tuner:
-    """Make a tuner of LoRA layers.
+    """Create a tuner from LoRA layers.
 
     Args:
-        layers: by the site of their linear layer.
+        layers: layers by the site of their linear layer.
         base: structure of the base.
         metadata: header entries to keep.
-        source: what they were read from, for messages.
+        source: name of the source file, for messages.
 
     Raises:
-        TunerFileError: if a layer does not fit its site, or its rank or alpha is not understood.
+        TunerFileError: if a layer does not fit its site, or its rank or alpha is not valid.
     """
     _check(layers, base, source)
     whole = max(layers.values(), key=lambda layer: layer.rank)
@@ -103,19 +103,19 @@ def lora_tuner(layers: Mapping[str, LoraLayer], base: BaseInfo, metadata: Mappin
 
 
 def _packed(layer: LoraLayer, whole: LoraLayer, dtype: torch.dtype, where: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Give a layer the rank and the factor of the whole."""
+    """Return `down` and `up` of a layer with the common rank and factor."""
     up = scaled(layer.up, layer.factor / whole.factor, dtype)
     if not torch.isfinite(up).all():
-        raise TunerFileError(f"{where} has alpha = {layer.alpha}, beside the others {dtype} overflows.")
+        raise TunerFileError(f"{where} has alpha = {layer.alpha}, which overflows {dtype} with the common factor.")
     padded = replace(layer, down=layer.down.to(dtype), up=up).padded(whole.rank)
     return padded.down, padded.up
 
 
 def lora_layers(tuner: Tuner) -> dict[str, LoraLayer]:
-    """Return the LoRA layers of a tuner by the site of their linear layer, as they were read where they were.
+    """Return the LoRA layers of a tuner by the site of their linear layer, imported ones in their original form.
 
     Raises:
-        TunerFileError: if the tuner does anything else than LoRA.
+        TunerFileError: if the tuner contains anything but LoRA.
     """
     notes = read_notes(tuner.metadata)
     narrow = _HALVES.get(tuner.metadata.get(DTYPE_KEY, ""))
@@ -136,9 +136,9 @@ def _loras(tuner: Tuner) -> dict[str, Any]:
     (part, *others) = tuner.parts()
     loras = part.loras() if isinstance(part, ResPart) else {}
     if others or not loras or len(loras) != len(part.writes):
-        kinds = ", ".join(config.part for config in tuner.configs)
+        families = ", ".join(config.part for config in tuner.configs)
         raise TunerFileError(
-            f"Only a tuner of lora alone has a place in a LoRA file, but this one ({kinds}) also acts otherwise."
+            f"A LoRA file can only represent a tuner with only lora, but this one ({families}) has other tuners too."
         )
     return loras
 
@@ -150,15 +150,17 @@ def _check(layers: Mapping[str, LoraLayer], base: BaseInfo, source: str) -> None
         found = (tuple(layer.down.shape), tuple(layer.up.shape))
         if len(found[0]) != 2 or layer.rank == 0 or found != ((layer.rank, inputs), (outputs, layer.rank)):
             raise TunerFileError(
-                f"{source} is for another base: at {site} this one has {inputs} inputs and {outputs} outputs, "
-                f"the file's tensors are {found[0]} and {found[1]}."
+                f"{source} is for another base: at {site} this base has {inputs} inputs and {outputs} outputs, "
+                f"but the file's tensors have shapes {found[0]} and {found[1]}."
             )
         if not (math.isfinite(layer.alpha) and layer.alpha > 0):
-            raise TunerFileError(f"{source} has alpha = {layer.alpha} at {site}; a LoRA's alpha is a positive number.")
+            raise TunerFileError(
+                f"{source} has alpha = {layer.alpha} at {site}, but alpha must be positive and finite."
+            )
 
 
 def _config(layers: Mapping[str, LoraLayer], base: BaseInfo, whole: LoraLayer, source: str) -> ResConfig:
-    """Describe the least part that has all the layers."""
+    """Return the config of the smallest part that contains all the layers."""
     names = {site: SiteName.parse(site) for site in linear_shapes(base)}
     operations = {names[site].operation for site in layers}
     blocks = {names[site].transformer_block for site in layers}

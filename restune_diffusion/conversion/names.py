@@ -1,4 +1,4 @@
-"""What other programs call the places on a U-Net that a tuner acts on."""
+"""Translate between sites and the module names of other programs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _BLOCK = re.compile(r"(down|up)_blocks\.(\d+)\.attentions\.(\d+)\.(.+)")
 
 
 def linear_shapes(base: BaseInfo) -> dict[str, tuple[int, int]]:
-    """Return input and output width of every linear layer of the transformer blocks, by its site."""
+    """Return input and output width of every linear layer of the transformer blocks, by site."""
     return {
         f"{name}.{path}": shape
         for name, site in base.sites.items()
@@ -21,11 +21,11 @@ def linear_shapes(base: BaseInfo) -> dict[str, tuple[int, int]]:
 
 
 def sgm_path(path: str, layers_per_block: int) -> str:
-    """Translate a module path of diffusers' U-Net to the original one's, as Stable Diffusion XL's trainers use it.
+    """Translate a module path of diffusers' U-Net to the original U-Net, as trainers of Stable Diffusion XL use it.
 
     Args:
-        path: of a module in a transformer, for instance `down_blocks.1.attentions.0.transformer_blocks.0.ff.net.2`.
-        layers_per_block: of the U-Net's config.
+        path: path of a module in a transformer, e.g. `down_blocks.1.attentions.0.transformer_blocks.0.ff.net.2`.
+        layers_per_block: value of the U-Net's config.
     """
     match = _BLOCK.fullmatch(path)
     if match is None:
@@ -40,7 +40,7 @@ def layers_per_block(base: BaseInfo) -> list[int]:
     """Return the number of residual blocks of each level of the encoder.
 
     Raises:
-        BaseMismatchError: if the base's description does not tell.
+        BaseMismatchError: if the base's description lacks the number.
     """
     layers, levels = base.structure.get("layers_per_block"), base.structure.get("up_block_types")
     if isinstance(levels, list):
@@ -48,14 +48,14 @@ def layers_per_block(base: BaseInfo) -> list[int]:
             return [layers] * len(levels)
         if isinstance(layers, list) and len(layers) == len(levels) and all(isinstance(n, int) for n in layers):
             return layers
-    raise BaseMismatchError(f"The base's structure has layers_per_block = {layers!r}, which is not understood.")
+    raise BaseMismatchError(f"The base's structure has layers_per_block = {layers!r}, which is not supported.")
 
 
 def skip_readers(base: BaseInfo) -> dict[str, str]:
-    """Return which residual block of diffusers' decoder reads each skip connection, by site, deep to shallow.
+    """Return the residual block of diffusers' decoder that reads each skip connection, by site, deep to shallow.
 
     Raises:
-        BaseMismatchError: if the base's decoder is not understood.
+        BaseMismatchError: if the base's decoder is not supported.
     """
     skips = base.skips
     counts = [layers + 1 for layers in reversed(layers_per_block(base))]
@@ -66,5 +66,5 @@ def skip_readers(base: BaseInfo) -> dict[str, str]:
 
 
 def linear_paths(base: BaseInfo) -> dict[str, str]:
-    """Return the site of every linear layer of the transformer blocks, by its path in diffusers' U-Net."""
+    """Return the site of every linear layer of the transformer blocks, by path in diffusers' U-Net."""
     return {module_path(site): site for site in linear_shapes(base)}

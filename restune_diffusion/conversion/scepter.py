@@ -1,6 +1,6 @@
-"""The layout of SCEPTER's own SC-Tuner: `lsc_identity.<number>`, counted from the deepest skip connection.
+"""Layout of SCEPTER's SC-Tuner: `lsc_identity.<number>`, counted from the deepest skip connection.
 
-Read in scepter 1.4.1: `scepter/modules/model/network/ldm/ldm_sce.py`, `scepter/modules/model/tuner/sce/`.
+Source: scepter 1.4.1, `scepter/modules/model/network/ldm/ldm_sce.py` and `scepter/modules/model/tuner/sce/`.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ _KEY = re.compile(r"(?:model\.)?lsc_identity\.(?P<number>\d{1,3})\.tuner_op\.(?P
 TENSORS = ("ln1.weight", "ln1.bias", "ln2.weight", "ln2.bias")
 
 
-def recognises(keys: Iterable[str]) -> bool:
-    """Say whether a file with these keys holds SC-Tuners of SCEPTER."""
+def recognizes(keys: Iterable[str]) -> bool:
+    """Return whether the keys are those of SCEPTER SC-Tuners."""
     return any(_KEY.fullmatch(key) for key in keys)
 
 
 def read(file: ForeignFile, base: BaseInfo) -> Tuner:
-    """Make a skip tuner of a file of SC-Tuners.
+    """Convert a file of SC-Tuners to a skip tuner.
 
     Raises:
-        TunerFileError: if it holds anything else, or is for a base of another structure.
+        TunerFileError: if the file contains other tensors, or is for a base of another structure.
     """
     matches = {key: match for key in file.tensors if (match := _KEY.fullmatch(key))}
     file.refuse_others(matches, "a file of SCEPTER's SC-Tuners")
@@ -41,7 +41,7 @@ def read(file: ForeignFile, base: BaseInfo) -> Tuner:
 
 
 def layer_at(file: ForeignFile, prefix: str) -> SkipLayer:
-    """Return the SC-Tuner whose keys begin so, or raise `TunerFileError` if a tensor of it is missing."""
+    """Return the SC-Tuner whose keys start with a prefix; raise `TunerFileError` if one of its tensors is missing."""
     missing = [name for name in TENSORS if prefix + name not in file.tensors]
     if missing:
         raise TunerFileError(f"{file.path} is damaged: it has no `{prefix}{missing[0]}`.")

@@ -1,4 +1,4 @@
-"""SC-Tuners as plain tensors, between the layouts of other programs and a `skip` part."""
+"""SC-Tuner layers as plain tensors, the intermediate form between other programs' layouts and a `skip` part."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from ..utils.errors import TunerFileError
 from .foreign import make_config
 
 WIDTHS_KEY = "restune.interchange.widths"
-"""Header entry: the widths that bottlenecks had before they were padded with zeros to a common ratio."""
+"""Header entry: widths of the bottlenecks before they were padded with zeros to a common ratio, by site."""
 
 
 @dataclass(frozen=True)
 class SkipLayer:
-    """`W_up GELU(W_down x + b_down) + b_up`; `down` is `(width, channels)`, `up` is `(channels, width)`."""
+    """SC-Tuner `W_up GELU(W_down x + b_down) + b_up`; `down` is `(width, channels)`, `up` is `(channels, width)`."""
 
     down: torch.Tensor
     down_bias: torch.Tensor
@@ -35,14 +35,16 @@ class SkipLayer:
         return self.down.shape[0]
 
     def of_width(self, width: int) -> SkipLayer:
-        """Pad the bottleneck with zeros, or cut zeros off it; the output stays what it is, as GELU(0) = 0.
+        """Pad the bottleneck with zeros, or remove zeros from it; the output does not change, because GELU(0) = 0.
 
         Raises:
-            TunerFileError: if what would be cut off is not zero.
+            TunerFileError: if values to remove are not zero.
         """
-        cut = (self.down[width:], self.down_bias[width:], self.up[:, width:])
-        if any(piece.any() for piece in cut):
-            raise TunerFileError(f"A bottleneck of width {self.width} cannot be cut to {width}: what is cut acts.")
+        removed = (self.down[width:], self.down_bias[width:], self.up[:, width:])
+        if any(piece.any() for piece in removed):
+            raise TunerFileError(
+                f"A bottleneck of width {self.width} cannot be reduced to {width}: the removed values are not zero."
+            )
         more = width - self.width
         return SkipLayer(
             F.pad(self.down, (0, 0, 0, more)),
@@ -53,21 +55,21 @@ class SkipLayer:
 
 
 def our_width(ratio: float, channels: int) -> int:
-    """Width of a `skip` part's bottleneck."""
+    """Return the width of a `skip` part's bottleneck."""
     return max(1, round(ratio * channels))
 
 
 def fit_ratio(widths: Mapping[str, tuple[int, int]], width_at: Callable[[float, int], int], slack: float) -> float:
-    """Find a ratio that gives every bottleneck its width, or else the smallest that gives none of them less.
+    """Return a ratio that gives every bottleneck its width, or the smallest ratio that gives each at least its width.
 
     Args:
-        widths: for each site its channels and the width of its bottleneck.
-        width_at: what a program makes of a ratio and a number of channels.
-        slack: how far below its width a bottleneck may be and still be rounded to it.
+        widths: channels and bottleneck width by site.
+        width_at: function of a program from ratio and channels to bottleneck width.
+        slack: how far below an integer width the product of ratio and channels may be to be rounded to it.
     """
     low = max((width - slack) / channels for channels, width in widths.values())
     high = min((width + 1 - slack) / channels for channels, width in widths.values())
-    # A ratio that somebody chose is one of these; only widths that were rounded need a number in between.
+    # A ratio set by a user is usually one of these; only rounded widths need a number in between.
     candidates = [width / channels for channels, width in widths.values()] + [(low + high) / 2]
     for ratio in candidates:
         if all(width_at(ratio, channels) == width for channels, width in widths.values()):
@@ -79,26 +81,27 @@ def fit_ratio(widths: Mapping[str, tuple[int, int]], width_at: Callable[[float, 
 
 
 def skip_tuner(layers: Mapping[str, SkipLayer], base: BaseInfo, metadata: Mapping[str, str], source: str) -> Tuner:
-    """Make a tuner of SC-Tuners.
+    """Create a tuner from SC-Tuner layers.
 
     Args:
-        layers: by site.
-        base: structure of the base that they are for.
+        layers: layers by site.
+        base: structure of the base.
         metadata: header entries to keep.
-        source: what they were read from, for messages.
+        source: name of the source file, for messages.
 
     Raises:
-        TunerFileError: if there are none, or one does not fit its site.
+        TunerFileError: if there are no layers, or one does not fit its site.
     """
     skips = {name: base.sites[name].channels for name in base.skips}
     if not layers:
-        raise TunerFileError(f"{source} holds no tuner of a skip connection.")
+        raise TunerFileError(f"{source} contains no tuner for a skip connection.")
     for site, layer in layers.items():
         channels, width = skips[site], layer.width
         shapes = tuple(tuple(t.shape) for t in (layer.down, layer.down_bias, layer.up, layer.up_bias))
         if shapes != ((width, channels), (width,), (channels, width), (channels,)):
             raise TunerFileError(
-                f"{source} is for another base: at {site} this one has {channels} channels, the file {shapes}."
+                f"{source} is for another base: at {site} this base has {channels} channels, but the file's tensors "
+                f"have shapes {shapes}."
             )
     widths = {site: (skips[site], layer.width) for site, layer in layers.items()}
     ratio = fit_ratio(widths, our_width, slack=0.5)
@@ -115,14 +118,14 @@ def skip_tuner(layers: Mapping[str, SkipLayer], base: BaseInfo, metadata: Mappin
 
 
 def skip_layers(tuner: Tuner) -> dict[str, SkipLayer]:
-    """Return the SC-Tuners of a tuner by site, as narrow as they were read.
+    """Return the SC-Tuner layers of a tuner by site, imported ones with their original widths.
 
     Raises:
         TunerFileError: if the tuner has other parts.
     """
-    kinds = [config.part for config in tuner.configs]
-    if kinds != ["skip"]:
-        raise TunerFileError(f"Only skip tuners have a place in this layout, but this has the parts {kinds}.")
+    families = [config.part for config in tuner.configs]
+    if families != ["skip"]:
+        raise TunerFileError(f"This layout can only represent skip tuners, but the tuner has the parts {families}.")
     part = next(tuner.parts())
     state = tuner.state_dict()
     layers = {
@@ -132,7 +135,7 @@ def skip_layers(tuner: Tuner) -> dict[str, SkipLayer]:
 
 
 def without_padding(layers: Mapping[str, SkipLayer], metadata: Mapping[str, str]) -> dict[str, SkipLayer]:
-    """Cut off the zeros that a header says were added; a layer where they act by now stays as it is."""
+    """Remove the zero padding that the header records; a layer whose padding is no longer zero is not changed."""
     try:
         widths = dict(json.loads(metadata.get(WIDTHS_KEY, "{}")))
     except (ValueError, TypeError, RecursionError):

@@ -1,6 +1,6 @@
-"""The layout of ms-swift's SCETuning: a folder with `adapter_model.safetensors` and `adapter_config.json`.
+"""Layout of ms-swift's SCETuning: a folder with `adapter_model.safetensors` and `adapter_config.json`.
 
-Read in ms-swift 4.6.0: `swift/tuners/scetuning/`, `swift/tuners/base.py`.
+Source: ms-swift 4.6.0, `swift/tuners/scetuning/` and `swift/tuners/base.py`.
 """
 
 from __future__ import annotations
@@ -27,37 +27,39 @@ _LSC = re.compile(r"lsc_identity\.(\d+)")
 _ADAPTER = "default"
 
 
-def recognises(keys: Iterable[str]) -> bool:
-    """Say whether a file with these keys is an SCETuning file of ms-swift."""
+def recognizes(keys: Iterable[str]) -> bool:
+    """Return whether the keys are those of an ms-swift SCETuning file."""
     return any(".scetuner_" in key for key in keys)
 
 
 def read(file: ForeignFile, base: BaseInfo) -> Tuner:
-    """Make a skip tuner of an SCETuning file.
+    """Convert an SCETuning file to a skip tuner.
 
     Raises:
-        TunerFileError: if it holds anything else, or is for a base of another structure.
+        TunerFileError: if the file contains other tensors, or is for a base of another structure.
     """
     matches = {key: match for key in file.tensors if (match := _KEY.fullmatch(key))}
     file.refuse_others(matches, "a file of ms-swift's SCETuning")
     adapters = sorted({match["adapter"] for match in matches.values()})
     if len(adapters) > 1:
-        raise TunerFileError(f"{file.path} holds the adapters {', '.join(adapters)}; convert a file with one of them.")
+        raise TunerFileError(
+            f"{file.path} contains the adapters {', '.join(adapters)}; convert a file with a single adapter."
+        )
     modules = {match["module"]: key[: match.start("tensor")] for key, match in matches.items()}
     layers = {site_of(module, base, file): layer_at(file, prefix) for module, prefix in modules.items()}
     return skip_tuner(without_padding(layers, file.metadata), base, {}, str(file.path))
 
 
 def site_of(module: str, base: BaseInfo, file: ForeignFile) -> str:
-    """Return the skip connection that a module's tuner acts on.
+    """Return the skip connection of a module's tuner.
 
     Args:
-        module: path of the module that ms-swift patched, in diffusers' U-Net or in SCEPTER's.
+        module: path of the module that ms-swift patched, in the U-Net of diffusers or SCEPTER.
         base: structure of the base.
-        file: what is read; its settings say in which mode the module was patched.
+        file: content of the file, with the patch mode in its settings.
 
     Raises:
-        TunerFileError: if the tuner does not act on a skip connection alone.
+        TunerFileError: if the tuner acts on anything but a skip connection.
     """
     readers = skip_readers(base)
     path = module.removeprefix("model.").removeprefix("unet.")
@@ -72,19 +74,19 @@ def site_of(module: str, base: BaseInfo, file: ForeignFile) -> str:
                 return site
     how = f" in {mode:.40} mode" if isinstance(mode, str) else ""
     raise TunerFileError(
-        f"{file.path} tunes `{module:.120}`{how}, which is no skip connection of this base: a tuner of "
-        "ms-swift can be taken over where it acts on the input of a decoder block "
-        f"({readers['skip.0']}, decoder mode) or on SCEPTER's lsc_identity; in encoder mode it changes the "
-        "encoder too."
+        f"{file.path} tunes `{module:.120}`{how}, which is not a skip connection of this base: a tuner of "
+        "ms-swift can be converted if it acts on the input of a decoder block "
+        f"({readers['skip.0']}, decoder mode) or on SCEPTER's lsc_identity; in encoder mode it also changes the "
+        "encoder."
     )
 
 
 def write(tuner: Tuner, folder: Path) -> None:
-    """Write a skip tuner so that `Swift.from_pretrained(unet, folder)` loads it.
+    """Write a skip tuner in the layout that `Swift.from_pretrained(unet, folder)` loads.
 
     Args:
-        tuner: a tuner with a skip part and no other.
-        folder: gets a subfolder `default`, as ms-swift names an adapter without a name.
+        tuner: a tuner with only a skip part.
+        folder: output folder; the files go to its subfolder `default`, the name of ms-swift's default adapter.
 
     Raises:
         TunerFileError: if the tuner has other parts, or a file cannot be written.

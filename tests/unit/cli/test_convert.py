@@ -48,8 +48,8 @@ def test_errors_are_one_sentence(restune, components, tmp_path):
     save_tuner(tuner, tmp_path / "skip.safetensors")
     cases = [
         (tmp_path / "none.safetensors", "kohya", "There is no file or folder"),
-        (tmp_path / "skip.safetensors", "kohya", "Only a tuner of lora alone"),
-        (tmp_path / "lora.safetensors", "restune", "name the checkpoint with --base"),
+        (tmp_path / "skip.safetensors", "kohya", "only represent a tuner with only lora"),
+        (tmp_path / "lora.safetensors", "restune", "pass the checkpoint with --base"),
     ]
     save_file({"lora_unet_x.lora_down.weight": torch.ones(1, 1)}, tmp_path / "lora.safetensors")
     for source, layout, message in cases:
@@ -75,7 +75,7 @@ def test_partial_logs_the_skipped_layers(restune, components, tmp_path, caplog):
     )
     code, _, err = restune(*arguments)
     assert code == 1
-    assert "leave these out with --partial" in err
+    assert "skip the others with --partial" in err
     code, _, _ = restune(*arguments, "--partial")
     assert code == 0
     assert "lora_te_x" in caplog.text

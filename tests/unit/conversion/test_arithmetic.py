@@ -116,14 +116,14 @@ def test_what_cannot_be_merged_is_said_in_one_sentence(unet):
     cases = [
         ([skip, other], [1, 1], "average", "one has ratio = 0.2, another 0.3"),
         ([skip, bypass], [1, 1], "average", "same config"),
-        ([bypass, bypass], [1, 1], "add", "Sums .add. are for skip tuners"),
-        ([mixed, mixed], [1, 1], "average", "needs tuners of lora alone"),
-        ([skip, skip], [1, -1], "average", "do not sum to zero"),
-        ([skip] * 3, [1, 1, 1], "interpolate", "between two tuners"),
+        ([bypass, bypass], [1, 1], "add", "The method 'add' supports skip tuners"),
+        ([mixed, mixed], [1, 1], "average", "needs tuners with only lora"),
+        ([skip, skip], [1, -1], "average", "sum to zero; their sum must not be zero"),
+        ([skip] * 3, [1, 1, 1], "interpolate", "needs exactly two tuners, but 3 are given"),
         ([skip, skip], [1, float("nan")], "add", "finite"),
-        ([skip, skip], [1], "add", "a weight for each"),
+        ([skip, skip], [1], "add", "2 tuners but 1 weights; give one weight per tuner"),
         ([skip] * 9, [1] * 9, "add", None),
-        ([made(unet, SkipConfig(ratio=5))] * 2, [1, 1], "add", "no counterpart here: ratio"),
+        ([made(unet, SkipConfig(ratio=5))] * 2, [1, 1], "add", "no equivalent tuner: ratio"),
     ]
     for tuners, weights, method, message in cases:
         if message is None:
@@ -135,5 +135,7 @@ def test_what_cannot_be_merged_is_said_in_one_sentence(unet):
     with pytest.raises(BaseMismatchError, match="block_out_channels"):
         merge_tuners([skip, elsewhere], [1, 1], "add")
     for rank, tuner in ((0, made(unet, lora())), (2, skip)):
-        with pytest.raises(RestuneError, match=r"rank is a positive number|Only a tuner of lora alone"):
+        with pytest.raises(
+            RestuneError, match=r"rank must be a positive number|only represent a tuner with only lora"
+        ):
             reduce_rank(tuner, rank)

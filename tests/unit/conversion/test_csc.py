@@ -99,17 +99,19 @@ def test_a_csc_tuner_that_does_not_fit_is_refused_by_name(base, tmp_path):
     _, tensors = published(base)
     path = tmp_path / "in.safetensors"
     save_file(tensors, path)
-    with pytest.raises(TunerFileError, match="does not fit: it has shape"):
+    with pytest.raises(TunerFileError, match="does not fit this base: it has shape"):
         import_tuner(path, describe_base(make_unet(block_out_channels=(32, 32, 64, 64))))
     save_file({key: value for key, value in tensors.items() if ".11." not in key}, path)
-    with pytest.raises(TunerFileError, match=r"does not fit: it has no tensor for `control\.skip\.0\.0\.down\.bias`"):
+    with pytest.raises(
+        TunerFileError, match=r"does not fit this base: it has no tensor for `control\.skip\.0\.0\.down\.bias`"
+    ):
         import_tuner(path, base)
     save_file({**tensors, "odd.key": torch.ones(1)}, path)
-    with pytest.raises(TunerFileError, match=r"also holds `odd\.key`"):
+    with pytest.raises(TunerFileError, match=r"also contains `odd\.key`"):
         import_tuner(path, base)
     slim = {
         key: value[:, :1].clone() if key == "pre_hint_blocks.2.weight" else value for key, value in tensors.items()
     }
     save_file(slim, path)
-    with pytest.raises(TunerFileError, match=r"does not fit: it has shape \(16, 1, 3, 3\)"):
+    with pytest.raises(TunerFileError, match=r"does not fit this base: it has shape \(16, 1, 3, 3\)"):
         import_tuner(path, base)

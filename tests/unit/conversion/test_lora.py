@@ -312,12 +312,12 @@ def test_what_lies_outside_the_transformer_blocks(unet, base, tmp_path, caplog):
         import_tuner(tmp_path / "in.safetensors", base)
     with caplog.at_level(logging.WARNING):
         tuner = import_tuner(tmp_path / "in.safetensors", base, partial=True)
-    assert "2 modules are left out" in caplog.text
+    assert "skipped 2 modules" in caplog.text
     assert "down_blocks_0_attentions_0_proj_in" in caplog.text
     assert len(next(tuner.parts()).loras()) == inside
     alone = {key: value for key, value in tensors.items() if key.startswith("lora_te_")}
     save_file(alone, tmp_path / "text.safetensors")
-    with pytest.raises(TunerFileError, match="no linear layer of this base's transformer blocks"):
+    with pytest.raises(TunerFileError, match="none of the linear layers of this base's transformer blocks"):
         import_tuner(tmp_path / "text.safetensors", base, partial=True)
 
 
@@ -326,25 +326,25 @@ def test_what_no_lora_part_computes_is_refused_by_name(unet, base, tmp_path):
     tensors = kohya_tensors(unet, modules)
     name = next(iter(tensors)).split(".")[0]
     path = tmp_path / "in.safetensors"
-    for extra, message in {f"{name}.dora_scale": "holds DoRA", f"{name}.hada_w1_a": "holds LoHa",
-                           f"{name}.lokr_w1": "holds LoKr", f"{name}.diff": "also holds"}.items():  # fmt: skip
+    for extra, message in {f"{name}.dora_scale": "contains DoRA", f"{name}.hada_w1_a": "contains LoHa",
+                           f"{name}.lokr_w1": "contains LoKr", f"{name}.diff": "also contains"}.items():  # fmt: skip
         save_file({**tensors, extra: torch.ones(3)}, path)
         with pytest.raises(TunerFileError, match=message):
             import_tuner(path, base)
     half = {key: value for key, value in tensors.items() if key != f"{name}.lora_up.weight"}
     save_file(half, path)
-    with pytest.raises(TunerFileError, match="only one half"):
+    with pytest.raises(TunerFileError, match="only one of its two weights"):
         import_tuner(path, base)
     for alpha in (-1.0, 0.0):
         save_file({**tensors, f"{name}.alpha": torch.tensor(alpha)}, path)
-        with pytest.raises(TunerFileError, match="alpha is a positive number"):
+        with pytest.raises(TunerFileError, match="alpha must be positive"):
             import_tuner(path, base)
     save_file(tensors, path)
     with pytest.raises(TunerFileError, match="for another base: at down"):
         import_tuner(path, describe_base(make_unet(block_out_channels=(32, 32, 64, 64))))
     layer = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
     weights = {f"{layer}.lora_A.weight": torch.ones(2, 32), f"{layer}.lora_B.weight": torch.ones(32, 2)}
-    for settings, message in [({"unet.use_dora": True}, "use_dora = True"), ([], "no JSON object"),
+    for settings, message in [({"unet.use_dora": True}, "use_dora = True"), ([], "not a JSON object"),
                               ({"unet.r": 2, "unet.lora_alpha": "x"}, "its alpha is 'x'")]:  # fmt: skip
         save_file(weights, path, {"lora_adapter_metadata": json.dumps(settings)})
         with pytest.raises(TunerFileError, match=message):
@@ -357,7 +357,7 @@ def test_only_lora_fits_a_lora_file(unet, tmp_path):
         [ResConfig(self_attention="lora")],
         [ResConfig(feed_forward="lora", self_attention=None), SkipConfig()],
     ):
-        with pytest.raises(TunerFileError, match="Only a tuner of lora alone"):
+        with pytest.raises(TunerFileError, match="only represent a tuner with only lora"):
             export_tuner(Tuner.for_base(unet, *configs), tmp_path / "out.safetensors", "kohya")
     assert not any(tmp_path.iterdir())
 

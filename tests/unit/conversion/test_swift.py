@@ -150,9 +150,9 @@ def test_lsc_identity_of_ms_swift_and_of_scepter(base, tmp_path):
 
 def test_what_is_no_skip_tuner_is_refused(base, tmp_path):
     names = ["conv_in", *READERS[1:]]
-    with pytest.raises(TunerFileError, match="`conv_in` in encoder mode, which is no skip connection"):
+    with pytest.raises(TunerFileError, match="`conv_in` in encoder mode, which is not a skip connection"):
         import_tuner(write_swift(tmp_path / "a", swift_tensors(base, modules=names), tuner_mode="encoder"), base)
-    with pytest.raises(TunerFileError, match="in encoder mode, which is no skip connection"):
+    with pytest.raises(TunerFileError, match="in encoder mode, which is not a skip connection"):
         import_tuner(write_swift(tmp_path / "b", swift_tensors(base), tuner_mode="encoder"), base)
     other = describe_base(make_unet(block_out_channels=(32, 32, 64, 64)))
     with pytest.raises(TunerFileError, match="is for another base: at skip"):
@@ -161,16 +161,16 @@ def test_what_is_no_skip_tuner_is_refused(base, tmp_path):
     del tensors[f"{READERS[0]}.scetuner_default.tuner_op.ln2.bias"]
     with pytest.raises(TunerFileError, match=r"damaged: it has no `up_blocks.0.resnets.0.*ln2.bias`"):
         import_tuner(write_swift(tmp_path / "d", tensors), base)
-    with pytest.raises(TunerFileError, match="also holds `odd`"):
+    with pytest.raises(TunerFileError, match="also contains `odd`"):
         import_tuner(write_swift(tmp_path / "e", {**swift_tensors(base), "odd": torch.zeros(2)}), base)
     bypass = {"restuning_default.bypass_blocks.0.lateral_tuner.tuner.ln1.weight": torch.zeros(4, 4)}
     with pytest.raises(TunerFileError, match="Res-Tuning-Bypass of ms-swift"):
         import_tuner(write_swift(tmp_path / "f", bypass), base)
     save_file({"something.else": torch.zeros(2)}, tmp_path / "g.safetensors")
-    with pytest.raises(TunerFileError, match=r"in no layout that is known here; it holds `something\.else`"):
+    with pytest.raises(TunerFileError, match=r"has an unknown layout; it contains `something\.else`"):
         import_tuner(tmp_path / "g.safetensors", base)
     save_file({"a.scetuner_x.tuner_op.ln1.bias": torch.tensor([1, 2])}, tmp_path / "h.safetensors")
-    with pytest.raises(TunerFileError, match=r"as torch.int64; give it in fp32"):
+    with pytest.raises(TunerFileError, match=r"as torch.int64; convert it to fp32"):
         import_tuner(tmp_path / "h.safetensors", base)
 
 
@@ -188,7 +188,7 @@ def test_pickles_are_refused_unopened_with_the_way_to_convert_them(base, tmp_pat
 
 
 def test_only_skip_tuners_fit_the_layout(unet, tmp_path):
-    with pytest.raises(TunerFileError, match="Only skip tuners"):
+    with pytest.raises(TunerFileError, match="only represent skip tuners"):
         export_tuner(Tuner.for_base(unet, SkipConfig(), BypassConfig()), tmp_path, "swift")
     assert not any(tmp_path.iterdir())
 

@@ -198,7 +198,9 @@ def test_non_finite_values_are_neither_saved_nor_loaded(tuner, path, value):
         save_tuner(tuner, path)
     assert path.read_bytes() == before
     save_file(tuner.state_dict(), path, read_info(path).metadata)
-    with pytest.raises(TunerFileError, match="was not loaded: `skip.skip.0.down.weight` contains NaN or infinity"):
+    with pytest.raises(
+        TunerFileError, match=r"was not loaded: `skip\.skip\.0\.down\.weight` contains NaN or infinity"
+    ):
         load_tuner(path)
 
 
