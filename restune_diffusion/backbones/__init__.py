@@ -1,4 +1,4 @@
-"""Find the places on a base where a tuner can read a feature or add a residual, and describe the base."""
+"""Supported base models: sites where a tuner reads a feature or adds a residual, and structural fingerprints."""
 
 from .bases import describe_base, site_module, structure_of
 from .description import BaseInfo, Site, TextInfo

@@ -1,4 +1,4 @@
-"""The kinds of base that tuners attach to."""
+"""Registry of the supported base models."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ STRUCTURES: tuple[Structure, ...] = (UNetStructure(), MotionUNetStructure(), Pix
 
 
 def structure_of(base: nn.Module) -> Structure:
-    """Return the kind of a base.
+    """Return the structure that supports a base.
 
     Raises:
-        RestuneError: if tuners cannot attach to it; names the kinds that they can.
+        RestuneError: if the model class is not supported; the message lists the supported classes.
     """
     for structure in STRUCTURES:
         if structure.fits(base):
@@ -29,23 +29,23 @@ def structure_of(base: nn.Module) -> Structure:
 
 
 def describe_base(base: nn.Module) -> BaseInfo:
-    """Read the sites and the structural fingerprint off a base.
+    """Return the sites and the structural fingerprint of a base.
 
     Args:
         base: a `UNet2DConditionModel`, a `UNetMotionModel`, a `PixArtTransformer2DModel` or a transformers `ViTModel`.
 
     Raises:
-        RestuneError: if the model is of another kind, or has blocks that are not understood.
+        RestuneError: if the model class or one of its blocks is not supported.
     """
     base = getattr(base, "_orig_mod", base)  # of a compiled model
     return structure_of(base).describe(base)
 
 
 def site_module(base: nn.Module, site: str) -> nn.Module:
-    """Return the module that runs at a site of a transformer block, or one of its linear layers.
+    """Return the module at a site of a transformer block, or one of its linear layers.
 
     Args:
-        base: a model that tuners attach to.
-        site: for instance `down.1.attn.0.block.0.ff` or `mid.attn.0.block.0.self.to_q`.
+        base: a supported model.
+        site: name of the site, e.g. `down.1.attn.0.block.0.ff` or `mid.attn.0.block.0.self.to_q`.
     """
     return structure_of(base).module(base, site)

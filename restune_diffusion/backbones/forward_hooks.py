@@ -1,4 +1,4 @@
-"""Hooks that several kinds of base have in common."""
+"""Torch hooks that several base models share."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .structure import SiteHooks
 
 
 def tap_output(hooks: SiteHooks, site: str, module: nn.Module, args: Any, output: torch.Tensor) -> None:
-    """Show what a block returns to the tuners that tap it; a forward hook."""
+    """Pass a block's output to the tuners that tap the site; a forward hook."""
     hooks.tap(site, output)
 
 

@@ -1,4 +1,4 @@
-"""AnimateDiff's `UNetMotionModel`: the U-Net of Stable Diffusion with motion modules between its layers."""
+"""AnimateDiff's `UNetMotionModel`: the U-Net of Stable Diffusion with motion modules."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from .unet import UNetStructure
 
 
 class MotionUNetStructure(UNetStructure):
-    """The sites of the U-Net that a motion U-Net was made from: it takes the same tuners, on every frame."""
+    """Structure of a motion U-Net: it has the sites of its 2D U-Net and takes the same tuners, on every frame."""
 
     class_name = "UNetMotionModel"
 
     def describe(self, base: Any) -> BaseInfo:
-        """Describe the U-Net that this was made from, as `UNetMotionModel.from_unet2d` names its blocks."""
+        """Return the description of the 2D U-Net, undoing the block names of `UNetMotionModel.from_unet2d`."""
         described = super().describe(base)
         structure = {
             **described.structure,
@@ -28,6 +28,6 @@ class MotionUNetStructure(UNetStructure):
         return described.model_copy(update={"denoiser": UNetStructure.class_name, "structure": structure})
 
     def call(self, base: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
-        """Read the batch off a `sample` of shape `(batch, channels, frames, height, width)`."""
+        """Return batch, frames, latent size and timestep; `sample` is `(batch, channels, frames, height, width)`."""
         sample = args[0] if args else kwargs["sample"]
         return super().call(base, args, kwargs)._replace(frames=sample.shape[2])

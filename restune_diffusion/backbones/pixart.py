@@ -1,4 +1,4 @@
-"""A diffusion transformer: `PixArtTransformer2DModel`."""
+"""PixArt, a diffusion transformer: `PixArtTransformer2DModel`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .transformer_block import PATH_OF_OPERATION, block_sites, inside
 
 
 class PixArtStructure(Structure):
-    """The transformer blocks of PixArt, read at their outputs, and the head."""
+    """Structure of PixArt, with sites at the operations and outputs of the transformer blocks and at the head."""
 
     class_name = "PixArtTransformer2DModel"
     keys = (
@@ -40,16 +40,16 @@ class PixArtStructure(Structure):
         yield OUT, Site(channels=width, stride=stride, tokens=True)
 
     def time_channels(self, base: Any) -> int:
-        """Return the width of the embedded time step."""
+        """Return the width of the time embedding."""
         return int(base.inner_dim)
 
     def module_path(self, site: str) -> str:
-        """Return the path of what runs at a site, for instance `block.3.cross.to_k`."""
+        """Return the path of the module at a site, e.g. `block.3.cross.to_k`."""
         name = SiteName.parse(site)
         return inside(f"transformer_blocks.{name.index}", name, PATH_OF_OPERATION)
 
     def install(self, base: Any, hooks: SiteHooks) -> list[RemovableHandle]:
-        """Hook the embedding of the time step, the blocks and the output norm."""
+        """Register hooks on the time embedding, the blocks and the output norm."""
         return [
             base.adaln_single.register_forward_hook(partial(_see_time, hooks)),
             *(
@@ -60,14 +60,14 @@ class PixArtStructure(Structure):
         ]
 
     def call(self, base: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
-        """Read the batch off `hidden_states` and `timestep`."""
+        """Return batch size, latent size and timestep from `hidden_states` and `timestep`."""
         sample = args[0] if args else kwargs["hidden_states"]
         timestep = args[2] if len(args) > 2 else kwargs["timestep"]
         return Call(sample.shape[0], (sample.shape[-2], sample.shape[-1]), sample.device, timestep)
 
 
 def _see_time(hooks: SiteHooks, module: nn.Module, args: Any, output: tuple[torch.Tensor, torch.Tensor]) -> None:
-    # The first is for the blocks' own modulation; the second is the embedding.
+    # The first output is for the modulation in the blocks; the second is the embedding.
     hooks.see(time=output[1])
 
 

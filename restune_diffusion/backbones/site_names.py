@@ -1,4 +1,4 @@
-"""Names of sites and patterns of names: the one place that knows how a name is written."""
+"""Parser for names of sites and for patterns of names; all other modules use it."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ Family: TypeAlias = Literal["skip", "down", "mid", "up", "block", "out"]
 Kind: TypeAlias = Literal["self", "cross", "ff", "block"]
 
 OUT: Final = "out"
-"""Site at the input of the output head; every base has it."""
+"""Name of the site at the input of the output head; every base has it."""
 MID: Final = "mid"
-"""Site at the output of a U-Net's mid block."""
+"""Name of the site at the output of a U-Net's mid block."""
 
 _NAME = re.compile(
     r"(?P<family>skip|down|mid|up|block|out)(?:\.(?P<index>0|[1-9]\d*))?"
@@ -25,26 +25,26 @@ _NAME = re.compile(
     r"(?:\.(?P<operation>self|cross|ff|block)(?:\.(?P<linear>.+))?)?",
     re.ASCII,
 )
-# Each step of a name is a module inside the last.
+# Every component of a dotted name is a module inside the one before it.
 _DOTTED = re.compile(r"\w{1,64}(\.\w{1,64}){0,11}", re.ASCII)
-# Brackets come first: `[0-3]` is a set of characters, as `fnmatch` reads it. More digits than six are no index.
+# Brackets come first: `[0-3]` is a character set of `fnmatch`. More than six digits are not an index.
 _RANGE = re.compile(r"\[!?\]?[^\]]*\]|(?<![^\W_]|-)(?P<first>\d{1,6})-(?P<last>\d{1,6})(?![^\W_]|-)", re.ASCII)
-# Stands for a range while `fnmatch` translates the rest.
+# Placeholder of a range while `fnmatch` translates the rest.
 _HOLE = "\0"
 
 
 @dataclass(frozen=True)
 class SiteName:
-    """Name of a place on a base, taken apart; `str` puts it together again.
+    """Parsed name of a site; `str` returns the name.
 
     Args:
-        family: what the site belongs to: a skip connection, a down, mid or up block of a U-Net, a block of a
-            transformer, or the input of the output head.
+        family: group of the site: a skip connection, a down, mid or up block of a U-Net, a block of a transformer, or
+            the input of the output head.
         index: number of the skip connection or block; `mid` and `out` have none.
         attention: number of the attention module in a block of a U-Net, for a site inside a transformer block.
-        block: number of the transformer block in it.
-        operation: what runs at a site inside a transformer block.
-        linear: path of a linear layer in the operation, for instance `to_out.0`.
+        block: number of the transformer block in the attention module.
+        operation: operation of a site inside a transformer block.
+        linear: path of a linear layer in the operation, e.g. `to_out.0`.
     """
 
     family: Family
@@ -56,7 +56,7 @@ class SiteName:
 
     @classmethod
     def find(cls, text: str) -> SiteName | None:
-        """Read a name, for instance `skip.3` or `down.1.attn.0.block.0.self.to_q`; return None for any other text."""
+        """Parse a name, e.g. `skip.3` or `down.1.attn.0.block.0.self.to_q`; return None for any other text."""
         match = _NAME.fullmatch(text)
         if match is None:
             return None
@@ -66,27 +66,27 @@ class SiteName:
 
     @classmethod
     def parse(cls, text: str) -> SiteName:
-        """Read a name.
+        """Parse a name.
 
         Raises:
-            RestuneError: if the text is not the name of a site.
+            RestuneError: if the text is not a site name.
         """
         found = cls.find(text)
         if found is None:
             raise RestuneError(
-                f"`{text}` is not the name of a site; expected for instance `skip.3`, `up.1`, `block.0.ff` or "
+                f"`{text}` is not a site name; expected for example `skip.3`, `up.1`, `block.0.ff` or "
                 f"`down.1.attn.0.block.0.self.to_q`."
             )
         return found
 
     @property
     def transformer_block(self) -> str:
-        """Name of the transformer block that the site is in, `down.1.attn.0.block.0`; it is not a site itself."""
+        """Name of the transformer block of the site, e.g. `down.1.attn.0.block.0`; not a site itself."""
         return str(replace(self, operation=None, linear=None))
 
     @property
     def operation_site(self) -> str:
-        """Name of the operation's site that a linear layer belongs to, `down.1.attn.0.block.0.self`."""
+        """Name of the operation's site of a linear layer, e.g. `down.1.attn.0.block.0.self`."""
         return str(replace(self, linear=None))
 
     def __str__(self) -> str:
@@ -98,22 +98,22 @@ class SiteName:
 
 
 def of_family(names: Iterable[str], family: Family) -> list[str]:
-    """Return the names of the sites of one family, without those inside transformer blocks."""
+    """Return the names of the sites of one family, except those inside transformer blocks."""
     found = {name: SiteName.find(name) for name in names}
     return [name for name, site in found.items() if site and site.family == family and site.operation is None]
 
 
 def is_dotted_name(text: str) -> bool:
-    """Return whether a text can be the path of a module: up to 12 steps of letters, digits and underscores."""
+    """Return whether a text can be a module path: up to 12 components of letters, digits and underscores."""
     return _DOTTED.fullmatch(text) is not None
 
 
 @dataclass(frozen=True)
 class SitePattern:
-    """Pattern of names, as a user writes it.
+    """Pattern of site names.
 
-    `*`, `?` and `[...]` mean what they mean to `fnmatch`, and a star may stand for several steps of a name. A range
-    `first-last` stands for a number from `first` to `last`: `skip.0-3`, `up.1-2.*.ff`, `net.0-2`.
+    `*`, `?` and `[...]` have the meaning of `fnmatch`; a star may match several components of a name. A range
+    `first-last` matches the numbers from `first` to `last`: `skip.0-3`, `up.1-2.*.ff`, `net.0-2`.
 
     Args:
         text: the pattern.
@@ -139,16 +139,16 @@ def match_sites(patterns: Iterable[str], names: Iterable[str], what: str = "site
     """Select the names that match any of the patterns, in the order of `names`.
 
     Args:
-        patterns: patterns as `SitePattern` reads them; each is compiled once.
-        names: what there is to choose from.
-        what: the word for one of the names in messages.
+        patterns: patterns in the syntax of `SitePattern`; each is compiled once.
+        names: names to choose from.
+        what: noun for a name in messages.
 
     Raises:
-        RestuneError: if a pattern matches nothing; names the valid ones, calling each a `what`.
+        RestuneError: if a pattern matches no name; the message lists the valid names.
     """
     names = list(names)
     if not names:
-        raise RestuneError(f"This base has no {what} for such a tuner; choose another kind of tuner.")
+        raise RestuneError(f"This base has no {what} for this tuner family; choose another family.")
     chosen: set[str] = set()
     for pattern in dict.fromkeys(patterns):
         found = SitePattern(pattern).select(names)
@@ -158,7 +158,7 @@ def match_sites(patterns: Iterable[str], names: Iterable[str], what: str = "site
     return [name for name in names if name in chosen]
 
 
-# Weights are set again and again with the same few patterns.
+# Weights are set repeatedly with the same few patterns.
 @lru_cache(maxsize=1024)
 def _compiled(text: str) -> re.Pattern[str]:
     numbers: list[str] = []
@@ -166,12 +166,12 @@ def _compiled(text: str) -> re.Pattern[str]:
     def take_out(match: re.Match[str]) -> str:
         if match["first"] is None:
             return match[0]
-        # A range that ends before it begins stands for no number.
+        # A range whose end is before its start matches no number.
         choice = "|".join(_decimals(int(match["first"]), int(match["last"]))) or "(?!)"
         numbers.append(f"(?<![0-9])(?:{choice})(?![0-9])")
         return _HOLE
 
-    # No name holds the character that stands for a range, so a pattern with it needs no range either.
+    # No name contains the placeholder character, so a pattern that contains it matches nothing in any case.
     expression = fnmatch.translate(text if _HOLE in text else _RANGE.sub(take_out, text))
     if numbers:
         left = iter(numbers)
@@ -180,9 +180,9 @@ def _compiled(text: str) -> re.Pattern[str]:
 
 
 def _decimals(first: int, last: int) -> Iterator[str]:
-    """Yield expressions that together match the decimal numbers from `first` to `last`, two for each digit at most."""
+    """Yield expressions that together match the decimal numbers from `first` to `last`, at most two per digit."""
     while first <= last:
-        # The numbers that share their leading digits, and their neighbours: 40-79 is `[4-7][0-9]`.
+        # Group the numbers by their leading digits: 40-79 is `[4-7][0-9]`.
         size = 1
         while first and first % (10 * size) == 0 and first + 10 * size - 1 <= last:
             size *= 10

@@ -1,4 +1,4 @@
-"""What the rest of the program asks of a kind of base, whichever it is."""
+"""Interface of a supported base model class."""
 
 from __future__ import annotations
 
@@ -17,51 +17,52 @@ from .transformer_block import without_lora
 
 
 class SiteHooks(Protocol):
-    """What a base's hooks call when a forward pass reaches a site."""
+    """Callbacks of a base's torch hooks, called when a forward pass reaches a site."""
 
     def active(self) -> bool:
-        """Say whether any tuner takes part in this pass."""
+        """Return whether any tuner is active in this forward pass."""
 
     def tuned(self, site: str, x: torch.Tensor) -> torch.Tensor:
-        """Return the feature at a site with the residuals of all tuners, and keep it for those that tap it."""
+        """Return the feature at a site plus the residuals of all tuners; store it for tuners that tap the site."""
 
     def tap(self, site: str, x: torch.Tensor) -> None:
-        """Keep a feature that is only read, if a tuner asks for it."""
+        """Store a feature that is only read, if a tuner taps the site."""
 
     def see(self, *, time: torch.Tensor | None = None, text: torch.Tensor | None = None) -> None:
-        """Show the time embedding or the text states of this pass."""
+        """Store the time embedding or the text states of this forward pass."""
 
 
 class Call(NamedTuple):
-    """What a call of the base tells of its batch."""
+    """Batch size, input size, device and timestep of one call of a base."""
 
     rows: int
+    """Batch size."""
     size: tuple[int, int]
-    """Height and width of what it is called on, in the unit of the sites' strides."""
+    """Height and width of the input, in the unit of the sites' strides."""
     device: torch.device
     timestep: torch.Tensor | float
     frames: int = 1
-    """How many rows stand side by side at the sites for each row of the batch: the frames of a video."""
+    """Number of adjacent rows at the sites for each row of the batch: the frames of a video."""
 
 
 class Structure(ABC):
-    """A kind of base: where its sites are and how its hooks reach them."""
+    """Structure of one class of base models: its sites, and the torch hooks that reach them."""
 
     class_name: ClassVar[str]
-    """Name of the model's class, or of one that it extends."""
+    """Name of the model's class or of one of its base classes."""
     keys: ClassVar[tuple[str, ...]]
-    """Keys of the model's config that decide which tuner fits."""
+    """Keys of the model's config that determine which tuners fit."""
 
     def fits(self, base: nn.Module) -> bool:
-        """Say whether a model is of this kind."""
-        # By name, so that nothing is imported for a kind that is not used.
+        """Return whether a model has this structure."""
+        # Compared by name, so that unused model classes are not imported.
         return self.class_name in {cls.__name__ for cls in type(base).__mro__}
 
     def describe(self, base: Any) -> BaseInfo:
-        """Read the sites and the structural fingerprint off a model.
+        """Return the sites and the structural fingerprint of a model.
 
         Raises:
-            RestuneError: if the model has blocks that are not understood.
+            RestuneError: if the model has blocks that are not supported.
         """
         config = {key: getattr(base.config, key, None) for key in (*self.keys, "_name_or_path")}
         return BaseInfo(
@@ -78,43 +79,43 @@ class Structure(ABC):
 
     @abstractmethod
     def time_channels(self, base: Any) -> int:
-        """Return the width of the time embedding; 0 where there is none."""
+        """Return the width of the time embedding; 0 if there is none."""
 
     @abstractmethod
     def module_path(self, site: str) -> str:
-        """Return the path of what runs at a site of a transformer block, or at one of its linear layers."""
+        """Return the path of the module at a site of a transformer block, or of one of its linear layers."""
 
     @abstractmethod
     def install(self, base: Any, hooks: SiteHooks) -> list[RemovableHandle]:
-        """Hook the sites between the blocks; the residuals of operations are hooked where a tuner needs them."""
+        """Register hooks on the sites between the blocks; operations are hooked only where a tuner writes to them."""
 
     @abstractmethod
     def call(self, base: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
-        """Read off the arguments of the model's forward what the batch is."""
+        """Return batch size, input size, device and timestep from the arguments of the model's forward."""
 
     def run_head(self, base: Any, x: torch.Tensor) -> torch.Tensor:
-        """Return the base's output from the feature at its site `out`; none of its blocks runs.
+        """Return the base's output from the feature at the site `out`, without running any block.
 
         Args:
-            base: a model of this kind.
-            x: the feature, in the base's dtype: `(batch, channels, height, width)`, or `(batch, tokens, channels)` of
-                a transformer.
+            base: a model with this structure.
+            x: the feature, in the base's dtype: `(batch, channels, height, width)`, or `(batch, tokens, channels)`
+                for a transformer.
 
         Raises:
-            RestuneError: if the output head of this kind needs more than the feature.
+            RestuneError: if the output head needs more inputs than the feature.
         """
         raise RestuneError(
-            f"The output head of {self.class_name} cannot run on recorded features, as it depends on the time step "
-            f"too; attach the tuner and run the whole base."
+            f"The output head of {self.class_name} cannot run on recorded features, because it also needs the "
+            f"timestep; attach the tuner and run the whole base."
         )
 
     def module(self, base: nn.Module, site: str) -> nn.Module:
-        """Return what runs at a site of a transformer block, or at one of its linear layers."""
+        """Return the module at a site of a transformer block, or one of its linear layers."""
         return without_lora(base.get_submodule(self.module_path(site)))
 
 
 def _public_name(source: str) -> str:
-    """Name a checkpoint by its hub id, or by its folder alone: a shared file must not tell a person's paths."""
+    """Return a checkpoint's hub id or the name of its folder: a shared file must not reveal private paths."""
     path = Path(source)
     if not source or not path.exists():
         return source
@@ -123,5 +124,5 @@ def _public_name(source: str) -> str:
 
 
 def _plain(value: object) -> object:
-    """Make a config value compare equal to itself after a round trip through JSON."""
+    """Convert tuples of a config value to lists, so that it is equal to itself after a round trip through JSON."""
     return [_plain(item) for item in value] if isinstance(value, list | tuple) else value

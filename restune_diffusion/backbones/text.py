@@ -1,4 +1,4 @@
-"""The text encoders of a pipeline: what a tuner must know of them, and where it acts."""
+"""Text encoders of a pipeline: lookup and structure."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ class TextEncoder:
 
     Args:
         module: transformers' `CLIPTextModel` or `CLIPTextModelWithProjection`.
-        tokenizer: the tokenizer whose ids it takes.
-        tokenizer_name: name of the tokenizer in a pipeline.
-        compiled: whether the encoder is compiled, so that hooks that come later do nothing.
+        tokenizer: the tokenizer of the encoder.
+        tokenizer_name: name of the tokenizer in the pipeline.
+        compiled: whether the encoder is compiled; hooks registered afterwards have no effect.
     """
 
     module: nn.Module
@@ -33,7 +33,7 @@ class TextEncoder:
 
 
 def text_encoders(pipeline: Any) -> dict[str, TextEncoder]:
-    """Return the text encoders that a pipeline has loaded, by name."""
+    """Return the loaded text encoders of a pipeline, by name."""
     found = {}
     for name, tokenizer_name in _NAMES.items():
         module, tokenizer = getattr(pipeline, name, None), getattr(pipeline, tokenizer_name, None)
@@ -45,10 +45,10 @@ def text_encoders(pipeline: Any) -> dict[str, TextEncoder]:
 
 
 def describe_text(encoders: Mapping[str, TextEncoder]) -> dict[str, TextInfo]:
-    """Read the structure off text encoders.
+    """Return the structure of text encoders.
 
     Raises:
-        RestuneError: if one is not CLIP's.
+        RestuneError: if one is not a CLIP text encoder.
     """
     described = {}
     for name, encoder in encoders.items():
@@ -56,7 +56,7 @@ def describe_text(encoders: Mapping[str, TextEncoder]) -> dict[str, TextInfo]:
         described[name] = TextInfo(
             hidden_size=encoder.module.config.hidden_size,  # type: ignore[union-attr, arg-type]
             num_hidden_layers=len(layers),
-            # Without the words that Textual Inversion has added to tokenizer and encoder.
+            # Excludes placeholder tokens that Textual Inversion has added to tokenizer and encoder.
             vocab_size=encoder.tokenizer.vocab_size,
             linears=dict(linear_layers(layers[0])),
         )
@@ -67,10 +67,10 @@ def text_stack(encoder: nn.Module, name: str = "text_encoder") -> Any:
     """Return the module inside a text encoder that has `embeddings` and `encoder.layers`.
 
     Raises:
-        RestuneError: if there is none.
+        RestuneError: if there is no such module.
     """
-    # Which of transformers' classes wrap it depends on its version.
+    # Whether a wrapper class has it as `text_model` depends on the version of transformers.
     stack = getattr(encoder, "text_model", encoder)
     if not hasattr(stack, "embeddings") or not hasattr(getattr(stack, "encoder", None), "layers"):
-        raise RestuneError(f"Tuners act on CLIP's text encoders, but `{name}` is a {type(encoder).__name__}.")
+        raise RestuneError(f"Tuners support CLIP text encoders, but `{name}` is a {type(encoder).__name__}.")
     return stack

@@ -1,4 +1,4 @@
-"""Sites inside diffusers' `BasicTransformerBlock`, which U-Nets and diffusion transformers have in common."""
+"""Sites inside diffusers' `BasicTransformerBlock`, used by U-Nets and diffusion transformers."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ def block_sites(name: str, block: Any, stride: int) -> Iterator[tuple[str, Site]
     """Yield the sites of a block's operations.
 
     Args:
-        name: name of the block's sites.
+        name: prefix of the site names.
         block: a `BasicTransformerBlock`.
-        stride: spatial downscale of its tokens against the latent.
+        stride: spatial downscaling of its tokens relative to the latent.
     """
     channels, heads = block.attn1.to_q.in_features, block.attn1.heads
     for operation, path in PATH_OF_OPERATION.items():
@@ -40,15 +40,15 @@ def block_sites(name: str, block: Any, stride: int) -> Iterator[tuple[str, Site]
 
 
 def inside(block: str, name: SiteName, path_of: Mapping[Kind, str]) -> str:
-    """Return the path of what runs at a site inside a transformer block.
+    """Return the path of the module at a site inside a transformer block.
 
     Args:
         block: path of the transformer block.
-        name: the site.
-        path_of: path in the block of each operation.
+        name: name of the site.
+        path_of: path of each operation relative to the block.
 
     Raises:
-        RestuneError: if the site is not that of an operation.
+        RestuneError: if the site has no operation of this base.
     """
     if name.operation is None or name.operation not in path_of:
         raise RestuneError(f"`{name}` is not an operation of this base; its operations are {', '.join(path_of)}.")
@@ -56,19 +56,19 @@ def inside(block: str, name: SiteName, path_of: Mapping[Kind, str]) -> str:
 
 
 def linear_layers(module: nn.Module, path: str = "") -> Iterator[tuple[str, tuple[int, int]]]:
-    """Yield path and widths of the base's linear layers below a module."""
+    """Yield path, input and output width of the base's linear layers in a module."""
     layer = without_lora(module)
     if isinstance(layer, nn.Linear):
         yield path, (layer.in_features, layer.out_features)
         return
     for name, child in module.named_children():
-        # An attention's processor is no part of the base; that of an IP-Adapter has layers.
+        # Attention processors are not part of the base; those of an IP-Adapter have linear layers.
         if name != "processor":
             yield from linear_layers(child, f"{path}.{name}" if path else name)
 
 
 def without_lora(module: nn.Module) -> nn.Module:
-    """Return the layer that PEFT wraps while a LoRA is loaded: it is there with and without."""
+    """Return the base's layer inside a PEFT LoRA layer, or the module itself if it is not wrapped."""
     layer = getattr(module, "base_layer", module)
     assert isinstance(layer, nn.Module)
     return layer

@@ -19,11 +19,11 @@ from .transformer_block import PATH_OF_OPERATION, block_sites, inside
 
 
 class UNetStructure(Structure):
-    """Skips, mid and up blocks, the head, and the transformer blocks of a U-Net."""
+    """Structure of a U-Net: skip connections, mid and up blocks, the output head, and transformer blocks."""
 
     class_name = "UNet2DConditionModel"
-    # `in_channels` is left out on purpose: an inpainting checkpoint has the same skip paths as its text-to-image
-    # sibling, and takes the same tuners.
+    # `in_channels` is omitted: an inpainting checkpoint has the same skip connections as the text-to-image checkpoint,
+    # and takes the same tuners.
     keys = (
         "down_block_types",
         "mid_block_type",
@@ -42,11 +42,11 @@ class UNetStructure(Structure):
         return int(base.time_embedding.linear_2.out_features)
 
     def module_path(self, site: str) -> str:
-        """Return the path of what runs at a site, for instance `mid.attn.0.block.0.self.to_q`."""
+        """Return the path of the module at a site, e.g. `mid.attn.0.block.0.self.to_q`."""
         return module_path(site)
 
     def install(self, base: Any, hooks: SiteHooks) -> list[RemovableHandle]:
-        """Hook the up blocks, which take the skips, the mid block and the head."""
+        """Register hooks on the up blocks, which take the skip features, the mid block and the head."""
         counts = _skip_counts(base)
         stop = sum(counts)
         skips = tuple(_skip(number) for number in range(stop))
@@ -62,60 +62,61 @@ class UNetStructure(Structure):
         return handles
 
     def run_head(self, base: Any, x: torch.Tensor) -> torch.Tensor:
-        """Return what the U-Net predicts from the feature at its site `out`, `(batch, channels, height, width)`."""
+        """Return the U-Net's prediction from the feature at the site `out`, `(batch, channels, height, width)`."""
         if base.conv_norm_out is not None:
             x = base.conv_act(base.conv_norm_out(x))
         predicted: torch.Tensor = base.conv_out(x)
         return predicted
 
     def call(self, base: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
-        """Read the batch off `sample` and `timestep`."""
+        """Return batch size, latent size and timestep from `sample` and `timestep`."""
         sample = args[0] if args else kwargs["sample"]
         timestep = args[1] if len(args) > 1 else kwargs["timestep"]
         return Call(sample.shape[0], (sample.shape[-2], sample.shape[-1]), sample.device, timestep)
 
 
 def module_path(site: str) -> str:
-    """Return the path in a `UNet2DConditionModel` of what runs at a site of a transformer block.
+    """Return the path in a `UNet2DConditionModel` of the module at a site of a transformer block.
 
     Args:
-        site: for instance `down.1.attn.0.block.0.ff`, or one of its linear layers, `mid.attn.0.block.0.self.to_q`.
+        site: name of an operation, e.g. `down.1.attn.0.block.0.ff`, or of a linear layer, e.g.
+            `mid.attn.0.block.0.self.to_q`.
 
     Raises:
-        RestuneError: if the site is of another kind.
+        RestuneError: if the site is not in a transformer block.
     """
     name = SiteName.parse(site)
     if name.attention is None:
-        raise RestuneError(f"`{site}` is not in a transformer block; expected for instance `mid.attn.0.block.0.ff`.")
+        raise RestuneError(f"`{site}` is not in a transformer block; expected for example `mid.attn.0.block.0.ff`.")
     parent = "mid_block" if name.family == MID else f"{name.family}_blocks.{name.index}"
     transformer = f"{parent}.attentions.{name.attention}.transformer_blocks.{name.block}"
     return inside(transformer, name, PATH_OF_OPERATION)
 
 
 def late_skips(base: BaseInfo, depth: int) -> list[str]:
-    """Return the skips that the last up blocks of a U-Net take, from the shallowest.
+    """Return the skip connections of the last up blocks of a U-Net, from the shallowest.
 
     Args:
         base: structure of the U-Net.
         depth: number of up blocks, counted from the last.
 
     Raises:
-        RestuneError: if the U-Net has fewer.
+        RestuneError: if the U-Net has fewer up blocks.
     """
     try:
         blocks = len(base.structure["up_block_types"])
         layers = base.structure["layers_per_block"]
-        # An up block takes one more skip than the down block that it answers has layers; the last answers the first.
+        # An up block takes one skip feature more than the mirrored down block has layers; the last mirrors the first.
         counts = [count + 1 for count in (layers if isinstance(layers, list) else [layers] * blocks)]
     except (KeyError, TypeError) as error:
-        raise RestuneError("The structure of this base does not say which skips its up blocks take.") from error
+        raise RestuneError("The structure of this base lacks up_block_types or layers_per_block.") from error
     if depth > blocks:
-        raise RestuneError(f"This base has {blocks} up blocks, but a grad_depth of {depth} asks for more.")
+        raise RestuneError(f"This base has {blocks} up blocks, but grad_depth is {depth}; use {blocks} at most.")
     return [_skip(number) for number in range(sum(counts[:depth]))]
 
 
 def text_states(states: Any) -> torch.Tensor | None:
-    """Return the text states alone: an IP-Adapter puts image states beside them."""
+    """Return the text states; with an IP-Adapter the argument is a tuple of text and image states."""
     return states[0] if isinstance(states, tuple) else states
 
 
@@ -139,12 +140,12 @@ def _up(number: int) -> str:
 
 
 def _skip_counts(base: Any) -> list[int]:
-    """Number of skip features that each up block takes, in the order of `up_blocks`."""
+    """Return the number of skip features of each up block, in the order of `up_blocks`."""
     return [len(block.resnets) for block in base.up_blocks]
 
 
 def _head(base: Any) -> nn.Module:
-    """Return the module whose input is the site `out`: the output norm, or `conv_out` where there is none."""
+    """Return the module whose input is the site `out`: the output norm, or `conv_out` if there is no norm."""
     norm = base.conv_norm_out
     head = norm if isinstance(norm, nn.Module) else base.conv_out
     assert isinstance(head, nn.Module)
@@ -164,7 +165,7 @@ def _unet_sites(base: Any) -> Iterator[tuple[str, Site]]:
             yield _skip(index), Site(channels=block.resnets[-1].out_channels, stride=stride)
     if index + 1 != sum(_skip_counts(base)):
         raise RestuneError(
-            f"This {type(base).__name__} has blocks whose skip connections are not understood: the encoder makes "
+            f"This {type(base).__name__} has blocks whose skip connections are not supported: the encoder outputs "
             f"{index + 1} and the decoder takes {sum(_skip_counts(base))}."
         )
     if getattr(base, "mid_block", None) is not None:
@@ -181,6 +182,6 @@ def _unet_sites(base: Any) -> Iterator[tuple[str, Site]]:
 def _operation_sites(stage: str, block: Any, stride: int) -> Iterator[tuple[str, Site]]:
     """Yield the sites of a U-Net block's transformer blocks."""
     for number, attention in enumerate(getattr(block, "attentions", None) or ()):
-        # Blocks without text have plain attention instead of a transformer; nothing attaches there.
+        # Blocks without cross-attention have plain attention instead of a transformer; tuners do not attach there.
         for index, transformer in enumerate(getattr(attention, "transformer_blocks", ())):
             yield from block_sites(f"{stage}.attn.{number}.block.{index}", transformer, stride)

@@ -1,4 +1,4 @@
-"""The published home of Res-Tuning: transformers' `ViTModel`, a stack of transformer blocks for images."""
+"""Vision transformer of transformers, `ViTModel`, the base of the Res-Tuning paper."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ _PATH_OF_OPERATION: dict[Kind, str] = {"self": "attention", "ff": "mlp", "block"
 
 
 class ViTStructure(Structure):
-    """The layers of a vision transformer, read at their outputs, and its last norm.
+    """Structure of a vision transformer, with sites at the operations and outputs of its layers and at the last norm.
 
-    Features are a class token and a row of patches; there is neither time nor text. Attach to the `vit` of a
-    `ViTForImageClassification`.
+    Features are a class token followed by patch tokens; there are no timesteps and no text. For a
+    `ViTForImageClassification`, attach to its `vit`.
     """
 
     class_name = "ViTModel"
@@ -33,7 +33,7 @@ class ViTStructure(Structure):
         """Yield the sites in the order of the forward pass."""
         if not hasattr(base, "layers") or not hasattr(base.layers[0].attention, "q_proj"):
             raise RestuneError(
-                "This ViTModel is laid out in an older way; tuners need transformers 5 or newer for it."
+                "This ViTModel has the module layout of an older transformers; install transformers 5 or newer."
             )
         width, extra = base.config.hidden_size, base.embeddings.cls_token.shape[1]
         tokens = Site(channels=width, stride=1, tokens=True, extra_tokens=extra)
@@ -54,16 +54,16 @@ class ViTStructure(Structure):
         yield OUT, tokens
 
     def time_channels(self, base: Any) -> int:
-        """Return 0: there is no time."""
+        """Return 0: there is no time embedding."""
         return 0
 
     def module_path(self, site: str) -> str:
-        """Return the path of what runs at a site, for instance `block.3.self.q_proj`."""
+        """Return the path of the module at a site, e.g. `block.3.self.q_proj`."""
         name = SiteName.parse(site)
         return inside(f"layers.{name.index}", name, _PATH_OF_OPERATION)
 
     def install(self, base: Any, hooks: SiteHooks) -> list[RemovableHandle]:
-        """Hook the layers and the last norm."""
+        """Register hooks on the layers and the last norm."""
         return [
             *(
                 layer.register_forward_hook(partial(tap_output, hooks, _block(number)))
@@ -73,12 +73,12 @@ class ViTStructure(Structure):
         ]
 
     def run_head(self, base: Any, x: torch.Tensor) -> torch.Tensor:
-        """Return the last hidden state `(batch, tokens, channels)` from the last block's."""
+        """Return the last hidden state `(batch, tokens, channels)` from the output of the last layer."""
         state: torch.Tensor = base.layernorm(x)
         return state
 
     def call(self, base: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
-        """Read the batch off `pixel_values`; the size is that of the grid of patches."""
+        """Return the batch size and the size of the patch grid from `pixel_values`."""
         pixels = args[0] if args else kwargs["pixel_values"]
         height, width = base.embeddings.patch_embeddings.patch_size
         return Call(pixels.shape[0], (pixels.shape[-2] // height, pixels.shape[-1] // width), pixels.device, 0.0)

@@ -173,7 +173,7 @@ def test_every_site_of_every_base_has_a_name_that_can_be_read(base):
 @pytest.mark.parametrize("text", ["", "skip.", "skip.01", "skip.x", "skp.0", "skip.0.attn.1", "out\n", "down.1.conv"])
 def test_another_text_is_no_name(text):
     assert SiteName.find(text) is None
-    with pytest.raises(RestuneError, match=r"is not the name of a site; expected for instance `skip\.3`"):
+    with pytest.raises(RestuneError, match=r"is not a site name; expected for example `skip\.3`"):
         SiteName.parse(text)
 
 

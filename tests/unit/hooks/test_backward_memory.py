@@ -176,7 +176,7 @@ def test_the_last_transformer_block_keeps_less_than_a_bypass():
 @pytest.mark.parametrize(
     ("config", "fault"),
     [
-        (SkipConfig(grad_depth=5), "This base has 4 up blocks, but a grad_depth of 5"),
+        (SkipConfig(grad_depth=5), "This base has 4 up blocks, but grad_depth is 5"),
         (SkipConfig(grad_depth=1, sites=("skip.7",)), "None of the chosen skips reaches the last 1 up blocks"),
         (ResConfig(grad_depth=17), "This base has 16 transformer blocks, but a grad_depth of 17"),
         (ResConfig(grad_depth=2, sites=("mid.*",)), "None of the chosen transformer blocks is among the last 2, up.3"),

@@ -327,7 +327,7 @@ def test_another_encoder_is_refused_by_name(parts: dict[str, Any], pipe: Any, xl
     assert deeper.get_list_tuners() == {}
     assert_same_fingerprint(fresh, fingerprint(deeper))
     both = acting(xl, LORA)
-    with pytest.raises(BaseMismatchError, match="acts on `text_encoder_2`, which the pipeline has not"):
+    with pytest.raises(BaseMismatchError, match="acts on `text_encoder_2`, but the pipeline has no `text_encoder_2`"):
         attach(xl.unet, both, text={"text_encoder": text_encoders(xl)["text_encoder"]})
     with pytest.raises(RestuneError, match="load it with load_tuner_weights, or attach it with text="):
         attach(pipe.unet, tuner)

@@ -145,7 +145,7 @@ def test_a_cross_attention_tuner_reads_the_text_where_there_is_one(kind):
 @BOTH
 @pytest.mark.parametrize("config", [SkipConfig(), ControlConfig()], ids=["skip", "control"])
 def test_skip_tuners_are_refused_where_there_are_no_skips(kind, config):
-    with pytest.raises(RestuneError, match="This base has no site for such a tuner"):
+    with pytest.raises(RestuneError, match="This base has no site for this tuner family"):
         Tuner.for_base(BASES[kind][0](), config)
 
 
