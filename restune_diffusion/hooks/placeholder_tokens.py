@@ -1,4 +1,4 @@
-"""New words in prompts: a copy of the tokenizer that knows them, and how a prompt is written for it."""
+"""Placeholder tokens in prompts: a copy of the tokenizer with the tokens, and the conversion of prompts for it."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from typing import Any
 
 from ..utils.errors import RestuneError
 
-# The first character of the plane that Unicode leaves to private use: no prompt means anything by it.
+# First character of Unicode's private use plane 15, which has no meaning in prompts.
 _FIRST = 0xF0000
 
 
 @dataclass(frozen=True)
 class PlaceholderToken:
-    """A word that a tuner brings.
+    """Placeholder token of a tuner.
 
     Args:
-        token: the word, as it is written in prompts.
+        token: the token as written in prompts.
         tuner: name of the tuner.
-        vectors: number of vectors that stand for it.
-        factors: how strongly the tuner acts on each of so many prompts, or one number where that is the same.
+        vectors: number of embedding vectors of the token.
+        factors: function from the number of prompts to the tuner's factor on each prompt, or one common factor.
     """
 
     token: str
@@ -32,79 +32,80 @@ class PlaceholderToken:
 
 
 class PlaceholderTokens:
-    """The new words that prompts of one call may use.
+    """Placeholder tokens that the prompts of one call may use.
 
-    The pipeline's own tokenizer stays as it is. In `tokenizer`, a copy, each vector is a private character with an id
-    of its own, so that a word means something only in the prompts on which its tuner acts.
+    The pipeline's tokenizer is not modified. In `tokenizer`, a copy, each vector is a private character with its own
+    id, so that a placeholder token is replaced only in the prompts on which its tuner acts.
 
     Args:
         tokenizer: the pipeline's tokenizer.
-        words: the words, in the order of their vectors.
-        copies: where the copy comes from.
+        tokens: the placeholder tokens, in the order of their vectors.
+        copies: cache of the tokenizer's copy.
     """
 
-    def __init__(self, tokenizer: Any, words: Sequence[PlaceholderToken], copies: TokenizerCopy) -> None:
+    def __init__(self, tokenizer: Any, tokens: Sequence[PlaceholderToken], copies: TokenizerCopy) -> None:
         self.first_id = len(tokenizer)
-        """Id of the first vector; those of the others follow."""
-        self.tokenizer = copies.of(tokenizer, sum(word.vectors for word in words))
-        self._words = []
+        """Id of the first vector; the ids of the others follow."""
+        self.tokenizer = copies.of(tokenizer, sum(token.vectors for token in tokens))
+        self._tokens = []
         place = _FIRST
-        for word in words:
-            self._words.append((word, "".join(map(chr, range(place, place + word.vectors)))))
-            place += word.vectors
+        for token in tokens:
+            self._tokens.append((token, "".join(map(chr, range(place, place + token.vectors)))))
+            place += token.vectors
 
-    def write(self, prompts: Sequence[str]) -> list[str]:
-        """Replace the words of the tuners that act on each prompt by what the tokenizer knows.
+    def convert(self, prompts: Sequence[str]) -> list[str]:
+        """Replace, in each prompt, the placeholder tokens of the tuners that act on it by private characters.
 
         Raises:
-            RestuneError: if two tuners that act on one prompt bring the same word.
+            RestuneError: if two tuners that act on one prompt have the same placeholder token.
         """
-        factors = [word.factors(len(prompts)) for word, _ in self._words]
+        factors = [token.factors(len(prompts)) for token, _ in self._tokens]
         return [
-            self._written(prompt, [each[row % len(each)] for each in factors]) for row, prompt in enumerate(prompts)
+            self._converted(prompt, [each[row % len(each)] for each in factors]) for row, prompt in enumerate(prompts)
         ]
 
-    def _written(self, prompt: str, factors: Sequence[float]) -> str:
-        acting: dict[str, tuple[str, str]] = {}
-        for (word, private), factor in zip(self._words, factors, strict=True):
-            if not factor or not _pattern([word.token]).search(prompt):
+    def _converted(self, prompt: str, factors: Sequence[float]) -> str:
+        active: dict[str, tuple[str, str]] = {}
+        for (each, private), factor in zip(self._tokens, factors, strict=True):
+            if not factor or not _pattern([each.token]).search(prompt):
                 continue
-            other, _ = acting.setdefault(word.token.lower(), (word.tuner, private))
-            if other != word.tuner:
+            other, _ = active.setdefault(each.token.lower(), (each.tuner, private))
+            if other != each.tuner:
                 raise RestuneError(
-                    f"The tuners {other!r} and {word.tuner!r} both bring the word {word.token}; let one of them act."
+                    f"The tuners {other!r} and {each.tuner!r} both have the placeholder token {each.token}; activate "
+                    "only one of them."
                 )
-        if not acting:
+        if not active:
             return prompt
-        # Some letters, such as a dotless i, match one whose lower case they are not; their word is another.
-        return _pattern(acting).sub(lambda match: acting.get(match[0].lower(), ("", match[0]))[1], prompt)
+        # Some letters, such as a dotless i, match a letter that is not their lower case; such a match is no token.
+        return _pattern(active).sub(lambda match: active.get(match[0].lower(), ("", match[0]))[1], prompt)
 
 
 def contains_token(text: str, tokens: Sequence[str]) -> bool:
-    """Say whether one of the new words is in a text."""
+    """Return whether a text contains one of the placeholder tokens."""
     return bool(_pattern(tokens).search(text))
 
 
 def _pattern(tokens: Sequence[str] | dict[str, Any]) -> re.Pattern[str]:
-    """Match whole words, the longest first, as CLIP reads them: in upper or lower case."""
-    words = sorted(tokens, key=len, reverse=True)
-    # `sks` is not meant in `asks`, while `<dog>` is meant in `a<dog>s`.
-    ends = [(r"(?<!\w)" if w[0].isalnum() else "", r"(?!\w)" if w[-1].isalnum() else "") for w in words]
+    """Return a pattern for whole tokens, the longest first, ignoring case like CLIP's tokenizer."""
+    ordered = sorted(tokens, key=len, reverse=True)
+    # `sks` does not match in `asks`, but `<dog>` matches in `a<dog>s`.
+    ends = [(r"(?<!\w)" if t[0].isalnum() else "", r"(?!\w)" if t[-1].isalnum() else "") for t in ordered]
     return re.compile(
-        "|".join(f"{left}{re.escape(word)}{right}" for word, (left, right) in zip(words, ends, strict=True)),
+        "|".join(f"{left}{re.escape(token)}{right}" for token, (left, right) in zip(ordered, ends, strict=True)),
         re.IGNORECASE,
     )
 
 
 class TokenizerCopy:
-    """Makes copies of a tokenizer that know private characters, and keeps the last: making one takes half a second."""
+    """Cached copy of a tokenizer with private characters as tokens; creating one takes half a second."""
 
     def __init__(self) -> None:
         self._kept: tuple[Any, int, int] | None = None
         self._copy: Any = None
 
     def of(self, tokenizer: Any, count: int) -> Any:
-        """Return a copy of a tokenizer with `count` private characters as words."""
+        """Return a copy of a tokenizer with `count` private characters as additional tokens."""
         made_from = (tokenizer, len(tokenizer), count)
         if self._kept is None or self._kept[0] is not tokenizer or self._kept[1:] != made_from[1:]:
             from transformers import AddedToken

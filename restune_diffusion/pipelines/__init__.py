@@ -1,4 +1,4 @@
-"""Diffusers' pipelines with the tuner loader; `enable_restune` gives any other pipeline the same methods."""
+"""Diffusers pipelines with `RestuneLoaderMixin`; `enable_restune` adds the same methods to any other pipeline."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -28,7 +28,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    # Modules beside this one are imported without loading diffusers.
+    # Lazy, so that importing other modules of this package does not import diffusers.
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(".stable_diffusion", __name__), name)

@@ -1,8 +1,8 @@
-"""Draw one composition in many styles: the first steps once, then a row of one batch for each mix of tuners.
+"""Branched sampling: generate one composition in many styles, computing the first denoising steps once.
 
-The whole call runs with a row for each branch. All rows of an image start from the same latent and get the same noise,
-so they are equal until their tuners differ; meanwhile hooks let the U-Net run one of them and repeat its output. The
-pipeline's loop and the scheduler, whatever it remembers between steps, know nothing of it.
+The whole call runs with one batch row per branch. All rows of an image start from the same latent and get the same
+noise, so they are equal until their tuners differ. During these steps torch hooks let the U-Net compute one row per
+image and repeat its output. The pipeline's loop and the scheduler with its state need no changes.
 """
 
 from __future__ import annotations
@@ -23,20 +23,21 @@ from ..hooks.mixing import Layout
 from ..hooks.weights import Weight
 from ..utils.errors import RestuneError
 
-# Equal rows stay equal bit for bit on a CPU; a GPU may choose another kernel for another row. Other noise is far off.
+# Relative tolerance: equal rows are bit-identical on a CPU, but a GPU may use different kernels for different rows.
+# Rows with different noise differ by far more.
 _SAME = 1e-2
 
 
 @dataclass(frozen=True)
 class Fork:
-    """Where the rows of a batch part, and what acts on them before and after.
+    """Plan of a branched call: number of rows and shared steps, and the tuner weights before and after the fork.
 
     Args:
-        images: images, each of which is drawn in all branches.
-        branches: rows of each image; they are adjacent.
-        share_steps: how many denoising steps they have in common.
-        trunk: weights by tuner during those steps.
-        mixes: weights by tuner after them, with a value for every row.
+        images: number of images, each of which is generated in all branches.
+        branches: number of rows per image; they are adjacent.
+        share_steps: number of denoising steps that the branches of an image share.
+        trunk: weights by tuner during the shared steps.
+        mixes: weights by tuner after the shared steps, with one value per row.
     """
 
     images: int
@@ -47,15 +48,15 @@ class Fork:
 
 
 def arguments_of_branches(call: Callable[..., Any], kwargs: Mapping[str, Any], fork: Fork) -> dict[str, Any]:
-    """Return the arguments with which a pipeline draws a row for every branch, the rows of an image from equal noise.
+    """Return the arguments with which a pipeline generates one row per branch, with equal noise in an image's rows.
 
     Args:
         call: the pipeline's own `__call__`.
-        kwargs: arguments that would draw each image once.
-        fork: what to draw.
+        kwargs: arguments that generate each image once.
+        fork: plan of the branches.
 
     Raises:
-        RestuneError: if the pipeline cannot draw several images of a prompt, or an argument does not fit.
+        RestuneError: if the pipeline cannot generate several images per prompt, or an argument does not fit.
     """
     parameters = inspect.signature(call).parameters
     missing = {"num_images_per_prompt", "callback_on_step_end"} - parameters.keys()
@@ -70,12 +71,12 @@ def arguments_of_branches(call: Callable[..., Any], kwargs: Mapping[str, Any], f
     if asked.get("latents") is not None:
         if len(asked["latents"]) != fork.images:
             raise RestuneError(
-                f"`latents` holds {len(asked['latents'])} latents for {fork.images} images; give one for each image, "
-                "which all of its branches start from."
+                f"`latents` contains {len(asked['latents'])} latents for {fork.images} images; give one per image, "
+                "from which all of its branches start."
             )
         rows["latents"] = asked["latents"].repeat_interleave(fork.branches, 0)
     if "strength" in parameters:
-        # These pipelines encode `image` once for each generator; one alone would use up the first row's noise only.
+        # These pipelines encode `image` once per generator; a single image would consume only the first row's noise.
         total = fork.images * fork.branches
         rows |= {name: _row_images(asked[name], total) for name in ("image", "mask_image") if name in parameters}
     return {**kwargs, **rows}
@@ -83,16 +84,16 @@ def arguments_of_branches(call: Callable[..., Any], kwargs: Mapping[str, Any], f
 
 @contextlib.contextmanager
 def forked(pipeline: Any, base: nn.Module, fork: Fork, arguments: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """Let the rows of one call share their first steps.
+    """Context manager in which the rows of one call share their first steps.
 
     Args:
         pipeline: the pipeline.
         base: its U-Net.
-        fork: what to draw.
-        arguments: what `arguments_of_branches` made.
+        fork: plan of the branches.
+        arguments: the result of `arguments_of_branches`.
 
     Yields:
-        The arguments for the call, which now ends the sharing itself, in its callback at the end of a step.
+        The arguments for the call, with a `callback_on_step_end` that ends the sharing.
     """
     manager = TunerManager.of(base)
     before = manager.weights if manager is not None else {}
@@ -101,7 +102,7 @@ def forked(pipeline: Any, base: nn.Module, fork: Fork, arguments: Mapping[str, A
     shared = SharedRows([base, *networks], manager, fork.branches, sharing=fork.share_steps > 0)
 
     def end_of_step(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> Any:
-        # Schedulers of second order list each step twice.
+        # Second-order schedulers list each step twice.
         if shared.installed and (step + 1) // pipe.scheduler.order >= fork.share_steps:
             shared.part()
             if manager is not None:
@@ -109,7 +110,7 @@ def forked(pipeline: Any, base: nn.Module, fork: Fork, arguments: Mapping[str, A
         return callback(pipe, step, timestep, tensors) if callback is not None else {}
 
     own: dict[str, Any] = {"callback_on_step_end": end_of_step}
-    # The pipeline would have asked diffusers' own callbacks for them.
+    # The pipeline reads this attribute only from diffusers' callback classes.
     inputs = getattr(callback, "tensor_inputs", None)
     if inputs is not None:
         own["callback_on_step_end_tensor_inputs"] = inputs
@@ -124,13 +125,13 @@ def forked(pipeline: Any, base: nn.Module, fork: Fork, arguments: Mapping[str, A
 
 
 class SharedRows:
-    """Hooks by which modules run one row of each image and hand on its output for all of them.
+    """Torch hooks with which modules compute one row per image and repeat its output for the other rows.
 
     Args:
-        modules: the base, and what else runs on its batch; the sample is the first argument of each.
-        manager: the base's tuners, which must know of the smaller batch.
-        copies: rows of each image, adjacent.
-        sharing: False to check only, at the first step, that the rows of an image are equal.
+        modules: the base and other modules that run on its batch; the sample is the first argument of each.
+        manager: manager of the base's tuners, whose layout is adjusted to the smaller batch.
+        copies: number of adjacent rows per image.
+        sharing: False only checks, in the first step, that the rows of an image are equal.
     """
 
     def __init__(self, modules: Sequence[nn.Module], manager: TunerManager | None, copies: int, sharing: bool) -> None:
@@ -141,30 +142,30 @@ class SharedRows:
         self._rows = 0
         self._handles: list[RemovableHandle] = []
         for module in modules:
-            # Before the tuners' hooks, and after them.
+            # The first runs before the tuners' hooks, the second after them.
             self._handles += [
-                module.register_forward_pre_hook(self._cut, with_kwargs=True, prepend=True),
+                module.register_forward_pre_hook(self._reduce, with_kwargs=True, prepend=True),
                 module.register_forward_hook(self._repeat),
             ]
 
     @property
     def installed(self) -> bool:
-        """Whether the hooks are still there."""
+        """Whether the hooks are still registered."""
         return bool(self._handles)
 
     def part(self) -> None:
-        """Let every row be computed from now on."""
+        """Stop sharing: compute every row from now on."""
         self.remove()
         if self._manager is not None and self._layout is not None:
             self._manager.layout = self._layout
 
     def remove(self) -> None:
-        """Take the hooks off."""
+        """Remove the hooks."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
 
-    def _cut(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _reduce(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         sample = args[0] if args else kwargs["sample"]
         self._check(sample)
         if not self._sharing:
@@ -192,19 +193,19 @@ class SharedRows:
     def _check(self, sample: torch.Tensor) -> None:
         if len(sample) % self._copies:
             raise RestuneError(
-                f"The base got {len(sample)} rows, which cannot be {self._copies} for each image; "
-                "draw the branches of this pipeline in calls of their own."
+                f"The batch has {len(sample)} rows, which is not a multiple of {self._copies} branches; "
+                "generate the branches of this pipeline in separate calls."
             )
         grouped = sample.unflatten(0, (-1, self._copies))
         if (grouped - grouped[:, :1]).abs().max() > _SAME * sample.abs().max():
             raise RestuneError(
-                "The branches of one image do not start from the same noise; use a scheduler that takes its noise "
-                "from `generator`, and inputs that are the same for all branches."
+                "The branches of one image do not start from the same noise; use a scheduler that samples its noise "
+                "with `generator`, and the same inputs for all branches."
             )
 
 
 def _map_tensors(function: Callable[[torch.Tensor], torch.Tensor], value: Any) -> Any:
-    """Apply a function to every tensor in nested tuples, lists and dictionaries, model outputs among them."""
+    """Apply a function to every tensor in nested tuples, lists and mappings, including model outputs."""
     if isinstance(value, torch.Tensor):
         return function(value)
     if isinstance(value, Mapping):
@@ -218,15 +219,17 @@ def _check_steps(share_steps: int, asked: Mapping[str, Any]) -> None:
     listed = [asked[name] for name in ("timesteps", "sigmas") if asked.get(name) is not None]
     steps = len(listed[0]) if listed else asked["num_inference_steps"]
     if not 0 <= share_steps <= steps:
-        raise RestuneError(f"share_steps is {share_steps}, but must lie between 0 and the {steps} denoising steps.")
+        raise RestuneError(
+            f"share_steps is {share_steps}, but must be between 0 and {steps}, the number of denoising steps."
+        )
 
 
 def _row_generators(
     generator: torch.Generator | Sequence[torch.Generator] | None, images: int, copies: int
 ) -> list[torch.Generator]:
-    """Return a generator for each row; those of one image are in the same state.
+    """Return one generator per row; those of one image have the same state.
 
-    One generator for several images seeds one for each of them, none does so from torch's own random state.
+    A single generator for several images seeds one generator per image; None does so from torch's global state.
     """
     if generator is None or (isinstance(generator, torch.Generator) and images > 1):
         device = torch.device("cpu") if generator is None else generator.device
@@ -234,16 +237,16 @@ def _row_generators(
         generator = [torch.Generator(device).manual_seed(seed) for seed in seeds]
     own = [generator] if isinstance(generator, torch.Generator) else list(generator)
     if len(own) != images:
-        raise RestuneError(f"There are {len(own)} generators for {images} images; give one for each image.")
+        raise RestuneError(f"There are {len(own)} generators for {images} images; give one per image.")
     rows = []
     for first in own:
-        # The first row uses up the generator that was given, as a call without branches would.
+        # The first row advances the given generator, as a call without branches does.
         rows += [first, *(torch.Generator(first.device).set_state(first.get_state()) for _ in range(copies - 1))]
     return rows
 
 
 def _row_images(images: Any, rows: int) -> Any:
-    """Repeat an input image, or each of several, for the rows that start from it."""
+    """Repeat each input image for the rows that start from it."""
     if images is None:
         return None
     if isinstance(images, torch.Tensor):

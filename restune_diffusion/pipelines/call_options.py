@@ -1,4 +1,4 @@
-"""What one call of a pipeline asks of its tuners: which act on which image, and what the rows of its batches are."""
+"""Tuner options of one pipeline call: which tuners act on which image, and the layout of the batch."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ MixPerImage: TypeAlias = Sequence[str | Mapping[str, float] | None]
 
 
 def call_layout(call: Any, args: tuple[Any, ...], kwargs: dict[str, Any], base: Any) -> Layout | None:
-    """Read off a call's arguments how many images it draws, and whether with guidance.
+    """Return the number of images of a call, and whether it uses classifier-free guidance, from its arguments.
 
     Args:
         call: the pipeline's own `__call__`.
@@ -28,7 +28,7 @@ def call_layout(call: Any, args: tuple[Any, ...], kwargs: dict[str, Any], base: 
         base: the denoiser.
 
     Returns:
-        The layout; None where the arguments do not fit the call, which will say so itself.
+        The layout; None if the arguments do not fit the signature, in which case the call itself raises the error.
     """
     try:
         bound = inspect.signature(call).bind(*args, **kwargs)
@@ -39,8 +39,8 @@ def call_layout(call: Any, args: tuple[Any, ...], kwargs: dict[str, Any], base: 
     prompt, embeds = asked.get("prompt"), asked.get("prompt_embeds")
     prompts = len(prompt) if isinstance(prompt, list) else 1 if embeds is None else len(embeds)
     guided = asked.get("guidance_scale", 1) > 1 and base.config.get("time_cond_proj_dim") is None
-    drawn = asked.get("num_images_per_prompt") or asked.get("num_videos_per_prompt") or 1
-    return Layout(prompts * drawn, guided, prompts)
+    per_prompt = asked.get("num_images_per_prompt") or asked.get("num_videos_per_prompt") or 1
+    return Layout(prompts * per_prompt, guided, prompts)
 
 
 @contextlib.contextmanager
@@ -51,18 +51,19 @@ def mixed(
     device: torch.device,
     num_train_timesteps: int,
 ) -> Iterator[None]:
-    """Within, the tuners act as one call asks; afterwards as they did before.
+    """Context manager that applies the tuner weights of one call and restores the previous weights afterwards.
 
     Args:
-        manager: the tuners of the base.
-        tuners: which tuner acts on each prompt; None leaves the mix as it is.
-        layout: what the rows of a batch are, if that is known.
-        device: where the base computes.
-        num_train_timesteps: number of time steps of the scheduler's training.
+        manager: manager of the base's tuners.
+        tuners: tuners of each prompt; None keeps the current weights.
+        layout: layout of the batch, if known.
+        device: device of the base.
+        num_train_timesteps: number of training timesteps of the scheduler.
 
     Raises:
         TunerNameError: if a name is unknown.
-        RestuneError: if there are not as many entries as prompts, or a weight is for other images.
+        RestuneError: if the number of entries differs from the number of prompts, or a weight is for another number
+            of images.
     """
     before = manager.weights
     manager.layout = layout
@@ -70,7 +71,7 @@ def mixed(
     try:
         if tuners is not None:
             manager.set_weights(mix_of_call(tuners, layout, before))
-        # In a compiled graph neither can be looked after.
+        # A compiled graph can neither check the weights nor move a tuner.
         if layout is not None:
             manager.check_images(layout.images)
         manager.place(device)
@@ -78,15 +79,15 @@ def mixed(
     finally:
         manager.layout = None
         if tuners is not None:
-            # What a callback has set, for a call without a mix of its own, stays; what it has deleted is gone.
+            # Tuners that a callback has deleted during the call are not restored.
             manager.set_weights({name: before[name] for name in manager.names if name in before})
 
 
 def mix_of_call(tuners: MixPerImage, layout: Layout | None, before: Mapping[str, Weight]) -> dict[str, Weight]:
-    """Give each tuner its weights by image, and leave the rest of what `set_tuners` said of it as it is."""
+    """Return the weight of each tuner with a value per image; its other settings from `set_tuners` are kept."""
     if layout is not None and layout.prompts != len(tuners):
         raise RestuneError(
-            f"There are {len(tuners)} entries in `tuners` for {layout.prompts} prompts; give one for each."
+            f"There are {len(tuners)} entries in `tuners` for {layout.prompts} prompts; give one per prompt."
         )
     by_name = weights_by_name(tuners, layout.images // layout.prompts if layout is not None else 1)
     settings = {name: as_weight(weight) for name, weight in before.items()}
@@ -94,12 +95,12 @@ def mix_of_call(tuners: MixPerImage, layout: Layout | None, before: Mapping[str,
 
 
 def weights_by_name(tuners: MixPerImage, images_per_prompt: int) -> dict[str, list[float]]:
-    """Turn one mix for each prompt into one list of weights, by image, for each tuner."""
+    """Convert one mix per prompt to one list of weights per tuner, with an entry per image."""
     mixes: list[Mapping[str, float]] = [
         {} if mix is None else {mix: 1.0} if isinstance(mix, str) else mix for mix in tuners
     ]
     names = dict.fromkeys(name for mix in mixes for name in mix)
-    # diffusers puts the images of one prompt side by side
+    # In diffusers the images of one prompt are adjacent.
     return {name: [mix.get(name, 0.0) for mix in mixes for _ in range(images_per_prompt)] for name in names}
 
 
@@ -111,18 +112,18 @@ def listed(names: str | Sequence[str]) -> list[str]:
 def named_weights(
     names: str | Sequence[str] | Mapping[str, Weight], weights: float | Sequence[float] | None
 ) -> dict[str, Weight]:
-    """Pair names with weights, as `set_tuners` takes them.
+    """Return weights by name from the arguments of `set_tuners`.
 
     Raises:
-        RestuneError: if there are not as many weights as names, or they are given twice.
+        RestuneError: if the number of weights differs from the number of names, or weights are given twice.
     """
     if isinstance(names, Mapping):
         if weights is not None:
-            raise RestuneError("Give the weights in the mapping or as `weights`, not both.")
+            raise RestuneError("Weights are given both in the mapping and as `weights`; give only one of them.")
         return dict(names)
     names = listed(names)
     weights = 1.0 if weights is None else weights
     values = [weights] * len(names) if isinstance(weights, int | float) else list(weights)
     if len(values) != len(names):
-        raise RestuneError(f"There are {len(names)} tuner names but {len(values)} weights.")
+        raise RestuneError(f"There are {len(names)} tuner names but {len(values)} weights; give one weight per name.")
     return dict(zip(names, values, strict=True))

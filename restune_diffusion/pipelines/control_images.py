@@ -1,4 +1,4 @@
-"""Give the images of one generation to the control tuners that act in it."""
+"""Control images of one pipeline call: assign them to the active control tuners."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from ..utils.errors import ConditionError
 
 ConditionImage: TypeAlias = Image.Image | np.ndarray[Any, Any] | torch.Tensor
 ConditionImages: TypeAlias = ConditionImage | Sequence[ConditionImage]
-"""One image for all pictures, or a list with one for each prompt.
+"""One condition image for all generated images, or a list with one per prompt.
 
 Tensors are `(channels, height, width)` or a batch of these, arrays `(height, width, channels)` or a batch; both are
-uint8, or floating with values from 0 to 1.
+uint8, or floating point with values from 0 to 1.
 """
 TunerImage: TypeAlias = ConditionImages | Mapping[str, ConditionImages | Mapping[str, ConditionImages]]
-"""The images of the only condition, or a mapping to images from names of conditions; or from names of tuners, where
-two tuners have different images for conditions of the same name."""
+"""Images of the only condition, or a mapping from condition names to images, or from tuner names, if two tuners need
+different images for conditions of the same name."""
 TunerScale: TypeAlias = float | Mapping[str, float | Mapping[str, float]]
-"""A factor on what all conditions add, or factors by the same names as the images."""
+"""Factor on the residuals of all conditions, or factors by the same names as the images."""
 
 
 @contextlib.contextmanager
@@ -38,26 +38,26 @@ def with_control_images(
     scale: TunerScale,
     layout: Layout | None,
 ) -> Iterator[None]:
-    """Give images to the acting control tuners, for as long as the context lasts.
+    """Context manager that sets the condition images of the active control tuners.
 
     Args:
-        manager: the tuners of the base.
-        names: the tuners that act.
-        images: the images; None leaves the tuners with what `TunerManager.set_conditions` gave them.
-        scale: factors on what the conditions add.
-        layout: what the rows of a batch are, if that is known.
+        manager: manager of the base's tuners.
+        names: names of the active tuners.
+        images: the images; None keeps those set by `TunerManager.set_conditions`.
+        scale: factors on the residuals of the conditions.
+        layout: layout of the batch, if known.
 
     Raises:
-        ConditionError: if an acting control tuner has no image, or an image is of the wrong kind or for nobody.
+        ConditionError: if an active control tuner has no image, or an image is invalid or matches no condition.
     """
     loaded = {name: part for name in manager.names if (part := _control_part(manager, name)) is not None}
     parts = {name: loaded[name] for name in names if name in loaded and manager.enabled}
     if images is not None and not loaded:
-        raise ConditionError("No loaded tuner takes an image; load a control tuner, or leave the image out.")
+        raise ConditionError("No loaded tuner takes a condition image; load a control tuner, or omit tuner_image.")
     with manager.conditions_kept():
-        # With all control tuners off, the same call draws what the base draws.
+        # With all control tuners disabled, the same call generates the images of the base.
         if images is not None and parts:
-            _give(manager, parts, images, scale, layout)
+            _set_images(manager, parts, images, scale, layout)
         for name, part in parts.items():
             if not manager.has_conditions(name):
                 raise ConditionError(
@@ -68,7 +68,7 @@ def with_control_images(
 
 
 def condition_names(pipeline: Any) -> list[str]:
-    """Names of the conditions that the acting tuners of a pipeline take."""
+    """Return the names of the conditions of a pipeline's active tuners."""
     manager = TunerManager.of(pipeline.unet)
     if manager is None:
         return []
@@ -76,14 +76,14 @@ def condition_names(pipeline: Any) -> list[str]:
     return list(dict.fromkeys(condition for part in parts if part is not None for condition in part.conditions))
 
 
-def _give(
+def _set_images(
     manager: TunerManager,
     parts: Mapping[str, Part],
     images: TunerImage,
     scale: TunerScale,
     layout: Layout | None,
 ) -> None:
-    """Set the images of every control tuner; one that gets none keeps what it has."""
+    """Set the images of every control tuner; a tuner without new images keeps its current ones."""
     slots = {name: part.conditions for name, part in parts.items()}
     shares = _shares(images, slots)
     scales = _shares(scale, slots) if isinstance(scale, Mapping) else {}
@@ -100,20 +100,20 @@ def _control_part(manager: TunerManager, name: str) -> Part | None:
 
 
 def _shares(given: Any, slots: Mapping[str, tuple[str, ...]]) -> dict[str, dict[str, Any]]:
-    """Sort what was given by tuner and condition.
+    """Return the given values by tuner and condition.
 
     Args:
-        given: one thing for the only condition, or a mapping by names of conditions or tuners.
+        given: one value for the only condition, or a mapping by names of conditions or tuners.
         slots: names of the conditions of each tuner.
     """
     conditions = list(dict.fromkeys(condition for names in slots.values() for condition in names))
     if not isinstance(given, Mapping):
         if len(conditions) > 1:
             named = ", ".join(f"{condition!r}: ..." for condition in conditions)
-            raise ConditionError(f"The acting tuners take several conditions; tell which is which: {{{named}}}.")
+            raise ConditionError(f"The active tuners take several conditions; give a mapping by name: {{{named}}}.")
         return {name: dict.fromkeys(names, given) for name, names in slots.items()}
     shares: dict[str, dict[str, Any]] = {}
-    # A tuner's name says more than a condition's, and goes first.
+    # Tuner names are more specific than condition names and take precedence.
     for key, value in sorted(given.items(), key=lambda item: item[0] not in slots):
         if key in slots:
             shares.setdefault(key, {}).update(_shares(value, {key: slots[key]})[key])
@@ -121,20 +121,20 @@ def _shares(given: Any, slots: Mapping[str, tuple[str, ...]]) -> dict[str, dict[
             for name in (name for name, names in slots.items() if key in names):
                 shares.setdefault(name, {}).setdefault(key, value)
         else:
-            raise ConditionError(f"No acting tuner has a condition {key!r}; there are {', '.join(conditions)}.")
+            raise ConditionError(f"No active tuner has a condition {key!r}; available: {', '.join(conditions)}.")
     return shares
 
 
 def _tensor(name: str, images: ConditionImages, channels: int, layout: Layout | None) -> torch.Tensor:
-    """Bring condition images to one tensor `(images, channels, height, width)` with values from 0 to 1."""
+    """Convert condition images to one tensor `(images, channels, height, width)` with values from 0 to 1."""
     listed: Sequence[Any] = images if isinstance(images, list | tuple) else [images]
     batches = [_batch(name, image, channels) for image in listed]
     if not batches or len({batch.shape[-2:] for batch in batches}) > 1:
-        raise ConditionError(f"The images for {name!r} must be one or more of the same size.")
+        raise ConditionError(f"The images for {name!r} must be one or more images of the same size.")
     batch = torch.cat(batches)
     if len(batch) > 1 and layout is not None and (layout.images % len(batch) or len(batch) % layout.prompts):
         raise ConditionError(
-            f"There are {len(batch)} images for {name!r} and {layout.prompts} prompts; give one, or one for each."
+            f"There are {len(batch)} images for {name!r} and {layout.prompts} prompts; give one, or one per prompt."
         )
     return batch
 
@@ -148,8 +148,8 @@ def _batch(name: str, image: Any, channels: int) -> torch.Tensor:
     elif isinstance(image, torch.Tensor):
         pixels = image
     else:
-        kind = type(image).__name__
-        raise ConditionError(f"An image for {name!r} must be a PIL image, an array or a tensor, but is a {kind}.")
+        found = type(image).__name__
+        raise ConditionError(f"An image for {name!r} must be a PIL image, an array or a tensor, but is a {found}.")
     pixels = pixels[None] if pixels.dim() == 3 else pixels
     if pixels.dim() != 4 or pixels.shape[1] != channels:
         shape = tuple(image.shape)
@@ -157,5 +157,5 @@ def _batch(name: str, image: Any, channels: int) -> torch.Tensor:
     if pixels.dtype == torch.uint8:
         return pixels / 255
     if not pixels.is_floating_point() or not (pixels.min() >= 0 and pixels.max() <= 1):
-        raise ConditionError(f"An image for {name!r} must be uint8, or floating with values from 0 to 1.")
+        raise ConditionError(f"An image for {name!r} must be uint8, or floating point with values from 0 to 1.")
     return pixels

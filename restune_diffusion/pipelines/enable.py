@@ -1,4 +1,4 @@
-"""Give any diffusers pipeline with a U-Net the tuner loader's methods."""
+"""Add the methods of `RestuneLoaderMixin` to any diffusers pipeline with a U-Net."""
 
 from __future__ import annotations
 
@@ -14,22 +14,21 @@ from .saving import plain_class
 
 
 def enable_restune(pipe: DiffusionPipeline) -> Any:
-    """Return the pipeline with `load_tuner_weights`, `set_tuners` and the other methods of `RestuneLoaderMixin`.
+    """Return a pipeline with `load_tuner_weights`, `set_tuners` and the other methods of `RestuneLoaderMixin`.
 
-    The result is an instance of a subclass that mixes the loader into the pipeline's own class; the subclass is made
-    once for each class and has its name. It shares the components and all other state of the pipeline that was
-    given, which itself stays as it is: go on with the returned one. Nothing is patched, so `isinstance`,
-    `from_pipe`, the `AutoPipeline` classes and the rest of diffusers treat the result like the original, and
-    `save_pretrained` writes the same files.
+    The result is an instance of a subclass of the pipeline's class with the mixin; the subclass is created once per
+    class and has the same name. It shares the components and all other state of the given pipeline, which is not
+    modified: use the returned one. Nothing is patched, so `isinstance`, `from_pipe`, the `AutoPipeline` classes and
+    the rest of diffusers treat the result like the original, and `save_pretrained` writes the same files.
 
     Args:
-        pipe: any diffusers pipeline whose `unet` tuners can attach to: PAG, LCM, AnimateDiff, a community pipeline.
+        pipe: a diffusers pipeline with a supported `unet`: PAG, LCM, AnimateDiff, a community pipeline.
 
     Returns:
-        A pipeline of the given one's class; the given one, if it has the methods already.
+        An instance of a subclass of the pipeline's class; `pipe` itself if it already has the methods.
 
     Raises:
-        RestuneError: if this is no pipeline, or has no denoiser that tuners can attach to.
+        RestuneError: if `pipe` is not a pipeline, or has no supported denoiser.
     """
     if isinstance(pipe, RestuneLoaderMixin):
         return pipe
@@ -41,16 +40,16 @@ def enable_restune(pipe: DiffusionPipeline) -> Any:
 
 
 class _Enabled(RestuneLoaderMixin):
-    """What all classes made here have in common."""
+    """Common base of the generated subclasses."""
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # The made class cannot be imported, so a pickle and a copy name the class that it was made from.
+        # The generated class cannot be imported, so pickling and copying refer to the original class.
         return _shared, (plain_class(type(self)), vars(self))
 
 
 @cache
 def _enabled_class(pipeline_class: type) -> type:
-    # With the original's name, whatever diffusers looks up by a pipeline's class name is found.
+    # The original's name keeps diffusers' lookups by class name working.
     body = {"__module__": __name__, "__doc__": pipeline_class.__doc__}
     return type(pipeline_class.__name__, (_Enabled, pipeline_class), body)
 

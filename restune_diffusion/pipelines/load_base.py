@@ -1,4 +1,4 @@
-"""Load a Stable Diffusion checkpoint as a pipeline that takes tuners, and tell what images it takes."""
+"""Load a Stable Diffusion checkpoint as a pipeline with tuners; its training resolution and sampling pipeline."""
 
 from __future__ import annotations
 
@@ -30,53 +30,54 @@ from .stable_diffusion import (
 PRECISIONS = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-_KINDS: dict[str, Any] = {
+_PIPELINES: dict[str, Any] = {
     "StableDiffusionPipeline": RestuneStableDiffusionPipeline,
     "StableDiffusionInpaintPipeline": RestuneStableDiffusionInpaintPipeline,
     "StableDiffusionXLPipeline": RestuneStableDiffusionXLPipeline,
     "StableDiffusionXLInpaintPipeline": RestuneStableDiffusionXLInpaintPipeline,
 }
-# A pipeline that was saved from one of our own classes is as good.
-_KINDS |= {kind.__name__: kind for kind in _KINDS.values()}
+# Checkpoints may also have been saved from one of our own classes.
+_PIPELINES |= {pipeline_class.__name__: pipeline_class for pipeline_class in _PIPELINES.values()}
 
 
 def load_base(base: str, dtype: torch.dtype) -> Any:
-    """Load a Stable Diffusion checkpoint in diffusers' layout as a pipeline that takes tuners.
+    """Load a Stable Diffusion checkpoint in diffusers' layout as a pipeline with `RestuneLoaderMixin`.
 
     Args:
-        base: a directory, or the id of a hub repository.
+        base: a directory, or a repository id on the Hub.
         dtype: dtype of all models.
 
     Raises:
-        RestuneError: if there is no such checkpoint, it is of another kind, or a text encoder's file lacks weights.
+        RestuneError: if the checkpoint does not exist, its pipeline class is not supported, or a text encoder's file
+            lacks weights.
     """
     is_local = Path(base).expanduser().exists()
     if not is_local and not _HUB_ID.fullmatch(base):
-        raise RestuneError(f"There is no base at {base}; give a checkpoint directory or the id of a hub repository.")
+        raise RestuneError(f"There is no base at {base}; give a checkpoint directory or a repository id on the Hub.")
     source = str(Path(base).expanduser()) if is_local else base
     try:
         index = DiffusionPipeline.load_config(source)
         class_name = index["_class_name"]
-        kind = _KINDS.get(class_name)
-        if kind is None:
+        pipeline_class = _PIPELINES.get(class_name)
+        if pipeline_class is None:
             raise RestuneError(
-                f"The base {base} is a {class_name}; tuners are for Stable Diffusion and its XL version."
+                f"The base {base} is a {class_name}; supported are Stable Diffusion and Stable Diffusion XL."
             )
         with warnings.catch_warnings():
-            # The newest diffusers calls the argument `dtype`, older ones know only `torch_dtype`.
+            # The latest diffusers names the argument `dtype`, older versions only accept `torch_dtype`.
             warnings.filterwarnings("ignore", ".*torch_dtype.*", FutureWarning)
             encoders = _load_text_encoders(source, index, dtype)
-            return kind.from_pretrained(source, torch_dtype=dtype, **encoders)
+            return pipeline_class.from_pretrained(source, torch_dtype=dtype, **encoders)
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0]
         raise RestuneError(f"The base {base} cannot be loaded: {reason}") from error
 
 
 def _load_text_encoders(source: str, index: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
-    """Load the text encoders of a checkpoint, and refuse those whose files lack weights.
+    """Load the text encoders of a checkpoint, and raise `RestuneError` if a file lacks weights.
 
-    transformers fills such weights at random, with a warning at most. Version 4 does so with every weight of a CLIP
-    encoder that version 5 built and saved, because that file's keys have no `text_model.` prefix.
+    transformers initializes missing weights at random, at most with a warning. Version 4 does so for every weight of a
+    CLIP encoder that version 5 has saved, because the keys of that file have no `text_model.` prefix.
     """
     encoders = {}
     for name, entry in index.items():
@@ -96,51 +97,51 @@ def _load_text_encoders(source: str, index: Mapping[str, Any], dtype: torch.dtyp
 
 
 def is_inpainting(pipeline: Any) -> bool:
-    """Whether the U-Net takes a mask and a masked picture beside the noisy latent."""
+    """Return whether the U-Net takes a mask and a masked image in addition to the noisy latent."""
     return bool(pipeline.unet.config.in_channels == 2 * pipeline.vae.config.latent_channels + 1)
 
 
 def training_resolution(pipeline: Any, asked: int | None) -> int:
-    """Return the side of the training images in pixels.
+    """Return the training resolution, the side of the images in pixels; by default that of the base.
 
     Raises:
-        TrainingError: if the base cannot take images of this size.
+        TrainingError: if the base does not support this resolution.
     """
     size = pipeline.unet.config.sample_size
     native = (size if isinstance(size, int) else min(size)) * pipeline.vae_scale_factor
     resolution = native if asked is None else asked
-    # The autoencoder's and every level's downsampling must divide the image evenly.
+    # The downsampling of the autoencoder and of all U-Net levels must divide the resolution.
     stride = pipeline.vae_scale_factor * 2 ** (len(pipeline.unet.config.block_out_channels) - 1)
     if resolution % stride:
         nearest = max(stride, round(resolution / stride) * stride)
         raise TrainingError(
-            f"A resolution of {resolution} does not fit this base; use a multiple of {stride}, for instance {nearest}."
+            f"A resolution of {resolution} does not fit this base; use a multiple of {stride}, for example {nearest}."
         )
     return resolution
 
 
 def sampling_pipeline(pipeline: Any, scheduler_changes: Mapping[str, Any] | None = None) -> Any:
-    """Return a tuner-loading pipeline around the same models, with a scheduler and settings of its own.
+    """Return a new pipeline with `RestuneLoaderMixin` that shares the models and has its own scheduler.
 
     Args:
-        pipeline: the base.
-        scheduler_changes: settings of the scheduler that differ from the base's; where its kind of scheduler does not
-            have them, DDIM takes its place.
+        pipeline: pipeline of the base.
+        scheduler_changes: scheduler settings that differ from the base's; if its scheduler class does not have them,
+            DDIM is used instead.
     """
-    kind = _sampling_kind(pipeline)
-    _, options = kind._get_signature_keys(kind)
+    pipeline_class = _sampling_class(pipeline)
+    _, options = pipeline_class._get_signature_keys(pipeline_class)
     settings = {key: pipeline.config[key] for key in options if key in pipeline.config}
     changes = scheduler_changes or {}
     known = inspect.signature(type(pipeline.scheduler).__init__).parameters
-    scheduler_kind = type(pipeline.scheduler) if changes.keys() <= known.keys() else DDIMScheduler
-    scheduler = scheduler_kind.from_config(pipeline.scheduler.config, **changes)
-    sampler = kind(**{**pipeline.components, "scheduler": scheduler}, **settings)
+    scheduler_class = type(pipeline.scheduler) if changes.keys() <= known.keys() else DDIMScheduler
+    scheduler = scheduler_class.from_config(pipeline.scheduler.config, **changes)
+    sampler = pipeline_class(**{**pipeline.components, "scheduler": scheduler}, **settings)
     sampler.set_progress_bar_config(disable=True)
     return sampler
 
 
-def _sampling_kind(pipeline: Any) -> Any:
-    """The pipeline that draws with this U-Net; one for inpainting may well be around a text-to-image U-Net."""
+def _sampling_class(pipeline: Any) -> Any:
+    """Return the pipeline class for a U-Net; an inpainting pipeline may contain a text-to-image U-Net."""
     if isinstance(pipeline, StableDiffusionXLPipeline | StableDiffusionXLInpaintPipeline):
         return RestuneStableDiffusionXLInpaintPipeline if is_inpainting(pipeline) else RestuneStableDiffusionXLPipeline
     return RestuneStableDiffusionInpaintPipeline if is_inpainting(pipeline) else RestuneStableDiffusionPipeline

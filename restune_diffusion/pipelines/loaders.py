@@ -1,4 +1,4 @@
-"""Load, mix and unload tuners on any diffusers pipeline with a U-Net, beside its LoRA loader."""
+"""Mixin that loads, mixes and unloads tuners on a diffusers pipeline with a U-Net, in parallel to its LoRA loader."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from ..tuners.tuner import Tuner
 from ..utils.errors import ConditionError, RestuneError, TunerFileError, TunerNameError
 from .call_options import MixPerImage, call_layout, listed, mix_of_call, mixed, named_weights, weights_by_name
 from .control_images import TunerImage, TunerScale, with_control_images
-from .prompt_encoding import converted_prompt, prompts_read
+from .prompt_encoding import converted_prompt, prompt_encoding
 from .saving import PlainConfigMixin
 from .signatures import adopt_signature
 
@@ -36,9 +36,9 @@ _NAME = re.compile(r"[^./\\\x00-\x1f][^/\\\x00-\x1f]*")
 
 
 class RestuneLoaderMixin(PlainConfigMixin):
-    """Methods that a diffusers pipeline gains: those of its LoRA loader, under names that do not collide with it.
+    """Tuner loader for diffusers pipelines, with the methods of diffusers' LoRA loader under names of their own.
 
-    Mix it in before the pipeline's class: `class MyPipeline(RestuneLoaderMixin, StableDiffusionPipeline)`.
+    List it before the pipeline class: `class MyPipeline(RestuneLoaderMixin, StableDiffusionPipeline)`.
     Tuners belong to the base, so pipelines that share a U-Net share its tuners.
     """
 
@@ -46,7 +46,7 @@ class RestuneLoaderMixin(PlainConfigMixin):
     scheduler: Any
     _execution_device: torch.device
     _tuner_hotswap = False
-    _new_words: tuple[PlaceholderTokens, ...] = ()
+    _placeholder_tokens: tuple[PlaceholderTokens, ...] = ()
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -61,35 +61,35 @@ class RestuneLoaderMixin(PlainConfigMixin):
         tuner_conditioning_scale: TunerScale = 1.0,
         **kwargs: Any,
     ) -> Any:
-        """Generate with the loaded tuners. Takes the pipeline's own arguments, and by keyword these.
+        """Generate with the loaded tuners. Accepts the pipeline's own arguments and these keyword arguments.
 
         Args:
-            tuners: which tuner acts on each prompt, for this call only: a list with one entry for each prompt, an
-                entry being a name, a mapping from names to weights, or None for the base alone. Without it, the mix
-                of `set_tuners` acts on all images.
-            tuner_image: what steers the control tuners that act: one condition image, a list with one for each prompt,
-                or a mapping from names of conditions (or of tuners) to these. Images of any size are brought to that
-                of the picture; `restune_diffusion.conditions` makes some from a picture. Without an acting control
-                tuner it has no effect.
-            tuner_conditioning_scale: factor on what the conditions add, or factors by name.
+            tuners: tuners of each prompt, for this call only: a list with one entry per prompt, each a name, a mapping
+                from names to weights, or None for the base with tuners disabled. By default the weights of
+                `set_tuners` apply to all images.
+            tuner_image: condition images of the active control tuners: one image, a list with one per prompt, or a
+                mapping from names of conditions (or of tuners) to these. Images are resized to the generated image;
+                `restune_diffusion.conditions` computes some from an image. Without an active control tuner it has no
+                effect.
+            tuner_conditioning_scale: factor on the residuals of the conditions, or factors by name.
 
         Returns:
-            What the pipeline returns.
+            The output of the pipeline.
 
         Raises:
-            ConditionError: if a control tuner acts without an image, or an image is of the wrong kind.
+            ConditionError: if an active control tuner has no image, or an image is invalid.
         """
         call = super().__call__  # type: ignore[misc]
         manager = TunerManager.of(self._tuner_base)
         if manager is None:
-            # Says which names are not loaded, if the call asks for any.
+            # Raises TunerNameError if the call names any tuner.
             self.set_tuners(weights_by_name(tuners or [], 1))
-            with self._steered([], tuner_image, tuner_conditioning_scale, None):
+            with self._with_images([], tuner_image, tuner_conditioning_scale, None):
                 return call(*args, **kwargs)
         layout = call_layout(call, args, kwargs, self._tuner_base)
         with (
             self._mixed(manager, tuners, layout),
-            self._steered(manager.active_names, tuner_image, tuner_conditioning_scale, layout),
+            self._with_images(manager.active_names, tuner_image, tuner_conditioning_scale, layout),
         ):
             return call(*args, **kwargs)
 
@@ -104,28 +104,29 @@ class RestuneLoaderMixin(PlainConfigMixin):
         tuner_conditioning_scale: TunerScale = 1.0,
         **kwargs: Any,
     ) -> Any:
-        """Draw each prompt once for each mix of tuners, all from one composition.
+        """Generate each prompt once per mix of tuners, with the same composition.
 
-        The first steps are computed for one row of each image and count for all of its branches; after them each
+        The first denoising steps are computed once per image and shared by all of its branches; afterwards each
         branch is a row of one batch.
 
         Args:
-            prompt: the prompt or prompts; None where the call has `prompt_embeds`.
-            tuners: one entry for each branch: a name, a mapping from names to weights, or None for the base alone.
-            share_steps: how many denoising steps the branches have in common, of those that the call makes.
-            trunk: what acts during those steps, in the form of one entry of `tuners`; the base alone by default.
-            tuner_image: what steers the control tuners among them, as in a call.
-            tuner_conditioning_scale: factor on what the conditions add, as in a call.
-            kwargs: the pipeline's own arguments. One generator, or one latent, is for one image and all its branches.
+            prompt: the prompt or prompts; None if `prompt_embeds` is given.
+            tuners: one entry per branch: a name, a mapping from names to weights, or None for the base with tuners
+                disabled.
+            share_steps: number of denoising steps of this call that the branches share.
+            trunk: tuners during the shared steps, in the form of one entry of `tuners`; by default none.
+            tuner_image: condition images of the control tuners among them, as in a call.
+            tuner_conditioning_scale: factor on the residuals of the conditions, as in a call.
+            kwargs: the pipeline's own arguments. A generator, or a latent, belongs to one image and all its branches.
 
         Returns:
-            What the pipeline returns, with `len(tuners)` pictures for each image: the branches of an image are
-            adjacent, in the order of `tuners`.
+            The output of the pipeline, with `len(tuners)` samples per image: the branches of an image are adjacent, in
+            the order of `tuners`.
 
         Raises:
             TunerNameError: if a name is unknown.
-            ConditionError: if a control tuner acts without an image, or an image is of the wrong kind.
-            RestuneError: if an argument does not fit, or the scheduler gives the branches different noise.
+            ConditionError: if an active control tuner has no image, or an image is invalid.
+            RestuneError: if an argument does not fit, or the scheduler adds different noise to the branches.
         """
         from .branches import Fork, arguments_of_branches, forked
 
@@ -133,10 +134,10 @@ class RestuneLoaderMixin(PlainConfigMixin):
         kwargs = {"prompt": prompt, **kwargs}
         layout = call_layout(call, (), kwargs, self._tuner_base)
         if layout is None:
-            # Says what is wrong with the arguments.
+            # Raises the error for the invalid arguments.
             return call(**kwargs)
         if not tuners:
-            raise RestuneError("There are no branches to draw; give `tuners` an entry for each.")
+            raise RestuneError("`tuners` is empty, so there are no branches; give one entry per branch.")
         names = weights_by_name([*tuners, trunk], 1)
         if names:
             manager = self._manager_of(names)
@@ -144,8 +145,8 @@ class RestuneLoaderMixin(PlainConfigMixin):
             for name, weights in shared.items():
                 if len(set(weights)) > 1 and text_part(manager.tuner(name)) is not None:
                     raise RestuneError(
-                        f"The tuner {name!r} has a `text` part, and all branches of a prompt share its text; give it "
-                        "one weight in all of them and in the trunk, or draw them in calls of their own."
+                        f"The tuner {name!r} has a `text` part, and all branches of a prompt share its embeddings; give "
+                        "it the same weight in all branches and in the trunk, or generate them in separate calls."
                     )
         before = self.get_list_tuners()
         fork = Fork(
@@ -156,23 +157,23 @@ class RestuneLoaderMixin(PlainConfigMixin):
             mixes=mix_of_call([*tuners] * layout.images, None, before),
         )
         arguments = arguments_of_branches(call, kwargs, fork)
-        acting = [name for name, weights in names.items() if any(weights)]
+        active = [name for name, weights in names.items() if any(weights)]
         with (
-            self._steered(acting, tuner_image, tuner_conditioning_scale, layout),
+            self._with_images(active, tuner_image, tuner_conditioning_scale, layout),
             forked(self, self._tuner_base, fork, arguments) as forked_arguments,
         ):
             return self(**forked_arguments)
 
     def encode_prompt(self, *args: Any, **kwargs: Any) -> Any:
-        """Encode prompts as the pipeline does, with the new words of its tuners that have a `text` part."""
+        """Encode prompts as the pipeline does, with the placeholder tokens and LoRA of the tuners' `text` parts."""
         base = getattr(self, "unet", None)
-        with prompts_read(self, TunerManager.of(base) if isinstance(base, nn.Module) else None):
+        with prompt_encoding(self, TunerManager.of(base) if isinstance(base, nn.Module) else None):
             return super().encode_prompt(*args, **kwargs)  # type: ignore[misc]
 
     def maybe_convert_prompt(self, prompt: str | list[str], tokenizer: Any) -> str | list[str]:
-        """Write new words, those of Textual Inversion too, as the tokenizer that is used knows them."""
+        """Replace placeholder tokens, including those of Textual Inversion, by the tokens of the tokenizer in use."""
         prompt = super().maybe_convert_prompt(prompt, tokenizer)  # type: ignore[misc]
-        return converted_prompt(prompt, tokenizer, self._new_words)
+        return converted_prompt(prompt, tokenizer, self._placeholder_tokens)
 
     def load_tuner_weights(
         self,
@@ -189,28 +190,28 @@ class RestuneLoaderMixin(PlainConfigMixin):
         cache_dir: str | os.PathLike[str] | None = None,
         local_files_only: bool | None = None,
     ) -> None:
-        """Load a tuner and make it active, beside those that are already loaded.
+        """Load a tuner and activate it, in addition to those already loaded.
 
         Args:
-            pretrained_model_name_or_path: a tuner file, a folder that holds one, a repository id on the Hub, or a
+            pretrained_model_name_or_path: a tuner file, a folder that contains one, a repository id on the Hub, or a
                 `Tuner`.
-            tuner_name: name for this pipeline; defaults to the file's name.
-            weight: how strongly it acts; defaults to 1, and with `hotswap` to the weight that is set.
-            hotswap: overwrite the parameters of the loaded tuner `tuner_name`, which has the same config, instead of
-                loading one more: nothing is allocated, and a compiled U-Net is not compiled again. See
+            tuner_name: name of the tuner in this pipeline; defaults to the file's name.
+            weight: weight of the tuner; defaults to 1, and with `hotswap` to the current weight.
+            hotswap: overwrite the parameters of the loaded tuner `tuner_name`, which must have the same config,
+                instead of loading another tuner: nothing is allocated, and a compiled U-Net is not recompiled. See
                 `enable_tuner_hotswap`.
-            cache: where to look for the file's tuner before reading it, and to keep it afterwards.
+            cache: cache to get the file's tuner from, and to add it to.
             weight_name: name of the file in a folder or repository.
             subfolder: folder inside the folder or repository.
             revision: branch, tag or commit on the Hub.
             token: token for the Hub.
-            cache_dir: where files of the Hub are kept.
-            local_files_only: use only files of the Hub that are already here.
+            cache_dir: folder of the Hub's file cache.
+            local_files_only: use only files that are already in the Hub's file cache.
 
         Raises:
             TunerFileError: if the file cannot be found, read or trusted.
             TunerNameError: if the name is taken; with `hotswap`, if no tuner of this name is loaded.
-            RestuneError: if a tuner to swap has another config.
+            RestuneError: if `hotswap` is set and the tuner has another config.
             BaseMismatchError: if the tuner is for a base of another structure.
         """
         source, base = pretrained_model_name_or_path, self._tuner_base
@@ -232,39 +233,42 @@ class RestuneLoaderMixin(PlainConfigMixin):
             self._manager_of([name]).swap(name, tuner, weight)
             return
         if not _NAME.fullmatch(name):
-            raise TunerNameError(f"{name!r} cannot name a tuner; use a name without slashes or a leading dot.")
+            raise TunerNameError(f"{name!r} is not a valid tuner name; use a name without slashes or a leading dot.")
         if tuner is not source:
             tuner = tuner.copy() if tuner.shared else tuner
             tuner.to(base.dtype).requires_grad_(False)
         part = text_part(tuner)
         if part is not None and part.tokens and not isinstance(self, TextualInversionLoaderMixin):
-            raise RestuneError(f"The tuner {name!r} has new words, which a {type(self).__name__} cannot read.")
+            raise RestuneError(
+                f"The tuner {name!r} has placeholder tokens, which a {type(self).__name__} does not support; use a "
+                "pipeline with TextualInversionLoaderMixin."
+            )
         attach(self.unet, tuner, name, 1.0 if weight is None else weight, text=text_encoders(self))
         if self._tuner_hotswap:
             self._manager_of([name]).static = True
 
     def enable_tuner_hotswap(self, check_compiled: Literal["error", "warn", "ignore"] = "error") -> None:
-        """Prepare for changing tuners without compiling again; call it before `torch.compile`.
+        """Prepare for switching tuners without recompilation; call it before `torch.compile`.
 
-        `load_tuner_weights(..., hotswap=True)` and other weights never compile anew. With this, turning a tuner off
-        and on does not either: the compiled U-Net computes every loaded tuner, also those of weight zero.
+        `load_tuner_weights(..., hotswap=True)` and changed weights never recompile. With this setting, disabling and
+        enabling a tuner does not either: the compiled U-Net computes every loaded tuner, even with weight zero.
 
         Args:
-            check_compiled: what to do if the U-Net is compiled already, where it makes the next call compile once
-                more: raise, warn, or nothing.
+            check_compiled: action if the U-Net is already compiled, in which case the next call recompiles once:
+                raise an error, warn, or ignore.
 
         Raises:
-            RestuneError: if the U-Net is compiled already.
+            RestuneError: if the U-Net is already compiled and `check_compiled` is `error`, or its value is invalid.
         """
         if check_compiled not in ("error", "warn", "ignore"):
-            raise RestuneError(f"check_compiled is `error`, `warn` or `ignore`, not {check_compiled!r}.")
+            raise RestuneError(f"check_compiled must be `error`, `warn` or `ignore`, but is {check_compiled!r}.")
         base = self._tuner_base
         if (is_compiled(self.unet) or is_compiled(base)) and check_compiled != "ignore":
-            late = "Call enable_tuner_hotswap before torch.compile; the U-Net would be compiled once more."
+            late = "The U-Net is already compiled and would recompile; call enable_tuner_hotswap before torch.compile."
             if check_compiled == "error":
                 raise RestuneError(late)
             warnings.warn(late, stacklevel=2)
-        # A manager lives only while tuners are loaded.
+        # A manager exists only while tuners are loaded.
         self._tuner_hotswap = True
         manager = TunerManager.of(base)
         if manager is not None:
@@ -274,7 +278,7 @@ class RestuneLoaderMixin(PlainConfigMixin):
     def tuner_state_dict(
         cls, pretrained_model_name_or_path: str | os.PathLike[str], weight_name: str | None = None
     ) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-        """Read a local tuner file without attaching it: its tensors and its metadata."""
+        """Read a local tuner file without attaching it; return its tensors and its metadata."""
         path = local_tuner_file(pretrained_model_name_or_path, weight_name)
         if path is None:
             raise TunerFileError(f"There is no tuner file at {pretrained_model_name_or_path}.")
@@ -284,11 +288,11 @@ class RestuneLoaderMixin(PlainConfigMixin):
     def save_tuner_weights(
         self, save_directory: str | os.PathLike[str], tuner_name: str, weight_name: str | None = None
     ) -> Path:
-        """Write a loaded tuner into a folder, in the dtype that it has here, and return the file's path.
+        """Write a loaded tuner to a folder, in its current dtype, and return the path of the file.
 
         Args:
-            save_directory: the folder; made where it does not exist.
-            tuner_name: which of the loaded tuners.
+            save_directory: the folder; created if it does not exist.
+            tuner_name: name of the loaded tuner.
             weight_name: name of the file; defaults to `<tuner_name>.safetensors`.
         """
         path = Path(save_directory) / (weight_name or f"{tuner_name}.safetensors")
@@ -300,38 +304,38 @@ class RestuneLoaderMixin(PlainConfigMixin):
         tuner_names: str | Sequence[str] | Mapping[str, Weight],
         weights: float | Sequence[float] | None = None,
     ) -> None:
-        """Choose which loaded tuners act, and how strongly; all others get weight zero.
+        """Set the weights of the named tuners; all other loaded tuners get weight zero.
 
         Args:
             tuner_names: one name, several names, or a mapping from names to weights.
-            weights: one weight for all names, or one each; defaults to 1. A weight is a number, or a list with one
-                for each image of a batch, factors by site (`{"skip.0-3": 0.2}`), a `schedule(...)` over the denoising
-                steps, or a `TunerWeight` of all these with a mask.
+            weights: one weight for all names, or one per name; defaults to 1. A weight is a number, a list with one
+                number per image of a batch, factors by site (`{"skip.0-3": 0.2}`), a `schedule(...)` over the
+                denoising steps, or a `TunerWeight` that combines all these with a mask.
         """
         chosen = named_weights(tuner_names, weights)
         if chosen or self.get_list_tuners():
             self._manager_of(chosen).set_weights(chosen)
 
     def get_active_tuners(self) -> list[str]:
-        """Names of the tuners that act: loaded, enabled, and of a weight other than zero."""
+        """Return the names of the active tuners: loaded, enabled, and with a nonzero weight."""
         manager = TunerManager.of(self._tuner_base)
         return manager.active_names if manager is not None else []
 
     def get_list_tuners(self) -> dict[str, float | tuple[float, ...] | TunerWeight]:
-        """Names of all loaded tuners, with their weights."""
+        """Return the weights of all loaded tuners, by name."""
         manager = TunerManager.of(self._tuner_base)
         return manager.weights if manager is not None else {}
 
     def disable_tuners(self) -> None:
-        """Switch all tuners off, keeping them loaded with their weights."""
+        """Disable all tuners; they stay loaded and keep their weights."""
         self._switch(False)
 
     def enable_tuners(self) -> None:
-        """Switch the tuners on again."""
+        """Enable the tuners again after `disable_tuners`."""
         self._switch(True)
 
     def delete_tuners(self, tuner_names: str | Sequence[str]) -> None:
-        """Unload the named tuners; with the last one go all hooks."""
+        """Unload the named tuners; removing the last one removes all hooks."""
         names = listed(tuner_names)
         if names:
             manager = self._manager_of(names)
@@ -339,11 +343,11 @@ class RestuneLoaderMixin(PlainConfigMixin):
                 manager.remove(name)
 
     def unload_tuner_weights(self) -> None:
-        """Unload all tuners; the base is as it was before the first was loaded."""
+        """Unload all tuners, which restores the base to its original state."""
         self.delete_tuners(list(self.get_list_tuners()))
 
     def set_tuner_device(self, tuner_names: str | Sequence[str], device: torch.device | str) -> None:
-        """Move loaded tuners; one that acts is moved back to its feature's device when it is next needed."""
+        """Move loaded tuners to a device; an active tuner is moved back to the base's device in the next call."""
         names = listed(tuner_names)
         for name in names:
             self._manager_of(names).tuner(name).to(device)
@@ -352,18 +356,18 @@ class RestuneLoaderMixin(PlainConfigMixin):
     def _tuner_base(self) -> Any:
         base = getattr(self, "unet", None)
         if not isinstance(base, nn.Module):
-            raise RestuneError(f"Tuners need a pipeline with a U-Net, but {type(self).__name__} has none loaded.")
+            raise RestuneError(f"Tuners need a pipeline with a U-Net, but {type(self).__name__} has no U-Net loaded.")
         return uncompiled(base)
 
-    def _steered(
+    def _with_images(
         self, names: Iterable[str], images: TunerImage | None, scale: TunerScale, layout: Layout | None
     ) -> contextlib.AbstractContextManager[None]:
-        """Give condition images to those of the named tuners that take them."""
+        """Return a context manager that sets the condition images of the named control tuners."""
         manager = TunerManager.of(self._tuner_base)
         if manager is not None:
             return with_control_images(manager, names, images, scale, layout)
         if images is not None:
-            raise ConditionError("There is an image for a control tuner, but no tuner is loaded.")
+            raise ConditionError("tuner_image needs a control tuner, but no tuner is loaded; load one, or omit it.")
         return contextlib.nullcontext()
 
     def _mixed(
@@ -373,7 +377,7 @@ class RestuneLoaderMixin(PlainConfigMixin):
         return mixed(manager, tuners, layout, self._execution_device, timesteps)
 
     def _manager_of(self, names: Iterable[str]) -> TunerManager:
-        """Return the manager that has all these tuners, or say which it has not."""
+        """Return the manager of the base's tuners; raise `TunerNameError` if one of the names is not loaded."""
         manager = TunerManager.of(self._tuner_base)
         if manager is None:
             raise TunerNameError(f"No tuner named {', '.join(map(repr, names))} is loaded; loaded: none.")

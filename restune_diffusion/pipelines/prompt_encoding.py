@@ -1,4 +1,4 @@
-"""One encoding of prompts by a pipeline whose tuners may have brought new words."""
+"""Prompt encoding by a pipeline whose tuners may have placeholder tokens."""
 
 from __future__ import annotations
 
@@ -15,38 +15,38 @@ if TYPE_CHECKING:
 
 
 @contextmanager
-def prompts_read(pipeline: Any, manager: TunerManager | None) -> Iterator[None]:
-    """Within, the pipeline's text encoders hear the tuners of one manager, and its tokenizers know their new words.
+def prompt_encoding(pipeline: Any, manager: TunerManager | None) -> Iterator[None]:
+    """Context manager that applies the tuners of one manager to a pipeline's text encoders and tokenizers.
 
-    The tokenizers themselves do not change: copies that know more are in their places meanwhile.
+    The tokenizers are not modified: inside the context the pipeline has copies with the placeholder tokens.
 
     Args:
         pipeline: a pipeline with `RestuneLoaderMixin`.
-        manager: the tuners on its U-Net; None where there are none.
+        manager: manager of the tuners on its U-Net; None if there are no tuners.
     """
     state = vars(pipeline)
-    before = {key: state[key] for key in ("_new_words",) if key in state}
+    before = {key: state[key] for key in ("_placeholder_tokens",) if key in state}
     found: list[PlaceholderTokens] = []
     with ExitStack() as stack:
         for encoder in text_encoders(pipeline).values():
             hooks = EncoderHooks.of(encoder.module)
-            words = stack.enter_context(hooks.reading(manager, encoder)) if hooks is not None else None
-            if words is not None:
-                found.append(words)
-                # Past the pipeline's own `__setattr__`, which would write the copy down in its config.
+            tokens = stack.enter_context(hooks.reading(manager, encoder)) if hooks is not None else None
+            if tokens is not None:
+                found.append(tokens)
+                # Bypasses the pipeline's `__setattr__`, which would register the copy in its config.
                 stack.callback(state.__setitem__, encoder.tokenizer_name, encoder.tokenizer)
-                state[encoder.tokenizer_name] = words.tokenizer
+                state[encoder.tokenizer_name] = tokens.tokenizer
         if found:
-            state["_new_words"] = tuple(found)
+            state["_placeholder_tokens"] = tuple(found)
             stack.callback(state.update, before)
-            stack.callback(state.pop, "_new_words", None)
+            stack.callback(state.pop, "_placeholder_tokens", None)
         yield
 
 
-def converted_prompt(prompt: str | list[str], tokenizer: Any, words: Sequence[PlaceholderTokens]) -> str | list[str]:
-    """Write the new words in a prompt, or in several, as the tokenizer that is used knows them."""
-    for known in words:
-        if known.tokenizer is tokenizer:
-            written = known.write([prompt] if isinstance(prompt, str) else prompt)
-            return written[0] if isinstance(prompt, str) else written
+def converted_prompt(prompt: str | list[str], tokenizer: Any, tokens: Sequence[PlaceholderTokens]) -> str | list[str]:
+    """Replace the placeholder tokens in a prompt, or in several, by the tokens of the tokenizer in use."""
+    for each in tokens:
+        if each.tokenizer is tokenizer:
+            converted = each.convert([prompt] if isinstance(prompt, str) else prompt)
+            return converted[0] if isinstance(prompt, str) else converted
     return prompt

@@ -1,4 +1,4 @@
-"""Save a pipeline with tuners under the name of diffusers' own class, so that diffusers alone can load it."""
+"""Save a pipeline with tuners under the class name of diffusers, so that it loads without this package."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import json
 
 
 class PlainConfigMixin:
-    """Write the name of the pipeline class that it is mixed into, and not the mixture's, into `model_index.json`.
+    """Mixin that writes the name of the extended diffusers class to `model_index.json`.
 
-    `DiffusionPipeline.from_pretrained` looks that name up in diffusers, which knows no class of this package. Tuners
-    are not part of what `save_pretrained` writes: they are no component, and each is a file of its own.
+    `DiffusionPipeline.from_pretrained` looks the name up in diffusers, which has no class of this package.
+    `save_pretrained` does not save tuners: they are not components, and each has its own file.
     """
 
     def to_json_string(self) -> str:
@@ -20,5 +20,5 @@ class PlainConfigMixin:
 
 
 def plain_class(pipeline_class: type) -> type:
-    """Return the pipeline class that a class with the mixin extends: the one that it would be without tuners."""
+    """Return the diffusers class that a class with the mixin extends."""
     return next(cls for cls in pipeline_class.__mro__[1:] if not issubclass(cls, PlainConfigMixin))

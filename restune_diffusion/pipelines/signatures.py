@@ -1,4 +1,4 @@
-"""Signatures of the methods that wrap a pipeline's own: the parameters of the pipeline, then those of the tuners."""
+"""Signatures of methods that wrap a pipeline's method: the pipeline's parameters, followed by those of the mixin."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ Method = TypeVar("Method", bound=Callable[..., Any])
 class CallWithTuners(Protocol[P, R_co]):
     """Type of a pipeline's `__call__` with tuners, for editors and type checkers.
 
-    Parameters cannot be added behind a `ParamSpec`, so the pipeline's own and ours are two overloads, and editors
-    offer the keywords of both.
+    A `ParamSpec` cannot be extended by keyword parameters, so the pipeline's and ours are two overloads, and editors
+    complete the keywords of both.
     """
 
     @overload
@@ -48,11 +48,11 @@ if TYPE_CHECKING:
 
 
 def adopt_signature(cls: type, mixin: type, name: str) -> None:
-    """Give a class its own copy of a mixin's method, with the signature and docstring of the method that it wraps.
+    """Set a copy of a mixin's method on a class, with the signature and docstring of the method that it wraps.
 
-    `inspect.signature` and `help` then show the parameters of the installed diffusers version, in its order, and the
-    mixin's own keyword-only parameters after them. A class that overrides the method, or that inherits such a copy,
-    stays as it is, and so does one without a method to wrap.
+    `inspect.signature` and `help` then show the parameters of the installed diffusers version, in its order, followed
+    by the mixin's keyword-only parameters. A class that overrides the method, inherits such a copy, or has no method
+    to wrap, is not changed.
 
     Args:
         cls: a subclass of the mixin.
@@ -68,7 +68,7 @@ def adopt_signature(cls: type, mixin: type, name: str) -> None:
     def method(self: Any, *args: Any, **kwargs: Any) -> Any:
         return own(self, *args, **kwargs)
 
-    # Evaluated here: as strings they would be looked up in diffusers' module.
+    # Annotations are evaluated here: strings would be resolved in diffusers' module.
     parameters = inspect.signature(own, eval_str=True).parameters.values()
     added = [parameter for parameter in parameters if parameter.kind is inspect.Parameter.KEYWORD_ONLY]
     method.__signature__ = extended(inspect.signature(parent), added)  # type: ignore[attr-defined]
@@ -80,7 +80,7 @@ def adopt_signature(cls: type, mixin: type, name: str) -> None:
 
 
 def extended(signature: inspect.Signature, added: list[inspect.Parameter]) -> inspect.Signature:
-    """Add keyword-only parameters behind those of a signature, which keep their positions; `**kwargs` stays last."""
+    """Append keyword-only parameters to a signature; the others keep their positions, and `**kwargs` stays last."""
     names = {parameter.name for parameter in added}
     kept = [parameter for name, parameter in signature.parameters.items() if name not in names]
     rest = [kept.pop()] if kept and kept[-1].kind is inspect.Parameter.VAR_KEYWORD else []

@@ -1,10 +1,10 @@
-"""Diffusers' pipelines with the tuner loader mixed in.
+"""Stable Diffusion pipelines of diffusers with `RestuneLoaderMixin`.
 
-The mixin gives each class the signatures of the class that it extends. Editors do not run that code; the declarations
-under `TYPE_CHECKING` are for them, and take the parameters from the installed diffusers too.
+At run time the mixin copies the signatures of the extended class. The declarations under `TYPE_CHECKING` do the same
+for editors and type checkers, with the parameters of the installed diffusers version.
 """
 
-# ruff: noqa: D102 (the methods that are declared here have the docstrings of diffusers)
+# ruff: noqa: D102 (the methods declared here have the docstrings of diffusers)
 
 from typing import TYPE_CHECKING
 

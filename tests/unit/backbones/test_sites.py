@@ -95,7 +95,7 @@ def test_a_model_without_skips_is_refused():
 def test_the_first_difference_is_named():
     ours, theirs = describe_base(make_unet()), describe_base(make_unet(cross_attention_dim=48))
     ours.check_fits(describe_base(make_unet(seed=5, in_channels=9)))
-    with pytest.raises(BaseMismatchError, match=r"cross_attention_dim = 32, but the base here has .* = 48"):
+    with pytest.raises(BaseMismatchError, match=r"cross_attention_dim = 32, but this base has .* = 48"):
         ours.check_fits(theirs)
 
 

@@ -183,7 +183,7 @@ def test_an_error_while_encoding_leaves_the_tokenizer(pipe: Any) -> None:
     with pytest.raises(TypeError):
         draw(pipe, SD, prompt=PROMPT, negative_prompt=["a"])
     assert pipe.tokenizer is tokenizer
-    assert "_new_words" not in vars(pipe)
+    assert "_placeholder_tokens" not in vars(pipe)
 
 
 def test_the_weight_scales_lora_and_decides_whether_words_are_known(pipe: Any) -> None:
@@ -225,7 +225,7 @@ def test_tuners_for_each_prompt_equal_one_at_a_time(pipe: Any, xl: Any, kind: An
 def test_two_tuners_with_one_word_are_refused_on_one_prompt(pipe: Any) -> None:
     pipe.load_tuner_weights(acting(pipe, WORDS), "one")
     pipe.load_tuner_weights(acting(pipe, WORDS, seed=1), "two")
-    with pytest.raises(RestuneError, match="'one' and 'two' both bring the word <dog>"):
+    with pytest.raises(RestuneError, match="'one' and 'two' both have the placeholder token <dog>"):
         states(pipe)
     states(pipe, "a cat")
     pipe.set_tuners("two")
@@ -320,9 +320,7 @@ def test_another_encoder_is_refused_by_name(parts: dict[str, Any], pipe: Any, xl
     config = CLIPTextConfig.from_dict({**pipe.text_encoder.config.to_dict(), "num_hidden_layers": 3})
     deeper: Any = SD.make(RestuneStableDiffusionPipeline, {**parts, "text_encoder": CLIPTextModel(config)})
     fresh = fingerprint(deeper)
-    with pytest.raises(
-        BaseMismatchError, match=r"text_encoder with num_hidden_layers = 2, but the one here has .* = 3"
-    ):
+    with pytest.raises(BaseMismatchError, match=r"text_encoder with num_hidden_layers = 2, but this one has .* = 3"):
         deeper.load_tuner_weights(tuner)
     assert deeper.get_list_tuners() == {}
     assert_same_fingerprint(fresh, fingerprint(deeper))

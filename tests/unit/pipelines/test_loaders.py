@@ -107,7 +107,7 @@ def test_errors_say_what_is_there(pipe, files, tmp_path):
         pipe.load_tuner_weights(files)
     with pytest.raises(TunerFileError, match="There is no oil"):
         pipe.load_tuner_weights(files, weight_name="oil.safetensors")
-    with pytest.raises(TunerNameError, match="cannot name a tuner"):
+    with pytest.raises(TunerNameError, match="is not a valid tuner name"):
         pipe.load_tuner_weights(files / "water.safetensors", tuner_name="../water")
     pipe.load_tuner_weights(files, weight_name="water.safetensors")
     assert list(pipe.get_list_tuners()) == ["watercolor", "water"]

@@ -232,21 +232,21 @@ def test_another_picture_size_is_encoded_anew():
     ("options", "message"),
     [
         ({}, "The tuner 'sketch' needs an image for 'canny' or 'mask'; give one as tuner_image"),
-        ({"tuner_image": RED}, r"take several conditions; tell which is which: \{'canny': ..., 'mask': ...\}"),
-        ({"tuner_image": {"depth": RED}}, "No acting tuner has a condition 'depth'; there are canny, mask"),
+        ({"tuner_image": RED}, r"take several conditions; give a mapping by name: \{'canny': ..., 'mask': ...\}"),
+        ({"tuner_image": {"depth": RED}}, "No active tuner has a condition 'depth'; available: canny, mask"),
         ({"tuner_image": {"canny": "a.png"}}, "'canny' must be a PIL image, an array or a tensor, but is a str"),
         (
             {"tuner_image": {"canny": torch.zeros(1, 8, 8)}},
             r"'canny' must have 3 channels, but its shape is \(1, 8, 8\)",
         ),
-        ({"tuner_image": {"canny": as_tensor(RED) * 2 - 1}}, "floating with values from 0 to 1"),
-        ({"tuner_image": {"canny": as_tensor(RED) * torch.nan}}, "floating with values from 0 to 1"),
+        ({"tuner_image": {"canny": as_tensor(RED) * 2 - 1}}, "floating point with values from 0 to 1"),
+        ({"tuner_image": {"canny": as_tensor(RED) * torch.nan}}, "floating point with values from 0 to 1"),
         ({"tuner_image": {"canny": [RED] * 3}}, "There are 3 images for 'canny' and 1 prompts"),
-        ({"tuner_image": {"canny": [RED, RED.resize((8, 8))]}}, "must be one or more of the same size"),
-        ({"tuner_image": {"canny": []}}, "must be one or more of the same size"),
+        ({"tuner_image": {"canny": [RED, RED.resize((8, 8))]}}, "must be one or more images of the same size"),
+        ({"tuner_image": {"canny": []}}, "must be one or more images of the same size"),
         (
             {"tuner_image": {"canny": RED}, "tuner_conditioning_scale": {"x": 1.0}},
-            "No acting tuner has a condition 'x'",
+            "No active tuner has a condition 'x'",
         ),
         ({"tuner_image": {"canny": RED}, "tuner_conditioning_scale": float("nan")}, "must be a finite number"),
     ],
@@ -262,7 +262,7 @@ def test_an_image_for_nobody_is_refused(pipe):
     with pytest.raises(ConditionError, match="no tuner is loaded"):
         draw(pipe, tuner_image=RED)
     load(pipe, "style", SkipConfig())
-    with pytest.raises(ConditionError, match="No loaded tuner takes an image"):
+    with pytest.raises(ConditionError, match="No loaded tuner takes a condition image"):
         draw(pipe, tuner_image=RED)
 
 

@@ -47,8 +47,8 @@ def test_a_trained_tuner_acts_on_another_checkpoint_of_the_same_structure(
 @pytest.mark.parametrize(
     ("changes", "difference"),
     [
-        ({"layers_per_block": 1}, "layers_per_block = 2, but the base here has layers_per_block = 1"),
-        ({"cross_attention_dim": 48}, "cross_attention_dim = 32, but the base here has cross_attention_dim = 48"),
+        ({"layers_per_block": 1}, "layers_per_block = 2, but this base has layers_per_block = 1"),
+        ({"cross_attention_dim": 48}, "cross_attention_dim = 32, but this base has cross_attention_dim = 48"),
     ],
 )
 def test_another_structure_is_refused_naming_the_first_difference(
