@@ -112,8 +112,9 @@ class BaseInfo(BaseModel):
                 theirs = getattr(encoders[name], key)
                 if theirs != value:
                     raise BaseMismatchError(
-                        f"This tuner was made for a {name} with {key} = {value}, but this one has {key} = "
-                        f"{theirs}; use it with {self.name or 'a checkpoint of the structure that it was trained for'}."
+                        f"This tuner was made for a {name} with {key} = {value}, but this one has "
+                        f"{key} = {theirs}; "
+                        f"use it with {self.name or 'a checkpoint of the structure that it was trained for'}."
                     )
 
     def _differences(self, other: BaseInfo) -> Iterator[tuple[str, object, object]]:

@@ -145,8 +145,8 @@ class RestuneLoaderMixin(PlainConfigMixin):
             for name, weights in shared.items():
                 if len(set(weights)) > 1 and text_part(manager.tuner(name)) is not None:
                     raise RestuneError(
-                        f"The tuner {name!r} has a `text` part, and all branches of a prompt share its embeddings; give "
-                        "it the same weight in all branches and in the trunk, or generate them in separate calls."
+                        f"The tuner {name!r} has a `text` part, and all branches of a prompt share its text; give it "
+                        "the same weight in all branches and in the trunk, or generate them in separate calls."
                     )
         before = self.get_list_tuners()
         fork = Fork(
