@@ -1,1 +1,1 @@
-"""Tuners on a live model: attaching, weights, residuals, text encoders and merging, in plain torch hooks."""
+"""Tuners on a loaded model, with plain torch hooks: attaching, weights, residuals, text encoders, merging."""

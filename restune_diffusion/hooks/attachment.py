@@ -1,4 +1,4 @@
-"""Attach tuners to a base, and take them off without a trace."""
+"""Attach tuners to a base and detach them, which restores the base exactly."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from .weights import Weight
 
 
 class Attachment:
-    """A tuner on a base; `detach` takes it off, and so does leaving a `with` block."""
+    """Handle of an attached tuner; `detach` or leaving a `with` block removes the tuner."""
 
     def __init__(self, base: nn.Module, name: str) -> None:
         self._base = base
         self.name = name
 
     def detach(self) -> None:
-        """Take the tuner off; raises `TunerNameError` if it is no longer there."""
+        """Detach the tuner; raise `TunerNameError` if it is no longer attached."""
         detach(self._base, self.name)
 
     def __enter__(self) -> Attachment:
@@ -42,25 +42,26 @@ def attach(
     *,
     text: Mapping[str, TextEncoder] | None = None,
 ) -> Attachment:
-    """Attach a tuner to a base, changing no parameter of it.
+    """Attach a tuner to a base without changing the base's parameters.
 
     Args:
-        base: a `UNet2DConditionModel`. Once it is compiled, only tuners that need no further hooks attach: those
-            whose sites attached ones already write to, and those on skip connections and the output head beside any
-            other.
-        tuner: a tuner that was made for a base of this structure.
+        base: a supported model, e.g. a `UNet2DConditionModel`. After compilation, only tuners that need no further
+            hooks can be attached: those that write to sites of attached tuners, and, if any tuner is attached, those
+            on skip connections and the output head.
+        tuner: a tuner for a base of this structure.
         name: name of the tuner on this base.
-        weight: how strongly it acts: a factor, one for each image of a batch, or any other form of `Weight`.
-        text: what a `text` part acts on, as `text_encoders(pipeline)` returns it. New words are known to prompts that
-            a pipeline with `RestuneLoaderMixin` encodes.
+        weight: weight of the tuner: a factor, one factor per image of a batch, or any other form of `Weight`.
+        text: text encoders for a `text` part, as returned by `text_encoders(pipeline)`. Its placeholder tokens apply
+            to prompts that a pipeline with `RestuneLoaderMixin` encodes.
 
     Returns:
-        A handle that detaches the tuner, also as a context manager.
+        A handle that detaches the tuner, also usable as a context manager.
 
     Raises:
         TunerNameError: if the name is taken.
-        RestuneError: if the tuner has a `text` part and the text encoders are not given.
-        BaseMismatchError: if the tuner was made for a base of another structure.
+        RestuneError: if the tuner has a `text` part and `text` is not given, or the base is compiled and further hooks
+            are needed.
+        BaseMismatchError: if the tuner is for a base of another structure.
     """
     manager = TunerManager.of(base)
     if manager is None:
@@ -75,10 +76,10 @@ def attach(
 
 
 def detach(base: nn.Module, name: str = "default") -> None:
-    """Take a tuner off a base; after the last one the base is as it was, without hooks.
+    """Detach a tuner from a base; detaching the last one removes all hooks and restores the base.
 
     Raises:
-        TunerNameError: if no tuner of this name is attached.
+        TunerNameError: if no tuner with this name is attached.
     """
     manager = TunerManager.of(base)
     if manager is None:

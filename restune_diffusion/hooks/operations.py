@@ -1,4 +1,4 @@
-"""Show a tuner the operation of a transformer block that it is attached to."""
+"""Describe a call of a transformer block's operation to the tuners attached to it."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ Map: TypeAlias = Callable[[torch.Tensor], torch.Tensor]
 
 
 def operation_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
-    """Return what an operation was called on."""
+    """Return the input of an operation from the arguments of its call."""
     x: torch.Tensor = args[0] if args else kwargs["hidden_states"]
     return x
 
 
 def show_operation(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], quiet: Quiet) -> Operation:
-    """Describe a call of an operation to the tuners beside it.
+    """Return the context, mask and frozen projections of an operation's call, for tuners in parallel to it.
 
     Args:
         module: attention, feed-forward network or block, of diffusers or of transformers' ViT.
         args: the positional arguments of its call.
         kwargs: the keyword arguments of its call.
-        quiet: a context in which the base's layers run without tuners.
+        quiet: context manager in which the base's layers run without tuners.
     """
     if hasattr(module, "q_proj"):
         mask = args[1] if len(args) > 1 else kwargs.get("attention_mask")
@@ -42,21 +42,21 @@ def show_operation(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
 
 
 def _for_heads(mask: torch.Tensor | None) -> torch.Tensor | None:
-    """Bring diffusers' `(batch, keys)` or `(batch, queries or 1, keys)` to the shape of attention scores."""
+    """Reshape diffusers' mask `(batch, keys)` or `(batch, queries or 1, keys)` to broadcast over attention scores."""
     if mask is None:
         return None
     return mask[:, None, None] if mask.dim() == 2 else mask[:, None]
 
 
 def _additive(mask: torch.Tensor | None) -> torch.Tensor | None:
-    """Turn a mask that is true for the keys to keep into one that adds to the scores."""
+    """Convert a boolean mask (true for keys to keep) to an additive mask of the attention scores."""
     if mask is None or mask.dtype != torch.bool:
         return mask
     return torch.zeros(mask.shape, device=mask.device).masked_fill(~mask, -torch.inf)
 
 
 def _of_diffusers(attention: Any, reads_context: bool, quiet: Quiet) -> FrozenAttention:
-    """Read the projections off diffusers' `Attention`."""
+    """Return the projections of diffusers' `Attention`."""
 
     def source(x: torch.Tensor) -> torch.Tensor:
         return attention.norm_encoder_hidden_states(x) if reads_context and attention.norm_cross else x
@@ -79,7 +79,7 @@ def _of_diffusers(attention: Any, reads_context: bool, quiet: Quiet) -> FrozenAt
 
 
 def _of_transformers(attention: Any, quiet: Quiet) -> FrozenAttention:
-    """Read the projections off transformers' `ViTAttention`."""
+    """Return the projections of transformers' `ViTAttention`."""
     heads = attention.num_attention_heads
 
     def output(x: torch.Tensor) -> torch.Tensor:
@@ -94,7 +94,7 @@ def _of_transformers(attention: Any, quiet: Quiet) -> FrozenAttention:
 
 
 def _split(layer: Map, heads: int, norm: Map | None, quiet: Quiet) -> Map:
-    """Run a frozen projection, split its output into heads, and norm them as the base does."""
+    """Return a function that runs a frozen projection, splits its output into heads, and normalizes like the base."""
 
     def projected(x: torch.Tensor) -> torch.Tensor:
         with quiet():
@@ -109,6 +109,6 @@ def _without_bias(layer: nn.Module, x: torch.Tensor, quiet: Quiet) -> torch.Tens
     with quiet():
         y: torch.Tensor = layer(x)
         if layer.bias is not None:
-            # Asked of the layer, as offloading keeps its parameters away until it is called.
+            # Computed by calling the layer, because offloading loads its parameters only for the call.
             y = y - layer(torch.zeros_like(x[:1, :1]))
     return y

@@ -297,5 +297,5 @@ def test_a_compiled_unet_learns_no_wrong_number_of_images(small_pipe):
     small_pipe.load_tuner_weights(Tuner.for_base(small_pipe.unet, SkipConfig()), "style")
     small_pipe.set_tuners({"style": [1.0, 0.5, 0.0, 1.0]})
     small_pipe.unet = torch.compile(small_pipe.unet, backend="eager")
-    with pytest.raises(RestuneError, match="for 4 images, but 2 are drawn"):
+    with pytest.raises(RestuneError, match="for 4 images, but 2 are generated"):
         draw(small_pipe)

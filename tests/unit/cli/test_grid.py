@@ -76,7 +76,7 @@ def test_bad_settings_are_named_before_the_base_is_read(restune: Restune, tmp_pa
     for arguments, message in (
         (("--output", "sheet.jpg"), "PNG"),
         (("--share-steps=9", "--steps=3"), "--share-steps 9 is more than --steps 3"),
-        (("--tuner", "a.safetensors", "--tuner-schedule", "x"), "no piece of a schedule"),
+        (("--tuner", "a.safetensors", "--tuner-schedule", "x"), "Invalid schedule segment `x`"),
     ):
         code, _, errors = restune("grid", "--base", tmp_path / "gone", "--prompt", "x", *arguments)
         assert code == 1
@@ -90,7 +90,7 @@ def test_an_unknown_site_is_refused_with_the_valid_ones(restune: Restune, workpl
         "--tuner", workplace / "trained" / "disc.safetensors", "--tuner-sites", "skp.0=0.5", "--device=cpu",
     )  # fmt: skip
     assert code == 1
-    assert "No site of the tuner matches `skp.0`; it acts on skip.0, skip.1" in errors
+    assert "No site of the tuner matches `skp.0`; its sites are skip.0, skip.1" in errors
     assert not (tmp_path / "images").exists()
 
 

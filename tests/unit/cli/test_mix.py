@@ -47,7 +47,7 @@ def test_one_tuner_needs_no_name() -> None:
         ({"tuner": ("a", "b"), "tuner_sites": ("oil:mid=1",)}, "and a colon. The tuners are a, b"),
         ({"tuner": ("a",), "tuner_sites": ("mid=1", "a: mid=2")}, "given twice for the tuner a"),
         ({"tuner": ("a",), "tuner_sites": ("mid",)}, "Invalid site weight `mid`"),
-        ({"tuner": ("a",), "tuner_schedule": ("mid=1",)}, "no piece of a schedule"),
+        ({"tuner": ("a",), "tuner_schedule": ("mid=1",)}, "Invalid schedule segment `mid=1`"),
         ({"tuner": ("a",), "tuner_guidance": ("half",)}, "`both`, `cond` or `uncond`"),
         ({"tuner": ("a",), "tuner_mask": ("gone.png",)}, "gone.png cannot be read"),
     ],

@@ -38,7 +38,7 @@ def test_weights_by_site_reach_operations_and_their_linear_layers(unet, inputs):
         manager.set_weights({"default": {"*.ff": 0.0}})
         attention_only = run(unet, inputs)
         assert not torch.equal(attention_only, plain)
-        with pytest.raises(RestuneError, match=r"`up\.9\.\*`; it acts on down\.0\.attn"):
+        with pytest.raises(RestuneError, match=r"`up\.9\.\*`; its sites are down\.0\.attn"):
             manager.set_weights({"default": {"up.9.*": 0.0}})
         assert torch.equal(run(unet, inputs), attention_only)
 
@@ -96,7 +96,7 @@ def test_a_mask_has_no_meaning_on_text(unet, inputs):
     tuner = trained(unet, ResConfig(self_attention=None, feed_forward=None, cross_attention="lora", width=4))
     with (
         attach(unet, tuner, weight=TunerWeight(mask=torch.ones(4, 4))),
-        pytest.raises(RestuneError, match="place for each token, and this site has 7"),
+        pytest.raises(RestuneError, match="grid of tokens, but this site has 7 tokens"),
     ):
         run(unet, inputs)
 

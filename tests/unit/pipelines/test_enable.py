@@ -236,5 +236,5 @@ def test_what_tuners_cannot_attach_to_is_refused(components):
             super().__init__()
             self.register_modules(scheduler=scheduler)
 
-    with pytest.raises(RestuneError, match="a pipeline with a U-Net, but Unconditional has none"):
+    with pytest.raises(RestuneError, match="a pipeline with a U-Net, but Unconditional has no U-Net loaded"):
         enable_restune(Unconditional(DDPMScheduler()))
