@@ -1,4 +1,4 @@
-"""Merge a tuner of lora alone into the weights of a base, and take it out again exactly."""
+"""Merge a tuner with only LoRA into the weights of a base, and unmerge it exactly."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .manager import TunerManager
 
 @dataclass
 class _Touched:
-    """A weight that was changed, with what undoing needs."""
+    """Merged weight, with its original value and a checksum of the merged value."""
 
     site: str
     weight: nn.Parameter
@@ -26,10 +26,10 @@ class _Touched:
 
 
 class MergedLora:
-    """A tuner inside the weights of a base; `unmerge` restores them bit for bit.
+    """Handle of a tuner that is merged into a base; `unmerge` restores the weights bit for bit.
 
-    It keeps a copy of every touched weight in main memory until then: as many bytes as those weights have, for all
-    linear layers of SD 1.5's transformer blocks in fp16 about 0.5 GB. Drop it to make the merge final.
+    Until then it keeps a copy of every changed weight in main memory: about 0.5 GB for all linear layers of SD 1.5's
+    transformer blocks in fp16. Delete the handle to make the merge permanent.
     """
 
     def __init__(self, touched: list[_Touched]) -> None:
@@ -39,16 +39,16 @@ class MergedLora:
         """Restore the weights.
 
         Raises:
-            RestuneError: if they changed since the merge, or were restored before; nothing is changed then.
+            RestuneError: if they changed since the merge, or were already restored; nothing is changed then.
         """
         if not self._touched:
-            raise RestuneError("This tuner is not merged any more; merge it again first.")
+            raise RestuneError("This tuner is already unmerged; merge it again first.")
         for touched in self._touched:
             weight = touched.weight
             if weight.dtype != touched.original.dtype or _checksum(weight) != touched.checksum:
                 raise RestuneError(
-                    f"The weight at {touched.site} was changed after this tuner was merged; undo that first, for "
-                    "instance by unmerging the tuner that was merged last."
+                    f"The weight at {touched.site} was changed after this tuner was merged; undo that change first, "
+                    "for example by unmerging the tuner that was merged last."
                 )
         with torch.no_grad():
             for touched in self._touched:
@@ -57,22 +57,22 @@ class MergedLora:
 
 
 def merge_lora(base: nn.Module, tuner: Tuner, weight: float = 1.0) -> MergedLora:
-    """Add a tuner of lora alone into the weights of the linear layers that it stands beside.
+    """Merge a tuner with only LoRA into the weights of its linear layers.
 
-    The base then draws as with the tuner attached, at no cost per pass, up to rounding: a weight in half precision
-    holds the sum in half precision. Layers that PEFT has wrapped are merged into the layer inside.
+    The base then generates the same images as with the tuner attached, at no cost per forward pass, up to rounding: a
+    weight in half precision stores the sum in half precision. For layers wrapped by PEFT, the base layer is changed.
 
     Args:
-        base: the base; its other weights are untouched.
-        tuner: a tuner whose only part is `res`, with no kind but lora; not attached to the base.
+        base: the base; its other weights are not changed.
+        tuner: a tuner whose only part is `res` with only lora; not attached to the base.
         weight: factor on the tuner.
 
     Returns:
-        What undoes it.
+        A handle that undoes the merge.
 
     Raises:
-        RestuneError: if the tuner cannot be merged, or a weight is quantised or offloaded; nothing is changed then.
-        BaseMismatchError: if the tuner was made for a base of another structure.
+        RestuneError: if the tuner cannot be merged, or a weight is quantized or offloaded; nothing is changed then.
+        BaseMismatchError: if the tuner is for a base of another structure.
     """
     tuner.base.check_fits(describe_base(base))
     if not math.isfinite(weight):
@@ -92,7 +92,7 @@ def _only_loras(tuner: Tuner) -> dict[str, ResLora]:
         others = [site for site in (*part.writes, *part.text_encoders) if site not in found]
         if others:
             raise RestuneError(
-                f"Only lora merges into the weights, but this tuner acts otherwise at {others[0]}; attach it instead."
+                f"Only lora can be merged, but this tuner has another type of tuner at {others[0]}; attach it instead."
             )
         loras.update(found)
     return loras
@@ -101,12 +101,12 @@ def _only_loras(tuner: Tuner) -> dict[str, ResLora]:
 def _mergeable_weight(base: nn.Module, site: str) -> nn.Parameter:
     weight = site_module(base, site).weight
     assert isinstance(weight, nn.Parameter)
-    # torchao's tensors say that they are of the dtype that they stand for.
+    # torchao's tensors report the dtype that they represent, so the class is checked too.
     name = type(weight.detach()).__name__
-    # Floats of one byte are a storage format of quantised models, without arithmetic of their own.
+    # One-byte floats are a storage format of quantized models without arithmetic.
     if not weight.is_floating_point() or weight.element_size() == 1 or weight.is_meta or name != "Tensor":
-        kind = "offloaded" if weight.is_meta else f"quantised ({weight.dtype if name == 'Tensor' else name})"
-        raise RestuneError(f"The weight at {site} is {kind} and cannot be changed; attach the tuner instead.")
+        state = "offloaded" if weight.is_meta else f"quantized ({weight.dtype if name == 'Tensor' else name})"
+        raise RestuneError(f"The weight at {site} is {state} and cannot be changed; attach the tuner instead.")
     return weight
 
 
@@ -119,6 +119,6 @@ def _add(site: str, parameter: nn.Parameter, lora: ResLora, weight: float) -> _T
 
 
 def _checksum(weight: torch.Tensor) -> int:
-    """Sum the bits of a weight as integers, which no device or order of summing changes."""
+    """Sum the bits of a weight as integers, which is independent of device and order of summation."""
     bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[weight.element_size()]
     return int(weight.detach().contiguous().view(bits).sum(dtype=torch.int64))

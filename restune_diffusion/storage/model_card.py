@@ -1,4 +1,4 @@
-"""The model card of a tuner: what a person sees who finds it on the Hub."""
+"""Model card of a tuner, the README.md of its repository on the Hub."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from .header import TunerInfo
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 _PARTS = {
     "skip": "SC-Tuners on the skip connections ([SCEdit](https://arxiv.org/abs/2312.11392))",
-    "control": "CSC-Tuners on the skip connections, steered by images ([SCEdit](https://arxiv.org/abs/2312.11392))",
-    "res": "tuners beside operations of the transformer blocks ([Res-Tuning](https://arxiv.org/abs/2310.19859))",
+    "control": "CSC-Tuners for control images on skip connections ([SCEdit](https://arxiv.org/abs/2312.11392))",
+    "res": "tuners parallel to operations of transformer blocks ([Res-Tuning](https://arxiv.org/abs/2310.19859))",
     "bypass": "a side network on detached features ([Res-Tuning](https://arxiv.org/abs/2310.19859))",
-    "text": "new words ([Textual Inversion](https://arxiv.org/abs/2208.01618)) and LoRA for the text encoders",
+    "text": "placeholder tokens ([Textual Inversion](https://arxiv.org/abs/2208.01618)) and LoRA for the text encoders",
 }
 _RECIPE = ("learning_rate", "lr_scheduler", "batch_size", "mixed_precision", "seed")
 
@@ -30,15 +30,15 @@ def model_card(
     license: str | None = None,
     weight_name: str | None = None,
 ) -> str:
-    """Write the text of a card, front matter included; the same arguments give the same text.
+    """Return the text of a model card with its YAML front matter; it depends only on the arguments.
 
     Args:
-        info: what the tuner's file says about itself.
-        repo_id: repository that the card is for, `user/name`.
+        info: header of the tuner's file.
+        repo_id: repository of the card, `user/name`.
         samples: prompt of each sample image, by the image's path in the repository.
-        base_model: id of the base's repository; what the file says where it is not given, if that is an id.
-        license: identifier of the licence, as the Hub lists them.
-        weight_name: name of the file in the repository, where pipelines would not find it by themselves.
+        base_model: id of the base's repository; defaults to the base in the file, if that is an id.
+        license: license identifier of the Hub.
+        weight_name: name of the file in the repository, if it is not the default name.
     """
     samples = samples or {}
     base = base_model or (info.base.name if _HUB_ID.fullmatch(info.base.name) else None)
@@ -62,7 +62,7 @@ def _front_matter(info: TunerInfo, samples: Mapping[str, str], base: str | None,
         "pipeline_tag": "text-to-image",
         "license": license or info.metadata.get("modelspec.license"),
         "base_model": base,
-        # The Hub guesses a full fine-tuning where nothing is said.
+        # The Hub assumes a full fine-tuning by default.
         "base_model_relation": "adapter" if base else None,
         "tags": ["restune-diffusion", "res-tuning", "stable-diffusion", "template:diffusion-lora"]
         + [f"restune-{config.part}" for config in info.configs],
@@ -80,19 +80,24 @@ def _about(info: TunerInfo, base: str | None) -> str:
     parts = "; ".join(f"{_what(config)}, {_settings(config)}" for config in info.configs)
     structure = f"`{_plain(base or info.base.name or info.base.denoiser)}`"
     text = (
-        f"A detachable tuner for {structure} and every checkpoint of the same structure, made with restune-diffusion: "
-        f"{parts}. It has {info.num_parameters:,} parameters ({info.dtype}, {info.bytes / 2**20:.2f} MiB); the base's "
-        "weights are not changed, and taking the tuner off restores it bit for bit."
+        f"A detachable tuner for {structure} and every checkpoint of the same structure, trained with "
+        f"restune-diffusion: {parts}. It has {info.num_parameters:,} parameters ({info.dtype}, "
+        f"{info.bytes / 2**20:.2f} MiB). The base's weights are not changed, and removing the tuner restores the base "
+        "bit for bit."
     )
     prompt = _prompt(info.training)
-    return text if prompt is None else f"{text}\n\nIt was trained with the prompt `{_plain(prompt)}`; use these words."
+    return (
+        text
+        if prompt is None
+        else f"{text}\n\nIt was trained with the prompt `{_plain(prompt)}`; use this phrase in prompts."
+    )
 
 
 def _usage(info: TunerInfo, repo_id: str, base: str | None, weight_name: str | None, prompt: str | None) -> str:
     xl = info.base.structure.get("cross_attention_dim") == 2048
     name = "RestuneStableDiffusionXLPipeline" if xl else "RestuneStableDiffusionPipeline"
     more = f", weight_name={weight_name!r}" if weight_name else ""
-    return f"""## Use it
+    return f"""## Usage
 
 ```python
 from restune_diffusion import {name}
@@ -133,10 +138,10 @@ def _settings(config: PartConfig) -> str:
 
 
 def _plain(text: str) -> str:
-    """Keep text that comes from a file within its line, its cell and its code mark."""
+    """Remove line breaks and Markdown characters from untrusted text, so that it stays in its cell or code span."""
     return " ".join(re.sub(r"[`|<>]", " ", text).split())
 
 
 def sample_paths(images: Sequence[object]) -> list[str]:
-    """Name the sample images in a repository."""
+    """Return the paths of the sample images in a repository."""
     return [str(PurePosixPath("images", f"{number:02d}.png")) for number in range(len(images))]

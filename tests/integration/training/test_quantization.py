@@ -122,7 +122,7 @@ def test_lora_beside_a_quantised_layer_adds_what_it_adds_beside_a_plain_one(quan
 
 def test_lora_does_not_merge_into_quantised_weights(quantized: Any) -> None:
     tuner = Tuner.for_base(quantized, LORA)
-    with pytest.raises(RestuneError, match=r"is quantised \(Int8Tensor\) and cannot be changed; attach the tuner"):
+    with pytest.raises(RestuneError, match=r"is quantized \(Int8Tensor\) and cannot be changed; attach the tuner"):
         merge_lora(quantized, tuner)
 
 

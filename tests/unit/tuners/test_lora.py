@@ -74,7 +74,7 @@ def test_merged_is_attached_and_unmerged_is_untouched(unet, inputs, weight):
         torch.testing.assert_close(output, unet(*inputs).sample, rtol=1e-5, atol=1e-5)
     assert (output - plain).abs().max() > 0.05
     assert all(torch.equal(value, before[key]) for key, value in unet.state_dict().items())
-    with pytest.raises(RestuneError, match="not merged any more"):
+    with pytest.raises(RestuneError, match="already unmerged"):
         merged.unmerge()
 
 
@@ -100,7 +100,7 @@ def test_two_tuners_come_out_in_the_reverse_order_only(unet):
     before = {key: value.clone() for key, value in unet.state_dict().items()}
     first, second = (merge_lora(unet, make_tuner(unet, seed=seed)) for seed in (0, 1))
     both = {key: value.clone() for key, value in unet.state_dict().items()}
-    with pytest.raises(RestuneError, match=r"to_q was changed after this tuner was merged; undo that first"):
+    with pytest.raises(RestuneError, match=r"to_q was changed after this tuner was merged; undo that change first"):
         first.unmerge()
     assert all(torch.equal(value, both[key]) for key, value in unet.state_dict().items())
     second.unmerge()
@@ -131,7 +131,9 @@ def test_it_merges_into_the_layer_that_peft_has_wrapped(unet, inputs):
 )
 def test_only_lora_merges(unet, configs, place):
     before = {key: value.clone() for key, value in unet.state_dict().items()}
-    with pytest.raises(RestuneError, match=rf"Only lora merges into the weights, .* otherwise at {place}; attach it"):
+    with pytest.raises(
+        RestuneError, match=rf"Only lora can be merged, .* another type of tuner at {place}; attach it"
+    ):
         merge_lora(unet, Tuner.for_base(unet, *configs))
     assert all(torch.equal(value, before[key]) for key, value in unet.state_dict().items())
 
@@ -148,8 +150,8 @@ def test_what_cannot_be_merged_is_refused_and_nothing_has_changed(unet):
     before = {key: value.clone() for key, value in unet.state_dict().items()}
     whole = layer.weight
     for stored, message in (
-        (whole.to(torch.int8), r"quantised \(torch.int8\)"),
-        (whole.to(torch.float8_e4m3fn), r"quantised \(torch.float8_e4m3fn\)"),
+        (whole.to(torch.int8), r"quantized \(torch.int8\)"),
+        (whole.to(torch.float8_e4m3fn), r"quantized \(torch.float8_e4m3fn\)"),
         (whole.to("meta"), "offloaded"),
     ):
         layer.weight = torch.nn.Parameter(stored, requires_grad=False)
