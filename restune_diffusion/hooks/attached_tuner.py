@@ -1,4 +1,4 @@
-"""One tuner on a base: its weight, its condition images, and the residuals that it adds."""
+"""Tuner attached to a base, with its weight, its condition images and its residuals."""
 
 from __future__ import annotations
 
@@ -20,20 +20,21 @@ from .weights import TunerWeight
 
 @dataclass
 class Conditions:
-    """Condition images of a tuner, and what its control part made of them."""
+    """Condition images of a tuner, and their encoded features."""
 
     images: list[torch.Tensor | None]
     weights: tuple[float, ...]
     encoded: tuple[dict[str, torch.Tensor], ...] | None = None
-    """Made in the first pass and kept for all further ones of its size, unless that pass is one of training."""
+    """Features by site for each condition: computed in the first forward pass and reused for the same latent size; in
+    training computed in every forward pass."""
     size: tuple[int, int] | None = None
-    """Height and width of the latent that they were encoded for."""
+    """Height and width of the latent for which the images were encoded."""
     of_one_pass: bool = False
-    """Whether they belong to one pass alone, as its gradients do."""
+    """Whether the features are valid for a single forward pass, because they require gradients."""
 
 
 class Residual(NamedTuple):
-    """What a tuner adds to a feature: to all rows of the batch, or to those named."""
+    """Residual that a tuner adds to a feature, for all rows of the batch (`rows` is None) or for the given rows."""
 
     value: torch.Tensor
     rows: torch.Tensor | None
@@ -47,17 +48,17 @@ class Residual(NamedTuple):
         some = [(residual.rows, residual.value) for residual in residuals if residual.rows is not None]
         if not some:
             return total
-        # All at once: each addition copies the whole batch, and there may be a tuner for every image.
+        # A single addition: each one copies the whole batch, and there may be one tuner per image.
         rows, values = torch.cat([rows for rows, _ in some]), torch.cat([value for _, value in some])
         return total.index_add(0, rows, values.to(total.dtype))
 
 
 class AttachedTuner:
-    """A tuner in a manager.
+    """Tuner that is attached to a base by a `TunerManager`.
 
     Args:
         tuner: the tuner.
-        weight: how strongly it acts.
+        weight: weight of the tuner.
     """
 
     def __init__(self, tuner: Tuner, weight: TunerWeight) -> None:
@@ -70,27 +71,27 @@ class AttachedTuner:
         self.set_weight(weight, self.site_factors(weight))
 
     def site_factors(self, weight: TunerWeight) -> dict[str, float]:
-        """Return the factor of each site that the tuner writes to; raises `RestuneError` for an unknown pattern."""
+        """Return the factor of each site that the tuner writes to; raise `RestuneError` for an unknown pattern."""
         return weight.site_factors(self.sites)
 
     def set_weight(self, weight: TunerWeight, factors: dict[str, float]) -> None:
-        """Set a weight, with its factors by site, that is known to be valid."""
+        """Set a validated weight with its factors by site."""
         self.weight = weight
         self.factors = factors
         self.dial.set(weight, factors)
         self._rows: torch.Tensor | None = None
         self._scale: float | torch.Tensor = weight.values[0]
-        # A compiled graph depends on this and not on the weight itself, which would compile it anew for each value.
+        # A compiled graph depends on this flag and not on the weight, which would recompile it for each value.
         self.acts = weight.acts
         self._acts_now = weight.acts
 
     @property
     def takes_part(self) -> bool:
-        """Whether the tuner acts in this pass; a schedule may silence it in some."""
+        """Whether the tuner is active in this forward pass; a schedule may disable it in some."""
         return self.acts if torch.compiler.is_compiling() else self._acts_now
 
     def begin(self, this: ForwardContext) -> None:
-        """Look up, once for a whole pass, on which rows the tuner acts and how strongly."""
+        """Compute the active rows and their factors, once per forward pass."""
         if torch.compiler.is_compiling():
             return
         factors = row_factors(self.weight, this) if self.weight.acts else (0.0,)
@@ -102,16 +103,16 @@ class AttachedTuner:
             self._scale = torch.tensor([factors[row] for row in rows], device=this.device)
 
     def end(self) -> None:
-        """Let go of what belonged to the pass that ends."""
+        """Release the features that belong to this forward pass."""
         conditions = self.conditions
         if conditions is not None and conditions.of_one_pass:
             conditions.encoded, conditions.of_one_pass = None, False
 
     def set_conditions(self, images: Sequence[torch.Tensor | None], weights: Sequence[float] | None) -> None:
-        """Take condition images; see `TunerManager.set_conditions`."""
+        """Set condition images; see `TunerManager.set_conditions`."""
         part = self._control
         if part is None:
-            raise ConditionError("This tuner takes no condition images; it has no `control` part.")
+            raise ConditionError("This tuner takes no condition images, because it has no `control` part.")
         names = part.conditions
         weights = [1.0] * len(names) if weights is None else weights
         if len(images) != len(names) or len(weights) != len(names):
@@ -136,14 +137,14 @@ class AttachedTuner:
             self.encode_conditions(self.conditions.size)
 
     def place(self, device: torch.device) -> None:
-        """Move the tuner, and the tensors in which a compiled graph finds its weight."""
+        """Move the tuner, and the tensors from which a compiled graph reads its weight, to a device."""
         if self.tuner.device != device:
             self.tuner.to(device)
             self.dial.to(device)
 
     @torch.no_grad()
     def encode_conditions(self, size: tuple[int, int]) -> None:
-        """Make the features of the condition images for latents of a size, where there are any."""
+        """Encode the condition images, if there are any, for latents of height and width `size`."""
         part = self._control
         if self.conditions is not None and part is not None:
             device = self.tuner.device
@@ -152,7 +153,7 @@ class AttachedTuner:
             self.conditions.of_one_pass = False
 
     def residuals(self, site: str, x: torch.Tensor, features: Features, this: ForwardContext) -> list[Residual]:
-        """Return the weighted residuals that the tuner's parts make of the feature `x`."""
+        """Return the weighted residuals of the tuner's parts for the feature `x`."""
         compiling = torch.compiler.is_compiling()
         if not compiling and self.factors[site] == 0:
             return []
@@ -167,7 +168,7 @@ class AttachedTuner:
     def _on_all_rows(
         self, part: Part, site: str, x: torch.Tensor, features: Features, this: ForwardContext
     ) -> Residual:
-        """Run a part on the whole batch, with factors that a compiled graph reads from a tensor."""
+        """Run a part on all rows, with factors that a compiled graph reads from a tensor."""
         residual = part(site, x, features)
         factors = self.dial.factors(site, self.weight, this).to(x.device).view(-1, *[1] * (residual.dim() - 1))
         return Residual(self._masked(site, residual * factors, this), None)
@@ -175,7 +176,7 @@ class AttachedTuner:
     def _on_acting_rows(
         self, part: Part, site: str, x: torch.Tensor, features: Features, this: ForwardContext
     ) -> Residual:
-        """Run a part on the rows on which the tuner acts."""
+        """Run a part on the active rows only."""
         factor, rows = self.factors[site], self._rows
         if rows is None:
             residual = self._masked(site, part(site, x, features), this)
@@ -201,11 +202,11 @@ class AttachedTuner:
         return next((part for part in self.tuner.parts() if part.conditions), None)
 
     def _with_conditions(self, part: Part, site: str, features: Features, this: ForwardContext) -> Features:
-        """Show a control part the features of its condition images, a row of them for each row of the batch."""
+        """Add the features of the condition images to those of a control part, one row per row of the batch."""
         if not part.conditions:
             return features
         if self.conditions is None:
-            # The part says what it misses.
+            # The part itself raises the error for missing images.
             return features
         conditions = self.conditions
         if conditions.encoded is None or conditions.size != this.size:
@@ -219,11 +220,11 @@ class AttachedTuner:
 
 
 def _check_same_config(new: Tuner, old: Tuner) -> None:
-    """Raise `RestuneError` naming the first difference between two tuners' configs, if there is one."""
-    remedy = "only a tuner of the same config can take its place; delete the loaded one and load this"
-    kinds = [[config.part for config in tuner.configs] for tuner in (old, new)]
-    if kinds[0] != kinds[1]:
-        raise RestuneError(f"The loaded tuner has the parts {kinds[0]}, the new one {kinds[1]}; {remedy}.")
+    """Raise `RestuneError` with the first difference between two tuners' configs, if there is one."""
+    remedy = "only a tuner with the same config can replace it; delete the loaded tuner and load the new one"
+    parts = [[config.part for config in tuner.configs] for tuner in (old, new)]
+    if parts[0] != parts[1]:
+        raise RestuneError(f"The loaded tuner has the parts {parts[0]}, the new one {parts[1]}; {remedy}.")
     for ours, theirs in zip(old.configs, new.configs, strict=True):
         for key, value in ours:
             if getattr(theirs, key) != value:
@@ -234,12 +235,12 @@ def _check_same_config(new: Tuner, old: Tuner) -> None:
 
 
 def _tiled(features: torch.Tensor, this: ForwardContext) -> torch.Tensor:
-    """Repeat the features of condition images, so that there is a row of them for each row at a site."""
+    """Repeat the features of condition images to one row per row at a site."""
     features, layout = features.to(this.device), this.layout
     if len(features) > 1 and layout is not None:
         if layout.images % len(features) or len(features) % layout.prompts:
             raise ConditionError(_miscounted(len(features), layout.images))
-        # The pictures of a prompt are adjacent.
+        # The images of a prompt are adjacent.
         features = features.repeat_interleave(layout.images // len(features), 0)
     if this.rows % len(features):
         raise ConditionError(_miscounted(len(features), this.rows))
@@ -247,10 +248,10 @@ def _tiled(features: torch.Tensor, this: ForwardContext) -> torch.Tensor:
     return tiled if this.frames == 1 else tiled.repeat_interleave(this.frames, 0)
 
 
-def _miscounted(images: int, pictures: int) -> str:
-    return f"There are {images} condition images for {pictures} pictures; give one, or one for each picture."
+def _miscounted(condition_images: int, images: int) -> str:
+    return f"There are {condition_images} condition images for {images} images; give one, or one per image."
 
 
 def _described(site: str, base: BaseInfo) -> Site:
-    """Return the description of a site, or of the operation that a linear layer's site belongs to."""
+    """Return the description of a site; for a linear layer's site that of its operation."""
     return base.sites.get(site) or base.sites[SiteName.parse(site).operation_site]

@@ -282,7 +282,7 @@ def test_one_image_too_many_for_the_batch_is_told(pipe):
     tuner = Tuner.for_base(unet, ControlConfig())
     with attach(unet, tuner):
         TunerManager.of(unet).set_conditions("default", [torch.rand(3, 3, 128, 128)])
-        with pytest.raises(ConditionError, match="There are 3 condition images for 4 pictures"):
+        with pytest.raises(ConditionError, match="There are 3 condition images for 4 images"):
             unet(*inputs)
 
 
