@@ -1,8 +1,8 @@
-"""One `TunerManager` per base owns the tuners that are attached to it, in plain torch hooks.
+"""Manager of the tuners attached to one base, with plain torch hooks.
 
-It lives in the hooks, outside the base's module tree: the base's state dict and saved files never contain a tuner, and
-a deep copy of an attached base gets its own manager. The hooks add the sum of the active residuals at each site, so
-the order of attaching does not matter.
+Only the hooks reference the manager, outside the base's module tree: the base's state dict and saved files never
+contain a tuner, and a deep copy of a base with tuners gets its own manager. The hooks add the sum of the active
+residuals at each site, so the order of attaching does not matter.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from .weights import TunerWeight, Weight, as_weight
 
 
 class TunerManager:
-    """The tuners that are attached to one base, and the hooks that serve them all.
+    """Tuners attached to one base, and the torch hooks that all of them share.
 
-    Use `attach`, or a pipeline with `RestuneLoaderMixin`; ask for the manager itself with `TunerManager.of`.
+    Created by `attach` or a pipeline with `RestuneLoaderMixin`; `TunerManager.of` returns the manager of a base.
     """
 
     def __init__(self, base: nn.Module) -> None:
@@ -38,11 +38,11 @@ class TunerManager:
         self.base_info = describe_base(base)
         self.enabled = True
         self.layout: Layout | None = None
-        """What the rows of a batch are; a pipeline with `RestuneLoaderMixin` sets it for each call."""
+        """Layout of the batch; a pipeline with `RestuneLoaderMixin` sets it for each call."""
         self.num_train_timesteps = 1000
-        """Number of time steps of the base's training, by which schedules know how far denoising is."""
+        """Number of training timesteps of the base, from which schedules compute the progress of denoising."""
         self.static = False
-        """In a compiled graph, compute every tuner whatever its weight, so that no change of the mix compiles anew."""
+        """In a compiled graph, compute every tuner even with weight zero, so that no change of weights recompiles."""
         self._base = base
         self._tuners: dict[str, AttachedTuner] = {}
         self._text: dict[str, list[EncoderHooks]] = {}
@@ -57,7 +57,7 @@ class TunerManager:
 
     @classmethod
     def of(cls, base: nn.Module) -> TunerManager | None:
-        """Return the manager of a base, compiled or not, or None when no tuner is attached."""
+        """Return the manager of a base, compiled or not, or None if no tuner is attached."""
         for hook in uncompiled(base)._forward_pre_hooks.values():
             owner = getattr(hook, "__self__", None)
             if isinstance(owner, cls):
@@ -66,21 +66,21 @@ class TunerManager:
 
     @property
     def names(self) -> list[str]:
-        """Names of the attached tuners, in the order of attaching."""
+        """Names of the attached tuners, in the order in which they were attached."""
         return list(self._tuners)
 
     @property
     def weights(self) -> dict[str, float | tuple[float, ...] | TunerWeight]:
-        """Weight of each attached tuner: its value alone where nothing else is set."""
+        """Weights of the attached tuners, by name; only the value if nothing else is set."""
         return {name: attached.weight.plain() for name, attached in self._tuners.items()}
 
     @property
     def active_names(self) -> list[str]:
-        """Names of the tuners that act: enabled, and of a weight other than zero for at least one image."""
+        """Names of the active tuners: enabled, and with a nonzero weight for at least one image."""
         return [name for name, attached in self._tuners.items() if attached.weight.acts and self.enabled]
 
     def tuner(self, name: str) -> Tuner:
-        """Return an attached tuner; raises `TunerNameError` for an unknown name."""
+        """Return an attached tuner; raise `TunerNameError` for an unknown name."""
         self.check_known([name])
         return self._tuners[name].tuner
 
@@ -91,8 +91,8 @@ class TunerManager:
 
         Raises:
             TunerNameError: if the name is taken.
-            RestuneError: if the tuner has a `text` part and the text encoders are not given.
-            BaseMismatchError: if the tuner was made for a base of another structure.
+            RestuneError: if the tuner has a `text` part and `text` is not given.
+            BaseMismatchError: if the tuner is for a base of another structure.
         """
         if name in self._tuners:
             raise TunerNameError(f"The tuner name `{name}` is taken; choose another or delete the loaded one first.")
@@ -106,7 +106,7 @@ class TunerManager:
         self._refresh()
 
     def remove(self, name: str) -> None:
-        """Take a tuner off; with the last one go all hooks."""
+        """Detach a tuner; detaching the last one removes all hooks."""
         self.check_known([name])
         for hooks in self._text.pop(name):
             hooks.remove(self._tuners[name])
@@ -115,26 +115,26 @@ class TunerManager:
         self.release()
 
     def release(self) -> None:
-        """Take the hooks off, if no tuner is attached."""
+        """Remove the hooks if no tuner is attached."""
         if not self._tuners:
             for handle in self._handles:
                 handle.remove()
             self._handles.clear()
 
     def swap(self, name: str, tuner: Tuner, weight: Weight | None = None) -> None:
-        """Put another tuner of the same config in the place of an attached one, overwriting its parameters.
+        """Replace an attached tuner by another with the same config, by overwriting its parameters.
 
-        Nothing is allocated and a compiled graph stays valid; condition images stay as they are.
+        Nothing is allocated and a compiled graph stays valid; condition images are kept.
 
         Args:
             name: name of the attached tuner.
-            tuner: the tuner whose parameters it gets; it may be of another dtype, and is not changed.
-            weight: how strongly the tuner acts from now on; None keeps the weight.
+            tuner: source of the parameters; it may have another dtype, and is not changed.
+            weight: new weight of the tuner; None keeps the current weight.
 
         Raises:
-            TunerNameError: if no tuner of this name is attached.
+            TunerNameError: if no tuner with this name is attached.
             RestuneError: if the tuner has another config.
-            BaseMismatchError: if the tuner was made for a base of another structure.
+            BaseMismatchError: if the tuner is for a base of another structure.
         """
         self.check_known([name])
         attached = self._tuners[name]
@@ -151,11 +151,11 @@ class TunerManager:
             raise TunerNameError(f"No tuner named {', '.join(map(repr, unknown))} is loaded; loaded: {present}.")
 
     def set_weights(self, weights: Mapping[str, Weight]) -> None:
-        """Give the named tuners these weights and all others zero; no parameter is touched or copied.
+        """Set the weights of the named tuners, and weight zero for all others; no parameter is changed or copied.
 
         Raises:
             TunerNameError: if a name is unknown.
-            RestuneError: if a weight is not valid; no weight has changed then.
+            RestuneError: if a weight is not valid; no weight is changed then.
         """
         self.check_known(weights)
         checked = {name: as_weight(weight) for name, weight in weights.items()}
@@ -169,25 +169,25 @@ class TunerManager:
     def set_conditions(
         self, name: str, images: Sequence[torch.Tensor | None], weights: Sequence[float] | None = None
     ) -> None:
-        """Give a tuner with a `control` part its condition images.
+        """Set the condition images of a tuner with a `control` part.
 
         Args:
             name: name of the tuner.
-            images: for each of its conditions, in their order, `(images or 1, channels, height, width)` with values
-                from 0 to 1, or None to leave it out.
-            weights: factor of each condition; 1 where not given.
+            images: one tensor per condition, in their order, `(images or 1, channels, height, width)` with values
+                from 0 to 1, or None to omit the condition.
+            weights: factor of each condition; defaults to 1.
 
         Raises:
             TunerNameError: if the name is unknown.
-            ConditionError: if the tuner takes no conditions, or another number of them.
+            ConditionError: if the tuner takes no conditions, or another number of conditions.
         """
         self.check_known([name])
         self._tuners[name].set_conditions(images, weights)
 
     def encode_conditions(self, size: tuple[int, int]) -> None:
-        """Make the features of all condition images now, and not in the next pass.
+        """Encode all condition images now instead of in the next forward pass.
 
-        A graph that is compiled in between needs no second form for the passes that find them made.
+        A graph that is compiled afterwards then needs no second version for passes with encoded images.
 
         Args:
             size: height and width of the latents.
@@ -196,30 +196,30 @@ class TunerManager:
             attached.encode_conditions(size)
 
     def check_images(self, images: int) -> None:
-        """Raise `RestuneError` if a weight is for another number of images; a compiled graph does not look."""
+        """Raise `RestuneError` if a weight is for another number of images; a compiled graph does not check it."""
         for attached in self._tuners.values():
             if attached.acts:
                 check_images(attached.weight, images)
 
     def place(self, device: torch.device) -> None:
-        """Move the tuners that act to a device; a compiled graph cannot do that when it needs them."""
+        """Move the active tuners to a device; a compiled graph cannot move them."""
         for attached in self._tuners.values():
             if attached.acts or self.static:
                 attached.place(device)
 
     def clear_conditions(self) -> None:
-        """Forget all condition images."""
+        """Remove the condition images of all tuners."""
         for attached in self._tuners.values():
             attached.conditions = None
 
     def has_conditions(self, name: str) -> bool:
-        """Say whether a tuner was given condition images; raises `TunerNameError` for an unknown name."""
+        """Return whether a tuner has condition images; raise `TunerNameError` for an unknown name."""
         self.check_known([name])
         return self._tuners[name].conditions is not None
 
     @contextlib.contextmanager
     def conditions_kept(self) -> Iterator[None]:
-        """Give every tuner the condition images back, at the end, that it had at the start."""
+        """Context manager that restores the condition images of every tuner at the end."""
         before = {name: attached.conditions for name, attached in self._tuners.items()}
         try:
             yield
@@ -228,7 +228,7 @@ class TunerManager:
                 attached.conditions = before.get(name)
 
     def _refresh(self) -> None:
-        """Bring the hooks on transformer blocks and the table of writers in line with the attached tuners."""
+        """Update the hooks on transformer blocks and the table of writers to the attached tuners."""
         self._writers = {}
         for attached in self._tuners.values():
             for site in attached.sites:
@@ -237,7 +237,7 @@ class TunerManager:
         for site in self._operation_handles.keys() - wanted:
             self._operation_handles.pop(site).remove()
         for site in sorted(wanted - self._operation_handles.keys()):
-            # Beside the base's own sites a tuner may write to a linear layer inside one.
+            # A tuner may write to a site of the base, or to a linear layer inside one.
             hook = self._after_operation if site in self.base_info.sites else self._after_linear
             self._operation_handles[site] = self._structure.module(self._base, site).register_forward_hook(
                 partial(hook, site), with_kwargs=True
@@ -274,21 +274,21 @@ class TunerManager:
             attached.end()
 
     def active(self) -> bool:
-        """Say whether any tuner takes part in this pass; the base's hooks ask."""
+        """Return whether any tuner is active in this forward pass; called by the base's hooks."""
         return bool(self._active())
 
     def tap(self, site: str, x: torch.Tensor) -> None:
-        """Keep a feature until the end of this forward, if an active tuner asks for it."""
+        """Store a feature until the end of this forward pass, if an active tuner taps the site."""
         if any(site in attached.taps for attached in self._active()):
             self._features.by_site[site] = x
 
     def tuned(self, site: str, x: torch.Tensor) -> torch.Tensor:
-        """Add the active residuals to a feature, all of them made from it as the base made it."""
+        """Add the active residuals to a feature; each is computed from the base's unmodified feature."""
         self.tap(site, x)
         return self._summed(site, x, x)
 
     def see(self, *, time: torch.Tensor | None = None, text: torch.Tensor | None = None) -> None:
-        """Keep the time embedding or the text states until the end of this forward."""
+        """Store the time embedding or the text states until the end of this forward pass."""
         if time is not None:
             self._features.time = time
         if text is not None:
@@ -299,7 +299,7 @@ class TunerManager:
             return None
         operation = show_operation(module, args, kwargs, self._silence)
         x = operation_input(args, kwargs)
-        # Attention of transformers returns its weights beside its output.
+        # Attention modules of transformers return a tuple of output and attention weights.
         if isinstance(output, tuple):
             return self._summed(site, x, output[0], operation), *output[1:]
         return self._summed(site, x, output, operation)
@@ -313,7 +313,7 @@ class TunerManager:
 
     @contextlib.contextmanager
     def _silence(self) -> Iterator[None]:
-        """Let the base's layers run without tuners: a tuner that calls them must see them frozen."""
+        """Context manager in which the base's layers run without tuners, for tuners that call the frozen layers."""
         before, self._quiet = self._quiet, True
         try:
             yield
@@ -321,7 +321,7 @@ class TunerManager:
             self._quiet = before
 
     def _active(self) -> list[AttachedTuner]:
-        """The tuners that take part in this forward; one of weight zero costs nothing."""
+        """Return the tuners that are active in this forward pass; a tuner with weight zero has no cost."""
         if not self.enabled:
             return []
         if self.static and torch.compiler.is_compiling():
@@ -331,7 +331,7 @@ class TunerManager:
     def _summed(
         self, site: str, x: torch.Tensor, total: torch.Tensor, operation: Operation | None = None
     ) -> torch.Tensor:
-        """Add the residuals that active tuners make of `x` to `total`."""
+        """Add the residuals of the active tuners for the feature `x` to `total`."""
         writers = [attached for attached in self._active() if attached in self._writers.get(site, ())]
         if not writers or self._pass is None:
             return total
@@ -341,18 +341,18 @@ class TunerManager:
 
 
 def uncompiled(base: nn.Module) -> nn.Module:
-    """Return the module that `torch.compile` wrapped, or the module itself."""
+    """Return the module inside a `torch.compile` wrapper, or the module itself."""
     module: nn.Module = getattr(base, "_orig_mod", base)
     return module
 
 
 def is_compiled(module: nn.Module) -> bool:
-    """Say whether a module is compiled, in place or by a wrapper."""
+    """Return whether a module is compiled, in place or by a wrapper."""
     return hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
 
 
 def refuse_if(compiled: bool) -> None:
-    """Raise `RestuneError` for a compiled model."""
-    # A graph that was compiled without the hooks would go on without them, silently.
+    """Raise `RestuneError` if the model is compiled."""
+    # A graph that was compiled without the hooks would silently ignore them.
     if compiled:
         raise RestuneError("This model is already compiled; attach the tuners first, then call torch.compile.")
