@@ -1,8 +1,8 @@
-"""Let tuners act on text encoders by plain torch hooks, outside the encoders' module trees.
+"""Tuners on text encoders, with plain torch hooks outside the encoders' module trees.
 
-Which tuners there are, and how strongly they act, is the business of the base's `TunerManager`; here is what their
-`text` parts do. One `EncoderHooks` per text encoder serves all of them. Neither the encoder nor its tokenizer changes:
-new words are ids beyond the tokenizer's own, and their vectors replace embeddings as they are looked up.
+The base's `TunerManager` owns the tuners and their weights; this module applies their `text` parts, with one
+`EncoderHooks` per text encoder. Neither the encoder nor its tokenizer is modified: placeholder tokens have ids beyond
+the tokenizer's own, and their vectors replace the looked-up embeddings.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from .placeholder_tokens import PlaceholderToken, PlaceholderTokens, TokenizerCo
 
 
 class MixOwner(Protocol):
-    """What a text encoder's hooks ask of a base's `TunerManager`."""
+    """Interface of `TunerManager` that a text encoder's hooks use."""
 
     enabled: bool
     layout: Layout | None
@@ -36,24 +36,24 @@ class MixOwner(Protocol):
 
 @dataclass(eq=False)
 class _Reader:
-    """A tuner on a text encoder."""
+    """Tuner with a `text` part on a text encoder."""
 
     name: str
     manager: MixOwner
     attached: AttachedTuner
     part: TextPart
     paths: frozenset[str]
-    """Linear layers that get its LoRA."""
+    """Paths of the linear layers with LoRA."""
 
     def factors(self, rows: int) -> tuple[float, ...]:
-        """Return how strongly the tuner acts on each of several prompts, or one number where that is the same."""
+        """Return the tuner's factor on each of several prompts, or one common factor."""
         if not self.manager.enabled:
             return (0.0,)
         return prompt_factors(self.name, self.attached.weight.values, rows, self.manager.layout)
 
 
 class EncoderHooks:
-    """The hooks on one text encoder.
+    """Torch hooks on one text encoder, shared by all tuners.
 
     Args:
         name: name of the encoder in a pipeline.
@@ -66,7 +66,7 @@ class EncoderHooks:
         self._readers: list[_Reader] = []
         self._scope: MixOwner | None = None
         self._scoped = False
-        self._words: PlaceholderTokens | None = None
+        self._placeholders: PlaceholderTokens | None = None
         self._copies = TokenizerCopy()
         self._new: tuple[torch.Tensor, torch.Tensor] | None = None
         self._factors: dict[_Reader, tuple[float, ...]] = {}
@@ -79,7 +79,7 @@ class EncoderHooks:
 
     @classmethod
     def of(cls, encoder: nn.Module) -> EncoderHooks | None:
-        """Return the hooks of a text encoder, or None when no tuner acts on it."""
+        """Return the hooks of a text encoder, or None if no tuner acts on it."""
         for hook in encoder._forward_pre_hooks.values():
             owner = getattr(hook, "__self__", None)
             if isinstance(owner, cls):
@@ -87,12 +87,12 @@ class EncoderHooks:
         return None
 
     def add(self, name: str, manager: MixOwner, attached: AttachedTuner, part: TextPart) -> None:
-        """Let a tuner act on the encoder."""
+        """Add a tuner to the encoder."""
         self._readers.append(_Reader(name, manager, attached, part, frozenset(part.linears(self.name))))
         self._refresh()
 
     def remove(self, attached: AttachedTuner) -> None:
-        """Take a tuner off; with the last one go all hooks."""
+        """Remove a tuner; removing the last one removes all hooks."""
         self._readers = [reader for reader in self._readers if reader.attached is not attached]
         self._refresh()
         if not self._readers:
@@ -102,31 +102,30 @@ class EncoderHooks:
 
     @contextmanager
     def reading(self, manager: MixOwner | None, encoder: TextEncoder) -> Iterator[PlaceholderTokens | None]:
-        """Within, the encoder reads prompts for one base: the tuners of its manager act alone, with their words.
+        """Context manager in which the encoder encodes prompts for one base, with only the tuners of its manager.
 
         Yields:
-            The words, if there are any.
+            The placeholder tokens of these tuners, or None if there are none.
         """
         readers = [reader for reader in self._readers if reader.manager is manager]
-        bringers = [reader for reader in readers if reader.part.tokens]
-        new = [
+        tokens = [
             PlaceholderToken(token, reader.name, reader.part.vectors_per_token, reader.factors)
-            for reader in bringers
+            for reader in readers
             for token in reader.part.tokens
         ]
-        before = self._scope, self._scoped, self._words
+        before = self._scope, self._scoped, self._placeholders
         self._scope, self._scoped = manager, True
-        self._words = PlaceholderTokens(encoder.tokenizer, new, self._copies) if new else None
+        self._placeholders = PlaceholderTokens(encoder.tokenizer, tokens, self._copies) if tokens else None
         try:
-            yield self._words
+            yield self._placeholders
         finally:
-            self._scope, self._scoped, self._words = before
+            self._scope, self._scoped, self._placeholders = before
 
     def _acting(self) -> list[_Reader]:
         return [reader for reader in self._readers if not self._scoped or reader.manager is self._scope]
 
     def _refresh(self) -> None:
-        """Bring the hooks on linear layers in line with the tuners."""
+        """Update the hooks on linear layers to the tuners."""
         wanted = {path for reader in self._readers for path in reader.paths}
         for path in self._linears.keys() - wanted:
             self._linears.pop(path).remove()
@@ -140,11 +139,11 @@ class EncoderHooks:
         if not isinstance(ids, torch.Tensor):
             return None
         self._factors = {reader: reader.factors(len(ids)) for reader in self._acting()}
-        if self._words is None:
+        if self._placeholders is None:
             return None
-        # The encoder looks for the end of the text by its ids, some of CLIP's by the largest: it must not see ours.
-        is_new = ids >= self._words.first_id
-        self._new = is_new, (ids - self._words.first_id).clamp(min=0)
+        # The encoder finds the end of the text by its ids, some CLIP versions by the largest, so ours are replaced.
+        is_new = ids >= self._placeholders.first_id
+        self._new = is_new, (ids - self._placeholders.first_id).clamp(min=0)
         known = ids.masked_fill(is_new, 0)
         return ((known, *args[1:]), kwargs) if args else (args, {**kwargs, "input_ids": known})
 
@@ -153,14 +152,14 @@ class EncoderHooks:
             return None
         names = ("input_ids", "position_ids", "inputs_embeds")
         given = {**dict(zip(names, args, strict=False)), **kwargs}
-        # Looked up here and not in a hook of the embedding, a module that Textual Inversion replaces.
+        # Looked up here and not in a hook on the embedding, because Textual Inversion replaces that module.
         embedded = module.token_embedding(given.pop("input_ids"))  # type: ignore[operator]
         is_new, numbers = self._new
         given["inputs_embeds"] = torch.where(is_new[..., None], self._table(embedded)[numbers], embedded)
         return (), given
 
     def _table(self, like: torch.Tensor) -> torch.Tensor:
-        """Return the vectors of all new words, in the order of their ids."""
+        """Return the vectors of all placeholder tokens, in the order of their ids."""
         tables = []
         for reader in self._acting():
             if reader.part.tokens:
@@ -190,11 +189,11 @@ def text_part(tuner: Tuner) -> TextPart | None:
 
 
 def check_text(tuner: Tuner, encoders: Mapping[str, TextEncoder] | None) -> None:
-    """Refuse a tuner whose `text` part does not go with the text encoders that there are.
+    """Check that the `text` part of a tuner, if it has one, fits the text encoders.
 
     Raises:
-        RestuneError: if there are none, or one is compiled.
-        BaseMismatchError: if they are of another structure.
+        RestuneError: if the text encoders are not given, or one is compiled.
+        BaseMismatchError: if they have another structure.
     """
     part = text_part(tuner)
     if part is None:
@@ -215,16 +214,16 @@ def check_text(tuner: Tuner, encoders: Mapping[str, TextEncoder] | None) -> None
 def attach_text(
     name: str, manager: MixOwner, attached: AttachedTuner, encoders: Mapping[str, TextEncoder] | None
 ) -> list[EncoderHooks]:
-    """Let the `text` part of a tuner, if it has one, act on text encoders that `check_text` has seen.
+    """Add the `text` part of a tuner, if it has one, to text encoders that `check_text` has checked.
 
     Args:
         name: name of the tuner.
-        manager: the manager of the base that the tuner is attached to.
-        attached: the tuner there.
+        manager: manager of the base that the tuner is attached to.
+        attached: the attached tuner.
         encoders: the text encoders.
 
     Returns:
-        The hooks of the encoders that it acts on now.
+        The hooks of the text encoders that the tuner acts on.
     """
     part = text_part(attached.tuner)
     touched = []
@@ -238,13 +237,13 @@ def attach_text(
 
 
 def prompt_factors(name: str, values: Sequence[float], rows: int, layout: Layout | None) -> tuple[float, ...]:
-    """Return a tuner's factor on each of several prompts, or a single one where all have the same.
+    """Return a tuner's factor on each of several prompts, or a single factor if all have the same.
 
     Args:
         name: name of the tuner.
-        values: its weight: one number, or one for each image.
-        rows: number of prompts, or of copies of them.
-        layout: how many images are drawn of how many prompts; without it each prompt is an image's.
+        values: weight of the tuner: one number, or one per image.
+        rows: number of prompts, or of copies of the prompts.
+        layout: number of images and prompts of the call; None means one image per prompt.
 
     Raises:
         RestuneError: if the images of one prompt have different weights, or the numbers do not match.
@@ -254,14 +253,14 @@ def prompt_factors(name: str, values: Sequence[float], rows: int, layout: Layout
     images, prompts = (layout.images, layout.prompts) if layout is not None else (rows, rows)
     if len(values) != images or rows % prompts:
         raise RestuneError(
-            f"The weights of the tuner {name!r} are for {len(values)} images, but the text encoder reads {rows} "
-            f"prompts for {images} images; give one weight for each image."
+            f"The weights of the tuner {name!r} are for {len(values)} images, but the text encoder encodes {rows} "
+            f"prompts for {images} images; give one weight per image."
         )
     each = images // prompts
     by_prompt = [values[start : start + each] for start in range(0, images, each)]
     if any(len(set(of_one)) > 1 for of_one in by_prompt):
         raise RestuneError(
-            f"The tuner {name!r} has a `text` part, and the images of one prompt share its text; give them one "
+            f"The tuner {name!r} has a `text` part, and the images of one prompt share its text; give them the same "
             "weight, or repeat the prompt for each image."
         )
     return tuple(by_prompt[row % prompts][0] for row in range(rows))

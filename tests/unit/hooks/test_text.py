@@ -334,7 +334,7 @@ def test_another_encoder_is_refused_by_name(parts: dict[str, Any], pipe: Any, xl
     compiled.text_encoder.compile()
     with pytest.raises(RestuneError, match="The text_encoder is already compiled; load the tuners first"):
         compiled.load_tuner_weights(deeper_tuner)
-    with pytest.raises(RestuneError, match="Only lora merges"):
+    with pytest.raises(RestuneError, match="Only lora can be merged"):
         merge_lora(pipe.unet, acting(pipe, LORA))
     with pytest.raises(RestuneError, match=r"Tuner\.for_pipeline"):
         Tuner.for_base(pipe.unet, WORDS)
