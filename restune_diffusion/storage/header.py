@@ -1,6 +1,6 @@
-"""The header of a tuner file: what it says about the file, and every check that needs no value of a tensor.
+"""Header of a tuner file: reading, and all checks that need no tensor values.
 
-A file may come from a stranger. Whatever its header declares is bounded here before anything is built from it.
+Files are untrusted: all sizes in a header are limited here before anything is built from it.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ CONFIG_KEY = "restune.config"
 BASE_KEY = "restune.base"
 TRAINING_KEY = "restune.training"
 
-# Room for thousands of tensors and a thumbnail; safetensors itself would take 100 MB, and many times that in memory.
+# Enough for thousands of tensors and a thumbnail; safetensors allows 100 MB, which takes a multiple of that in memory.
 MAX_HEADER_BYTES = 8 << 20
-# A part builds modules for each site of the base, at half a millisecond; SDXL with all its attention has about 300.
+# A part builds modules for each site, half a millisecond per site; SDXL with all its attention has about 300 sites.
 _MAX_SITES = 1024
 _MAX_ENTRY = {CONFIG_KEY: 1 << 16, BASE_KEY: 1 << 18, TRAINING_KEY: 1 << 20}
 _MAX_DEPTH = 32
@@ -42,7 +42,7 @@ _DTYPES = ("F64", "F32", "F16", "BF16")
 
 @dataclass(frozen=True)
 class TunerInfo:
-    """What a tuner file says about itself, read from its header alone."""
+    """Facts about a tuner file, read from its header."""
 
     path: Path
     bytes: int
@@ -55,7 +55,7 @@ class TunerInfo:
 
 
 def read_info(path: str | os.PathLike[str]) -> TunerInfo:
-    """Read and check what a tuner file says about itself, without reading its tensors.
+    """Read and check the header of a tuner file, without reading its tensors.
 
     Raises:
         TunerFileError: if the file is missing, truncated, not a tuner file, or of a newer version.
@@ -66,13 +66,13 @@ def read_info(path: str | os.PathLike[str]) -> TunerInfo:
 
 
 def open_tensors(path: Path) -> safe_open:
-    """Open a safetensors file, mapped into memory; to be used in a `with` statement.
+    """Open a safetensors file, memory-mapped, for use in a `with` statement.
 
     Raises:
-        TunerFileError: if it is missing or no whole safetensors file.
+        TunerFileError: if the file is missing or not a complete safetensors file.
     """
     try:
-        # A pipe or a device could block for ever.
+        # A pipe or a device could block forever.
         if not path.is_file():
             raise TunerFileError(f"There is no tuner file at {path}.")
         _check_declared_size(path)
@@ -82,13 +82,13 @@ def open_tensors(path: Path) -> safe_open:
 
 
 def check_header(path: Path, file: safe_open) -> tuple[TunerInfo, Tuner]:
-    """Read a header, and build the tuner that it describes without memory for its tensors.
+    """Check a header, and build the tuner that it describes on the meta device.
 
     Returns:
-        The header's facts, and a tuner on the meta device with the names and shapes of the file's tensors.
+        The facts of the header, and a tuner on the meta device with the names and shapes of the file's tensors.
 
     Raises:
-        TunerFileError: if the file is not a tuner file, of a newer version, or contradicts itself.
+        TunerFileError: if the file is not a tuner file, is of a newer version, or is inconsistent.
     """
     metadata: dict[str, str] = file.metadata() or {}
     _check_version(path, metadata)
@@ -120,11 +120,11 @@ def check_header(path: Path, file: safe_open) -> tuple[TunerInfo, Tuner]:
 
 
 def parse_metadata(metadata: Mapping[str, str]) -> tuple[tuple[PartConfig, ...], BaseInfo, dict[str, Any]]:
-    """Read the configs, the base and the training facts out of a header's entries.
+    """Parse the configs, the base and the training facts from the entries of a header.
 
     Raises:
         UnknownFamilyError: if a part is of a tuner family that is not registered.
-        ValueError: says what is wrong, in words that fit into a sentence.
+        ValueError: if an entry is not valid; the message is a clause, for use in a sentence.
     """
     try:
         _read_json(metadata, CONFIG_KEY)
@@ -141,16 +141,16 @@ def parse_metadata(metadata: Mapping[str, str]) -> tuple[tuple[PartConfig, ...],
     _check_base(base)
     training = _read_json(metadata, TRAINING_KEY) if TRAINING_KEY in metadata else {}
     if not isinstance(training, dict):
-        raise ValueError("the training facts are no JSON object")
-    # The name alone is any text: it is the name of somebody's folder.
+        raise ValueError("the training facts are not a JSON object")
+    # Only the name may be any text, because it can be the name of a folder.
     return configs, base.model_copy(update={"name": printable(base.name, 200)}), training
 
 
 def check_dtypes(dtypes: Mapping[str, str]) -> None:
-    """Check that the tensors are of floating point, and those of one part, `<part>.<rest of the key>`, alike.
+    """Check that all tensors are floating point, and that those of a part (`<part>.<rest of the key>`) share a dtype.
 
     Raises:
-        ValueError: names the first tensor that is not.
+        ValueError: if a tensor does not; the message names the first one.
     """
     of_part: dict[str, str] = {}
     for key, dtype in dtypes.items():
@@ -167,16 +167,16 @@ def _check_declared_size(path: Path) -> None:
         size = file.seek(0, os.SEEK_END)
     if MAX_HEADER_BYTES < declared <= size:
         raise TunerFileError(
-            f"{path} declares a header of {declared} bytes, where {MAX_HEADER_BYTES} is the most that a tuner file "
-            "has; get the file again."
+            f"{path} declares a header of {declared} bytes, but a tuner file has {MAX_HEADER_BYTES} at most; get the "
+            "file again."
         )
 
 
 def _open_whole(path: Path) -> safe_open:
     """Open a file that may be replaced at any time.
 
-    safetensors opens it by name twice, for the header and for the tensors; a file that is renamed into place between
-    the two would give the tensors of one tuner under the header of another.
+    safetensors opens the file by name twice, for the header and for the tensors; if it is replaced by renaming in
+    between, the header of one tuner would be combined with the tensors of another.
     """
     for _ in range(_ATTEMPTS):
         before = _identity(path)
@@ -188,7 +188,7 @@ def _open_whole(path: Path) -> safe_open:
         else:
             if _identity(path) == before:
                 return file
-    raise TunerFileError(f"{path} is replaced again and again while it is read; load it when its writer is done.")
+    raise TunerFileError(f"{path} is being replaced repeatedly while it is read; load it when its writer is done.")
 
 
 def _identity(path: Path) -> tuple[int, ...]:
@@ -197,7 +197,7 @@ def _identity(path: Path) -> tuple[int, ...]:
 
 
 def _why_unreadable(path: Path, error: Exception) -> str:
-    """Say in words what a file is that safetensors refuses."""
+    """Return a clause that describes a file that safetensors cannot read."""
     try:
         with path.open("rb") as file:
             head = file.read(8)
@@ -205,7 +205,7 @@ def _why_unreadable(path: Path, error: Exception) -> str:
     except (OSError, ValueError) as failure:
         return f"cannot be read: {getattr(failure, 'strerror', None) or failure}."
     reason = printable(str(error), 200)
-    # The length of a header may begin with a pickle's first byte too, but its upper half is zero.
+    # A header's length may start with the first byte of a pickle too, but its upper half is zero.
     opens_pickle = head[:1] == b"\x80" and (head[4:].strip(b"\0") or head[2:3] == b"\x95")
     if head[:2] == b"PK" or opens_pickle:
         return (
@@ -228,13 +228,13 @@ def _check_version(path: Path, metadata: Mapping[str, str]) -> None:
         raise TunerFileError(f"{path} has a damaged header (format version {version!r:.40}); get the file again.")
     if int(version) > FORMAT_VERSION:
         raise TunerFileError(
-            f"{path} is of format version {version}, this program reads up to {FORMAT_VERSION}; "
-            "upgrade restune-diffusion."
+            f"{path} has format version {version}, but this version of restune-diffusion reads up to "
+            f"{FORMAT_VERSION}; upgrade restune-diffusion."
         )
 
 
 def _read_json(metadata: Mapping[str, str], key: str) -> Any:
-    """Parse an entry into values that JSON can write again: numbers beyond a float's range stay text."""
+    """Parse an entry to values that JSON can represent: numbers beyond the range of a float stay text."""
     text = metadata.get(key)
     if text is None:
         raise ValueError(f"{key} is missing")
@@ -243,7 +243,7 @@ def _read_json(metadata: Mapping[str, str], key: str) -> Any:
     try:
         value = json.loads(text, parse_constant=str, parse_float=_finite)
     except (ValueError, RecursionError) as error:
-        raise ValueError(printable(f"{key} is no JSON: {error}", 200)) from error
+        raise ValueError(printable(f"{key} is not valid JSON: {error}", 200)) from error
     level = [value]
     for _ in range(_MAX_DEPTH):
         level = [child for each in level for child in _children(each)]
@@ -264,20 +264,20 @@ def _children(value: object) -> Iterable[object]:
 
 
 def _check_base(base: BaseInfo) -> None:
-    """Check what the types leave open: names become names of modules, and all of it is shown in messages."""
+    """Check what the field types do not: names become module names, and all values are shown in messages."""
     if len(base.sites) > _MAX_SITES:
-        raise ValueError(f"the base has {len(base.sites)} sites, where {_MAX_SITES} is the most")
+        raise ValueError(f"the base has {len(base.sites)} sites, but the limit is {_MAX_SITES}")
     for name in base.sites:
         if not is_dotted_name(name):
-            raise ValueError(f"`{printable(name, 40)}` is no name of a site")
+            raise ValueError(f"`{printable(name, 40)}` is not a site name")
     for name, encoder in base.text.items():
         for step in (name, *encoder.linears):
             if not is_dotted_name(step):
-                raise ValueError(f"`{printable(step, 40)}` is no name of a text encoder or its layers")
+                raise ValueError(f"`{printable(step, 40)}` is not a name of a text encoder or its layers")
     layers = sum(encoder.num_hidden_layers * len(encoder.linears) for encoder in base.text.values())
     if layers > _MAX_SITES:
-        raise ValueError(f"the text encoders have {layers} linear layers, where {_MAX_SITES} is the most")
-    # Lists are shown by `repr`, which escapes what they hold.
+        raise ValueError(f"the text encoders have {layers} linear layers, but the limit is {_MAX_SITES}")
+    # Lists are shown by `repr`, which escapes their items.
     shown = [base.denoiser, *base.structure, *(each for each in base.structure.values() if isinstance(each, str))]
     if not all(map(str.isprintable, shown)):
         raise ValueError(f"{BASE_KEY} holds control characters")
@@ -286,11 +286,11 @@ def _check_base(base: BaseInfo) -> None:
 def _empty_tuner(path: Path, configs: tuple[PartConfig, ...], base: BaseInfo, metadata: Mapping[str, str]) -> Tuner:
     try:
         return Tuner.empty(configs, base, metadata)
-    # All that Python and torch raise when a stranger's names and numbers make no module.
+    # All exceptions that Python and torch raise for untrusted names and numbers that do not form a module.
     except (
         RestuneError, ValueError, RuntimeError, AssertionError, LookupError, AttributeError, TypeError, ArithmeticError
     ) as error:  # fmt: skip
-        reason = printable(str(error).rstrip(".") or "it selects nothing", 200)
+        reason = printable(str(error).rstrip(".") or "it selects no site", 200)
         raise TunerFileError(
             f"{path} has a config that does not fit its base: {reason}; get the file again."
         ) from error
@@ -299,21 +299,23 @@ def _empty_tuner(path: Path, configs: tuple[PartConfig, ...], base: BaseInfo, me
 def _read_tensor_entries(
     path: Path, file: safe_open, expected: Container[str]
 ) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
-    """Read shape and dtype of every tensor, once it is known that there are no more than expected."""
+    """Read shape and dtype of every tensor, after checking that all of them are expected."""
     keys: list[str] = file.keys()
     for key in keys:
         if key not in expected:
-            raise TunerFileError(f"{path} is damaged: its config asks for no tensor `{printable(key, 80)}`.")
+            raise TunerFileError(
+                f"{path} is damaged: its config has no tensor `{printable(key, 80)}`; get the file again."
+            )
     slices = {key: file.get_slice(key) for key in keys}
     shapes = {key: tuple(piece.get_shape()) for key, piece in slices.items()}
     return shapes, {key: str(piece.get_dtype()) for key, piece in slices.items()}
 
 
 def _check_shapes(found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]) -> None:
-    """Compare the file's tensors with those that its config asks for, and name the first that differs."""
+    """Compare the file's tensors with those of its config; raise `ValueError` for the first difference."""
     if not expected:
-        raise ValueError("its config asks for no tensor at all")
+        raise ValueError("its config has no tensors")
     for key, shape in expected.items():
         if found.get(key) != shape:
-            holds = printable(f"shape {found[key]}", 60) if key in found else "no such tensor"
-            raise ValueError(f"for `{printable(key, 80)}` its config asks for shape {shape}, it holds {holds}")
+            actual = printable(f"shape {found[key]}", 60) if key in found else "no such tensor"
+            raise ValueError(f"its config needs `{printable(key, 80)}` of shape {shape}, but it contains {actual}")

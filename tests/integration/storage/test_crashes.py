@@ -111,7 +111,7 @@ def test_a_file_that_is_replaced_while_it_is_read(unet, tmp_path):
                 except TunerFileError as error:
                     refusal = str(error)
                 if tuner is None:
-                    assert "replaced again and again" in refusal
+                    assert "being replaced repeatedly" in refusal
                     continue
                 loaded += 1
                 (config,) = tuner.configs

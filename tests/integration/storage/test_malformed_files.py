@@ -246,7 +246,8 @@ def test_inspect_in_a_process_of_its_own(seeds, tmp_path):
     result = subprocess.run([*command, path], capture_output=True, text=True)
     assert result.returncode == 1
     assert result.stdout == ""
-    assert result.stderr == f"restune: {path} is damaged: its config asks for no tensor `\\x1b[31mred`.\n"
+    expected = f"{path} is damaged: its config has no tensor `\\x1b[31mred`; get the file again."
+    assert result.stderr == f"restune: {expected}\n"
 
 
 def test_paths_that_are_no_files(seeds, tmp_path):

@@ -141,7 +141,9 @@ def test_foreign_safetensors(tmp_path):
 
 def test_newer_version(path):
     rewrite_header(path, format_version="2")
-    with pytest.raises(TunerFileError, match=r"format version 2, this program reads up to 1; upgrade"):
+    with pytest.raises(
+        TunerFileError, match=r"format version 2, but this version of restune-diffusion reads up to 1; upgrade"
+    ):
         load_tuner(path)
 
 
@@ -180,7 +182,7 @@ def test_the_first_wrong_tensor_is_named(path):
     header = {**read_info(path).metadata}
     tensors["skip.skip.3.up.weight"] = tensors["skip.skip.3.up.weight"][:-1].clone()
     save_file(tensors, path, header)
-    wrong = r"`skip.skip.3.up.weight` its config asks for shape \(32, 16\), it holds shape \(31, 16\)"
+    wrong = r"its config needs `skip.skip.3.up.weight` of shape \(32, 16\), but it contains shape \(31, 16\)"
     with pytest.raises(TunerFileError, match=wrong):
         load_tuner(path)
     tensors["skip.skip.3.up.weight"] = torch.zeros(32, 16, dtype=torch.int32)
