@@ -280,7 +280,7 @@ def _check_base(base: BaseInfo) -> None:
     # Lists are shown by `repr`, which escapes their items.
     shown = [base.denoiser, *base.structure, *(each for each in base.structure.values() if isinstance(each, str))]
     if not all(map(str.isprintable, shown)):
-        raise ValueError(f"{BASE_KEY} holds control characters")
+        raise ValueError(f"{BASE_KEY} contains control characters")
 
 
 def _empty_tuner(path: Path, configs: tuple[PartConfig, ...], base: BaseInfo, metadata: Mapping[str, str]) -> Tuner:

@@ -16,7 +16,7 @@ _PARTS = {
     "control": "CSC-Tuners for control images on skip connections ([SCEdit](https://arxiv.org/abs/2312.11392))",
     "res": "tuners parallel to operations of transformer blocks ([Res-Tuning](https://arxiv.org/abs/2310.19859))",
     "bypass": "a side network on detached features ([Res-Tuning](https://arxiv.org/abs/2310.19859))",
-    "text": "placeholder tokens ([Textual Inversion](https://arxiv.org/abs/2208.01618)) and LoRA for the text encoders",
+    "text": "placeholder tokens ([Textual Inversion](https://arxiv.org/abs/2208.01618)) and LoRA for text encoders",
 }
 _RECIPE = ("learning_rate", "lr_scheduler", "batch_size", "mixed_precision", "seed")
 
