@@ -77,7 +77,7 @@ class PlaceholderTokens:
                 )
         if not active:
             return prompt
-        # Some letters, such as a dotless i, match a letter that is not their lower case; such a match is not the token.
+        # Some letters, such as a dotless i, match a letter that is not their lower case; these are not the token.
         return _pattern(active).sub(lambda match: active.get(match[0].lower(), ("", match[0]))[1], prompt)
 
 

@@ -75,9 +75,9 @@ def save_tuner(
         CONFIG_KEY: parts_to_json(tuner.configs),
         BASE_KEY: tuner.base.model_dump_json(exclude_defaults=True),
     }
-    words = [word for config in tuner.configs for word in config.new_words]
-    if words:
-        header.setdefault("modelspec.trigger_phrase", ", ".join(words))
+    tokens = [token for config in tuner.configs for token in config.new_words]
+    if tokens:
+        header.setdefault("modelspec.trigger_phrase", ", ".join(tokens))
     if training is not None:
         header[TRAINING_KEY] = json.dumps(training)
     parts = _serialized(tensors, header, path)

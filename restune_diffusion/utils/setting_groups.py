@@ -1,4 +1,4 @@
-"""Groups of settings, of which each setting has a flat name too, and is annotated with what it affects."""
+"""Groups of settings whose fields also have flat names and are annotated with what they affect."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from .settings import Settings
 from .settings_merge import Place, RefusedSetting, first_refused, unknown_name
 
 Affects: TypeAlias = Literal["batches", "order", "content", "tuner", "output"]
-"""What a setting changes: what the training batches hold (`batches`), only which samples form a batch (`order`), the
-weights or captions, which are compared by hash (`content`), only what is learnt from a batch (`tuner`), or nothing of
-the tuner (`output`). A resumed run may change settings of `output` alone."""
+"""Effect of a setting. `batches`: the content of the training batches. `order`: only which samples form a batch.
+`content`: the base's weights or the captions, which are compared by hash. `tuner`: only what is learned from a batch.
+`output`: nothing in the tuner. A resumed run may change only settings with `output`."""
 
 _KEY = "restune"
 
 
 @dataclass(frozen=True)
 class SettingInfo:
-    """One setting of a model with groups.
+    """Description of one setting of a model with groups.
 
     Attributes:
-        name: its flat name, by which flags and flat files call it.
-        place: names of its group, if any, and of its field.
-        field: its pydantic field.
-        affects: what it changes.
-        record: its name among the recorded settings; None for what is not recorded.
+        name: flat name, used by flags and flat files.
+        place: names of the group, if any, and of the field.
+        field: pydantic field.
+        affects: effect of the setting.
+        record: name among the recorded settings; None if it is not recorded.
         swept: whether the tuners of a sweep may differ in it although it affects the batches.
     """
 
@@ -51,7 +51,7 @@ class SettingInfo:
 
 
 class SettingGroup(Settings):
-    """A group of settings that are also read under their flat names, such as `learning_rate` of `optimizer`."""
+    """Group of settings that also accepts flat names, such as `learning_rate` of `optimizer`."""
 
     @model_validator(mode="before")
     @classmethod
@@ -71,14 +71,14 @@ def setting(
     swept: bool = False,
     **constraints: Any,
 ) -> Any:
-    """Define a field and what it affects.
+    """Define a field with its effect, as a pydantic `Field`.
 
     Args:
-        default: its default; required without one.
-        affects: what it changes.
-        flat: its flat name, where it is not the name of the field.
-        recorded: whether the tuner's file records it, or the name under which it does.
-        swept: whether the tuners of a sweep may differ in it; those that affect the tuner alone may always.
+        default: default value; the setting is required if omitted.
+        affects: effect of the setting.
+        flat: flat name, if it differs from the name of the field.
+        recorded: whether the tuner's file records the setting, or the name under which it does.
+        swept: whether the tuners of a sweep may differ in it; settings that affect only the tuner always may.
         constraints: arguments of pydantic's `Field`.
     """
     annotation: dict[str, Any] = {"affects": affects, "flat": flat, "recorded": recorded, "swept": swept}
@@ -86,7 +86,7 @@ def setting(
 
 
 def is_annotated(field: FieldInfo) -> bool:
-    """Tell whether a field is defined by `setting`."""
+    """Return whether a field is defined by `setting`."""
     return isinstance(field.json_schema_extra, dict) and _KEY in field.json_schema_extra
 
 
@@ -97,9 +97,9 @@ def flat_name(name: str, field: FieldInfo) -> str:
 
 
 def group_of(field: FieldInfo) -> type[SettingGroup] | None:
-    """Return the group that a field holds, if it does."""
-    kind = field.annotation
-    return kind if isinstance(kind, type) and issubclass(kind, SettingGroup) else None
+    """Return the group class of a field, or None if the field is not a group."""
+    annotation = field.annotation
+    return annotation if isinstance(annotation, type) and issubclass(annotation, SettingGroup) else None
 
 
 def all_settings(model: type[BaseModel], elsewhere: Mapping[str, Affects] | None = None) -> dict[str, SettingInfo]:
@@ -107,10 +107,10 @@ def all_settings(model: type[BaseModel], elsewhere: Mapping[str, Affects] | None
 
     Args:
         model: the model.
-        elsewhere: what the fields affect that are not defined by `setting`.
+        elsewhere: effects of the fields that are not defined by `setting`.
 
     Raises:
-        TypeError: if a field is not annotated, or two have one name.
+        TypeError: if a field is not annotated, or two fields have the same flat name.
     """
     found: dict[str, SettingInfo] = {}
     for name, field in model.model_fields.items():
@@ -127,14 +127,15 @@ def all_settings(model: type[BaseModel], elsewhere: Mapping[str, Affects] | None
 def open_groups(
     model: type[BaseModel], values: Mapping[Any, Any], *, later_wins: bool = False
 ) -> tuple[dict[str, Any], dict[str, Place]]:
-    """Return settings by flat name, and the place in which each was given.
+    """Return settings by flat name, and the path under which each was given.
 
-    A group is given as a mapping or as an instance, of which the fields count that were set.
+    A group may be a mapping or an instance, whose explicitly set fields are used.
 
     Args:
         model: the model.
         values: settings by flat name and in groups.
-        later_wins: whether the later one counts of a setting that is given flat and in its group, instead of neither.
+        later_wins: whether the later value applies if a setting is given both flat and in its group; otherwise that is
+            an error.
 
     Raises:
         RefusedSetting: if a name is unknown, or a setting is given twice.
@@ -153,7 +154,7 @@ def open_groups(
         elif name in known:
             opened = [(name, value, (name,))]
         elif group is not None:
-            raise RefusedSetting((name,), "it is a group of settings, each with a name")
+            raise RefusedSetting((name,), "expected a group of named settings")
         else:
             raise RefusedSetting((name,), unknown_name(name, known))
         for key, each, place in opened:
@@ -165,7 +166,7 @@ def open_groups(
 
 
 def close_groups(model: type[BaseModel], flat: Mapping[str, Any]) -> dict[str, Any]:
-    """Put settings by flat name into their groups."""
+    """Return settings by flat name as values of the model, sorted into their groups."""
     known = _flat_names(model)
     values: dict[str, Any] = {}
     for name, value in flat.items():
@@ -180,14 +181,14 @@ def close_groups(model: type[BaseModel], flat: Mapping[str, Any]) -> dict[str, A
 def first_refused_setting(
     model: type[BaseModel], error: ValidationError, places: Mapping[str, Place] | None = None
 ) -> RefusedSetting:
-    """Return the first thing that pydantic refuses, in the place where it was given, or else under its flat name."""
+    """Return the first error that pydantic reports, with the path of the setting as given, or else its flat name."""
     refused = first_refused(error)
     place = tuple(refused.place)
     group = group_of(model.model_fields[place[0]]) if place and place[0] in model.model_fields else None
     if group is None:
         return refused
     if len(place) == 1:
-        # The check of a whole group names its settings itself.
+        # The message of a validator of the whole group names the settings itself.
         missing = error.errors(include_url=False, include_context=False, include_input=False)[0]["type"] == "missing"
         return RefusedSetting(place if missing else (), refused.reason)
     flat = flat_name(place[1], group.model_fields[place[1]]) if place[1] in group.model_fields else place[1]
@@ -197,7 +198,7 @@ def first_refused_setting(
 def _info(field: FieldInfo, name: str, place: tuple[str, ...], elsewhere: Mapping[str, Affects]) -> SettingInfo:
     if not is_annotated(field):
         if name not in elsewhere:
-            raise TypeError(f"The setting {'.'.join(place)} does not say what it affects; define it by setting().")
+            raise TypeError(f"The setting {'.'.join(place)} does not declare what it affects; define it by setting().")
         return SettingInfo(name, place, field, elsewhere[name], name, False)
     annotation: Any = field.json_schema_extra
     given = annotation[_KEY]

@@ -300,7 +300,9 @@ def test_values_beyond_the_range_of_the_dtype_asked_for(seeds, tmp_path):
     metadata, tensors = expect_of(seeds[0].data)
     tensors["skip.skip.1.up.bias"][0] = 1e6
     path = rewritten(tmp_path / "big.safetensors", save(tensors, metadata))
-    with pytest.raises(TunerFileError, match=r"`skip.skip.1.up.bias` contains values beyond the range of torch.float16"):
+    with pytest.raises(
+        TunerFileError, match=r"`skip\.skip\.1\.up\.bias` contains values beyond the range of torch.float16"
+    ):
         load_tuner(path, dtype=torch.float16)
     assert math.isclose(
         load_tuner(path, dtype=torch.bfloat16).state_dict()["skip.skip.1.up.bias"][0], 1e6, rel_tol=0.01

@@ -217,7 +217,7 @@ def test_it_trains(config: MakeConfig) -> None:
     assert recorded["scale"] == {"part": "scale", "sites": ["skip.0-1"]}
     assert recorded["tuner"] == "scale"
     assert "skip" not in recorded
-    assert f"made with restune-diffusion: scale: {SUMMARY.rstrip('.')}, sites skip.0-1" in model_card(
+    assert f"trained with restune-diffusion: scale: {SUMMARY.rstrip('.')}, sites skip.0-1" in model_card(
         read_info(result.path), "user/name"
     )
 
@@ -294,7 +294,7 @@ def test_it_is_a_group_of_a_configs_settings(config: MakeConfig, tmp_path: Path)
         config(scale=ScaleConfig(sites=("skip.1",)))
     lines = "base: b\ndata: d\noutput: o\ntuner: scale\nscale:\n"
     for line, message in {
-        "  sites: skip.1": "line 6: scale.sites: it should be a list",
+        "  sites: skip.1": "line 6: scale.sites: expected a list",
         "  sits: []": "line 6: in scale there is no setting sits; did you mean sites?",
     }.items():
         path.write_text(lines + line)

@@ -115,7 +115,7 @@ def test_every_field_says_what_it_affects() -> None:
     class Unsaid(Settings):
         inner: Inner = Inner()
 
-    with pytest.raises(TypeError, match=r"inner\.rate does not say what it affects"):
+    with pytest.raises(TypeError, match=r"inner\.rate does not declare what it affects"):
         all_settings(Unsaid)
 
     class Twice(Settings):
@@ -180,10 +180,10 @@ def test_the_written_config_is_in_groups(tmp_path: Path) -> None:
         ("optimizer:\n  learning_rate: -3", "line 5: optimizer.learning_rate: input should be greater than 0"),
         ("learning_rate: -3", "line 4: learning_rate: input should be greater than 0"),
         ("learning_rate: 1\noptimizer: {learning_rate: 2}", "learning_rate is given twice, as learning_rate and opt"),
-        ("noise: 3", "line 4: noise: it is a group of settings, each with a name"),
+        ("noise: 3", "line 4: noise: expected a group of named settings"),
         ("optimizer: sgd", "line 4: optimizer: input should be 'adamw', 'adamw8bit'"),
         ("feature_bank: many", "line 4: feature_bank: input should be a valid integer"),
-        ("validation:\n  leak_prompts: 3", "line 5: validation.leak_prompts: it should be a list"),
+        ("validation:\n  leak_prompts: 3", "line 5: validation.leak_prompts: expected a list"),
         ("feature_bank: 3\nfeature_cache: 4", "line 4: feature_bank is the old name of feature_cache, which is"),
     ],
 )
