@@ -19,7 +19,7 @@ from typing import Literal, TypeAlias
 
 import torch
 
-from ..tuners.configs import ResConfig, TextConfig
+from ..tuners.configs import PartConfig, ResConfig, TextConfig
 from ..tuners.tuner import Tuner
 from ..utils.errors import RestuneError
 from .lora_folding import LoraLayer
@@ -185,7 +185,7 @@ def _paired(one: Tuner, other: Tuner) -> list[tuple[object, object]]:
 
 def _difference(one: object, other: object) -> str:
     """Describe the first setting in which two configs differ."""
-    if type(one) is type(other) and hasattr(one, "model_dump") and hasattr(other, "model_dump"):
+    if type(one) is type(other) and isinstance(one, PartConfig) and isinstance(other, PartConfig):
         ours, theirs = one.model_dump(), other.model_dump()
         name = next(name for name in ours if ours[name] != theirs[name])
         return f"one has {name} = {ours[name]}, another {theirs[name]}"

@@ -67,7 +67,7 @@ class AttachedTuner:
         self.taps = frozenset(site for part in tuner.parts() for site in part.taps)
         self._described = {site: _described(site, tuner.base) for site in self.sites}
         self.conditions: Conditions | None = None
-        self.dial = WeightBuffers(self.sites, tuner.device)
+        self.weight_buffers = WeightBuffers(self.sites, tuner.device)
         self.set_weight(weight, self.site_factors(weight))
 
     def site_factors(self, weight: TunerWeight) -> dict[str, float]:
@@ -78,7 +78,7 @@ class AttachedTuner:
         """Set a validated weight with its factors by site."""
         self.weight = weight
         self.factors = factors
-        self.dial.set(weight, factors)
+        self.weight_buffers.set(weight, factors)
         self._rows: torch.Tensor | None = None
         self._scale: float | torch.Tensor = weight.values[0]
         # A compiled graph depends on this flag and not on the weight, which would recompile it for each value.
@@ -140,7 +140,7 @@ class AttachedTuner:
         """Move the tuner, and the tensors from which a compiled graph reads its weight, to a device."""
         if self.tuner.device != device:
             self.tuner.to(device)
-            self.dial.to(device)
+            self.weight_buffers.to(device)
 
     @torch.no_grad()
     def encode_conditions(self, size: tuple[int, int]) -> None:
@@ -170,7 +170,9 @@ class AttachedTuner:
     ) -> Residual:
         """Run a part on all rows, with factors that a compiled graph reads from a tensor."""
         residual = part(site, x, features)
-        factors = self.dial.factors(site, self.weight, this).to(x.device).view(-1, *[1] * (residual.dim() - 1))
+        factors = (
+            self.weight_buffers.factors(site, self.weight, this).to(x.device).view(-1, *[1] * (residual.dim() - 1))
+        )
         return Residual(self._masked(site, residual * factors, this), None)
 
     def _on_acting_rows(

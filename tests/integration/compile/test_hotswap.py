@@ -165,7 +165,7 @@ def test_a_first_tuner_that_is_refused_leaves_no_hooks(unet):
 def test_where_a_weight_lives_follows_the_tuner(unet):
     tuner = trained(unet, SkipConfig()).to("meta")
     attach(unet, tuner)
-    dial = TunerManager.of(unet)._tuners["default"].dial
+    dial = TunerManager.of(unet)._tuners["default"].weight_buffers
     assert {tensor.device.type for tensor in (dial.values, dial.count, dial.sites, dial.curve)} == {"meta"}
 
 
@@ -175,7 +175,7 @@ def test_tuners_that_act_are_moved_before_a_graph_needs_them(unet):
     manager, meta = TunerManager.of(unet), torch.device("meta")
 
     def devices():
-        return [(a.tuner.device.type, a.dial.values.device.type) for a in manager._tuners.values()]
+        return [(a.tuner.device.type, a.weight_buffers.values.device.type) for a in manager._tuners.values()]
 
     manager.place(meta)
     assert devices() == [("meta", "meta"), ("cpu", "cpu")]

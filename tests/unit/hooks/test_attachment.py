@@ -198,14 +198,14 @@ def test_changing_weights_touches_no_parameter(unet):
     pointers = [parameter.data_ptr() for tuner in tuners.values() for parameter in tuner.parameters()]
     versions = [parameter._version for tuner in tuners.values() for parameter in tuner.parameters()]
     hooks = [tuple(module._forward_pre_hooks) for module in unet.modules()]
-    dials = {name: dict(vars(manager._tuners[name].dial)) for name in tuners}
+    dials = {name: dict(vars(manager._tuners[name].weight_buffers)) for name in tuners}
     manager.set_weights({"b": 0.3})
     assert manager.weights == {"a": 0.0, "b": 0.3}
     assert pointers == [parameter.data_ptr() for tuner in tuners.values() for parameter in tuner.parameters()]
     assert versions == [parameter._version for tuner in tuners.values() for parameter in tuner.parameters()]
     assert hooks == [tuple(module._forward_pre_hooks) for module in unet.modules()]
     for name, dial in dials.items():
-        assert all(vars(manager._tuners[name].dial)[key] is tensor for key, tensor in dial.items())
+        assert all(vars(manager._tuners[name].weight_buffers)[key] is tensor for key, tensor in dial.items())
 
 
 def test_names_are_exact_and_errors_name_what_is_there(unet):
