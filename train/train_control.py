@@ -1,10 +1,10 @@
-"""Train a control tuner, which images steer, on triples of image, condition image and caption.
+"""Train a control tuner, conditioned on images, on triples of image, condition image and caption.
 
 On one device:       python train/train_control.py --base BASE --data IMAGES --output OUT --control.conditions canny
 On several devices:  accelerate launch train/train_control.py --base BASE --data IMAGES --output OUT
 
-Condition images are named in `metadata.jsonl` under "condition", or lie in a folder (--control-data) under the names
-of the training images, or are made from these where the condition is called canny, palette, blur or mask.
+Condition images come from the column "condition" of `metadata.jsonl`, from a folder (--control-data) with the file names of
+the training images, or are computed from these if the condition is named canny, palette, blur or mask.
 """
 
 import sys

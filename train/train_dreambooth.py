@@ -1,12 +1,13 @@
-"""Teach the base one subject from a few pictures of it.
+"""Train a tuner for one subject on a few images of it.
 
-python train/train_dreambooth.py --base BASE --data PICTURES --output OUT --prompt "a sks dog" --class-prompt "a dog" \
+python train/train_dreambooth.py --base BASE --data IMAGES --output OUT --prompt "a sks dog" --class-prompt "a dog" \
     --preservation output
 
-On several devices, `accelerate launch` instead of `python`. `--preservation prior` is DreamBooth's own, on class
-images that the base draws; `output` needs none. The names of diffusers' script are known too: --instance_prompt,
+On several devices, use `accelerate launch` instead of `python`. `--preservation prior` is DreamBooth's method, with class
+images that the base generates; `output` needs none. Flags of diffusers' script work too: --instance_prompt,
 --instance_data_dir, --class_data_dir, --with_prior_preservation, --prior_loss_weight, --num_class_images and others.
-For a new word instead of `sks`: --tuner skip text --text.tokens "<dog>" --text.initializers dog --prompt "a <dog>".
+For a placeholder token instead of `sks`: --tuner skip text --text.tokens "<dog>" --text.initializers dog
+--prompt "a <dog>".
 """
 
 import sys

@@ -2,9 +2,9 @@
 
 python train/train_text_to_image.py --base BASE --data IMAGES --output OUT --caption-dropout 0.1 --ema-decay 0.999
 
-On several devices, `accelerate launch` instead of `python`. Unlike a style or a subject, such a set has no --prompt: a
-caption comes from `metadata.jsonl` or a `.txt` beside the image, and an image without one is left out and listed. The
-names of diffusers' script are known too: --train_data_dir, --max_train_steps, --output_dir and others.
+On several devices, use `accelerate launch` instead of `python`. Such a set has no common --prompt: captions come from
+`metadata.jsonl` or a `.txt` beside each image. An image without one is left out and listed. Flags of diffusers' script
+work too: --train_data_dir, --max_train_steps, --output_dir and others.
 """
 
 import sys
