@@ -3,8 +3,8 @@
 On one device:       python train/train_control.py --base BASE --data IMAGES --output OUT --control.conditions canny
 On several devices:  accelerate launch train/train_control.py --base BASE --data IMAGES --output OUT
 
-Condition images come from the column "condition" of `metadata.jsonl`, from a folder (--control-data) with the file names of
-the training images, or are computed from these if the condition is named canny, palette, blur or mask.
+Condition images come from the column "condition" of `metadata.jsonl`, or from a folder (--control-data) with the file
+names of the training images. A condition named canny, palette, blur or mask can be computed from the training images.
 """
 
 import sys

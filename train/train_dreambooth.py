@@ -3,8 +3,8 @@
 python train/train_dreambooth.py --base BASE --data IMAGES --output OUT --prompt "a sks dog" --class-prompt "a dog" \
     --preservation output
 
-On several devices, use `accelerate launch` instead of `python`. `--preservation prior` is DreamBooth's method, with class
-images that the base generates; `output` needs none. Flags of diffusers' script work too: --instance_prompt,
+On several devices, use `accelerate launch` instead of `python`. `--preservation prior` is DreamBooth's method, with
+class images that the base generates; `output` needs none. Flags of diffusers' script work too: --instance_prompt,
 --instance_data_dir, --class_data_dir, --with_prior_preservation, --prior_loss_weight, --num_class_images and others.
 For a placeholder token instead of `sks`: --tuner skip text --text.tokens "<dog>" --text.initializers dog
 --prompt "a <dog>".
