@@ -1,4 +1,4 @@
-"""`restune train`, and the command line of the scripts in `train/`: flags over a YAML file over a preset."""
+"""Command line of `restune train` and the scripts in `train/`: flags over a YAML file over a preset."""
 
 from __future__ import annotations
 
@@ -20,6 +20,8 @@ from .quiet import quiet_libraries
 
 TRAIN_HELP = """Train a tuner on a folder of images.
 
+--base, --data and --output are required, as flags or in the YAML file of --config. All other settings have defaults.
+
 Example: restune train --base ./stable-diffusion-v1-5 --data ./watercolors --output ./out
 --steps 2000 --mixed-precision fp16 --validation.prompts "a fox" "a lighthouse"
 
@@ -34,19 +36,19 @@ else:
 
 
 class TrainOptions(_Flags):
-    """The flags of a training: its settings, and the file that they may come from."""
+    """Flags of a training run: its settings, and a YAML file to read them from."""
 
     config: Annotated[Path | None, tyro.conf.arg(metavar="YAML")] = None
-    """File with any of these settings, under the same names with `_` for `-`; flags win over it. A run writes such a
-    file to OUTPUT/config.yaml."""
+    """YAML file with any of these settings, named as the flags with `_` instead of `-`. Flags override it. Each run
+    writes its settings to OUTPUT/config.yaml."""
 
     def settings(self) -> TrainConfig:
         """Return the settings of the run."""
         return TrainConfig(**{name: getattr(self, name) for name in with_families(TrainConfig).model_fields})
 
     def run(self) -> None:
-        """Train a tuner, or those of a sweep, and say where they are."""
-        quiet_libraries()  # before the imports below, which warn
+        """Train a tuner, or the tuners of a sweep, and print their paths."""
+        quiet_libraries()  # before the imports below, which emit warnings
         from ..training import sweep, train
 
         config = self.settings()
@@ -70,19 +72,19 @@ def parse_train_options(
     prog: str | None = None,
     defaults: Mapping[str, Any] | None = None,
 ) -> TrainOptions:
-    """Parse the command line of a training, which ends the process where flags cannot be used.
+    """Parse the command line of a training run; invalid flags exit the process.
 
     Args:
-        description: what `--help` says before the flags and the presets.
-        args: the arguments; those of the process by default.
+        description: text of `--help` before the presets and the flags.
+        args: the arguments; by default those of the process.
         prog: name of the program.
-        defaults: settings that a file or flags may change, and that win over a preset.
+        defaults: settings that override a preset; a file and flags override them.
 
     Raises:
-        SettingsError: if the file of `--config`, or a setting in it, cannot be used.
+        SettingsError: if the file of `--config` cannot be read, or a setting in it is invalid.
     """
     args = current_flags(sys.argv[1:] if args is None else args)
-    # Read before all others, which have other defaults then; what is wrong with these two is told with the others.
+    # Parsed first, because they change the defaults of the other flags. tyro reports their errors with the others.
     first = ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--config", type=Path, nargs="?")
     first.add_argument("--preset", nargs="?")
@@ -101,4 +103,4 @@ def parse_train_options(
 
 
 def _presets_help() -> str:
-    return "\n\n".join(["Presets:", *(f"{name}, {preset.describe()}" for name, preset in PRESETS.items())])
+    return "\n\n".join(["Presets:", *(f"{name}, for {preset.describe()}" for name, preset in PRESETS.items())])

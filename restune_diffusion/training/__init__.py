@@ -36,7 +36,7 @@ _HOME = {
 
 
 def __getattr__(name: str) -> Any:
-    # The config alone loads at once: a command line must show its help without waiting for torch.
+    # Only the config is imported eagerly, so that a command line can show its help without importing torch.
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f".{_HOME[name]}", __name__), name)

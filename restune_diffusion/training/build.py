@@ -1,4 +1,4 @@
-"""Put the parts of a training run together."""
+"""Build the accelerator and the training state of a run from its settings."""
 
 from __future__ import annotations
 
@@ -38,9 +38,13 @@ from .state import TrainState
 
 
 def build_accelerator(config: TrainConfig) -> Accelerator:
-    """Make what places the run on its devices; raises `TrainingError` if it cannot run here."""
+    """Build the accelerator of a run.
+
+    Raises:
+        TrainingError: if the device, the precision or the distributed setup is not supported.
+    """
     tracker = tracker_name(config.log_with)
-    # Two runs of one process may differ in precision, which accelerate keeps in a state of the whole process.
+    # Two runs in one process may differ in precision, which accelerate keeps in process-wide state.
     AcceleratorState._reset_state()
     try:
         accelerator = Accelerator(
@@ -59,7 +63,7 @@ def build_accelerator(config: TrainConfig) -> Accelerator:
 
 
 def build_training_state(config: TrainConfig, accelerator: Accelerator, inputs: TrainingInputs) -> TrainState:
-    """Put the parts of a run together, and restore them from the newest checkpoint if asked."""
+    """Build the training state, and restore it from the newest checkpoint if `resume` is set."""
     pipeline, cache = inputs.pipeline, inputs.cache
     objective = _objective(config.loss, pipeline.scheduler)
     tuner = Tuner.for_pipeline(pipeline, *config.parts, generator=torch.Generator().manual_seed(config.seed))
@@ -71,18 +75,20 @@ def build_training_state(config: TrainConfig, accelerator: Accelerator, inputs: 
         weight_decay=config.optimizer.weight_decay,
     )
     encode = LiveEncoder(sampling_pipeline(pipeline)) if config.learns_from_text else None
-    draw = partial(_draw, config, accelerator, pipeline, objective.timesteps, encode)
-    class_batches = partial(draw, seed=derived_seed(config.seed, "class"))
+    batches = partial(_batches, config, accelerator, pipeline, objective.timesteps, encode)
+    class_batches = partial(batches, seed=derived_seed(config.seed, "class"))
     run = TrainState(
         config=config,
         accelerator=accelerator,
         pipeline=pipeline,
         tuner=tuner,
-        # Only the optimizer is prepared: the tuner runs in hooks, and the schedule counts steps, not processes.
+        # Only the optimizer is prepared, because the tuner runs in hooks and the schedule counts optimizer steps.
         optimizer=accelerator.prepare(optimizer),
         lr_scheduler=_make_lr_scheduler(config.optimizer, optimizer, config.steps),
         cache=cache,
-        batches=draw(cache, seed=config.seed, stream=cached_feature_sampler(config.feature_cache, cache, config.seed)),
+        batches=batches(
+            cache, seed=config.seed, stream=cached_feature_sampler(config.feature_cache, cache, config.seed)
+        ),
         objective=objective,
         resolution=inputs.resolution,
         conditions=inputs.conditions,
@@ -96,7 +102,7 @@ def build_training_state(config: TrainConfig, accelerator: Accelerator, inputs: 
     return run
 
 
-def _draw(
+def _batches(
     config: TrainConfig,
     accelerator: Accelerator,
     pipeline: Any,
@@ -107,7 +113,7 @@ def _draw(
     seed: int,
     stream: SeededSampler | None = None,
 ) -> Batches:
-    """Draw batches from a cache."""
+    """Return the batches of a cache."""
     return Batches(
         cache,
         seed=seed,

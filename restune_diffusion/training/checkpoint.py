@@ -1,4 +1,4 @@
-"""Save and restore the whole state of a run, so that a break leaves no trace in the result."""
+"""Save and restore the complete training state, so that a resumed run gives the same result."""
 
 from __future__ import annotations
 
@@ -32,26 +32,26 @@ _NAME = re.compile(r"checkpoint-(\d{6,})")
 
 
 class Checkpoints(Callback):
-    """Saves a checkpoint every so many steps and at the end, and keeps the newest ones."""
+    """Callback that saves a checkpoint every N steps and at the end, and keeps the newest ones."""
 
     def on_start(self, run: TrainState) -> None:
-        """Clear away what a killed process was in the middle of writing."""
+        """Remove temporary files and folders that an interrupted process left behind."""
         if run.accelerator.is_main_process:
             for pattern in (".checkpoint-*.tmp", ".sample-*.tmp"):
-                for remains in run.config.output.glob(pattern):
-                    shutil.rmtree(remains)
+                for leftover in run.config.output.glob(pattern):
+                    shutil.rmtree(leftover)
             for name in (run.config.file.name, METRICS_FILE, DATA_FILE, CONFIG_FILE):
-                for remains in run.config.output.glob(f".{name}.*.tmp"):
-                    remains.unlink()
+                for leftover in run.config.output.glob(f".{name}.*.tmp"):
+                    leftover.unlink()
 
     def on_step(self, run: TrainState, report: StepReport) -> None:
-        """Save if it is time."""
+        """Save a checkpoint every `checkpoints.every` steps and after the last step."""
         every = run.config.checkpoints.every
         if every and (run.step % every == 0 or run.step == run.config.steps):
             self._save(run)
 
     def on_stop(self, run: TrainState) -> None:
-        """Save, so that nothing is lost."""
+        """Save a checkpoint when training is interrupted."""
         self._save(run)
 
     def _save(self, run: TrainState) -> None:
@@ -69,20 +69,20 @@ def list_checkpoints(output: Path) -> list[Path]:
 
 
 def latest_checkpoint(output: Path) -> Path | None:
-    """Return the newest complete checkpoint of a run, if there is one."""
+    """Return the newest complete checkpoint of a run, or None."""
     return next(reversed(list_checkpoints(output)), None)
 
 
 def checkpoint_folder(run: TrainState) -> Path:
-    """Return where the run's present step is saved."""
+    """Return the checkpoint folder of the current step."""
     return run.config.output / f"checkpoint-{run.step:06d}"
 
 
 def save_checkpoint(run: TrainState) -> Path:
-    """Write the run's state to `checkpoint-<step>`; the directory appears under this name only when it is whole.
+    """Write the training state to `checkpoint-<step>`; the folder gets this name only when it is complete.
 
     Raises:
-        TunerFileError: if it cannot be written, for instance on a full disk.
+        TunerFileError: if the checkpoint cannot be written, for instance because the disk is full.
     """
     final = checkpoint_folder(run)
     temporary = run.config.output / f".{final.name}.{os.getpid()}.tmp"
@@ -117,10 +117,10 @@ def save_checkpoint(run: TrainState) -> Path:
 
 
 def restore_checkpoint(run: TrainState, checkpoint: Path) -> None:
-    """Put a run into the state of a checkpoint.
+    """Load a checkpoint into the training state.
 
     Raises:
-        TrainingError: if the checkpoint is of a run with other settings or data, or is damaged.
+        TrainingError: if the checkpoint belongs to a run with other settings or data, or is damaged.
     """
     try:
         state = json.loads((checkpoint / "state.json").read_text())
@@ -128,10 +128,14 @@ def restore_checkpoint(run: TrainState, checkpoint: Path) -> None:
         averages = load((checkpoint / "average.safetensors").read_bytes()) if state["average"] else {}
         saved_run, step, versions = state["run"], int(state["step"]), state["versions"]
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-        raise TrainingError(f"{checkpoint} is damaged ({error}); delete it to go on from an older one.") from error
+        raise TrainingError(
+            f"{checkpoint} is damaged ({error}); delete it to resume from an older checkpoint."
+        ) from error
     _check_same_run(checkpoint, saved_run, run_identity(run))
     if step > run.config.steps:
-        raise TrainingError(f"{checkpoint} is beyond the {run.config.steps} steps asked for; ask for {step} or more.")
+        raise TrainingError(
+            f"{checkpoint} is beyond the requested {run.config.steps} steps; set steps to {step} or more."
+        )
     if versions != library_versions():
         logger.warning("%s was made with %s; the result may differ in the last digits.", checkpoint, versions)
     run.tuner.load_state_dict(load_tuner(checkpoint / "tuner.safetensors").state_dict())
@@ -145,13 +149,13 @@ def restore_checkpoint(run: TrainState, checkpoint: Path) -> None:
     run.step = step
 
 
-def _check_same_run(checkpoint: Path, saved: dict[str, Any], asked: dict[str, Any]) -> None:
+def _check_same_run(checkpoint: Path, saved: dict[str, Any], requested: dict[str, Any]) -> None:
     # Each release may record settings under other names.
-    saved, asked = current_names(saved), current_names(asked)
-    for key in [*saved, *(asked.keys() - saved.keys())]:
-        if saved.get(key) != asked.get(key):
+    saved, requested = current_names(saved), current_names(requested)
+    for key in [*saved, *(requested.keys() - saved.keys())]:
+        if saved.get(key) != requested.get(key):
             raise TrainingError(
-                f"{checkpoint} cannot be resumed with {key} = {asked.get(key)}, because it was made with "
+                f"{checkpoint} cannot be resumed with {key} = {requested.get(key)}, because it was made with "
                 f"{saved.get(key)}; use the same settings and images, or another output folder."
             )
 

@@ -1,4 +1,4 @@
-"""What is recorded about a run: in its checkpoints, to tell runs apart, and in the tuner's file, for its readers."""
+"""Recorded facts about a run: its identity in checkpoints, and the training facts in the tuner's file."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from .config.shared_settings import identity_settings
 from .config.train_config import TrainConfig
 from .state import TrainState
 
-# Courses of the learning rate that do not depend on the number of steps, so that a run may be prolonged.
+# Learning rate schedules that do not depend on the number of steps, so that a run may be extended.
 _ENDLESS = ("constant", "constant_with_warmup", "piecewise_constant")
 
 
 def library_versions() -> dict[str, str]:
-    """Return the versions of the libraries that decide the arithmetic."""
+    """Return the versions of the libraries that affect the numerical result."""
     return {"restune-diffusion": __version__, **{name: version(name) for name in ("torch", "diffusers")}}
 
 
 def run_identity(run: TrainState) -> dict[str, Any]:
-    """Return all that decides the result of a run, flat, under the names of the settings."""
+    """Return everything that determines the result of a run, as a flat mapping by setting name."""
     settings = identity_settings(run.config)
-    # Named last, because it only matters for some courses of the learning rate, which are told first if they differ.
+    # Added last: it matters only for some learning rate schedules, and a different schedule is reported first.
     steps = settings.pop("steps")
-    # A caption that comes from the prompt is part of the data's hash.
+    # A caption from the prompt is part of the data hash.
     del settings["prompt"]
     settings["resolution"] = run.resolution
     settings["images and captions"] = run.cache.data_hash
@@ -38,7 +38,7 @@ def run_identity(run: TrainState) -> dict[str, Any]:
 
 
 def training_facts(run: TrainState) -> dict[str, Any]:
-    """Return what the tuner's file says about its training; no path of this machine is among it."""
+    """Return the training facts for the tuner's file; they contain no local paths."""
     return {
         "steps": run.step,
         "images": len(run.cache),
@@ -46,13 +46,13 @@ def training_facts(run: TrainState) -> dict[str, Any]:
         "data_hash": run.cache.data_hash,
         "resolution": run.resolution,
         "prediction_type": run.objective.prediction_type,
-        **({"trigger_words": words} if (words := trigger_words(run.config)) else {}),
+        **({"trigger_words": triggers} if (triggers := trigger_words(run.config)) else {}),
         "versions": library_versions(),
         "config": run.config.recorded(),
     }
 
 
 def trigger_words(config: TrainConfig) -> list[str]:
-    """Return the words that call what a run trains: the new ones of its text part, and that of its captions."""
-    words, trigger_word = list(config.new_words), config.data.trigger_word
-    return words if trigger_word is None or trigger_word in words else [*words, trigger_word]
+    """Return the trigger words of a tuner: the placeholder tokens of its text part and the data's trigger word."""
+    tokens, trigger_word = list(config.new_words), config.data.trigger_word
+    return tokens if trigger_word is None or trigger_word in tokens else [*tokens, trigger_word]

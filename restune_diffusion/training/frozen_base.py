@@ -1,4 +1,4 @@
-"""Load the base of a training run and keep it frozen."""
+"""Check, freeze and move the base of a training run."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ _T = TypeVar("_T")
 
 
 def check_trainable(pipeline: Any) -> None:
-    """Refuse a pipeline whose denoiser cannot be trained here.
+    """Check that tuners can be trained on a pipeline's U-Net.
 
     Raises:
-        TrainingError: if it is for neither text-to-image nor inpainting, or has tuners attached.
+        TrainingError: if the U-Net is for neither text-to-image nor inpainting, or has tuners attached.
     """
     latent_channels = pipeline.vae.config.latent_channels
     if pipeline.unet.config.in_channels != latent_channels and not is_inpainting(pipeline):
@@ -32,12 +32,14 @@ def check_trainable(pipeline: Any) -> None:
         )
     manager = TunerManager.of(pipeline.unet)
     if manager is not None:
-        raise TrainingError(f"Take the tuners {', '.join(manager.names)} off the base before training another one.")
+        raise TrainingError(
+            f"The base has the tuners {', '.join(manager.names)} attached; detach them before training."
+        )
 
 
 @contextmanager
 def frozen(pipeline: Any) -> Iterator[None]:
-    """Let no parameter of the pipeline require a gradient meanwhile, and put every module in eval mode."""
+    """Context manager that freezes all parameters of a pipeline and puts its modules in eval mode."""
     modules = [component for component in pipeline.components.values() if isinstance(component, nn.Module)]
     trainable = [parameter for module in modules for parameter in module.parameters() if parameter.requires_grad]
     training = [child for module in modules for child in module.modules() if child.training]
@@ -45,7 +47,7 @@ def frozen(pipeline: Any) -> Iterator[None]:
         parameter.requires_grad_(False)
     for child in training:
         child.training = False
-    # Weak, so that a model that is taken out of the pipeline meanwhile is freed.
+    # Weak references, so that a model that is removed from the pipeline inside the context is freed.
     parameters, children = [weakref.ref(each) for each in trainable], [weakref.ref(each) for each in training]
     del modules, trainable, training
     try:
@@ -62,12 +64,12 @@ def _alive(references: Iterable[weakref.ref[_T]]) -> list[_T]:
 
 
 def move_encoders(pipeline: Any, device: torch.device, keep: Iterable[str] = ()) -> None:
-    """Move every model but the denoiser; training needs them only to fill the cache and to draw samples.
+    """Move all models except the denoiser; training needs them only to fill the cache and to generate samples.
 
     Args:
         pipeline: the pipeline.
-        device: where to.
-        keep: names of models that stay, because a part in training acts on them.
+        device: target device.
+        keep: names of models that are not moved, because every training step needs them.
     """
     for name, component in pipeline.components.items():
         if isinstance(component, nn.Module) and name not in ("unet", *keep):

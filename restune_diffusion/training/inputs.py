@@ -1,4 +1,4 @@
-"""What training runs stand on, and what several of them may share: the base and the encoded data."""
+"""Inputs of training runs, which several runs may share: the base and the encoded data."""
 
 from __future__ import annotations
 
@@ -37,54 +37,56 @@ from .quantization import quantize_base
 
 @dataclass(frozen=True)
 class TrainingInputs:
-    """The base, and all that it was asked for before a tuner is on it."""
+    """Base pipeline, encoded data, and outputs of the base that are computed before a tuner is attached."""
 
     pipeline: Any
     cache: Cache
     data: DataSheet
-    """What is trained on and what is left out."""
+    """Report of the images used and the images skipped."""
     resolution: int
     conditions: ConditionSource | None
     control_images: Sequence[Mapping[str, Image.Image]]
-    """What steers the validation samples of a control tuner."""
+    """Control images for the validation samples of a control tuner: one mapping per prompt, by condition."""
     known_class: Cache | Conditioning | None
-    """What preservation needs to know of the class."""
+    """Data for preservation: encoded class images (`prior`) or the encoded class prompt (`output`)."""
     drift_prompts: Sequence[DriftPrompt]
-    """What the leak is measured on."""
+    """Prompts on which the drift is measured, with the samples of the base."""
     models: str | None
-    """Hash of the models, if a feature cache asks for it."""
+    """Hash of the models, if a feature cache is used."""
 
 
 @contextmanager
 def prepared(
     config: TrainConfig, accelerator: Accelerator, pipeline: Any = None, *, verbose: bool = False
 ) -> Iterator[TrainingInputs]:
-    """Load the base and encode the data, and give the pipeline back at the end as it was.
+    """Context manager that loads the base, encodes the data, and restores the pipeline's state at the end.
 
     Args:
-        config: the settings; where several runs share the ground, what all of them have in common.
-        accelerator: says where, and which of the processes this is.
-        pipeline: a loaded pipeline to take instead of loading `config.base`.
-        verbose: whether to show how far drawing class images is.
+        config: settings of the run, or of any of several runs that share the inputs.
+        accelerator: device and process of the run.
+        pipeline: a loaded pipeline to use instead of loading `config.base`.
+        verbose: whether to show a progress bar while class images are generated.
 
     Raises:
         DataError: if the images or captions cannot be used.
         TrainingError: if the pipeline cannot be trained on.
     """
     if config.memory.drop_encoders and pipeline is not None:
-        raise TrainingError("The encoders of a pipeline that is in use cannot be dropped; leave drop_encoders out.")
+        raise TrainingError(
+            "The encoders of a pipeline passed as an argument cannot be dropped; leave drop_encoders out."
+        )
     if config.memory.base_quantization is not None and pipeline is not None:
-        raise TrainingError("A pipeline that is in use is not quantised; leave base_quantization out.")
+        raise TrainingError("A pipeline passed as an argument is not quantized; leave base_quantization out.")
     sheet = DataSheet(config.data.folder, [])
     examples = read_examples(config.data, sheet.refused)
-    _check_words(config, examples)
+    _check_placeholder_tokens(config, examples)
     conditions = ConditionSource(config.conditioned, config.control_data) if config.conditioned else None
     if conditions is not None:
         examples = conditions.paired(examples, config.data.folder)
     if pipeline is None:
         pipeline = load_base(config.base, PRECISIONS[config.memory.mixed_precision])
         if config.memory.base_quantization is not None:
-            # Before it goes to the device, which never holds it in full.
+            # Before the move to the device, so that the device never holds the unquantized weights.
             quantize_base(pipeline.unet)
     check_trainable(pipeline)
     inpainting = is_inpainting(pipeline)
@@ -124,12 +126,12 @@ def _encode(
     conditions: ConditionSource | None,
     sheet: DataSheet,
 ) -> Cache:
-    """Encode the data, each process a share, and write down what it is."""
-    preparation = ImageTransform.of(config.data, resolution, bucket_step(pipeline), config.seed)
+    """Encode the data, a share in each process, and record the used and skipped images in the sheet."""
+    transform = ImageTransform.of(config.data, resolution, bucket_step(pipeline), config.seed)
     own = DataSheet(config.data.folder, [])
 
     def build(share: Sequence[Example]) -> Cache:
-        samples = load_samples(share, resolution, conditions, preparation=preparation, refused=own.refused)
+        samples = load_samples(share, resolution, conditions, preparation=transform, refused=own.refused)
         return build_cache(pipeline, own.watched(samples), is_inpainting(pipeline))
 
     cache: Cache | None = None
@@ -142,11 +144,11 @@ def _encode(
     return cache
 
 
-def _check_words(config: TrainConfig, examples: Sequence[Example]) -> None:
-    words = config.new_words
-    missing = [word for word in words if not any(contains_token(example.caption, [word]) for example in examples)]
+def _check_placeholder_tokens(config: TrainConfig, examples: Sequence[Example]) -> None:
+    tokens = config.new_words
+    missing = [token for token in tokens if not any(contains_token(example.caption, [token]) for example in examples)]
     if missing:
         raise TrainingError(
-            f"No caption has the new word {missing[0]}, which could learn nothing then; write it into the captions, "
-            f'for instance --prompt "a picture of {missing[0]}".'
+            f"No caption contains the placeholder token {missing[0]}, so it cannot be trained; add it to the "
+            f'captions, for instance with --prompt "a photo of {missing[0]}".'
         )

@@ -18,12 +18,12 @@ from .processes import average_gradients
 from .state import StepReport, TrainState
 from .stopping import StopRequest
 
-# So many steps in a row without finite fp16 gradients are no search for a loss scale any more.
+# fp16 loss scaling skips some steps while it searches for a scale; more in a row mean that training has diverged.
 _MAX_SKIPPED_STEPS = 50
 
 
 def run_loop(run: TrainState, callbacks: Sequence[Callback], stop: StopRequest | None = None) -> None:
-    """Train until `config.steps`, telling the hooks; see `steps_of`."""
+    """Train until `config.steps` and run the callbacks; see `steps_of`."""
     for _ in steps_of(run, callbacks, stop):
         pass
 
@@ -31,11 +31,11 @@ def run_loop(run: TrainState, callbacks: Sequence[Callback], stop: StopRequest |
 def steps_of(
     run: TrainState, callbacks: Sequence[Callback], stop: StopRequest | None = None
 ) -> Generator[int, None, None]:
-    """Train until `config.steps`, telling the hooks, and pause after every step to yield its number.
+    """Train until `config.steps`, run the callbacks, and yield the number of each finished step.
 
     Raises:
-        TrainingError: if the loss or the gradient stops being finite; the tuner keeps its last finite state.
-        TrainingInterrupted: if `stop` asks to, between two steps and before the last one is done.
+        TrainingError: if the loss or the gradient is not finite; the tuner keeps its last finite state.
+        TrainingInterrupted: if a stop is requested before the last step; the current step is finished first.
     """
     skipped = 0
     try:
@@ -63,8 +63,8 @@ def _interrupted(run: TrainState, callbacks: Sequence[Callback]) -> TrainingInte
         callback.on_stop(run)
     saved = latest_checkpoint(run.config.output)
     return TrainingInterrupted(
-        f"Stopped after step {run.step} of {run.config.steps}, as asked; {saved} is saved: "
-        f"the same command with --resume goes on from there."
+        f"Stopped after step {run.step} of {run.config.steps}, as requested; {saved} is saved. "
+        f"Run the same command with --resume to continue from it."
     )
 
 
@@ -79,13 +79,13 @@ def _step(run: TrainState) -> StepReport:
         batch = run.batches[number]
         with accelerator.accumulate():
             loss = batch_loss(run, batch)
-            # The mean over all processes is what every one of them checks, so that they stop together.
+            # Every process checks the mean over all processes, so that all of them stop at the same step.
             losses.append(accelerator.reduce(loss.detach(), reduction="mean").item())
             if not math.isfinite(losses[-1]):
                 raise _diverged(run, "loss")
             accelerator.backward(loss)
             if run.preservation is not None:
-                # After the backward pass of the images, so that no more memory is needed than without.
+                # After the backward pass of the images, so that preservation does not raise the peak memory.
                 loss = run.preservation.loss(run, batch, number)
                 kept.append(accelerator.reduce(loss.detach(), reduction="mean").item())
                 losses[-1] += config.preservation.prior_loss_weight * kept[-1]
@@ -118,7 +118,7 @@ def batch_loss(run: TrainState, batch: Batch) -> torch.Tensor:
 
 
 def _update(run: TrainState) -> float:
-    """Move the tuner along the gradient of all processes and return the gradient's norm before clipping."""
+    """Update the tuner with the gradient averaged over all processes, and return its norm before clipping."""
     accelerator, parameters = run.accelerator, list(run.tuner.parameters())
     average_gradients(accelerator, parameters)
     grad_norm = float(accelerator.clip_grad_norm_(parameters, run.config.optimizer.max_grad_norm))
@@ -133,9 +133,9 @@ def _update(run: TrainState) -> float:
 
 def _diverged(run: TrainState, what: str) -> TrainingError:
     config = run.config
-    cure = f"lower the learning rate (now {config.optimizer.learning_rate:g})"
+    remedy = f"lower the learning rate (now {config.optimizer.learning_rate:g})"
     if config.memory.mixed_precision == "fp16":
-        cure = f"fp16 may have overflowed: try bf16, or {cure}"
+        remedy = f"fp16 may have overflowed: try bf16, or {remedy}"
     checkpoint = latest_checkpoint(config.output)
     kept = f"the last good checkpoint is {checkpoint}" if checkpoint else "no checkpoint had been saved yet"
-    return TrainingError(f"Stopped at step {run.step + 1}: the {what} is not a finite number; {cure}; {kept}.")
+    return TrainingError(f"Stopped at step {run.step + 1}: the {what} is not a finite number; {remedy}; {kept}.")

@@ -1,4 +1,4 @@
-"""What a training run may give up to need less memory."""
+"""Memory options of a training run: gradient checkpointing and dropping the encoders."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from typing import Any
 
 from torch import nn
 
-# What diffusers sets on each module that can do so.
+# Attributes that diffusers sets on each module that supports gradient checkpointing.
 _ATTRIBUTES = ("gradient_checkpointing", "_gradient_checkpointing_func")
 
 
 @contextmanager
 def gradient_checkpointing(base: Any, wanted: bool) -> Iterator[None]:
-    """Let the base compute its activations anew in the backward pass meanwhile, if wanted.
+    """Context manager that enables gradient checkpointing of the base, if `wanted`, and restores it at the end.
 
-    Tuners inside a block that does so run twice, and give the same both times.
+    Tuners inside a checkpointed block run twice, with the same result.
     """
     if not wanted:
         yield
         return
-    # Some classes have the switch for all their instances, and then an instance has none until it is set.
+    # Some classes hold the attribute for all instances; an instance has none of its own until it is set.
     before = [
         (module, {name: module.__dict__[name] for name in _ATTRIBUTES if name in module.__dict__})
         for module in base.modules()
@@ -37,6 +37,6 @@ def gradient_checkpointing(base: Any, wanted: bool) -> Iterator[None]:
 
 
 def drop_encoders(pipeline: Any) -> None:
-    """Take every model but the denoiser out of the pipeline, which can draw no pictures any more."""
+    """Remove all models except the denoiser from the pipeline, which cannot generate images afterwards."""
     models = [name for name, part in pipeline.components.items() if isinstance(part, nn.Module) and name != "unet"]
     pipeline.register_modules(**dict.fromkeys(models))

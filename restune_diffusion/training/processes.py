@@ -1,4 +1,4 @@
-"""What the processes of a run tell each other in a step."""
+"""Distributed training: check of the setup, and averaging of gradients over processes."""
 
 from __future__ import annotations
 
@@ -19,26 +19,26 @@ _SHARDED = {
 
 
 def check_distribution(accelerator: Accelerator) -> None:
-    """Refuse what would split the base among the devices: it stays whole on each, with the tuner's hooks in it.
+    """Check that the base is not sharded; the tuner's hooks need the whole base on each device.
 
     Raises:
-        TrainingError: if accelerate's configuration asks for it.
+        TrainingError: if accelerate is configured for FSDP, DeepSpeed or Megatron-LM.
     """
-    kind = _SHARDED.get(accelerator.distributed_type)
-    if kind is not None:
+    strategy = _SHARDED.get(accelerator.distributed_type)
+    if strategy is not None:
         raise TrainingError(
-            f"accelerate is configured for {kind}, but a tuner is small and its frozen base stays whole on each "
+            f"accelerate is configured for {strategy}, but a tuner is small and its frozen base stays whole on each "
             f"device, so there is nothing to shard; choose plain multi-GPU in `accelerate config`."
         )
 
 
 def average_gradients(accelerator: Accelerator, parameters: Sequence[nn.Parameter]) -> None:
-    """Give every process the mean of all processes' gradients.
+    """Average the gradients over all processes, in place.
 
-    A parameter that a batch did not reach counts as zero there, as in the mean over one batch of all samples; one that
-    no batch reached keeps no gradient, so that the optimizer leaves it alone, as it does in one process.
+    A parameter without a gradient in one process counts as zero there, as in the mean over one batch of all samples. A
+    parameter without a gradient in every process keeps none, so that the optimizer skips it, as in one process.
 
-    The tuner runs inside the base's hooks, where DistributedDataParallel could not see its forward.
+    `DistributedDataParallel` cannot do this, because the tuner runs in hooks of the base and not in a wrapped forward.
     """
     if accelerator.num_processes == 1:
         return

@@ -1,4 +1,4 @@
-"""Hold the frozen base in fewer bits while its tuner trains in full precision."""
+"""Quantization of the frozen base; the tuner trains in full precision."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from ..utils.errors import TrainingError
 
 
 def quantize_base(base: nn.Module) -> None:
-    """Hold the weights of a base's linear layers as int8, with a factor for each output channel, by torchao.
+    """Quantize the weights of a base's linear layers to int8 with torchao, with one scale per output channel.
 
-    They are brought back to the dtype of what they are multiplied with in each pass, so gradients flow through them as
-    ever. Convolutions, norms and biases stay as they are.
+    Each forward pass dequantizes them to the dtype of the layer's input, so that gradients flow through them.
+    Convolutions, norms and biases are not quantized.
 
     Raises:
         TrainingError: if torchao is not installed.
@@ -24,20 +24,20 @@ def quantize_base(base: nn.Module) -> None:
         from torchao.quantization import Int8WeightOnlyConfig, quantize_
     except ImportError as error:
         raise TrainingError(
-            "A quantised base needs torchao; run pip install 'restune-diffusion[quantization]', "
+            "A quantized base needs torchao; run pip install 'restune-diffusion[quantization]', "
             "or leave base_quantization out."
         ) from error
     quantize_(base, Int8WeightOnlyConfig())
 
 
 def parameter_bytes(module: nn.Module) -> int:
-    """Return the memory that a module's parameters take, quantised or not."""
+    """Return the size of a module's parameters in bytes, quantized or not."""
     stored = (part for parameter in module.parameters() for part in stored_tensors(parameter.detach()))
     return sum(part.numel() * part.element_size() for part in stored)
 
 
 def stored_tensors(tensor: Any) -> Iterator[torch.Tensor]:
-    """Yield the tensors that one is made of, itself as a rule; a quantised one claims the dtype that it stands for."""
+    """Yield the stored tensors of a tensor: itself, or the components of a quantized tensor subclass."""
     if type(tensor) is torch.Tensor:
         yield tensor
         return

@@ -1,4 +1,4 @@
-"""The state of a training run, and the hooks that watch it."""
+"""State of a training run, and the report of one step."""
 
 from __future__ import annotations
 
@@ -22,35 +22,35 @@ from .losses.objective import Objective
 from .optimization.averaging import TunerAverage
 
 ATTACHED_NAME = "in training"
-"""Name of the tuner on the base while it is trained."""
+"""Name under which the tuner is attached to the base during training."""
 
 
 class Preservation(ABC):
-    """Adds to each batch of images a loss that keeps the class."""
+    """Base class of preservation losses, which are added to the loss of each batch of images."""
 
     @property
     @abstractmethod
     def identity(self) -> str:
-        """What the preservation depends on beyond the settings."""
+        """Hash or text that identifies the preservation data beyond the settings."""
 
     @abstractmethod
     def describe(self) -> str:
-        """Say in a few words what is kept."""
+        """Return a short description of what is preserved."""
 
     @abstractmethod
     def loss(self, run: TrainState, batch: Batch, number: int) -> torch.Tensor:
-        """Return the loss that goes with a batch of images, a scalar before its weight.
+        """Return the preservation loss for a batch of images, an unweighted scalar.
 
         Args:
-            run: the run.
+            run: state of the run.
             batch: the batch of images.
-            number: its number.
+            number: number of the batch.
         """
 
 
 @dataclass
 class TrainState:
-    """Everything that one training run works on; `step` counts the finished optimizer steps."""
+    """State of one training run; `step` counts the finished optimizer steps."""
 
     config: TrainConfig
     accelerator: Accelerator
@@ -63,32 +63,32 @@ class TrainState:
     objective: Objective
     resolution: int
     conditions: ConditionSource | None = None
-    """Where the images come from that steer a control tuner."""
+    """Source of the condition images of a control tuner."""
     data: DataSheet | None = None
-    """What is trained on and what is left out."""
+    """Report of the images used and the images skipped."""
     average: TunerAverage | None = None
-    """The average of the tuner's weights, if one is kept."""
+    """Moving average of the tuner's weights, if enabled."""
     preservation: Preservation | None = None
-    """What keeps the class as the base draws it, if anything."""
+    """Preservation loss, if enabled."""
     step: int = 0
 
     def __post_init__(self) -> None:
         self.bands = BandLosses(self.objective.timesteps)
 
     def released_weights(self) -> AbstractContextManager[None]:
-        """Return a context in which the tuner has the weights that are written and drawn with: the average, if any."""
+        """Return a context manager that gives the tuner its released weights: the moving average, if enabled."""
         return nullcontext() if self.average is None else self.average.applied()
 
     @property
     def images_per_step(self) -> int:
-        """Images that one optimizer step sees, over all processes."""
+        """Images per optimizer step, over all processes."""
         config = self.config
         return config.batch_size * config.gradient_accumulation_steps * int(self.accelerator.num_processes)
 
 
 @dataclass(frozen=True)
 class StepReport:
-    """What happened in one optimizer step."""
+    """Report of one optimizer step: loss, gradient norm, learning rate and time."""
 
     step: int
     steps: int
@@ -98,7 +98,7 @@ class StepReport:
     seconds: float
     images: int
     preservation_loss: float | None = None
-    """What `prior_loss_weight` multiplies, already part of the loss; None where nothing is preserved."""
+    """Preservation loss before `prior_loss_weight`; `loss` includes the weighted one. None without preservation."""
     band_losses: Mapping[str, float] = field(default_factory=dict)
-    """Mean loss of the samples in each band of timesteps, by its first and last one; bands without samples are left
+    """Mean loss of the samples in each timestep band, by its first and last timestep; bands without samples are left
     out."""

@@ -1,4 +1,4 @@
-"""Stop a training when the system or the user asks, after a whole step."""
+"""Stop training after the current step on SIGTERM or Ctrl-C."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ _NOTICE = b"\nrestune: stopping after this step; press Ctrl-C again to exit at o
 
 
 class StopRequest:
-    """Whether this process was asked to stop, by SIGTERM or Ctrl-C.
+    """Request to stop training, set by SIGTERM or Ctrl-C.
 
-    A second Ctrl-C ends the process at once, by the system's own default.
+    A second Ctrl-C ends the process at once, with the default handler of the system.
     """
 
     def __init__(self) -> None:
-        self._asked = False
+        self._requested = False
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Take the two signals meanwhile; a signal that the process ignores stays ignored.
+        """Context manager that handles both signals; a signal that the process ignores stays ignored.
 
-        Only the main thread can do so; in another one nothing happens.
+        Python allows signal handlers only in the main thread; in other threads this does nothing.
         """
         if threading.current_thread() is not threading.main_thread():
             yield
@@ -37,22 +37,22 @@ class StopRequest:
         try:
             for number, handler in before.items():
                 if handler is not signal.SIG_IGN:
-                    signal.signal(number, self._ask)
+                    signal.signal(number, self._request)
             yield
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler if handler is not None else signal.SIG_DFL)
 
     def agreed(self, accelerator: Any) -> bool:
-        """Return whether any process was asked to; all processes must call it at the same step."""
+        """Return whether any process received a request; all processes must call it at the same step."""
         if accelerator.num_processes == 1:
-            return self._asked
-        asked = torch.tensor(float(self._asked), device=accelerator.device)
-        return bool(accelerator.reduce(asked, reduction="sum").item() > 0)
+            return self._requested
+        requested = torch.tensor(float(self._requested), device=accelerator.device)
+        return bool(accelerator.reduce(requested, reduction="sum").item() > 0)
 
-    def _ask(self, number: int, frame: FrameType | None) -> None:
-        self._asked = True
+    def _request(self, number: int, frame: FrameType | None) -> None:
+        self._requested = True
         if number == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.SIG_DFL)
-            # Not by `print`, which must not be entered twice, and a progress bar may just be in it.
+            # os.write instead of print, which is not reentrant: the signal may interrupt a progress bar's print.
             os.write(2, _NOTICE)

@@ -1,4 +1,4 @@
-"""Train a tuner, from a config to a file."""
+"""Train a tuner from a config, and write its file."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from .stopping import StopRequest
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What came out of a training run; the losses are those of the steps that this call did."""
+    """Result of a training run; the losses are those of the steps of this call."""
 
     path: Path
     steps: int
@@ -55,25 +55,25 @@ def train(
     """Train a tuner and write it to `config.file`.
 
     Args:
-        config: all settings.
+        config: settings of the run.
         pipeline: a loaded text-to-image or inpainting pipeline to train on instead of loading `config.base`; it is
-            moved to the training device and otherwise left as it was.
+            moved to the training device and otherwise unchanged afterwards.
         on_progress: called after every step.
         verbose: whether to print the plan and a progress bar.
-        stop_on_signal: whether SIGTERM and the first Ctrl-C end the training after the step, with a checkpoint.
+        stop_on_signal: whether SIGTERM and the first Ctrl-C end training after the current step, with a checkpoint.
 
     Returns:
-        The file's path and the course of the training.
+        Path of the tuner's file, number of steps, time in seconds, losses and sample folders.
 
     Raises:
         DataError: if the images or captions cannot be used.
         TrainingError: if the run cannot start, diverges, or does not fit the checkpoint to resume from.
-        TrainingInterrupted: if it was stopped by a signal.
+        TrainingInterrupted: if a signal stopped the run.
         TunerFileError: if a file cannot be written.
     """
     started = time.perf_counter()
     if config.sweep is not None:
-        raise TrainingError("This config is of a sweep, which trains several tuners; call `sweep` instead of `train`.")
+        raise TrainingError("The config has a sweep, which trains several tuners; call `sweep` instead of `train`.")
     check_output(config)
     accelerator = build_accelerator(config)
     with prepared(config, accelerator, pipeline, verbose=verbose) as inputs:
@@ -103,16 +103,23 @@ def train(
 def run_callbacks(
     inputs: TrainingInputs, samples: ValidationSamples, shown: Sequence[Callback], *, verbose: bool = False
 ) -> list[Callback]:
-    """Return what watches every run, with what shows its progress in between."""
+    """Return the callbacks of a run in their order.
+
+    Args:
+        inputs: inputs of the run.
+        samples: callback that generates the validation samples.
+        shown: callbacks that show the progress.
+        verbose: whether to print the drift.
+    """
     log = MetricsLog()
-    leak = DriftProbe(inputs.drift_prompts, log.note, tqdm.write if verbose else None)
-    # Checkpoints come last: whatever a step's hooks write is there, whole, once the step is saved.
-    return [log, UpdateAverage(), ConfigFile(), SheetFile(), *shown, leak, FinalFile(), samples, Checkpoints()]
+    drift = DriftProbe(inputs.drift_prompts, log.note, tqdm.write if verbose else None)
+    # Checkpoints come last, so that a saved step implies that all files of its other callbacks are complete.
+    return [log, UpdateAverage(), ConfigFile(), SheetFile(), *shown, drift, FinalFile(), samples, Checkpoints()]
 
 
 @contextmanager
 def acting(run: TrainState) -> Iterator[None]:
-    """Attach a run's tuner to the base meanwhile, unless it is trained on features that are known."""
+    """Context manager that attaches a run's tuner to the base, unless the tuner is trained on cached features."""
     unet, config = run.pipeline.unet, run.config
     if config.feature_cache.draws is not None:
         yield
@@ -125,20 +132,24 @@ def acting(run: TrainState) -> Iterator[None]:
 
 
 class FinalFile(Callback):
-    """Writes the finished tuner."""
+    """Callback that writes the file of the finished tuner."""
 
     def on_end(self, run: TrainState) -> None:
-        """Write the file."""
+        """Write the tuner's file."""
         if run.accelerator.is_main_process:
             with run.released_weights():
-                words = trigger_words(run.config)
-                metadata = {"modelspec.trigger_phrase": ", ".join(words)} if words else {}
+                triggers = trigger_words(run.config)
+                metadata = {"modelspec.trigger_phrase": ", ".join(triggers)} if triggers else {}
                 save_tuner(run.tuner, run.config.file, training=training_facts(run), metadata=metadata)
         run.accelerator.wait_for_everyone()
 
 
 def check_output(config: TrainConfig) -> None:
-    """Raise `TrainingError` if the output folder is among the images, or holds a run that would be overwritten."""
+    """Check the output folder.
+
+    Raises:
+        TrainingError: if it lies inside the image folder, or contains a run that would be overwritten.
+    """
     if config.output.resolve().is_relative_to(config.data.folder.resolve()):
         raise TrainingError(
             f"{config.output} lies inside the image folder, where the samples would become training images; "
@@ -147,6 +158,6 @@ def check_output(config: TrainConfig) -> None:
     found = latest_checkpoint(config.output)
     if found is not None and not config.checkpoints.resume:
         raise TrainingError(
-            f"{config.output} holds {found.name} of an earlier run; add --resume to go on from it, "
+            f"{config.output} holds {found.name} of an earlier run; add --resume to continue it, "
             f"or choose another output folder."
         )

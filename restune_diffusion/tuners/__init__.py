@@ -1,6 +1,7 @@
-"""The families of tuners as plain modules: a feature in, a residual out, zero at the start.
+"""Tuner families as plain modules that map a feature to a residual, which is zero at the start.
 
-The names load when they are first used; the settings of the families, in `configs`, load at once and need no torch.
+Names are imported lazily, on first use. The settings of the families, in `configs`, are imported eagerly and do not
+need torch.
 """
 
 from importlib import import_module
@@ -68,7 +69,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    # A command line must show its help without waiting for torch.
+    # Lazy imports, so that a command line can show its help without importing torch.
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f".{_HOME[name]}", __name__), name)

@@ -11,12 +11,12 @@ from .gate import Scale, learned_scale
 
 
 class ResAdapter(nn.Module):
-    """`scale * W_up GELU(W_down x)` for every token; `W_up` and its bias are zero at the start, the scale is one.
+    """Bottleneck `scale * W_up GELU(W_down x)` per token; at the start, `W_up` and its bias are zero, the scale one.
 
     Args:
         channels: width of the operation's input and output.
         width: width of the bottleneck.
-        scale: one learned factor, or one for each channel.
+        scale: one learned factor, or one per channel.
     """
 
     def __init__(self, channels: int, width: int, scale: Scale = "scalar") -> None:
@@ -30,7 +30,7 @@ class ResAdapter(nn.Module):
         return self.scale * self.up(F.gelu(self.down(x.to(self.scale.dtype))))
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        """Draw `W_down`, zero `W_up`."""
+        """Initialize `W_down` randomly, `W_up` with zeros and the scale with ones."""
         init_linear(self.down, generator)
         init_zero(self.up)
         nn.init.ones_(self.scale)

@@ -13,14 +13,14 @@ from .gate import Scale, join_heads, learned_scale, split_heads
 
 
 class ResAttention(nn.Module):
-    """`scale * Attn(x A_q, k A_k, k A_v) B_o`, `B_o` zero at the start, the scale is one.
+    """Attention `scale * Attn(x A_q, k A_k, k A_v) B_o`; at the start, `B_o` is zero and the scale is one.
 
     Args:
         channels: width of the operation's input and output.
-        key_channels: width of what keys and values are read from: the text states' for cross-attention.
+        key_channels: input width of the key and value layers; for cross-attention, the width of the text states.
         width: inner width, over all heads.
-        heads: attention heads; they divide `width`.
-        scale: one learned factor, or one for each channel.
+        heads: number of attention heads; divides `width`.
+        scale: one learned factor, or one per channel.
     """
 
     def __init__(self, channels: int, key_channels: int, width: int, heads: int, scale: Scale = "scalar") -> None:
@@ -35,7 +35,7 @@ class ResAttention(nn.Module):
     def forward(self, x: torch.Tensor, operation: Operation) -> torch.Tensor:
         """Map the operation's input `(batch, tokens, channels)` to a residual of its shape, in the tuner's dtype.
 
-        Keys and values are read from the operation's context, where it has one, and its mask holds here too.
+        Keys and values are computed from the operation's context, if it has one. The operation's mask applies.
         """
         dtype = self.scale.dtype
         x = x.to(dtype)
@@ -48,7 +48,7 @@ class ResAttention(nn.Module):
         return self.scale * self.to_out(join_heads(F.scaled_dot_product_attention(query, key, value, mask)))
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        """Draw the input layers, zero the output layer."""
+        """Initialize the input layers randomly, the output layer with zeros and the scale with ones."""
         for layer in (self.to_q, self.to_k, self.to_v):
             nn.init.kaiming_uniform_(layer.weight, a=math.sqrt(5), generator=generator)
         nn.init.zeros_(self.to_out.weight)
@@ -56,7 +56,7 @@ class ResAttention(nn.Module):
 
 
 class PlainAttention(ResAttention):
-    """Beside an operation that is not attention: the normalised tokens of its input attend to each other."""
+    """Attention in parallel to an operation that is not attention: its normalized input attends to itself."""
 
     def forward(self, x: torch.Tensor, operation: Operation) -> torch.Tensor:
         """Map the operation's input `(batch, tokens, channels)` to a residual of its shape, in the tuner's dtype."""

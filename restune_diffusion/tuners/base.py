@@ -1,4 +1,4 @@
-"""What every part of a tuner has in common."""
+"""`Part`, the base class of the parts of a tuner, its inputs, and helpers for initialization."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from .lora import ResLora
 
 @dataclass(frozen=True)
 class FrozenAttention:
-    """The base's own projections of an attention operation; calling them runs the frozen layers, without tuners.
+    """Frozen projections of the base's attention operation; calling them does not run tuners.
 
-    Each maps `(batch, tokens, width)`; `query` and `key` include the base's query and key norms, if it has any, which
-    is why they return `(batch, heads, tokens, head width)`, as does `value`. `output` maps `(batch, tokens, inner
-    width)` to the operation's output without the output layer's bias.
+    `query`, `key` and `value` map `(batch, tokens, width)` to `(batch, heads, tokens, head width)`. `query` and `key`
+    include the base's query and key norms, if it has any. `output` maps `(batch, tokens, inner width)` to the
+    operation's output without the bias of the output layer.
     """
 
     query: Callable[[torch.Tensor], torch.Tensor]
@@ -31,14 +31,14 @@ class FrozenAttention:
 
 @dataclass
 class Operation:
-    """What a tuner in parallel to an operation of a transformer block sees beside the operation's input."""
+    """Inputs of a tuner in parallel to an operation of a transformer block, in addition to the operation's input."""
 
     context: torch.Tensor | None = None
-    """What attention reads keys and values from, `(batch, tokens, width)`; None where that is the input itself."""
+    """Input of the key and value projections, `(batch, tokens, width)`; None for self-attention."""
     mask: torch.Tensor | None = None
-    """Added to the attention scores, broadcast to `(batch, heads, queries, keys)`."""
+    """Attention mask, added to the attention scores; broadcastable to `(batch, heads, queries, keys)`."""
     attention: FrozenAttention | None = None
-    """The frozen projections, where the operation is attention."""
+    """Frozen projections, if the operation is attention."""
 
     def rows(self, rows: torch.Tensor) -> Operation:
         """Select rows of the batch."""
@@ -52,32 +52,32 @@ class Operation:
 
 @dataclass
 class Features:
-    """What one forward pass of the base has shown so far; it lives no longer than that pass."""
+    """Features of the base in the current forward pass; valid only during that forward pass."""
 
     by_site: dict[str, torch.Tensor] = field(default_factory=dict)
-    """Tapped features, `(batch, channels, height, width)` or `(batch, tokens, channels)`, as the base made them,
-    before any residual was added."""
+    """Tapped features, `(batch, channels, height, width)` or `(batch, tokens, channels)`, before any residual is
+    added."""
     time: torch.Tensor | None = None
     """Time embedding `(batch, time_channels)`, before its activation."""
     text: torch.Tensor | None = None
     """Text states `(batch, tokens, cross_attention_dim)`."""
     size: tuple[int, int] = (0, 0)
-    """Height and width of what the base was called on, in the unit of the sites' strides."""
+    """Height and width of the base's input; the sites' strides refer to them."""
     operation: Operation | None = None
-    """The operation at whose site a residual is asked for, if that is a site of a transformer block."""
+    """Operation at the current site, if it is a site of a transformer block."""
     conditions: tuple[dict[str, torch.Tensor], ...] = ()
-    """For each condition its features by site, as the part's own `encode` made them: one row for each of the batch."""
+    """Features of each condition by site, as returned by the part's `encode`; one row per row of the batch."""
     condition_weights: tuple[float, ...] = ()
-    """Factor on what each condition adds."""
+    """Factor on the residual of each condition."""
 
     def beside(self, operation: Operation | None) -> Features:
-        """The same at the site of an operation."""
+        """Return a copy with another operation."""
         return Features(
             self.by_site, self.time, self.text, self.size, operation, self.conditions, self.condition_weights
         )
 
     def given(self, conditions: tuple[dict[str, torch.Tensor], ...], weights: tuple[float, ...]) -> Features:
-        """The same with condition images."""
+        """Return a copy with other condition features and weights."""
         return Features(self.by_site, self.time, self.text, self.size, self.operation, conditions, weights)
 
     def rows(self, rows: torch.Tensor) -> Features:
@@ -94,69 +94,74 @@ class Features:
 
 
 class Part(nn.Module):
-    """One family of modules inside a tuner: reads features at some sites and makes residuals for some sites.
+    """Base class of the parts of a tuner. A part reads features at some sites and returns residuals for some sites.
 
-    Submodules are registered under the dotted name of their site, so that a key of the state dict reads
+    Submodules are registered under the dotted name of their site, so that the keys of the state dict have the form
     `<site>.<module>.<param>`.
     """
 
     taps: tuple[str, ...]
     """Sites, other than the one written to, whose features must be in `Features.by_site`."""
     writes: tuple[str, ...]
-    """Sites for which `forward` makes a residual. Beside the base's sites these may be linear layers of a transformer
-    block's operation, `<site>.<path of the layer>`, where `x` is the layer's input and the residual adds to its
-    output."""
+    """Sites for which `forward` returns a residual. In addition to the base's sites, these may be linear layers of an
+    operation of a transformer block, `<site>.<path of the layer>`: `x` is the layer's input, and the residual is added
+    to its output."""
     needs: tuple[str, ...] = ()
-    """Sites of transformer blocks whose description the part was built from."""
+    """Sites of transformer blocks whose description was used to build the part."""
     text_encoders: tuple[str, ...] = ()
-    """Text encoders that the part acts on; a part with any is a `TextPart`."""
+    """Text encoders on which the part acts; a part with text encoders is a `TextPart`."""
     conditions: tuple[str, ...] = ()
-    """Names of the condition images that the part takes, in the order in which they are given."""
+    """Names of the conditions of the part, in the order of their condition images."""
     channels: int = 3
-    """Channels of a condition image."""
+    """Number of channels of the condition images."""
 
     def __init__(self) -> None:
         super().__init__()
-        # Not a ModuleDict: its keys may hold no dots. These are second references, so torch does not see them.
+        # A plain dict, because keys of a ModuleDict must not contain dots. `register_site` also adds the submodules.
         self.at_site: dict[str, nn.Module] = {}
-        """The modules by site, as `register_site` got them."""
+        """Modules by site, as passed to `register_site`."""
 
     def forward(self, site: str, x: torch.Tensor, features: Features) -> torch.Tensor:
-        """Return the residual for the feature `x` at one of `writes`, of its shape, in the part's dtype."""
+        """Return the residual for the feature `x` at one of `writes`, in the shape of `x` and the part's dtype."""
         raise NotImplementedError
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        """Draw the initial parameters; the residual is zero afterwards."""
+        """Initialize the parameters; the residual is zero afterwards."""
         raise NotImplementedError
 
     def initialize_from(self, encoders: Mapping[str, TextEncoder]) -> None:
-        """Set initial parameters that depend on the weights of text encoders, after `reset_parameters`; none do here.
+        """Initialize parameters that depend on the weights of text encoders; called after `reset_parameters`.
+
+        The default does nothing.
 
         Args:
-            encoders: the text encoders by name.
+            encoders: text encoders by name.
         """
 
     def encode(
         self, images: Sequence[torch.Tensor | None], size: tuple[int, int]
     ) -> tuple[dict[str, torch.Tensor], ...]:
-        """Make the features of condition images, for a part with `conditions`; they belong in `Features.conditions`.
+        """Encode condition images to features for `Features.conditions`; required for a part with `conditions`.
 
         Args:
-            images: for each condition images `(n, channels, height, width)` with values from 0 to 1, or None to leave
+            images: images of each condition, `(n, channels, height, width)` with values from 0 to 1, or None to leave
                 the condition out.
             size: height and width of the latent.
 
         Returns:
-            For each condition its features by site, `(n, channels, height, width)`; empty for one left out.
+            Features of each condition by site, `(n, channels, height, width)`; empty for a condition left out.
         """
         raise NotImplementedError
 
     def loras(self) -> dict[str, ResLora]:
-        """Return the layers that merge into the base's weights, by the site of their linear layer; none here."""
+        """Return the LoRA layers that can be merged into the base's weights, by site of the linear layer.
+
+        The default returns none.
+        """
         return {}
 
     def register_site(self, site: str, module: nn.Module) -> None:
-        """Add the module of a site, under the site's dotted name."""
+        """Register the module of a site under the site's dotted name."""
         *path, last = site.split(".")
         parent: nn.Module = self
         for step in path:
@@ -173,7 +178,7 @@ def pointwise(x: torch.Tensor, linear: nn.Linear) -> torch.Tensor:
 
 
 def init_linear(layer: nn.Linear | nn.Conv2d, generator: torch.Generator | None) -> None:
-    """Draw weight and bias as torch does by default, but from the given generator."""
+    """Initialize weight and bias with torch's default distribution, from the given generator."""
     nn.init.kaiming_uniform_(layer.weight, a=math.sqrt(5), generator=generator)
     if layer.bias is not None:
         bound = 1 / math.sqrt(layer.weight[0].numel())

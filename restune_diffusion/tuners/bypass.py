@@ -1,9 +1,9 @@
 """Res-Tuning-Bypass: a narrow side network on detached features (Res-Tuning, arXiv 2310.19859).
 
 The paper's chain, written for a U-Net: the state visits the tapped sites in the order of the forward pass, changes
-width and resolution with them, and is written back once, at the input of the output head. Beyond the paper: both
-tuners mix neighbours by a depthwise convolution and see the time step, and a single zero gate at the end makes the
-tuner the identity at the start.
+width and resolution with them, and is written back once, at the input of the output head. Additions to the paper: both
+tuners mix neighboring positions with a depthwise convolution and are conditioned on the timestep, and a single
+zero-initialized gate at the end makes the residual zero at the start.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ _TIME_WIDTH = 64
 
 
 def _normalize(x: torch.Tensor) -> torch.Tensor:
-    """Bring each image's feature map to zero mean and unit variance: taps differ in scale by orders of magnitude."""
+    """Normalize each feature map to zero mean and unit variance; the scales of taps differ by orders of magnitude."""
     return F.group_norm(x, 1)
 
 
 def _resample(x: torch.Tensor, size: torch.Size) -> torch.Tensor:
-    """Bring a map to another resolution without parameters: average going down, nearest going up."""
+    """Resize a feature map without parameters: average pooling when shrinking, nearest neighbor when enlarging."""
     if x.shape[-2:] == size:
         return x
     if size[-1] < x.shape[-1]:
@@ -35,32 +35,32 @@ def _resample(x: torch.Tensor, size: torch.Size) -> torch.Tensor:
 
 
 def _modulate(x: torch.Tensor, film: nn.Linear | None, time: torch.Tensor | None) -> torch.Tensor:
-    """Scale and shift the channels by the time step, where there is one."""
+    """Scale and shift the channels depending on the timestep, if the base has one."""
     if film is None:
         return x
     scale, shift = film(time)[:, :, None, None].chunk(2, dim=1)
     return x * (1 + scale) + shift
 
 
-def _draw(tuner: nn.Module, generator: torch.Generator | None) -> None:
-    """Draw all layers; none starts at zero, as the gate at the end of the chain already does."""
+def _init_layers(tuner: nn.Module, generator: torch.Generator | None) -> None:
+    """Initialize all layers randomly; the zero-initialized gate at the end of the chain makes the residual zero."""
     for layer in tuner.children():
         assert isinstance(layer, nn.Linear | nn.Conv2d)
         init_linear(layer, generator)
 
 
 class HorizontalTuner(nn.Module):
-    """`H_l`: read a tapped feature.
+    """Horizontal tuner `H_l`, which reads a tapped feature.
 
-    A linear layer on the normalised tap, time-dependent scale and shift, depthwise 3x3 beside a shortcut, GELU. The
-    last stage's is all that acts on what the base has made in the end before that is written back; where it is linear
-    alone, a bypass learns less than half as much (docs/bypass.md).
+    A linear layer on the normalized tap, time-dependent scale and shift, a depthwise 3x3 convolution with a shortcut,
+    and GELU. In the last stage, it is the only tuner between the base's last feature and the output head; if it is
+    purely linear there, a bypass learns less than half as much (docs/bypass.md).
 
     Args:
         tap_channels: width of the tapped feature.
-        channels: width of what is read.
-        mixes: whether neighbours are mixed by the depthwise convolution; tokens without a place have none.
-        timed: whether the base knows a time step.
+        channels: width of the output.
+        mixes: whether a depthwise convolution mixes neighboring positions; False for tokens outside a grid.
+        timed: whether the base has a time embedding.
     """
 
     def __init__(self, tap_channels: int, channels: int, mixes: bool = True, timed: bool = True) -> None:
@@ -77,22 +77,22 @@ class HorizontalTuner(nn.Module):
         return F.gelu(read)
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        """Draw all parameters."""
-        _draw(self, generator)
+        """Initialize all layers randomly."""
+        _init_layers(self, generator)
 
 
 class VerticalTuner(nn.Module):
-    """`V_l`: carry the bypass state to the next stage.
+    """Vertical tuner `V_l`, which carries the bypass state to the next stage.
 
-    A 1x1 convolution where the width changes, then a residual block: depthwise 3x3, time-dependent scale and shift,
-    two linear layers.
+    A 1x1 convolution if the width changes, then a residual block: depthwise 3x3 convolution, time-dependent scale and
+    shift, and two linear layers.
 
     Args:
-        in_channels: width of the state that comes in.
-        channels: width of the state that goes out.
+        in_channels: width of the input state.
+        channels: width of the output state.
         hidden: width between the two linear layers.
-        mixes: whether neighbours are mixed by the depthwise convolution; tokens without a place have none.
-        timed: whether the base knows a time step.
+        mixes: whether a depthwise convolution mixes neighboring positions; False for tokens outside a grid.
+        timed: whether the base has a time embedding.
     """
 
     def __init__(self, in_channels: int, channels: int, hidden: int, mixes: bool = True, timed: bool = True) -> None:
@@ -112,20 +112,20 @@ class VerticalTuner(nn.Module):
         return state + pointwise(F.gelu(pointwise(mixed, self.down)), self.up)
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        """Draw all parameters."""
-        _draw(self, generator)
+        """Initialize all layers randomly."""
+        _init_layers(self, generator)
 
 
 class BypassStage(nn.Module):
-    """`b_l = lam_l * H_l(sg(x_l)) + (1 - lam_l) * V_l(b_{l-1})` with `lam_l = sigmoid(logit)`, 0.5 at the start.
+    """Stage `b_l = lam_l * H_l(sg(x_l)) + (1 - lam_l) * V_l(b_{l-1})` with `lam_l = sigmoid(logit)`, 0.5 at the start.
 
     Args:
         tap_channels: width of the tapped feature `x_l`.
         channels: width of the state `b_l`.
-        in_channels: width of the state `b_{l-1}`; None for the first stage, which has none: `b_0 = H_0(sg(x_0))`.
-        expansion: width inside the vertical tuner over `channels`.
-        mixes: whether the tuners mix neighbours.
-        timed: whether the base knows a time step.
+        in_channels: width of the state `b_{l-1}`; None for the first stage, which is `b_0 = H_0(sg(x_0))`.
+        expansion: inner width of the vertical tuner, as a multiple of `channels`.
+        mixes: whether the tuners mix neighboring positions.
+        timed: whether the base has a time embedding.
     """
 
     def __init__(
@@ -153,7 +153,7 @@ class BypassStage(nn.Module):
         return lam * read + (1 - lam) * self.vertical(state, time, tap.shape[-2:])
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        """Draw the parameters of both tuners and set lam to 0.5."""
+        """Initialize both tuners randomly and set lam to 0.5."""
         self.horizontal.reset_parameters(generator)
         if self.vertical is not None:
             self.vertical.reset_parameters(generator)
@@ -161,7 +161,7 @@ class BypassStage(nn.Module):
 
 
 class BypassPart(Part):
-    """The whole chain: one stage for each tap, a shared time projection, and the gate at the site `out`."""
+    """Part with the whole chain: one stage per tap, a shared time projection, and the gate at the site `out`."""
 
     def __init__(self, config: BypassConfig, base: BaseInfo) -> None:
         super().__init__()
@@ -194,11 +194,11 @@ class BypassPart(Part):
         assert state is not None
         if x.dim() == 3:
             return pointwise(state, self.gate).flatten(2).transpose(1, 2)
-        # The last tap may lie deeper than `out`.
+        # The last tap may have a lower resolution than `out`.
         return pointwise(_resample(state, x.shape[-2:]), self.gate)
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        """Draw the parameters of every stage and close the gate."""
+        """Initialize every stage randomly and set the gate to zero."""
         if self.time is not None:
             init_linear(self.time, generator)
         for stage in self.at_site.values():
@@ -208,15 +208,15 @@ class BypassPart(Part):
 
 
 def _usual_taps(stations: list[str]) -> list[str]:
-    """Of a U-Net what it first makes of the noisy latents and what it has made of them in the end, of others all.
+    """Return the default taps: the first and the last station of a U-Net, all stations of other bases.
 
-    More taps of a U-Net show a bypass which training picture it has before it, and it learns the pictures by heart.
+    With more taps of a U-Net, a bypass can identify the training image, and overfits.
     """
     return [stations[0], stations[-1]] if of_family(stations[:1], "skip") else stations
 
 
 def _as_map(x: torch.Tensor, site: Site, size: tuple[int, int]) -> torch.Tensor:
-    """Lay tokens `(batch, tokens, channels)` out on their grid, or in one column where some have no place in it."""
+    """Reshape tokens `(batch, tokens, channels)` to their grid, or to one column if some tokens are outside it."""
     if x.dim() == 4:
         return x
     height, width = (size[0] // site.stride, size[1] // site.stride) if not site.extra_tokens else (x.shape[1], 1)

@@ -1,4 +1,4 @@
-"""The condition encoder of CSC-Tuner: a cascade from an image to every skip connection (SCEdit, arXiv 2312.11392)."""
+"""Condition encoder of CSC-Tuner: a cascade from an image to every skip connection (SCEdit, arXiv 2312.11392)."""
 
 from __future__ import annotations
 
@@ -12,26 +12,26 @@ from ..backbones import Site
 from .base import init_zero
 from .configs import ControlConfig
 
-# Width and stride of the stem's convolutions, as published.
+# Width and stride of the convolutions of the stem, as published.
 _STEM = ((16, 1), (16, 1), (32, 2), (32, 1), (96, 2), (96, 1), (256, 2))
 STEM_STRIDE = 8
-"""Pixels of a condition image for one position of the latent, along each side."""
-# 1 / E[SiLU(z)^2] for standard normal z: with weights of this variance over the fan-in a signal keeps its size.
+"""Pixels of a condition image per position of the latent, along each side."""
+# 1 / E[SiLU(z)^2] for standard normal z: a weight variance of this over the fan-in preserves the scale of a signal.
 _SILU_GAIN = 2.81
 
 
 class CascadeEncoder(nn.Module):
     """A stem of 3x3 convolutions with SiLU, then for each skip connection SiLU and a zero-initialised convolution.
 
-    Each level reads the one before. As published, what a level hands on is the output of its zero convolution, so
-    that twelve zero factors lie in series between the image and the deepest skip; gradients then open the levels one
-    after the other, and slowly. Here a level hands on the sum of that output and of what it has read, brought to its
-    size without parameters (averaged, cut or padded with zeros, as in ResNet's shortcuts of option A). The features
-    that enter the base are the same at the start, zero, and so is the number of parameters, but every convolution
-    sees the image from the first step.
+    Each level reads the previous one. In the published encoder, the input of the next level is the output of the zero
+    convolution, so that twelve zero factors lie in series between the image and the deepest skip, and the levels start
+    to learn slowly, one after the other. Here, it is the sum of that output and the level's own input, resized without
+    parameters (average pooling, and channels truncated or padded with zeros, as in option A of the ResNet shortcuts).
+    The features that enter the base are still zero at the start, and the number of parameters is the same, but every
+    convolution receives the image from the first step.
 
     Args:
-        sites: the skip connections, shallow to deep.
+        sites: skip connections, from shallow to deep.
         config: settings of the part.
     """
 
@@ -55,7 +55,7 @@ class CascadeEncoder(nn.Module):
         """Encode condition images `(n, channels, height, width)`, `STEM_STRIDE` times as high and wide as the latent.
 
         Returns:
-            For each skip connection a feature of its width and resolution, zero at the start.
+            A feature for each skip connection, with its width and resolution; zero at the start.
         """
         state = image
         for number, layer in enumerate(self.stem):
@@ -67,7 +67,7 @@ class CascadeEncoder(nn.Module):
         return features
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        """Draw the stem so that it keeps the size of its signal; zero the levels."""
+        """Initialize the stem so that it preserves the scale of the signal, and the levels with zeros."""
         for layer in self.stem:
             assert isinstance(layer, nn.Conv2d)
             assert layer.bias is not None
@@ -80,7 +80,7 @@ class CascadeEncoder(nn.Module):
 
 
 def _shortcut(state: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """Bring a state to the width and resolution of another without parameters."""
+    """Resize a state to the width and resolution of another without parameters."""
     if state.shape[-2:] != like.shape[-2:]:
         state = F.adaptive_avg_pool2d(state, (like.shape[-2], like.shape[-1]))
     missing = like.shape[1] - state.shape[1]

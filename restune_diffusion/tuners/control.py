@@ -1,4 +1,4 @@
-"""CSC-Tuner: images steer the skip connections of a U-Net (SCEdit, arXiv 2312.11392)."""
+"""CSC-Tuner: control by condition images through the skip connections of a U-Net (SCEdit, arXiv 2312.11392)."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ from .skip import SkipTuner
 
 
 class ControlPart(Part):
-    """For each condition an encoder, and an SC-Tuner on every skip connection.
+    """Part with an encoder and an SC-Tuner on every skip connection, for each condition.
 
-    The residual at skip `j` is `sum_m alpha_m (T_j^m(x_j + c_j^m) + c_j^m)`. The features `c_j^m` depend on the images
-    alone: `encode` makes them once, and they serve every denoising step.
+    The residual at skip `j` is `sum_m alpha_m (T_j^m(x_j + c_j^m) + c_j^m)`. The features `c_j^m` depend only on the
+    images: `encode` computes them once for all denoising steps.
     """
 
     def __init__(self, config: ControlConfig, base: BaseInfo) -> None:
         super().__init__()
         sites = {name: base.sites[name] for name in match_sites(["*"], base.skips)}
         self.conditions = config.conditions
-        """Names of the conditions, in the order in which their images are given."""
+        """Names of the conditions, in the order of their condition images."""
         self.channels = config.channels
-        """Channels of a condition image."""
+        """Number of channels of the condition images."""
         self.taps = ()
         self.writes = tuple(sites)
-        # By number, as a condition's name may be one that a module has for something else.
+        # Indexed by number, because the name of a condition may clash with an attribute of a module.
         self.encoders = nn.ModuleList(CascadeEncoder(sites, config) for _ in config.conditions)
         for name, site in sites.items():
             width = max(1, round(config.ratio * site.channels))
@@ -42,19 +42,19 @@ class ControlPart(Part):
     def encode(
         self, images: Sequence[torch.Tensor | None], size: tuple[int, int]
     ) -> tuple[dict[str, torch.Tensor], ...]:
-        """Make the features of condition images; they belong in `Features.conditions`.
+        """Encode condition images to features for `Features.conditions`.
 
         Args:
-            images: for each condition images `(n, channels, height, width)` with values from 0 to 1, as diffusers
-                gives them to a ControlNet, or None to leave the condition out. They are brought to eight times the
-                latent's size, normally that of the picture to draw.
+            images: images of each condition, `(n, channels, height, width)` with values from 0 to 1, as diffusers
+                passes them to a ControlNet, or None to leave the condition out. They are resized to eight times the
+                size of the latent, normally the size of the generated image.
             size: height and width of the latent.
 
         Returns:
-            For each condition its features by site, `(n, channels, height, width)`; empty for one left out.
+            Features of each condition by site, `(n, channels, height, width)`; empty for a condition left out.
 
         Raises:
-            ConditionError: if the number of conditions is wrong, or the shape of an image.
+            ConditionError: if the number of conditions or the shape of an image is wrong.
         """
         if len(images) != len(self.conditions):
             raise ConditionError(
@@ -67,10 +67,10 @@ class ControlPart(Part):
         )
 
     def forward(self, site: str, x: torch.Tensor, features: Features) -> torch.Tensor:
-        """Return the residual for a skip feature, from that feature and those of the conditions.
+        """Return the residual for a skip feature and the features of the conditions.
 
         Raises:
-            ConditionError: if no conditions were given.
+            ConditionError: if there are no condition features.
         """
         if not features.conditions:
             raise ConditionError(
@@ -88,7 +88,7 @@ class ControlPart(Part):
         return total
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        """Draw the initial parameters of every encoder and tuner."""
+        """Initialize every encoder and tuner."""
         for encoder in self.encoders:
             assert isinstance(encoder, CascadeEncoder)
             encoder.reset_parameters(generator)

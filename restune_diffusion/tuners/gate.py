@@ -1,4 +1,4 @@
-"""Attention of the base's queries to trained tokens, alone or in one softmax with the base's own keys."""
+"""Attention of the base's queries to trained tokens, separately or in one softmax with the base's keys."""
 
 from __future__ import annotations
 
@@ -15,33 +15,33 @@ Scale: TypeAlias = Literal["scalar", "channel"]
 
 
 def learned_scale(scale: Scale, channels: int) -> nn.Parameter:
-    """Make the factor on a residual `(batch, tokens, channels)`: one number, or one for each channel."""
+    """Return the learned factor on a residual `(batch, tokens, channels)`: one number or one per channel."""
     return nn.Parameter(torch.zeros(() if scale == "scalar" else (channels,)))
 
 
 def split_heads(x: torch.Tensor, heads: int) -> torch.Tensor:
-    """Turn `(batch, tokens, width)` into `(batch, heads, tokens, width / heads)`."""
+    """Reshape `(batch, tokens, width)` to `(batch, heads, tokens, width / heads)`."""
     return x.unflatten(-1, (heads, -1)).transpose(1, 2)
 
 
 def join_heads(x: torch.Tensor) -> torch.Tensor:
-    """Turn `(batch, heads, tokens, head width)` into `(batch, tokens, heads * head width)`."""
+    """Reshape `(batch, heads, tokens, head width)` to `(batch, tokens, heads * head width)`."""
     return x.transpose(1, 2).flatten(2)
 
 
 def most_heads(width: int, heads: int) -> int:
-    """Return the largest number of heads, not above `heads`, that a width can be split into."""
+    """Return the largest number of heads, at most `heads`, that divides a width."""
     return max(count for count in range(1, heads + 1) if width % count == 0)
 
 
 def attend_to_tokens(
     x: torch.Tensor, operation: Operation, key: torch.Tensor, value: torch.Tensor, gate: Gate
 ) -> torch.Tensor:
-    """Let the base's queries see trained tokens, and return what that adds to the operation's output.
+    """Return the residual of attention from the base's queries to trained tokens.
 
     With the gate "scale": `W_o Attn(Q, K', V')`. With "exact": `W_o (Attn(Q, [K'; K], [V'; V]) - Attn(Q, K, V))`,
     which is `W_o lam (Attn(Q, K', V') - Attn(Q, K, V))`, `lam = sigmoid(LSE(Q K'^T) - LSE(Q K^T))` for each head and
-    query; written as two calls of attention it needs no matrix of scores in memory.
+    query. It is computed with two calls of attention, so that no score matrix is stored.
 
     Args:
         x: the operation's input `(batch, tokens, channels)`, in the base's dtype.
@@ -54,7 +54,7 @@ def attend_to_tokens(
         `(batch, tokens, channels)` in the tuner's dtype.
     """
     frozen = operation.attention
-    assert frozen is not None, "a tuner beside attention needs the frozen projections"
+    assert frozen is not None, "a tuner in parallel to attention needs the frozen projections"
     dtype = key.dtype
     query = frozen.query(x).to(dtype)
     key, value = (part.expand(x.shape[0], -1, -1, -1) for part in (key, value))

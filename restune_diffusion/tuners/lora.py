@@ -9,13 +9,15 @@ from torch import nn
 
 
 class ResLora(nn.Module):
-    """`(alpha / width) * B (A x)` without biases, `B` zero at the start: the only kind that merges into the weights.
+    """LoRA `(alpha / width) * B (A x)` without biases; `B` is zero-initialized. It can be merged into the weights.
+
+    It is the only type of tuner that can be merged.
 
     Args:
         in_channels: input width of the linear layer.
-        out_channels: its output width.
-        width: the rank.
-        alpha: numerator of the fixed factor; None makes the factor one.
+        out_channels: output width of the linear layer.
+        width: rank.
+        alpha: numerator of the fixed factor; None for a factor of 1.
     """
 
     def __init__(self, in_channels: int, out_channels: int, width: int, alpha: float | None = None) -> None:
@@ -30,11 +32,11 @@ class ResLora(nn.Module):
 
     @torch.no_grad()
     def delta(self) -> torch.Tensor:
-        """What the residual adds to the layer's weight: `(out_channels, in_channels)`, fp32 or wider."""
+        """Return the change of the layer's weight, `(out_channels, in_channels)` in fp32 or wider."""
         dtype = torch.promote_types(self.up.weight.dtype, torch.float32)
         return self.factor * (self.up.weight.to(dtype) @ self.down.weight.to(dtype))
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        """Draw `A` as LoRA does, zero `B`."""
+        """Initialize `A` as in LoRA and `B` with zeros."""
         nn.init.kaiming_uniform_(self.down.weight, a=math.sqrt(5), generator=generator)
         nn.init.zeros_(self.up.weight)

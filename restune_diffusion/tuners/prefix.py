@@ -1,12 +1,12 @@
-"""Res-Prefix: trained keys and values that an operation's input attends to (Res-Tuning, arXiv 2310.19859).
+"""Res-Prefix: attention of an operation's input to trained keys and values (Res-Tuning, arXiv 2310.19859).
 
-Prefix tuning puts trained keys and values before those of attention. In parallel form that is
+Prefix tuning prepends trained keys and values to those of attention. In parallel form:
 
     Attn(Q, [K'; K], [V'; V]) = (1 - lam) Attn(Q, K, V) + lam Attn(Q, K', V')
 
-with `lam` from the softmax that both share (the gate "exact"); the paper's drawing has a learned factor in its place
-and leaves the frozen term alone (the gate "scale"). A softmax over one key is one, so that with this gate the key of
-a prefix of length one does nothing.
+`lam` comes from the shared softmax (gate "exact"). The paper's figure has a learned factor instead of `lam`, and no
+factor on the frozen term (gate "scale"). A softmax over one key is one, so the key of a prefix of length one has no
+effect with the gate "scale".
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from .gate import Gate, Scale, attend_to_tokens, join_heads, learned_scale, spli
 
 
 class _Tokens(nn.Module):
-    """Trained keys and values `(length, heads, head width)`, and a factor that is zero at the start."""
+    """Trained keys and values `(length, heads, head width)` and a zero-initialized factor."""
 
     def __init__(self, channels: int, heads: int, key_width: int, value_width: int, length: int, scale: Scale) -> None:
         super().__init__()
@@ -29,27 +29,27 @@ class _Tokens(nn.Module):
         self.scale = learned_scale(scale, channels)
 
     def keys_and_values(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Both as attention takes them: `(1, heads, length, head width)`."""
+        """Return keys and values in the layout of attention, `(1, heads, length, head width)`."""
         return self.key.transpose(0, 1)[None], self.value.transpose(0, 1)[None]
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        """Draw keys and values with unit variance, about that of what they stand beside; close the gate."""
+        """Initialize keys and values with unit variance, about that of the frozen ones, and set the factor to zero."""
         nn.init.normal_(self.key, generator=generator)
         nn.init.normal_(self.value, generator=generator)
         nn.init.zeros_(self.scale)
 
 
 class AttentionPrefix(_Tokens):
-    """Beside attention: the base's own queries attend to trained keys and values.
+    """Prefix in parallel to attention: the base's queries attend to trained keys and values.
 
     Args:
         channels: width of the operation's output.
-        heads: attention heads of the operation.
-        key_width: width of one head's keys.
-        value_width: width of one head's values.
+        heads: number of attention heads of the operation.
+        key_width: width of the keys of one head.
+        value_width: width of the values of one head.
         length: number of trained tokens.
-        gate: whether they share the softmax with the frozen keys.
-        scale: one learned factor, or one for each channel.
+        gate: `exact` if the trained tokens share the softmax with the frozen keys, otherwise `scale`.
+        scale: one learned factor, or one per channel.
     """
 
     def __init__(
@@ -71,13 +71,13 @@ class AttentionPrefix(_Tokens):
 
 
 class PlainPrefix(_Tokens):
-    """Beside an operation without keys of its own: the normalised input is the query, and there is no output layer.
+    """Prefix in parallel to an operation without keys: the normalized input is the query, without an output layer.
 
     Args:
         channels: width of the operation's input and output.
-        heads: attention heads; they divide `channels`.
+        heads: number of attention heads; divides `channels`.
         length: number of trained tokens.
-        scale: one learned factor, or one for each channel.
+        scale: one learned factor, or one per channel.
     """
 
     def __init__(self, channels: int, heads: int, length: int, scale: Scale = "scalar") -> None:

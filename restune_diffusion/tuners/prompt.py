@@ -1,7 +1,8 @@
-"""Res-Prompt: trained tokens that an operation's input attends to (Res-Tuning, arXiv 2310.19859).
+"""Res-Prompt: attention of an operation's input to trained tokens (Res-Tuning, arXiv 2310.19859).
 
-As Res-Prefix with `K' = T W_k` and `V' = T W_v`, `T` trained and `W` the base's own. It is what prompt tokens that
-are replaced at every layer (VPT-deep) do to the other tokens; the rows of the prompt tokens themselves are dropped.
+Same as Res-Prefix with `K' = T W_k` and `V' = T W_v`, where `T` is trained and `W` is frozen. It equals the effect on
+the other tokens of prompt tokens that are replaced at every layer (VPT-deep); the outputs at the prompt tokens
+themselves are dropped.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from .gate import Gate, Scale, attend_to_tokens, join_heads, learned_scale, spli
 
 
 class _Prompt(nn.Module):
-    """Trained tokens `(length, width)`, and a factor that is zero at the start."""
+    """Trained tokens `(length, width)` and a zero-initialized factor."""
 
     def __init__(self, channels: int, width: int, length: int, scale: Scale) -> None:
         super().__init__()
@@ -23,20 +24,20 @@ class _Prompt(nn.Module):
         self.scale = learned_scale(scale, channels)
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        """Draw tokens of unit variance, as a layer norm leaves those that they stand beside; close the gate."""
+        """Initialize tokens with unit variance, like the layer-normed input tokens, and set the factor to zero."""
         nn.init.normal_(self.tokens, generator=generator)
         nn.init.zeros_(self.scale)
 
 
 class AttentionPrompt(_Prompt):
-    """Beside attention: the base's own projections make keys and values of trained tokens.
+    """Prompt in parallel to attention: the base's projections map trained tokens to keys and values.
 
     Args:
         channels: width of the operation's output.
-        width: width of what the frozen key layer reads: the text states' for cross-attention.
+        width: input width of the frozen key layer; for cross-attention, the width of the text states.
         length: number of trained tokens.
-        gate: whether they share the softmax with the frozen keys.
-        scale: one learned factor, or one for each channel.
+        gate: `exact` if the trained tokens share the softmax with the frozen keys, otherwise `scale`.
+        scale: one learned factor, or one per channel.
     """
 
     def __init__(self, channels: int, width: int, length: int, gate: Gate = "scale", scale: Scale = "scalar") -> None:
@@ -46,20 +47,22 @@ class AttentionPrompt(_Prompt):
     def forward(self, x: torch.Tensor, operation: Operation) -> torch.Tensor:
         """Map the operation's input `(batch, tokens, channels)` to its residual, in the tuner's dtype."""
         frozen = operation.attention
-        assert frozen is not None, "a tuner beside attention needs the frozen projections"
+        assert frozen is not None, "a tuner in parallel to attention needs the frozen projections"
         tokens, dtype = self.tokens[None].to(x.dtype), self.scale.dtype
         key, value = frozen.key(tokens).to(dtype), frozen.value(tokens).to(dtype)
         return self.scale * attend_to_tokens(x, operation, key, value, self.gate)
 
 
 class PlainPrompt(_Prompt):
-    """Beside an operation without projections of its own: the same tokens are keys and values of the normalised input.
+    """Prompt in parallel to an operation without projections: the normalized input attends to the tokens.
+
+    The tokens are both keys and values.
 
     Args:
         channels: width of the operation's input and output.
-        heads: attention heads; they divide `channels`.
+        heads: number of attention heads; divides `channels`.
         length: number of trained tokens.
-        scale: one learned factor, or one for each channel.
+        scale: one learned factor, or one per channel.
     """
 
     def __init__(self, channels: int, heads: int, length: int, scale: Scale = "scalar") -> None:

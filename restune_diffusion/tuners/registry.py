@@ -2,7 +2,7 @@
 
 A family of another package registers itself when its module is imported. An entry point of the group
 `restune_diffusion.tuner_families` names that module, which is imported at the first lookup of any family. This module
-imports no torch, so that a command line shows its help at once.
+does not import torch, so that a command line can show its help quickly.
 """
 
 from __future__ import annotations
@@ -31,33 +31,33 @@ ENTRY_POINTS = "restune_diffusion.tuner_families"
 
 PartClass = TypeVar("PartClass", bound="type[Part]")
 
-# Names become names of settings, flags and modules, and the first step of a tensor's key.
+# The name of a family is also the name of a setting, a flag and a module, and the first part of tensor keys.
 _NAME = re.compile(r"[a-z][a-z0-9_]{0,31}", re.ASCII)
 
 
 class PartConfig(BaseModel):
-    """Base class of the settings of a part; they are stored in the tuner's file as JSON.
+    """Base class of the settings of a part, which the tuner's file stores as JSON.
 
-    A subclass declares `part: Literal["<name>"] = "<name>"`, which is the family's name, and settings that all have
-    defaults.
+    A subclass declares `part: Literal["<name>"] = "<name>"`, where `<name>` is the name of the family, and settings
+    with defaults.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     writes_at_out_alone: ClassVar[bool] = False
-    """Whether the part adds its residual at `out`, the input of the output head, and nowhere else, and reads nothing
-    but its taps and the time embedding. No gradient enters the base's blocks then: training may share passes of the
-    base, or take the base's features from a feature cache."""
+    """Whether the part writes only at `out`, the input of the output head, and reads only its taps and the time
+    embedding. No gradient enters the base's blocks then, so that training can share forward passes of the base, or
+    read the base's features from a feature cache."""
     acts_on_text_encoders: ClassVar[bool] = False
-    """Whether the part acts on text encoders. It learns from captions that are encoded anew in each step then, and its
-    part class is a `TextPart`."""
+    """Whether the part acts on text encoders. Captions are then encoded again in each training step, and the part
+    class is a `TextPart`."""
 
     part: str = ""
-    """Name of the family."""
+    """Name of the family; the default is the only allowed value."""
 
     @property
     def new_words(self) -> tuple[str, ...]:
-        """Words that the part adds to prompts; captions must use them, and the file records them."""
+        """Placeholder tokens of the part; captions must contain them, and the tuner's file records them."""
         return ()
 
 
@@ -71,26 +71,26 @@ class ConditionedConfig(PartConfig):
     """
 
     conditions: tuple[ConditionName, ...] = Field(default=("condition",), min_length=1, max_length=16)
-    """Names of the conditions, in the order in which their images are given."""
+    """Names of the conditions, in the order of their condition images."""
     channels: int = Field(default=3, gt=0, le=64)
-    """Channels of a condition image."""
+    """Number of channels of the condition images."""
 
     @model_validator(mode="after")
     def _names_differ(self) -> ConditionedConfig:
         if len(set(self.conditions)) != len(self.conditions):
-            raise ValueError("two conditions have the same name")
+            raise ValueError(f"conditions = {' '.join(self.conditions)} are not unique; rename the duplicates")
         return self
 
 
 @dataclass(frozen=True)
 class TunerFamily:
-    """A registered family.
+    """Registered tuner family.
 
     Args:
-        name: name of the family, of its parts in files, and of its group of settings.
-        config: class of its settings.
-        summary: what it does, in one line, for help and documentation.
-        source: its part class, or where that is: `module:Class`.
+        name: name of the family, of its parts in files, and of its settings.
+        config: class of the family's settings.
+        summary: one-line description for help and documentation.
+        source: part class, or its location as `module:Class`.
     """
 
     name: str
@@ -100,7 +100,7 @@ class TunerFamily:
 
     @property
     def part(self) -> type[Part]:
-        """The part class; imports its module where the family gave its place alone."""
+        """Part class of the family; imported on first use if the family is registered lazily."""
         if not isinstance(self.source, str):
             return self.source
         module, _, name = self.source.partition(":")
@@ -108,10 +108,10 @@ class TunerFamily:
         return found
 
     def build(self, config: PartConfig, base: BaseInfo) -> Part:
-        """Build the part of a config for the structure of a base.
+        """Build a part from a config for the structure of a base.
 
         Raises:
-            RestuneError: if the config is not one of this family, or does not fit the base.
+            RestuneError: if the config belongs to another family, or does not fit the base.
         """
         if not isinstance(config, self.config):
             raise RestuneError(
@@ -131,13 +131,13 @@ def register_tuner_family(config: type[PartConfig], *, summary: str) -> Callable
 
     Args:
         config: class of the family's settings; the default of its field `part` is the family's name.
-        summary: what the family does, in one line; `restune train --help` and the documentation show it.
+        summary: one-line description, shown by `restune train --help` and the documentation.
 
     Returns:
         The decorator. The part class is called as `Part(config, base)`, with a `BaseInfo`.
 
     Raises:
-        RestuneError: if the name is not allowed or taken, a setting has no default, or the summary is not one line.
+        RestuneError: if the name is invalid or taken, a setting has no default, or the summary is not one line.
     """
 
     def register(part: PartClass) -> PartClass:
@@ -152,7 +152,7 @@ def register_lazy_tuner_family(config: type[PartConfig], part: str, *, summary: 
 
     Args:
         config: see `register_tuner_family`.
-        part: place of the part class, `module:Class`.
+        part: location of the part class, `module:Class`.
         summary: see `register_tuner_family`.
 
     Raises:
@@ -165,17 +165,17 @@ def unregister_tuner_family(name: str) -> None:
     """Remove a family from the registry.
 
     Raises:
-        UnknownFamilyError: if there is no family of this name.
+        UnknownFamilyError: if no family has this name.
     """
     with _LOCK:
         del _FAMILIES[tuner_family(name).name]
 
 
 def tuner_family(name: str) -> TunerFamily:
-    """Return the family of a name.
+    """Return the family with a name.
 
     Raises:
-        UnknownFamilyError: if there is none; names those that there are.
+        UnknownFamilyError: if no family has this name; the message lists the registered names.
     """
     _load_entry_points()
     try:
@@ -220,10 +220,10 @@ def _add(config: type[PartConfig], summary: str, source: type[Part] | str) -> No
 
 
 def _load_entry_points() -> None:
-    """Import the modules of families in other packages, once."""
+    """Import the modules of families in other packages, once per process."""
     if _ALL_LOADED.is_set():
         return
-    # Other threads wait here until all families are there; the modules themselves may look families up.
+    # Other threads wait here until all families are registered; the imported modules may look up families.
     with _LOCK:
         if _LOADING.is_set():
             return
@@ -242,16 +242,16 @@ def _load_entry_points() -> None:
 
 
 def parts_to_json(parts: Iterable[PartConfig]) -> str:
-    """Write part configs as a JSON list."""
+    """Return part configs as a JSON list."""
     return f"[{','.join(part.model_dump_json() for part in parts)}]"
 
 
 def parts_from_json(text: str) -> tuple[PartConfig, ...]:
-    """Read part configs back from JSON.
+    """Read part configs from JSON.
 
     Raises:
-        UnknownFamilyError: if a part is of a family that is not registered.
-        RestuneError: if the text is not a valid list of part configs; names the first fault.
+        UnknownFamilyError: if the family of a part is not registered.
+        RestuneError: if the text is not a valid list of part configs; the message describes the first error.
     """
     try:
         values = from_json(text)

@@ -1,4 +1,4 @@
-"""Res-Tuning: tuners of five kinds in parallel to the operations of transformer blocks (arXiv 2310.19859)."""
+"""Res-Tuning: tuners of five types in parallel to operations of transformer blocks (arXiv 2310.19859)."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ _SETTINGS = {"self": "self_attention", "cross": "cross_attention", "ff": "feed_f
 
 
 class ResPart(Part):
-    """A tuner of the chosen kind beside each chosen operation of each selected transformer block.
+    """Part with a tuner in parallel to each configured operation of each selected transformer block.
 
-    The paper draws the tuner beside norm and operation together. Here it reads what the operation itself reads: the
-    normalised tokens for attention and feed-forward, the block's input for the whole block; its residual adds to
-    that operation's output.
+    In the paper's figures, the tuner is in parallel to norm and operation together. Here, it has the same input as the
+    operation: the normalized tokens for attention and feed-forward, the block's input for the whole block. Its
+    residual is added to the operation's output.
     """
 
     def __init__(self, config: ResConfig, base: BaseInfo) -> None:
@@ -43,36 +43,38 @@ class ResPart(Part):
         selected = match_sites(config.sites, blocks, "transformer block")
         if config.grad_depth is not None:
             selected = _late(selected, list(blocks), config.grad_depth)
-        beside = [
+        placed = [
             (f"{block}.{operation}", kind)
             for block in selected
             for operation, kind in chosen
             if operation in blocks[block]
         ]
-        self.needs = tuple(dict.fromkeys(site for site, _ in beside))
+        self.needs = tuple(dict.fromkeys(site for site, _ in placed))
         self._tuners: dict[str, ResTuner] = {}
-        for site, kind in beside:
+        for site, kind in placed:
             if kind != "lora":
                 self._add(site, kind, _build(kind, base.sites[site], config))
-        self._add_loras([site for site, kind in beside if kind == "lora"], config, base)
+        self._add_loras([site for site, kind in placed if kind == "lora"], config, base)
         self.writes = tuple(self._tuners)
         if not self.writes:
-            raise RestuneError("The patterns of a `res` part are empty; give at least one block and one linear layer.")
+            raise RestuneError(
+                "The patterns of a `res` part are empty; give at least one pattern for `sites` and for `linears`."
+            )
 
     def forward(self, site: str, x: torch.Tensor, features: Features) -> torch.Tensor:
-        """Return the residual for the input of an operation `(batch, tokens, channels)`, or of a linear layer."""
+        """Return the residual for the input of an operation, `(batch, tokens, channels)`, or of a linear layer."""
         tuner = self._tuners[site]
         if isinstance(tuner, ResAdapter | ResLora):
             return tuner(x)
         return tuner(x, features.operation or Operation())
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        """Draw the initial parameters of every tuner."""
+        """Initialize every tuner."""
         for tuner in self._tuners.values():
             tuner.reset_parameters(generator)
 
     def loras(self) -> dict[str, ResLora]:
-        """Return the tuners that merge into weights, by the site of their linear layer."""
+        """Return the LoRA tuners, which can be merged into weights, by site of the linear layer."""
         return {site: tuner for site, tuner in self._tuners.items() if isinstance(tuner, ResLora)}
 
     def _add(self, site: str, kind: ResKind, tuner: ResTuner) -> None:
@@ -93,14 +95,14 @@ class ResPart(Part):
 def _operations_and_kinds(config: ResConfig) -> Iterator[tuple[str, ResKind]]:
     for operation, kind in config.operations.items():
         if operation == "block" and kind == "lora":
-            # A block has no linear layers but those of its operations.
+            # All linear layers of a block belong to its operations.
             yield from ((inner, kind) for inner in ("self", "cross", "ff"))
         else:
             yield operation, kind
 
 
 def _blocks_with(base: BaseInfo, operations: set[str]) -> dict[str, set[str]]:
-    """Name the transformer blocks that have any of the operations, with those that they have."""
+    """Return the transformer blocks that have any of the operations, each with the operations it has."""
     blocks: dict[str, set[str]] = {}
     for name, site in base.sites.items():
         if site.operation in operations:
@@ -112,38 +114,40 @@ def _blocks_with(base: BaseInfo, operations: set[str]) -> dict[str, set[str]]:
 
 
 def _late(selected: list[str], blocks: list[str], depth: int) -> list[str]:
-    """Keep those of the selected transformer blocks that are among the last `depth` of all, in the forward pass."""
+    """Return the selected transformer blocks that are among the last `depth` blocks of the forward pass."""
     if depth > len(blocks):
         raise RestuneError(
-            f"This base has {len(blocks)} transformer blocks, but a grad_depth of {depth} asks for more."
+            f"This base has {len(blocks)} transformer blocks, but grad_depth is {depth}; "
+            f"set it to {len(blocks)} or less."
         )
     late = blocks[-depth:]
     kept = [block for block in selected if block in late]
     if not kept:
         raise RestuneError(
-            f"None of the chosen transformer blocks is among the last {depth}, {', '.join(late)}; choose other sites "
-            f"or a larger grad_depth."
+            f"None of the selected transformer blocks is among the last {depth}, {', '.join(late)}; choose other "
+            f"sites or a larger grad_depth."
         )
     return kept
 
 
 def _build(kind: ResKind, site: Site, config: ResConfig) -> ResTuner:
-    """Build the tuner of a kind, other than lora, beside an operation."""
+    """Build a tuner of any type except lora, in parallel to an operation."""
     if kind == "adapter":
         return ResAdapter(site.channels, config.width, config.scale)
     if site.operation in _ATTENTION:
-        return _beside_attention(kind, site, config)
-    return _beside_other(kind, site, config)
+        return _parallel_to_attention(kind, site, config)
+    return _parallel_to_other(kind, site, config)
 
 
-def _beside_attention(kind: ResKind, site: Site, config: ResConfig) -> ResTuner:
+def _parallel_to_attention(kind: ResKind, site: Site, config: ResConfig) -> ResTuner:
     channels, length, scale = site.channels, config.width, config.scale
     context, keys = site.projection("k")
     if kind == "prefix":
         values = site.projection("v")[1]
         if not site.heads or keys % site.heads or values % site.heads:
             raise RestuneError(
-                f"Keys of width {keys} and values of width {values} do not split in {site.heads} heads."
+                f"Keys of width {keys} and values of width {values} cannot be split into {site.heads} heads; "
+                f"choose another type of tuner than prefix."
             )
         return AttentionPrefix(
             channels, site.heads, keys // site.heads, values // site.heads, length, config.gate, scale
@@ -153,15 +157,15 @@ def _beside_attention(kind: ResKind, site: Site, config: ResConfig) -> ResTuner:
     return ResAttention(channels, context, config.width, most_heads(config.width, site.heads), scale)
 
 
-def _beside_other(kind: ResKind, site: Site, config: ResConfig) -> ResTuner:
+def _parallel_to_other(kind: ResKind, site: Site, config: ResConfig) -> ResTuner:
     channels, length, scale = site.channels, config.width, config.scale
     if kind == "attention":
         return PlainAttention(channels, channels, config.width, most_heads(config.width, site.heads), scale)
     if config.gate == "exact":
         setting = _SETTINGS[str(site.operation)]
         raise RestuneError(
-            f'A {kind} beside {setting} cannot have gate="exact", which shares the softmax of attention\'s own keys: '
-            f'choose gate="scale", or another kind for {setting}.'
+            f'A {kind} in parallel to {setting} does not support gate="exact", which shares the softmax with the keys '
+            f'of attention; choose gate="scale", or another type of tuner for {setting}.'
         )
     heads = most_heads(channels, site.heads)
     return (

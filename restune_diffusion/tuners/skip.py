@@ -14,7 +14,7 @@ from .configs import SkipConfig
 
 
 class SkipTuner(nn.Module):
-    """`W_up GELU(W_down x)` at every position, `W_up` zero at the start.
+    """Bottleneck `W_up GELU(W_down x)` at every position; `W_up` is zero-initialized.
 
     Args:
         channels: width of the feature.
@@ -31,13 +31,13 @@ class SkipTuner(nn.Module):
         return pointwise(F.gelu(pointwise(x, self.down)), self.up)
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        """Draw `W_down`, zero `W_up`."""
+        """Initialize `W_down` randomly and `W_up` with zeros."""
         init_linear(self.down, generator)
         init_zero(self.up)
 
 
 class SkipPart(Part):
-    """An SC-Tuner on every selected skip connection."""
+    """Part with an SC-Tuner on every selected skip connection."""
 
     def __init__(self, config: SkipConfig, base: BaseInfo) -> None:
         super().__init__()
@@ -48,7 +48,7 @@ class SkipPart(Part):
             self.writes = tuple(site for site in self.writes if site in late)
             if not self.writes:
                 raise RestuneError(
-                    f"None of the chosen skips reaches the last {config.grad_depth} up blocks, which take "
+                    f"None of the selected skips enters the last {config.grad_depth} up blocks, which take "
                     f"{', '.join(late)}; choose other sites or a larger grad_depth."
                 )
         for site in self.writes:
@@ -56,13 +56,13 @@ class SkipPart(Part):
             self.register_site(site, SkipTuner(channels, max(1, round(config.ratio * channels))))
 
     def forward(self, site: str, x: torch.Tensor, features: Features) -> torch.Tensor:
-        """Return the residual for a skip feature, from that feature alone."""
+        """Return the residual for a skip feature."""
         tuner = self.at_site[site]
         assert isinstance(tuner, SkipTuner)
         return tuner(x.to(tuner.down.weight.dtype))
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        """Draw the initial parameters of every site's tuner."""
+        """Initialize the tuner of every site."""
         for tuner in self.at_site.values():
             assert isinstance(tuner, SkipTuner)
             tuner.reset_parameters(generator)

@@ -1,4 +1,4 @@
-"""New words for text encoders (Textual Inversion, arXiv 2208.01618), and LoRA beside layers (arXiv 2106.09685)."""
+"""Placeholder tokens for text encoders (Textual Inversion, arXiv 2208.01618), and LoRA (arXiv 2106.09685)."""
 
 from __future__ import annotations
 
@@ -14,30 +14,30 @@ from .base import Features, Part
 from .configs import TextConfig
 from .lora import ResLora
 
-# The standard deviation from which CLIP's own token embeddings are drawn.
+# Standard deviation of the initial token embeddings of CLIP.
 _STD = 0.02
 
 
 class TextPart(Part):
-    """For each text encoder the vectors of new words, and a low-rank product beside linear layers.
+    """Part with the vectors of placeholder tokens and LoRA on linear layers, for each text encoder.
 
-    It writes to no site of the denoiser. Its own sites are `<encoder>.layers.<n>.<path of the linear layer>`.
+    It writes at no site of the denoiser. Its own sites are `<encoder>.layers.<n>.<path of the linear layer>`.
     """
 
     def __init__(self, config: TextConfig, base: BaseInfo) -> None:
         super().__init__()
         if not base.text:
             raise RestuneError(
-                "A `text` part needs to know the text encoders; make the tuner with Tuner.for_pipeline(pipe, ...)."
+                "A `text` part needs the text encoders; build the tuner with Tuner.for_pipeline(pipe, ...)."
             )
         self.taps = ()
         self.writes = ()
         self.tokens = config.tokens
-        """The new words."""
+        """Placeholder tokens."""
         self.initializers = config.initializers or ("",) * len(config.tokens)
-        """For each new word the words that it starts as."""
+        """Initializer words of each placeholder token; empty for random vectors."""
         self.vectors_per_token = config.vectors_per_token
-        """Number of vectors of a new word."""
+        """Number of vectors per placeholder token."""
         self.text_encoders = tuple(match_sites(config.encoders, base.text, "text encoder"))
         for encoder in self.text_encoders:
             info = base.text[encoder]
@@ -52,23 +52,23 @@ class TextPart(Part):
                     self.register_site(f"{encoder}.layers.{layer}.{path}.lora", lora)
 
     def linears(self, encoder: str) -> list[str]:
-        """Return the paths of an encoder's linear layers that get LoRA: `layers.<n>.<path>`."""
+        """Return the paths of an encoder's linear layers with LoRA: `layers.<n>.<path>`."""
         prefix = f"{encoder}.layers."
         return [
             site.removeprefix(f"{encoder}.").removesuffix(".lora") for site in self.at_site if site.startswith(prefix)
         ]
 
     def vectors(self, encoder: str) -> torch.Tensor:
-        """Return the vectors of all new words, `(tokens * vectors_per_token, hidden_size)`."""
+        """Return the vectors of all placeholder tokens, `(tokens * vectors_per_token, hidden_size)`."""
         return torch.cat(list(self._vectors(encoder)))
 
     def forward(self, site: str, x: torch.Tensor, features: Features | None = None) -> torch.Tensor:
-        """Return the residual of a linear layer, from its input `x`, in the part's dtype."""
+        """Return the residual of a linear layer for its input `x`, in the part's dtype."""
         residual: torch.Tensor = self.at_site[f"{site}.lora"](x)
         return residual
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        """Draw small vectors for the words, and LoRA that adds nothing."""
+        """Initialize the token vectors with small random values, and LoRA with a zero residual."""
         for module in self.at_site.values():
             if isinstance(module, ResLora):
                 module.reset_parameters(generator)
@@ -78,10 +78,10 @@ class TextPart(Part):
 
     @torch.no_grad()
     def initialize_from(self, encoders: Mapping[str, TextEncoder]) -> None:
-        """Give every vector of a new word the mean of the vectors of its initializer's words, where it has one.
+        """Set each vector of a placeholder token to the mean embedding of its initializer words, if it has any.
 
         Raises:
-            RestuneError: if an initializer holds no word.
+            RestuneError: if an initializer contains no word.
         """
         for name in self.text_encoders if self.tokens else ():
             tokenizer, module = encoders[name].tokenizer, encoders[name].module
@@ -91,7 +91,7 @@ class TextPart(Part):
                     continue
                 ids = tokenizer(words, add_special_tokens=False).input_ids
                 if not ids:
-                    raise RestuneError(f"The initializer {words!r} of {token} holds no word; give one that is known.")
+                    raise RestuneError(f"The initializer {words!r} of {token} contains no word; use existing words.")
                 known = embedding.weight[torch.tensor(ids, device=embedding.weight.device)]
                 vectors.copy_(known.float().mean(0))
 

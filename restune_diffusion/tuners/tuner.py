@@ -1,4 +1,4 @@
-"""A tuner: configs, and their modules built for the structure of one base."""
+"""`Tuner`: part configs, and their modules built for the structure of one base."""
 
 from __future__ import annotations
 
@@ -16,28 +16,28 @@ from .registry import PartConfig, tuner_family
 
 
 class Tuner(nn.Module):
-    """What a user trains, names, loads and shares; it knows a base's structure but holds nothing of the base.
+    """Tuner for a base, the unit that users train, name, load and share. It contains no weights of the base.
 
-    Make one with `Tuner.for_base`, or read one with `restune_diffusion.load_tuner`. The constructor leaves the
-    parameters as torch draws them; call `reset_parameters` for the proper start.
+    Create a tuner with `Tuner.for_base`, or read one with `restune_diffusion.load_tuner`. The constructor leaves the
+    parameters with torch's default initialization; call `reset_parameters` to initialize them.
 
     Args:
-        configs: one config for each part; a kind of part may appear once.
-        base: structure of the base that the tuner is for.
-        metadata: facts to keep in the tuner's file.
+        configs: one config per part; each family may appear once.
+        base: structure of the base for which the tuner is built.
+        metadata: metadata for the tuner's file.
     """
 
     def __init__(
         self, configs: tuple[PartConfig, ...], base: BaseInfo, metadata: Mapping[str, str] | None = None
     ) -> None:
         super().__init__()
-        kinds = [config.part for config in configs]
-        if not kinds or len(set(kinds)) != len(kinds):
-            raise RestuneError(f"A tuner needs one or more parts, each kind once, but got {kinds}.")
+        families = [config.part for config in configs]
+        if not families or len(set(families)) != len(families):
+            raise RestuneError(f"A tuner needs one or more parts, each of another family, but got {families}.")
         self.configs = configs
         self.metadata = dict(metadata or {})
         self.shared = False
-        """Whether others rely on these parameters, as a `TunerCache` does; attaching takes a copy then."""
+        """Whether the parameters are shared, for instance by a `TunerCache`; attaching then makes a copy."""
         for config in configs:
             if hasattr(self, config.part):
                 raise RestuneError(f"A tuner family cannot have the name `{config.part}`, an attribute of `Tuner`.")
@@ -57,19 +57,19 @@ class Tuner(nn.Module):
         generator: torch.Generator | None = None,
         text: Mapping[str, TextEncoder] | None = None,
     ) -> Tuner:
-        """Build a fresh tuner for a base; attached, it leaves the base's output as it is.
+        """Build a new tuner for a base; before training, it does not change the base's output.
 
         Args:
             base: a `UNet2DConditionModel`.
-            configs: one config for each part.
-            generator: source of the initial parameters, on the CPU.
-            text: for a `text` part the text encoders by name, as `text_encoders(pipeline)` returns them.
+            configs: one config per part.
+            generator: random generator for the initial parameters, on the CPU.
+            text: text encoders by name, as `text_encoders(pipeline)` returns them; a `text` part needs them.
 
         Returns:
             A tuner with fp32 parameters on the CPU.
         """
         described = describe_base(base)
-        # Encoders of other kinds are no obstacle to tuners without such a part.
+        # Described only for parts that need them, because the text encoders may be of an unsupported type.
         if any(config.acts_on_text_encoders for config in configs):
             described = described.model_copy(update={"text": describe_text(text or {})})
         tuner = cls.empty(configs, described).to_empty(device="cpu")
@@ -80,21 +80,21 @@ class Tuner(nn.Module):
 
     @classmethod
     def for_pipeline(cls, pipeline: Any, *configs: PartConfig, generator: torch.Generator | None = None) -> Tuner:
-        """Build a fresh tuner for a pipeline's U-Net and text encoders; see `for_base`."""
+        """Build a new tuner for a pipeline's U-Net and text encoders; see `for_base`."""
         return cls.for_base(pipeline.unet, *configs, generator=generator, text=text_encoders(pipeline))
 
     @classmethod
     def empty(
         cls, configs: tuple[PartConfig, ...], base: BaseInfo, metadata: Mapping[str, str] | None = None
     ) -> Tuner:
-        """Build a tuner on the meta device: shapes without memory."""
+        """Build a tuner on the meta device, where parameters have shapes but no memory."""
         with torch.device("meta"):
             return cls(configs, base, metadata)
 
     def _check_single(self, what: str, does: list[bool]) -> None:
         names = [config.part for config, it_does in zip(self.configs, does, strict=True) if it_does]
         if len(names) > 1:
-            raise RestuneError(f"One part of a tuner {what}, but got {' and '.join(names)}; use one of them.")
+            raise RestuneError(f"Only one part of a tuner {what}, but got {' and '.join(names)}; use one of them.")
 
     def parts(self) -> Iterator[Part]:
         """Yield the parts in the order of their configs."""
@@ -103,19 +103,19 @@ class Tuner(nn.Module):
             yield child
 
     def copy(self) -> Tuner:
-        """Return a tuner of equal parameters that nobody shares."""
+        """Return a copy with its own parameters, which are not shared."""
         twin = copy.deepcopy(self)
         twin.shared = False
         return twin
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        """Draw the initial parameters; every residual is zero afterwards."""
+        """Initialize all parameters; every residual is zero afterwards."""
         with torch.no_grad():
             for part in self.parts():
                 part.reset_parameters(generator)
 
     def num_parameters(self) -> int:
-        """Count the parameters."""
+        """Return the number of parameters."""
         return sum(parameter.numel() for parameter in self.parameters())
 
     @property

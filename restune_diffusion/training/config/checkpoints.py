@@ -1,4 +1,4 @@
-"""Settings of the checkpoints."""
+"""Checkpoint settings."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from ...utils.setting_groups import SettingGroup, setting
 
 
 class CheckpointsConfig(SettingGroup):
-    """Checkpoints, from which a run can be resumed."""
+    """How often checkpoints are saved, how many are kept, and whether to resume from one."""
 
     every: int = setting(500, flat="checkpoint_every", affects="output", ge=0)
-    """Save the state of the run every so many steps; 0 never does."""
+    """Save a checkpoint of the training state every N steps and after the last one; 0 saves none."""
     kept: int = setting(2, flat="checkpoints_kept", affects="output", gt=0)
-    """Number of checkpoints that are kept."""
+    """Number of checkpoints to keep; older ones are deleted."""
     resume: bool = setting(False, affects="output", recorded=False)
-    """Go on from the newest checkpoint in OUTPUT; the result is the same as without the break."""
+    """Resume from the newest checkpoint in OUTPUT. The result is the same as that of an uninterrupted run."""

@@ -1,4 +1,4 @@
-"""A training run's settings from YAML, and as YAML: what `--config` takes and what a run writes down."""
+"""Read and write training settings as YAML: the file of `--config` and the `config.yaml` of a run."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from .tuner_settings import with_families
 
 @dataclass(frozen=True)
 class _Given:
-    """Settings by flat name and current name, and where each stands in a file, if they come from one."""
+    """Settings by current flat name, with their places in the YAML file, if they come from one."""
 
     flat: dict[str, Any]
     places: dict[str, Place]
@@ -29,7 +29,7 @@ class _Given:
     file: YamlFile | None = None
 
     def refused(self, refused: RefusedSetting) -> SettingsError:
-        """Return the error for a setting, with its line and under the name that the file has for it."""
+        """Return the error for a setting, with its line number and the name that the file uses for it."""
         place = tuple(refused.place)
         if place and place[0] in self.places:
             place = (*self.places[place[0]], *place[1:])
@@ -43,11 +43,12 @@ def read_config(path: Path | str, **overrides: Any) -> TrainConfig:
     """Read all settings of a run from a YAML file.
 
     Args:
-        path: the file.
-        overrides: settings that win over the file's; a group, for instance `validation`, takes a mapping.
+        path: path of the file.
+        overrides: settings that take precedence over the file; a group, for instance `validation`, takes a mapping.
 
     Raises:
-        SettingsError: if the file is no valid YAML, or a setting is unknown, missing or not allowed; names the line.
+        SettingsError: if the file is not valid YAML, or a setting is unknown, missing or invalid; includes the line
+            number.
     """
     given = _opened(read_yaml(Path(path)))
     try:
@@ -65,15 +66,17 @@ def read_config(path: Path | str, **overrides: Any) -> TrainConfig:
 def given_settings(
     path: Path | None, preset: str | None = None, defaults: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
-    """Return the settings that a file and a preset give, by flat name, checked one by one, in their types.
+    """Return the settings of a YAML file and a preset by flat name, converted to their types.
+
+    Each setting is checked on its own. Precedence, from high to low: file, `defaults`, preset.
 
     Args:
-        path: a YAML file, which wins over `defaults`, and these over the preset.
-        preset: name of a preset, instead of the one that the file names.
-        defaults: settings of a script of its own.
+        path: path of the YAML file, if there is one.
+        preset: name of a preset; replaces the one that the file names.
+        defaults: default settings of the calling script.
 
     Raises:
-        SettingsError: if the file or a setting in it cannot be used; names the line.
+        SettingsError: if the file cannot be read or a setting in it is invalid; includes the line number.
     """
     given = _opened(read_yaml(path)) if path is not None else _Given({}, {}, {})
     named = {"preset": preset} if preset is not None else {}
@@ -86,7 +89,7 @@ def given_settings(
 
 
 def config_yaml(config: TrainConfig) -> str:
-    """Write all settings of a run as YAML that gives the same run again, from any working directory."""
+    """Return all settings of a run as YAML that reproduces the run from any working directory."""
     left_out: dict[str, Any] = dict.fromkeys(config.untrained, True)
     settings = config.model_dump(exclude={**left_out, "checkpoints": {"resume"}})
     settings = _plain(settings)
@@ -96,16 +99,16 @@ def config_yaml(config: TrainConfig) -> str:
 
 
 def recorded_yaml(recorded: Mapping[str, Any]) -> str:
-    """Write the settings that a tuner's file records as YAML; data and output are not among them.
+    """Return the settings recorded in a tuner's file as YAML; they do not include the data and output folders.
 
     Args:
-        recorded: the value of `config` among the training facts of a tuner's file.
+        recorded: the value of `config` in the training facts of a tuner's file.
     """
     return to_yaml(_without_part_names(current_names(recorded)))
 
 
 def _opened(file: YamlFile) -> _Given:
-    """Return the settings of a file; each of its names is known then, and given once."""
+    """Return the settings of a file, after checking that each name is known and given once."""
     old: Mapping[Place, Place] = {}
     try:
         current = renamed(file.values, tell=lambda text, place: warn(str(_error(file, RefusedSetting(place, text)))))
@@ -130,7 +133,7 @@ def _error(file: YamlFile | None, refused: RefusedSetting) -> SettingsError:
 
 
 def _plain(value: Any) -> Any:
-    """Return a value as YAML can hold it; paths are those of any working directory."""
+    """Convert a value to plain YAML types; paths become absolute."""
     if isinstance(value, Path):
         return str(value.expanduser().absolute())
     if isinstance(value, Mapping):
@@ -139,7 +142,7 @@ def _plain(value: Any) -> Any:
 
 
 def _without_part_names(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Leave out the constant by which a part's settings are told apart in a tuner's header."""
+    """Remove the constant field `part`, which identifies the family of a part in a tuner's header."""
     return {
         name: {key: each for key, each in value.items() if key != "part"} if isinstance(value, dict) else value
         for name, value in settings.items()

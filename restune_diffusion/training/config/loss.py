@@ -1,4 +1,4 @@
-"""Settings of the loss."""
+"""Loss settings."""
 
 from __future__ import annotations
 
@@ -10,20 +10,21 @@ from ...utils.setting_groups import SettingGroup, setting
 
 
 class LossConfig(SettingGroup):
-    """What the base predicts, and how much each timestep counts."""
+    """Prediction type of the base, and the weight of each timestep in the loss."""
 
     snr_gamma: float | None = setting(None, affects="tuner", gt=0)
-    """Min-SNR weighting of the loss; 5 is usual. On a base that predicts v_prediction it leaves hardly any weight to
-    the noisiest steps, where captions matter most."""
+    """Gamma of Min-SNR loss weighting; 5 is usual. With a v_prediction base, the noisiest timesteps, where captions
+    matter most, get almost no weight."""
     debiased_estimation: bool = setting(False, affects="tuner")
-    """Weigh the loss by 1 / sqrt(SNR), which favours noisy steps."""
+    """Weight the loss by 1 / sqrt(SNR), which favors noisy timesteps."""
     prediction_type: Literal["epsilon", "v_prediction", "sample"] | None = setting(None, affects="batches")
-    """What the base predicts, where its scheduler says it wrongly."""
+    """Prediction type of the base; set it only if the scheduler config of the checkpoint is wrong."""
     rescale_betas_zero_snr: bool = setting(False, affects="batches")
-    """Train with a last step of pure noise; generation then needs the same, with timestep spacing `trailing`."""
+    """Rescale the betas to zero terminal SNR, so that the last timestep is pure noise. Generation then needs the same
+    rescaling and the timestep spacing `trailing`."""
 
     @model_validator(mode="after")
     def _one_weighting(self) -> LossConfig:
         if self.debiased_estimation and self.snr_gamma is not None:
-            raise ValueError("the loss has one weighting; choose snr_gamma or debiased_estimation")
+            raise ValueError("snr_gamma and debiased_estimation are both set; choose one loss weighting")
         return self

@@ -1,4 +1,4 @@
-"""Settings of the noise and the timesteps that training draws."""
+"""Noise and timestep settings."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from ...utils.setting_groups import SettingGroup, setting
 
 
 class NoiseConfig(SettingGroup):
-    """Noise of the training samples, and how their timesteps are sampled."""
+    """Noise of the training samples, and the distribution of their timesteps."""
 
     noise_offset: float = setting(0.0, affects="batches", swept=True, ge=0)
-    """Noise that is constant over a channel, for darker and brighter images; 0.05 to 0.1 is usual."""
+    """Strength of noise that is constant over a channel, for darker and brighter images; 0.05 to 0.1 is usual."""
     input_perturbation: float = setting(0.0, affects="batches", swept=True, ge=0)
-    """More noise in the input than the target tells, against exposure bias; 0.1 is usual."""
+    """Strength of extra noise in the input that the target does not contain, against exposure bias; 0.1 is usual."""
     timestep_sampling: Literal["uniform", "logit_normal"] = setting("uniform", affects="batches", swept=True)
-    """How often each timestep is trained; `logit_normal` favours the middle."""
+    """Distribution of the training timesteps; `logit_normal` favors the middle ones."""
     logit_mean: float = setting(0.0, affects="batches", swept=True)
-    """Mean of `logit_normal`; above 0 noisier steps are favoured."""
+    """Mean of `logit_normal`; above 0 it favors noisier timesteps."""
     logit_std: float = setting(1.0, affects="batches", swept=True, gt=0)
-    """Spread of `logit_normal`."""
+    """Standard deviation of `logit_normal`."""
     min_timestep: int = setting(0, affects="batches", swept=True, ge=0)
-    """First timestep to train; timestep 0 is nearly free of noise."""
+    """Lowest timestep to train on; timestep 0 is nearly free of noise."""
     max_timestep: int | None = setting(None, affects="batches", swept=True, gt=0)
-    """Where the timesteps to train end; this one itself is not trained. The base's last where not given."""
+    """End of the range of training timesteps, exclusive. If not set, the range includes the base's last timestep."""
 
     @model_validator(mode="after")
     def _range_is_not_empty(self) -> NoiseConfig:

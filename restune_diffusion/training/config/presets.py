@@ -1,4 +1,4 @@
-"""Named sets of training settings; a file's and the command line's own settings win over them."""
+"""Presets: named sets of training settings, which a YAML file and the command line override."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ PresetName: TypeAlias = Literal["style", "subject", "low-memory", "quality"]
 
 @dataclass(frozen=True)
 class Preset:
-    """Settings for one purpose; those of the base, such as the resolution, come from the base."""
+    """Settings for one purpose; settings that depend on the base, such as the resolution, come from the base."""
 
     purpose: str
     settings: Mapping[str, Any]
 
     def describe(self) -> str:
-        """Say what the preset is for and sets, as flags."""
-        flags = [f"--{name.replace('_', '-')} {_words(value)}" for name, value in flat(self.settings)]
+        """Return the purpose of the preset and its settings as flags."""
+        flags = [f"--{name.replace('_', '-')} {_arguments(value)}" for name, value in flat(self.settings)]
         return f"{self.purpose}: {' '.join(flags)}"
 
 
 PRESETS: Mapping[str, Preset] = {
     "style": Preset(
-        "a style from some 20 to 200 pictures",
+        "a style from about 20 to 200 images",
         {
-            # Of the dial of docs/bypass.md: as much style as LoRA, as many concepts kept, a third of what it keeps.
+            # Measured in docs/bypass.md: style and kept concepts as with LoRA, with a third of its stored activations.
             "tuner": "res",
             "res": {"grad_depth": 3, "width": 64},
             "steps": 2000,
@@ -39,7 +39,7 @@ PRESETS: Mapping[str, Preset] = {
         },
     ),
     "subject": Preset(
-        "one thing or being from some 5 pictures, under a new word",
+        "one object, person or animal from about 5 images, bound to a placeholder token",
         {
             "tuner": ("skip", "text"),
             "steps": 800,
@@ -50,7 +50,7 @@ PRESETS: Mapping[str, Preset] = {
         },
     ),
     "low-memory": Preset(
-        "the smallest peak: nothing is propagated back through the U-Net",
+        "the lowest peak memory: no backpropagation through the U-Net",
         {
             "tuner": "bypass",
             "steps": 4000,
@@ -62,7 +62,7 @@ PRESETS: Mapping[str, Preset] = {
         },
     ),
     "quality": Preset(
-        "a style by the published recipe and four times the work: larger batches, averaged weights",
+        "a style with the published recipe and four times the compute: larger batches, averaged weights",
         {
             "tuner": "skip",
             "steps": 4000,
@@ -77,5 +77,5 @@ PRESETS: Mapping[str, Preset] = {
 }
 
 
-def _words(value: Any) -> str:
+def _arguments(value: Any) -> str:
     return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)

@@ -1,4 +1,4 @@
-"""Old names of settings, which are read for one more release."""
+"""Deprecated names of settings, accepted for one more release."""
 
 from __future__ import annotations
 
@@ -16,28 +16,28 @@ RENAMED: Mapping[str, str] = {
     "feature_bank_dir": "feature_cache_dir",
     "validation.leak_prompts": "validation.drift_prompts",
 }
-"""New names by old ones; flags, YAML files and Python all read this table."""
+"""New name of each old name; flags, YAML files and Python all use this table."""
 
 
 class RenamedSettingWarning(DeprecationWarning):
-    """An old name of a setting was used."""
+    """Warning about the use of an old name of a setting."""
 
 
 @dataclass(frozen=True)
 class Renamed:
-    """Settings under their new names; `given` has the place in which one was given under its old name."""
+    """Settings under their new names; `given` maps the new place of a renamed setting to its old place."""
 
     values: dict[Any, Any]
     given: Mapping[Place, Place]
 
 
 def sentence(old: str, new: str) -> str:
-    """Return what to say about an old name."""
-    return f"{old} is now called {new}; the old name goes with the next release"
+    """Return the deprecation message for an old name."""
+    return f"{old} is now called {new}; the old name will be removed in the next release"
 
 
 def warn(message: str) -> None:
-    """Warn of an old name, in the code that called this library."""
+    """Warn about an old name, with the stack level of the code that called this library."""
     level, frame = 1, sys._getframe()
     while frame.f_back is not None and _is_inside(frame.f_globals.get("__name__", "")):
         level, frame = level + 1, frame.f_back
@@ -48,9 +48,9 @@ def renamed(values: Mapping[Any, Any], within: str = "", tell: Callable[[str, Pl
     """Return settings under their new names.
 
     Args:
-        values: the settings, flat, or in groups.
-        within: the group that they are all of, with a dot.
-        tell: takes the sentence about an old name and its place; warns by default.
+        values: the settings, flat or in groups.
+        within: prefix of the group that holds all of them, with a dot.
+        tell: called with the message about an old name and its place; emits a warning by default.
 
     Raises:
         RefusedSetting: if a setting is given under both names.
@@ -74,7 +74,7 @@ def renamed(values: Mapping[Any, Any], within: str = "", tell: Callable[[str, Pl
             place = (*groups, name)
             if new_name in holder:
                 raise RefusedSetting(place, f"{old} is the old name of {new}, which is given too; keep one")
-            # In the same position, so that the order of the settings stays.
+            # Rebuilt in place to preserve the order of the settings.
             entries = [(new_name if key == name else key, value) for key, value in holder.items()]
             holder.clear()
             holder.update(entries)

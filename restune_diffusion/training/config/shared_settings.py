@@ -1,4 +1,4 @@
-"""Which settings leave the training batches, and so a pass of the base, as they are."""
+"""Sets of settings by what they affect: training batches, tuner weights or output."""
 
 from __future__ import annotations
 
@@ -18,24 +18,25 @@ def _names(*affects: str) -> frozenset[str]:
 
 
 OF_THE_TUNER = _names("tuner")
-"""Settings that change what is learnt from a batch, but not the batch."""
+"""Settings that change what the tuner learns from a batch, but not the batch."""
 OF_THE_OUTPUT = _names("output")
-"""Settings that change neither, so that a resumed run may have others."""
+"""Settings that change neither, so that a resumed run may change them."""
 SWEPT = frozenset(info.name for info in _RECORDED.values() if info.affects == "tuner" or info.swept) - {"bypass"}
-"""Settings in which the tuners of a sweep may differ, beside those of their parts."""
+"""Settings in which the tuners of a sweep may differ, in addition to those of their parts."""
 
 
 def batch_settings(config: TrainConfig, *, order: bool = True) -> dict[str, Any]:
-    """Return the recorded settings that may change the batches of a tuner that learns from features, as JSON values.
+    """Return the recorded settings that may change the batches of a tuner that trains on features, as JSON values.
 
     Args:
-        config: the settings.
-        order: whether to include those that only say which samples form a batch, and those that are compared by hash.
+        config: settings of the run.
+        order: whether to include settings that only affect the grouping of samples into batches, and those that are
+            compared by hash.
     """
     left_out = {"tuner", "output"} if order else {"tuner", "output", "order", "content"}
     return {name: value for name, value in config.recorded().items() if _affects(name) not in left_out}
 
 
 def identity_settings(config: TrainConfig) -> dict[str, Any]:
-    """Return the recorded settings that decide the weights of the tuner, as plain JSON values."""
+    """Return the recorded settings that determine the weights of the tuner, as plain JSON values."""
     return {name: value for name, value in config.recorded().items() if _affects(name) != "output"}

@@ -1,7 +1,7 @@
-"""Settings of tuner families in a training run: which families there are, and those of other packages.
+"""Settings of the registered tuner families in `TrainConfig`.
 
-`TrainConfig` declares the settings of the built-in families as fields. Those of further registered families are extra
-values of a config, checked here.
+`TrainConfig` declares the settings of the built-in families as fields. The settings of families of other packages are
+extra values of the config, validated here.
 """
 
 from __future__ import annotations
@@ -22,24 +22,28 @@ def with_families(model: type[Model]) -> type[Model]:
     """Return a training config's class with a field for each registered family.
 
     Raises:
-        SettingsError: if a family has the name of another setting.
+        SettingsError: if a family has the same name as another setting.
     """
     further = _further_families(model)
     return _extended(model, further) if further else model
 
 
 def command_line_class(model: type[Model]) -> type[Model]:
-    """Return `with_families(model)` whose field `tuner` lists the families and their summaries in its help."""
+    """Return `with_families(model)` with a help text of the field `tuner` that lists the families."""
     families = tuner_families()
     return _command_line_class(with_families(model), families)
 
 
 def checked_families(model: type[BaseModel], values: dict[str, Any]) -> dict[str, Any]:
-    """Return the values of a training config with those of further families checked, and defaults for trained ones.
+    """Validate the settings of families of other packages, and add the defaults of those that are trained.
+
+    Args:
+        model: class of the training config.
+        values: its values by name.
 
     Raises:
-        SettingsError: if a name is no setting.
-        ValidationError: if the value of a further family is not allowed.
+        SettingsError: if a setting is unknown.
+        ValidationError: if a setting of a family of another package is invalid.
     """
     unknown = first_unknown(with_families(model), values)
     if unknown is not None:
@@ -69,7 +73,7 @@ FamilyName: TypeAlias = Annotated[str, AfterValidator(_known)]
 
 
 def _further_families(model: type[BaseModel]) -> tuple[TunerFamily, ...]:
-    """Return the families for which the class has no field."""
+    """Return the registered families for which the class has no field."""
     further = []
     for family in tuner_families():
         field = model.model_fields.get(family.name)
@@ -99,4 +103,6 @@ def _command_line_class(model: type[Model], families: tuple[TunerFamily, ...]) -
     return create_model(model.__name__, __base__=model, __doc__=model.__doc__, tuner=tuner)
 
 
-_TUNER = "Family of the tuner. Several make one tuner of several parts: `text` with another is for one subject."
+_TUNER = (
+    "Tuner family. Several families make one tuner with several parts; for one subject, combine `text` with another."
+)

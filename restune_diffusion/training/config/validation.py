@@ -1,4 +1,4 @@
-"""Settings of the sample images and of the drift, which show how training goes."""
+"""Validation settings: sample images and drift during training."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ from .renamed import renamed
 
 
 class ValidationConfig(Settings):
-    """Sample images that show how training goes."""
+    """Sample images, generated during training, and measurement of the drift from the base."""
 
     prompts: tuple[str, ...] = setting((), affects="output")
-    """Prompts to draw; without any, no samples are made."""
+    """Prompts of the sample images; without prompts, no samples are generated."""
     every: int = setting(0, affects="output", ge=0)
-    """Draw every so many steps; 0 draws only at the start and the end."""
+    """Generate samples every N steps, in addition to the start and the end; 0 generates them only then."""
     steps: int = setting(25, affects="output", gt=0)
-    """Denoising steps of a sample."""
+    """Denoising steps of each sample."""
     guidance: float = setting(7.5, affects="output", ge=0)
-    """Classifier-free guidance of a sample."""
+    """Classifier-free guidance scale of the samples."""
     seed: int = setting(0, affects="output")
-    """Seed of every sample, so that the images of two steps differ by the training alone."""
-    # The files of before know these by their old name.
+    """Seed of every sample. It is the same throughout training, so that samples of two steps are comparable."""
+    # Recorded under their old name, which existing tuner files use.
     drift_prompts: tuple[str, ...] | None = setting(None, affects="output", recorded="leak_prompts")
-    """Prompts without the subject, for which the drift from the base is logged as `leak`, in percent; --class-prompt
-    where not given."""
+    """Prompts without the subject. The drift from the base for these prompts is logged as `leak`, in percent. If not
+    set, --class-prompt."""
     control_images: tuple[Path, ...] = setting((), affects="output", recorded=False)
-    """What steers the samples of a control tuner: for each prompt one image for each condition. As in training, these
-    are condition images, or pictures to make them from where the condition is made."""
+    """Control images for the samples of a `control` tuner: one per prompt and condition. As in training, these are
+    condition images, or images to compute the condition from if it is computed."""
 
     @model_validator(mode="before")
     @classmethod

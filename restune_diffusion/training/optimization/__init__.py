@@ -1,1 +1,1 @@
-"""Optimizers, their state in checkpoints, learning rates by part, and the averaged weights."""
+"""Optimizers, their state in checkpoints, learning rates by part, and weight averaging."""

@@ -1,4 +1,4 @@
-"""The moving average of a tuner's weights, which is smoother than any of its states."""
+"""Exponential moving average (EMA) of a tuner's weights."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from torch import nn
 
 
 class TunerAverage:
-    """Exponential moving average of the parameters, by diffusers' `EMAModel`.
+    """Exponential moving average of a tuner's parameters, computed by diffusers' `EMAModel`.
 
-    After `n` steps the average keeps `min(decay, n / (9 + n))` of itself, so that the start is soon forgotten.
+    The decay at step `n` is `min(decay, n / (9 + n))`, so that the initial weights have little influence.
 
     Args:
-        tuner: its parameters are averaged, in their own dtype and on their device.
-        decay: the share that is kept in the long run.
+        tuner: tuner whose parameters are averaged, in their dtype and on their device.
+        decay: limit of the decay.
     """
 
     def __init__(self, tuner: nn.Module, decay: float) -> None:
@@ -26,12 +26,12 @@ class TunerAverage:
         self._model = EMAModel(tuner.parameters(), decay=decay)
 
     def update(self) -> None:
-        """Take the tuner's present weights in."""
+        """Update the average with the tuner's current weights."""
         self._model.step(self._tuner.parameters())
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """Let the tuner have the average as its weights meanwhile."""
+        """Context manager that replaces the tuner's weights by the average, and restores them at the end."""
         own = [parameter.detach().clone() for parameter in self._tuner.parameters()]
         self._model.copy_to(self._tuner.parameters())
         try:
@@ -42,14 +42,14 @@ class TunerAverage:
                     parameter.copy_(value)
 
     def state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-        """Return the average by parameter name, on the CPU, and the settings and the count as plain values."""
+        """Return the average by parameter name, on the CPU, and the EMA settings and step count as plain values."""
         state = self._model.state_dict()
         names = [name for name, _ in self._tuner.named_parameters()]
         values = [value.to("cpu", copy=True).contiguous() for value in state.pop("shadow_params")]
         return dict(zip(names, values, strict=True)), state
 
     def load_state(self, tensors: dict[str, torch.Tensor], settings: dict[str, Any]) -> None:
-        """Take over what `state` returned.
+        """Load a state returned by `state`.
 
         Raises:
             KeyError: if a parameter's average is missing.

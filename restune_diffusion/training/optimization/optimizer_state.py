@@ -1,4 +1,4 @@
-"""An optimizer's state as named tensors and plain values, which need no pickle, and back."""
+"""Convert an optimizer's state to named tensors and plain values, which need no pickle, and back."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ _PARAMETER, _INNER = ":", "/"
 def flatten_state(
     state: Mapping[int, Mapping[str, Any]], names: Sequence[str]
 ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """Split the `state` of an optimizer's `state_dict` into tensors, on the CPU, and values that JSON can hold.
+    """Split the `state` of an optimizer's `state_dict` into tensors, on the CPU, and JSON-serializable values.
 
     Args:
-        state: for each parameter, by its number, the entries; an entry may be a mapping again, as bitsandbytes has it.
-        names: names of the parameters.
+        state: entries of each parameter, by its index; an entry may be a nested mapping, as in bitsandbytes.
+        names: names of the parameters, by index.
 
     Returns:
-        Both by `parameter:entry`, or `parameter:entry/inner`.
+        Tensors and values, both with keys `parameter:entry` or `parameter:entry/inner`.
     """
     tensors: dict[str, torch.Tensor] = {}
     values: dict[str, Any] = {}
@@ -28,7 +28,7 @@ def flatten_state(
         for key, value in _leaves(entries):
             name = f"{names[index]}{_PARAMETER}{key}"
             if isinstance(value, torch.Tensor):
-                # Copied, because bitsandbytes' tables are one tensor for all, which safetensors would not write twice.
+                # Copied, because bitsandbytes shares a table among parameters and safetensors rejects shared tensors.
                 tensors[name] = value.detach().to("cpu", copy=True).contiguous()
             else:
                 values[name] = value
@@ -36,10 +36,10 @@ def flatten_state(
 
 
 def unflatten_state(flat: Mapping[str, Any], names: Sequence[str]) -> dict[int, dict[str, Any]]:
-    """Return the `state` that `flatten_state` split; `flat` holds tensors and values alike.
+    """Return the inverse of `flatten_state`; `flat` contains the tensors and the values.
 
     Raises:
-        KeyError: if an entry is of a parameter that is not among the names.
+        KeyError: if an entry belongs to a parameter that is not in `names`.
     """
     indices = {name: index for index, name in enumerate(names)}
     state: dict[int, dict[str, Any]] = {}

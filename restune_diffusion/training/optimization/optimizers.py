@@ -1,4 +1,4 @@
-"""Optimizers by name, from the libraries that keep them."""
+"""Optimizers by name, from torch, transformers, bitsandbytes, prodigyopt and lion-pytorch."""
 
 from __future__ import annotations
 
@@ -14,29 +14,29 @@ Parameters = Iterable[torch.nn.Parameter] | Iterable[dict[str, Any]]
 
 
 def make_optimizer(name: str, parameters: Parameters, *, learning_rate: float, weight_decay: float) -> Any:
-    """Return an optimizer of the parameters.
+    """Return the optimizer of a name.
 
     Args:
         name: `adamw`, `adamw8bit`, `prodigy`, `adafactor` or `lion`.
-        parameters: what it moves, or groups of it with rates of their own.
-        learning_rate: its rate; for Prodigy a factor on the rate that it finds.
-        weight_decay: decoupled from the gradient in all of them.
+        parameters: parameters to optimize, or parameter groups with their own learning rates.
+        learning_rate: learning rate; for Prodigy, a factor on its adaptive rate.
+        weight_decay: weight decay, decoupled from the gradient in all optimizers.
 
     Raises:
-        TrainingError: if the library that has it is not installed.
+        TrainingError: if the optimizer's library is not installed.
     """
     optimizer: Any = _MAKERS[name](parameters, lr=learning_rate, weight_decay=weight_decay)
     return optimizer
 
 
 def effective_learning_rate(optimizer: Any, scheduled: float) -> float:
-    """Return the rate of the next step: the scheduled one, times what Prodigy has found (`d`, arXiv 2306.06101)."""
+    """Return the learning rate of the next step: the scheduled rate, times Prodigy's `d` (arXiv 2306.06101)."""
     return scheduled * float(optimizer.param_groups[0].get("d", 1.0))
 
 
 def _adafactor(parameters: Parameters, **settings: Any) -> Any:
     adafactor = _library("adafactor", "transformers.optimization", "transformers").Adafactor
-    # Rates relative to a weight's own size would hardly move the weights that start at zero, as each tuner has some.
+    # Rates relative to the size of a weight would hardly update weights that start at zero, which each tuner has.
     return adafactor(parameters, scale_parameter=False, relative_step=False, warmup_init=False, **settings)
 
 
@@ -45,9 +45,9 @@ def _adamw8bit(parameters: Parameters, **settings: Any) -> Any:
 
 
 def _prodigy(parameters: Parameters, **settings: Any) -> Any:
-    # What its authors advise for diffusion models (README of prodigyopt).
-    advised = {"decouple": True, "use_bias_correction": True, "safeguard_warmup": True}
-    return _library("prodigy", "prodigyopt", "prodigyopt").Prodigy(parameters, **advised, **settings)
+    # Recommended for diffusion models in the README of prodigyopt.
+    recommended = {"decouple": True, "use_bias_correction": True, "safeguard_warmup": True}
+    return _library("prodigy", "prodigyopt", "prodigyopt").Prodigy(parameters, **recommended, **settings)
 
 
 def _lion(parameters: Parameters, **settings: Any) -> Any:
@@ -69,5 +69,5 @@ def _library(name: str, module: str, package: str) -> Any:
     except ImportError as error:
         raise TrainingError(
             f"The optimizer {name} needs {package}; run pip install 'restune-diffusion[optimizers]', "
-            f"or choose another one."
+            f"or choose another optimizer."
         ) from error

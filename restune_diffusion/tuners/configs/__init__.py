@@ -1,7 +1,7 @@
-"""Settings of the built-in tuner families, one a module, which registers its family.
+"""Settings of the built-in tuner families. Each module defines the settings of one family and registers it.
 
-They are apart from the modules of the equations, `tuners/<family>.py`, so that a command line shows them without
-waiting for torch.
+They are separate from the modules of the equations, `tuners/<family>.py`, so that a command line can show its help
+without importing torch.
 """
 
 from ..registry import PartConfig, parts_from_json, parts_to_json

@@ -1,4 +1,4 @@
-"""Settings of the family `bypass`, and its registration."""
+"""Settings and registration of the family `bypass`."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ class BypassConfig(PartConfig):
     """Res-Tuning-Bypass: a side network that reads detached features and writes at the U-Net's output head.
 
     `b_l = lam_l * H_l(sg(x_l)) + (1 - lam_l) * V_l(b_{l-1})`, `lam_l = sigmoid` of a learned scalar
-    (Res-Tuning, arXiv 2310.19859). Training it keeps no activation of the backbone for backward.
+    (Res-Tuning, arXiv 2310.19859). Training stores no activations of the backbone for the backward pass.
     """
 
     writes_at_out_alone: ClassVar[bool] = True
 
     part: Literal["bypass"] = "bypass"
     ratio: float = Field(default=0.5, gt=0, le=8)
-    """Width of the bypass state over the width of the tapped feature."""
+    """Width of the bypass state, as a multiple of the width of the tapped feature."""
     expansion: float = Field(default=2.0, gt=0, le=8)
-    """Width inside a vertical tuner over the width of the bypass state."""
+    """Inner width of a vertical tuner, as a multiple of the width of the bypass state."""
     taps: tuple[str, ...] = ()
-    """Patterns of the sites that the bypass reads: skips, mid and up blocks of a U-Net, blocks of a transformer.
-    Without any, the shallowest skip and the last up block of a U-Net, from which few pictures teach most, and all
-    blocks of a transformer; `*` is the whole chain of the paper."""
+    """Patterns of the sites that the bypass reads: skips, mid and up blocks of a U-Net, blocks of a transformer. If
+    not set, the shallowest skip and the last up block of a U-Net, the best choice for few images, and all blocks of a
+    transformer. `*` selects the whole chain of the paper."""
 
 
 register_lazy_tuner_family(

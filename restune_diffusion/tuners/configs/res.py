@@ -1,4 +1,4 @@
-"""Settings of the family `res`, and its registration."""
+"""Settings and registration of the family `res`."""
 
 from __future__ import annotations
 
@@ -12,50 +12,53 @@ ResKind: TypeAlias = Literal["adapter", "prefix", "prompt", "lora", "attention"]
 
 
 class ResConfig(PartConfig):
-    """Res-Tuning: a tuner in parallel to an operation of the transformer blocks (Res-Tuning, arXiv 2310.19859).
+    """Res-Tuning: tuners in parallel to operations of the transformer blocks (Res-Tuning, arXiv 2310.19859).
 
-    `y = OP(x) + Tuner(x)` for any of four operations, each with a kind of tuner of its own or none. The default is
-    the paper's dual form, an adapter beside attention and one beside the feed-forward network.
+    `y = OP(x) + Tuner(x)` for any of four operations, each with its own type of tuner or none. The default is the
+    paper's dual form: one adapter in parallel to self-attention and one in parallel to the feed-forward network.
     """
 
     part: Literal["res"] = "res"
     self_attention: ResKind | None = "adapter"
-    """Kind of tuner beside self-attention."""
+    """Type of the tuner in parallel to self-attention."""
     cross_attention: ResKind | None = None
-    """Kind of tuner beside cross-attention."""
+    """Type of the tuner in parallel to cross-attention."""
     feed_forward: ResKind | None = "adapter"
-    """Kind of tuner beside the feed-forward network."""
+    """Type of the tuner in parallel to the feed-forward network."""
     block: ResKind | None = None
-    """Kind of tuner beside the whole transformer block."""
+    """Type of the tuner in parallel to the whole transformer block."""
     width: int = Field(default=16, gt=0, le=4096)
-    """Width of an adapter's bottleneck, rank of lora and attention, number of tokens of prefix and prompt."""
+    """Bottleneck width of an adapter, rank of lora and attention, number of tokens of prefix and prompt."""
     alpha: float | None = Field(default=None, gt=0, allow_inf_nan=False)
-    """Factor `alpha / width` on what lora adds; the width where not given, which makes the factor 1."""
+    """Numerator of the factor `alpha / width` on the lora residual. If not set, the factor is 1."""
     gate: Literal["exact", "scale"] = "scale"
-    """For prefix and prompt beside attention: share the softmax with the frozen keys (exact), or add beside it."""
+    """For prefix and prompt in parallel to attention: `exact` shares the softmax with the frozen keys, `scale` adds a
+    separate attention with a learned factor."""
     scale: Literal["scalar", "channel"] = "scalar"
-    """Learned factor on a tuner's residual: one number, or one for each channel. lora has none."""
+    """Learned factor on a tuner's residual: one number (`scalar`) or one per channel (`channel`). lora has none."""
     linears: tuple[str, ...] = ("*",)
-    """For lora: patterns of the linear layers that get one, for instance `to_q` or `net.2`."""
+    """For lora: patterns of the linear layers that get LoRA, for instance `to_q` or `net.2`."""
     sites: tuple[str, ...] = ("*",)
     """Patterns of the transformer blocks that get tuners, for instance `up.*` or `down.1.attn.0.block.0`."""
     grad_depth: int | None = Field(default=None, ge=1, le=256)
-    """Of these only the last so many transformer blocks of the base; gradients end there (as the late layers of SHERL,
-    ECCV 2024). One keeps little more for backward than a bypass, all keep what LoRA on them keeps."""
+    """Tune only those of these blocks that are among the last N transformer blocks of the base; backpropagation stops
+    there (as with the late layers of SHERL, ECCV 2024). One block needs little more activation memory than a bypass;
+    all blocks need as much as LoRA on them."""
 
     @model_validator(mode="after")
     def _some_operation_is_tuned(self) -> ResConfig:
         if not self.operations:
-            raise ValueError("no operation has a tuner; choose a kind for at least one")
+            raise ValueError("no operation has a tuner; choose a type of tuner for at least one operation")
         if self.block == "lora" and "lora" in (self.self_attention, self.cross_attention, self.feed_forward):
             raise ValueError(
-                "lora beside the block covers the linear layers of all its operations; choose one of both"
+                "block = lora covers the linear layers of all operations; "
+                "set lora for the block or for its operations, not for both"
             )
         return self
 
     @property
     def operations(self) -> dict[str, ResKind]:
-        """Kind of tuner by the last step of a site's name: `self`, `cross`, `ff`, `block`."""
+        """Type of tuner by the last part of the site name: `self`, `cross`, `ff` or `block`."""
         chosen = {
             "self": self.self_attention,
             "cross": self.cross_attention,
@@ -68,5 +71,5 @@ class ResConfig(PartConfig):
 register_lazy_tuner_family(
     ResConfig,
     "restune_diffusion.tuners.res:ResPart",
-    summary="Adapter, prefix, prompt, LoRA or attention beside operations of the transformer blocks (Res-Tuning).",
+    summary="Adapter, prefix, prompt, LoRA or attention in parallel to operations of transformer blocks (Res-Tuning).",
 )

@@ -1,4 +1,4 @@
-"""Settings of the family `skip`, and its registration."""
+"""Settings and registration of the family `skip`."""
 
 from __future__ import annotations
 
@@ -17,12 +17,14 @@ class SkipConfig(PartConfig):
 
     part: Literal["skip"] = "skip"
     ratio: float = Field(default=1.0, gt=0, le=8)
-    """Width of the bottleneck over the width of the skip feature."""
+    """Width of the bottleneck, as a multiple of the width of the skip feature."""
     sites: tuple[str, ...] = ("skip.*",)
-    """Patterns of the sites that get a tuner, for instance `skip.0-3`; `SitePattern` says how they are written."""
+    """Patterns of the skip connections that get a tuner, for instance `skip.0-3`; `restune_diffusion.SitePattern`
+    describes the syntax."""
     grad_depth: int | None = Field(default=None, ge=1, le=64)
-    """Of these only the skips that the last so many up blocks take; gradients end there (as the late layers of SHERL,
-    ECCV 2024). Beside a bypass it is the dial from least memory (bypass alone) to most capacity (no limit)."""
+    """Tune only those of these skips that enter the last N up blocks; backpropagation stops there (as with the late
+    layers of SHERL, ECCV 2024). Combined with a bypass, it sets the trade-off between least memory (bypass alone) and
+    most capacity (no limit)."""
 
 
 register_lazy_tuner_family(

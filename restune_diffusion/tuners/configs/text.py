@@ -1,4 +1,4 @@
-"""Settings of the family `text`, and its registration."""
+"""Settings and registration of the family `text`."""
 
 from __future__ import annotations
 
@@ -12,51 +12,56 @@ Token: TypeAlias = Annotated[str, StringConstraints(pattern=r"^\S{1,64}$")]
 
 
 class TextConfig(PartConfig):
-    """New words for text encoders (Textual Inversion, arXiv 2208.01618), and LoRA on their layers (arXiv 2106.09685).
+    """Placeholder tokens for text encoders (Textual Inversion, arXiv 2208.01618), and LoRA (arXiv 2106.09685).
 
-    Neither touches the encoder or the tokenizer: the vectors of the words replace embeddings as they are looked up,
-    and LoRA adds `(alpha / rank) B A x` to what a linear layer returns.
+    Neither changes the encoder or the tokenizer: the vectors of the placeholder tokens replace embeddings at lookup,
+    and LoRA adds `(alpha / rank) B A x` to the output of a linear layer.
     """
 
     acts_on_text_encoders: ClassVar[bool] = True
 
     part: Literal["text"] = "text"
     tokens: tuple[Token, ...] = Field(default=(), max_length=64)
-    """New words as they are written in prompts, for instance `<dog>`; upper and lower case are the same."""
+    """Placeholder tokens for prompts, for instance `<dog>`; not case-sensitive."""
     initializers: tuple[Annotated[str, StringConstraints(max_length=200)], ...] = ()
-    """For each new word what it starts as: known words, whose vectors' mean it gets, or nothing for small random
-    vectors."""
+    """Initializer of each placeholder token: existing words, whose embeddings are averaged, or an empty string for
+    small random vectors."""
     vectors_per_token: int = Field(default=1, gt=0, le=64)
-    """How many vectors stand for a new word; each takes a place of the prompt's 75."""
+    """Vectors per placeholder token; each takes one of the 75 tokens of a prompt."""
     rank: int = Field(default=4, ge=0, le=4096)
-    """Rank of LoRA; 0 for new words alone."""
+    """Rank of LoRA; 0 trains placeholder tokens only."""
     alpha: float | None = Field(default=None, gt=0, allow_inf_nan=False)
-    """Factor `alpha / rank` on what LoRA adds; the rank where not given, which makes the factor 1."""
+    """Numerator of the factor `alpha / rank` on the LoRA residual. If not set, the factor is 1."""
     linears: tuple[str, ...] = ("*",)
     """Patterns of the linear layers that get LoRA, for instance `self_attn.*` or `mlp.fc1`."""
     encoders: tuple[str, ...] = ("*",)
-    """Patterns of the text encoders that the part is for: `text_encoder`, and of SDXL `text_encoder_2` too."""
+    """Patterns of the text encoders to tune: `text_encoder`, for SDXL also `text_encoder_2`."""
 
     @model_validator(mode="after")
     def _something_is_trained(self) -> TextConfig:
         if not self.tokens and not self.rank:
-            raise ValueError("there is neither a new token nor LoRA; give tokens, or a rank above 0")
+            raise ValueError("there are no tokens and the rank of LoRA is 0; set tokens, or a rank above 0")
         if len({token.lower() for token in self.tokens}) != len(self.tokens):
-            raise ValueError("two new tokens are the same, as upper and lower case do not count")
+            raise ValueError(
+                f"tokens = {' '.join(self.tokens)} are not unique, ignoring case; remove or rename the duplicates"
+            )
         if not all(token.isprintable() for token in self.tokens):
-            raise ValueError("a new token holds a character that cannot be shown")
+            raise ValueError(f"tokens = {self.tokens!r} contain a non-printable character; remove it")
         if self.initializers and len(self.initializers) != len(self.tokens):
-            raise ValueError(f"there are {len(self.initializers)} initializers for {len(self.tokens)} tokens")
+            raise ValueError(
+                f"there are {len(self.initializers)} initializers for {len(self.tokens)} tokens; "
+                "give one per token, or none"
+            )
         return self
 
     @property
     def new_words(self) -> tuple[str, ...]:
-        """The new tokens."""
+        """Placeholder tokens, as in `tokens`."""
         return self.tokens
 
 
 register_lazy_tuner_family(
     TextConfig,
     "restune_diffusion.tuners.text:TextPart",
-    summary="New words for the text encoders (Textual Inversion), and LoRA on their layers.",
+    summary="Placeholder tokens for the text encoders (Textual Inversion), and LoRA on their layers.",
 )

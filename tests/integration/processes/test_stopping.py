@@ -73,7 +73,7 @@ def test_the_first_signal_saves_a_checkpoint_and_exits_with_zero(
     (checkpoint,) = list_checkpoints(stopped.output)
     step = int(checkpoint.name[-6:])
     last = errors.strip().splitlines()[-1]
-    assert last.startswith(f"restune: Stopped after step {step} of {FOREVER}, as asked; {checkpoint} is saved")
+    assert last.startswith(f"restune: Stopped after step {step} of {FOREVER}, as requested; {checkpoint} is saved")
     assert "--resume" in last
     assert (stopped.output / "metrics.jsonl").read_text().count("\n") == step
     assert not stopped.file.exists()

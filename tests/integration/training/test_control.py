@@ -268,7 +268,7 @@ def test_settings_that_do_not_go_together_are_refused() -> None:
         make(tuner="control", control={"conditions": ("a", "b")}, validation={"prompts": ("p",)})
     with pytest.raises(ValueError, match="need 0 control images"):
         make(validation={"prompts": ("p",), "control_images": ("x.png",)})
-    with pytest.raises(ValueError, match="not a control tuner"):
+    with pytest.raises(ValueError, match="control_data is given, but the tuner to train is not a control tuner"):
         make(control_data="c")
     with pytest.raises(ValueError, match="each once"):
         make(tuner=("skip", "skip"))

@@ -268,14 +268,20 @@ def test_two_processes_share_the_drawing_and_train_as_one(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"preservation": "none", "num_class_images": 5}, "settings of preservation are given"),
-        ({"preservation": "none", "prior_loss_weight": 0.5}, "settings of preservation are given"),
-        ({"preservation": "output", "class_data": "c"}, "output preservation needs no class images"),
+        ({"preservation": "none", "num_class_images": 5}, "is set, but preservation is none"),
+        ({"preservation": "none", "prior_loss_weight": 0.5}, "is set, but preservation is none"),
+        ({"preservation": "output", "class_data": "c"}, "output preservation uses no class images"),
         ({"preservation": "output", "class_prompt": " "}, "give --class-prompt"),
         ({"preservation": "prior", "class_prompt": None}, "give --class-prompt"),
         ({"preservation": "prior", "tuner": "control"}, "choose output preservation"),
-        ({"tuner": "control", "validation": {"drift_prompts": ("a disc",)}}, "no drift can be measured"),
-        ({"tuner": ("skip", "text"), "text": TEXT, "class_prompt": "a <zorp>"}, "has the subject's own word"),
+        (
+            {"tuner": "control", "validation": {"drift_prompts": ("a disc",)}},
+            "drift prompts do not support a control tuner",
+        ),
+        (
+            {"tuner": ("skip", "text"), "text": TEXT, "class_prompt": "a <zorp>"},
+            "contains a placeholder token of the subject",
+        ),
     ],
 )
 def test_settings_that_do_not_go_together_are_refused(

@@ -96,12 +96,12 @@ def test_resuming_changes_nothing_and_samples_are_drawn(config: MakeConfig, tmp_
     assert len(train(part, verbose=False).samples) == 2
     resumed = train(part.model_copy(update={"steps": 3, "resume": True}), verbose=False)
     assert_same(whole.path, resumed.path)
-    unquantised = part.model_copy(update={"steps": 3, "resume": True, "base_quantization": None})
+    unquantized = part.model_copy(update={"steps": 3, "resume": True, "base_quantization": None})
     with pytest.raises(TrainingError, match="cannot be resumed with base_quantization = None"):
-        train(unquantised, verbose=False)
+        train(unquantized, verbose=False)
 
 
-def test_lora_beside_a_quantised_layer_adds_what_it_adds_beside_a_plain_one(quantized: Any) -> None:
+def test_lora_beside_a_quantized_layer_adds_what_it_adds_beside_a_plain_one(quantized: Any) -> None:
     tuner = Tuner.for_base(quantized, LORA)
     randomize(tuner)
     site, lora = next(iter(next(iter(tuner.parts())).loras().items()))  # type: ignore[attr-defined]
@@ -120,21 +120,21 @@ def test_lora_beside_a_quantised_layer_adds_what_it_adds_beside_a_plain_one(quan
         torch.testing.assert_close(seen[1], layer(seen[0]) + lora(seen[0]))
 
 
-def test_lora_does_not_merge_into_quantised_weights(quantized: Any) -> None:
+def test_lora_does_not_merge_into_quantized_weights(quantized: Any) -> None:
     tuner = Tuner.for_base(quantized, LORA)
     with pytest.raises(RestuneError, match=r"is quantized \(Int8Tensor\) and cannot be changed; attach the tuner"):
         merge_lora(quantized, tuner)
 
 
 def test_what_cannot_be_is_refused(config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(TrainingError, match="A pipeline that is in use is not quantised"):
+    with pytest.raises(TrainingError, match="A pipeline passed as an argument is not quantized"):
         train(config(base_quantization="int8"), pipeline=tiny.sd_pipeline(), verbose=False)
     monkeypatch.setitem(sys.modules, "torchao.quantization", None)
     with pytest.raises(TrainingError, match=r"needs torchao; run pip install 'restune-diffusion\[quantization\]'"):
         quantize_base(nn.Linear(2, 2))
 
 
-def test_the_hash_of_a_quantised_base_tells_its_weights(quantized: Any) -> None:
+def test_the_hash_of_a_quantized_base_tells_its_weights(quantized: Any) -> None:
     before = models_hash([quantized])
     assert before == models_hash([quantized]) != models_hash([make_unet()])
     weight = quantized.get_submodule("down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q").weight
@@ -144,10 +144,10 @@ def test_the_hash_of_a_quantised_base_tells_its_weights(quantized: Any) -> None:
 
 
 @pytest.mark.usefixtures("torchao")
-def test_a_bypass_trains_from_the_features_of_a_quantised_base(config: MakeConfig, tmp_path: Path) -> None:
+def test_a_bypass_trains_from_the_features_of_a_quantized_base(config: MakeConfig, tmp_path: Path) -> None:
     common = {"tuner": "bypass", "feature_cache": 1, "feature_cache_dir": tmp_path / "banks", "steps": 2}
     plain = train(config(output=tmp_path / "plain", **common), verbose=False)
-    quantised = train(config(output=tmp_path / "int8", base_quantization="int8", **common), verbose=False)
+    quantized_run = train(config(output=tmp_path / "int8", base_quantization="int8", **common), verbose=False)
     assert len(list((tmp_path / "banks").iterdir())) == 2
-    assert plain.losses != quantised.losses
-    assert plain.losses == pytest.approx(quantised.losses, rel=0.1)
+    assert plain.losses != quantized_run.losses
+    assert plain.losses == pytest.approx(quantized_run.losses, rel=0.1)

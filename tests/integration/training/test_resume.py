@@ -107,7 +107,7 @@ def test_a_run_with_a_constant_rate_can_be_prolonged(config: MakeConfig, tmp_pat
         ({"tuner": "bypass"}, "tuner = bypass"),
         ({"skip": {"ratio": 0.5}}, r"skip\.ratio = 0\.5"),
         ({"lr_scheduler": "linear"}, "lr_scheduler = linear, because it was made with constant"),
-        ({"steps": 1}, "is beyond the 1 steps"),
+        ({"steps": 1}, "is beyond the requested 1 steps; set steps to 2 or more"),
     ],
 )
 def test_resuming_with_other_settings_is_refused(config: MakeConfig, changes: dict[str, Any], message: str) -> None:

@@ -117,7 +117,7 @@ def test_learning_rates_differ(config: MakeConfig, zorps: Path) -> None:
 
 
 def test_what_cannot_be_is_refused(config: MakeConfig, zorps: Path) -> None:
-    with pytest.raises(TrainingError, match="No caption has the new word <zorp>"):
+    with pytest.raises(TrainingError, match="No caption contains the placeholder token <zorp>"):
         train(config(tuner="text", text=TEXT), verbose=False)
     with pytest.raises(ValidationError, match="a text learning rate is given, but the tuner"):
         config(text_learning_rate=1e-3)

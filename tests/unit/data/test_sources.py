@@ -114,7 +114,7 @@ def test_trigger_and_template(caption: str, trigger: str | None, template: str |
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"caption_template": "{captoin}"}, r"\{captoin\}, but knows only \{trigger\} and \{caption\}"),
+        ({"caption_template": "{captoin}"}, r"unknown field \{captoin\}; use \{trigger\} and \{caption\}"),
         ({"caption_template": "{trigger}"}, "there is no trigger_word"),
         ({"mask_data": "m"}, "need each other"),
         ({"masked_loss": "files"}, "need each other"),

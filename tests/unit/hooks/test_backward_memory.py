@@ -177,9 +177,12 @@ def test_the_last_transformer_block_keeps_less_than_a_bypass():
     ("config", "fault"),
     [
         (SkipConfig(grad_depth=5), "This base has 4 up blocks, but grad_depth is 5"),
-        (SkipConfig(grad_depth=1, sites=("skip.7",)), "None of the chosen skips reaches the last 1 up blocks"),
-        (ResConfig(grad_depth=17), "This base has 16 transformer blocks, but a grad_depth of 17"),
-        (ResConfig(grad_depth=2, sites=("mid.*",)), "None of the chosen transformer blocks is among the last 2, up.3"),
+        (SkipConfig(grad_depth=1, sites=("skip.7",)), "None of the selected skips enters the last 1 up blocks"),
+        (ResConfig(grad_depth=17), "This base has 16 transformer blocks, but grad_depth is 17"),
+        (
+            ResConfig(grad_depth=2, sites=("mid.*",)),
+            "None of the selected transformer blocks is among the last 2, up.3",
+        ),
     ],
 )
 def test_a_depth_that_leaves_nothing_is_refused(config, fault):

@@ -345,8 +345,8 @@ def test_another_encoder_is_refused_by_name(parts: dict[str, Any], pipe: Any, xl
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"rank": 0}, "neither a new token nor LoRA"),
-        ({"tokens": ("<dog>", "<DOG>")}, "two new tokens are the same"),
+        ({"rank": 0}, "no tokens and the rank of LoRA is 0"),
+        ({"tokens": ("<dog>", "<DOG>")}, "are not unique, ignoring case"),
         ({"tokens": ("a dog",)}, "tokens"),
         ({"tokens": ("<dog>",), "initializers": ("a", "b")}, "2 initializers for 1 tokens"),
     ],

@@ -159,10 +159,13 @@ def test_the_course_of_the_rate_is_the_one_asked_for(config: MakeConfig) -> None
     ("changes", "message"),
     [
         ({"optimizer": "prodigy"}, "set it to 1"),
-        ({"snr_gamma": 5.0, "debiased_estimation": True}, "one weighting"),
+        ({"snr_gamma": 5.0, "debiased_estimation": True}, "choose one loss weighting"),
         ({"min_timestep": 5, "max_timestep": 5}, "min_timestep must be below"),
-        ({"lr_step_rules": "1:2,0.5"}, "lr_step_rules are for"),
-        ({"lr_scheduler": "piecewise_constant"}, "lr_step_rules are for"),
+        ({"lr_step_rules": "1:2,0.5"}, "lr_step_rules and lr_scheduler = piecewise_constant need each other"),
+        (
+            {"lr_scheduler": "piecewise_constant"},
+            "lr_step_rules and lr_scheduler = piecewise_constant need each other",
+        ),
         ({"lr_scheduler": "piecewise_constant", "lr_step_rules": "fast"}, "lr_step_rules"),
         ({"drop_encoders": True, "validation": {"prompts": ["a"]}}, "need the encoders"),
         ({"learnin_rate": 1.0}, "no setting learnin_rate; did you mean learning_rate"),

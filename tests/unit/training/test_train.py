@@ -170,7 +170,7 @@ def test_bases_and_sizes_that_cannot_be_trained_are_refused(config: MakeConfig, 
         train(config(resolution=20), verbose=False)
     pipeline = load_base(str(base), torch.float32)
     old = attach(pipeline.unet, Tuner.for_base(pipeline.unet, config().skip), name="old")
-    with pytest.raises(TrainingError, match="Take the tuners old off"):
+    with pytest.raises(TrainingError, match="has the tuners old attached; detach them"):
         train(config(), pipeline=pipeline, verbose=False)
     old.detach()
     pipeline.unet.register_to_config(in_channels=8)

@@ -196,7 +196,10 @@ def test_the_part_says_what_to_do_about_an_unknown_place():
 @pytest.mark.parametrize("setting", ["feed_forward", "block"])
 @pytest.mark.parametrize("kind", ["prefix", "prompt"])
 def test_the_exact_gate_is_refused_where_there_is_no_softmax_to_share(kind, setting):
-    message = f'A {kind} beside {setting} cannot have gate="exact".*choose gate="scale", or another kind for {setting}'
+    message = (
+        f'A {kind} in parallel to {setting} does not support gate="exact".*'
+        f'choose gate="scale", or another type of tuner for {setting}'
+    )
     with pytest.raises(RestuneError, match=message):
         make_part(choose(**{setting: kind}, gate="exact"))
 

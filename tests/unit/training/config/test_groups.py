@@ -216,7 +216,7 @@ def test_an_old_name_works_and_tells_the_new_one(old: str, tmp_path: Path, capsy
     with pytest.warns(RenamedSettingWarning) as warned:
         assert TrainConfig(**needed, **nested(old)) == expected
     assert [str(each.message) for each in warned] == [
-        f"{old} is now called {new}; the old name goes with the next release"
+        f"{old} is now called {new}; the old name will be removed in the next release"
     ]
     assert warned[0].filename == __file__, "it points at the caller"
 
