@@ -20,7 +20,8 @@ from .quiet import quiet_libraries
 
 TRAIN_HELP = """Train a tuner on a folder of images.
 
---base, --data and --output are required, as flags or in the YAML file of --config. All other settings have defaults.
+The settings --base, --data and --output are required, as flags or in the YAML file of --config. All others have
+defaults.
 
 Example: restune train --base ./stable-diffusion-v1-5 --data ./watercolors --output ./out
 --steps 2000 --mixed-precision fp16 --validation.prompts "a fox" "a lighthouse"

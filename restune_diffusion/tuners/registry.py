@@ -21,6 +21,7 @@ from pydantic_core import from_json
 
 from ..utils.display import printable
 from ..utils.errors import RestuneError, UnknownFamilyError
+from ..utils.settings import unwrap_help_texts
 
 if TYPE_CHECKING:
     from ..backbones import BaseInfo
@@ -42,7 +43,12 @@ class PartConfig(BaseModel):
     with defaults.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
+        super().__pydantic_init_subclass__(**kwargs)
+        unwrap_help_texts(cls)
 
     writes_at_out_alone: ClassVar[bool] = False
     """Whether the part writes only at `out`, the input of the output head, and reads only its taps and the time

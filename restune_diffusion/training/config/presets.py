@@ -50,7 +50,7 @@ PRESETS: Mapping[str, Preset] = {
         },
     ),
     "low-memory": Preset(
-        "the lowest peak memory: no backpropagation through the U-Net",
+        "the lowest peak memory, without backpropagation through the U-Net",
         {
             "tuner": "bypass",
             "steps": 4000,
@@ -62,7 +62,7 @@ PRESETS: Mapping[str, Preset] = {
         },
     ),
     "quality": Preset(
-        "a style with the published recipe and four times the compute: larger batches, averaged weights",
+        "a style with the published recipe and four times the compute, with larger batches and averaged weights",
         {
             "tuner": "skip",
             "steps": 4000,

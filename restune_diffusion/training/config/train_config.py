@@ -50,7 +50,7 @@ class TrainConfig(FamilyFields):
     name: str = setting("tuner", affects="output", pattern=r"^[\w][\w.\- ]*$")
     """Name of the tuner, which is written to OUTPUT/NAME.safetensors."""
     preset: PresetName | None = setting(None, affects="output")
-    """Named set of settings for one purpose, listed above and in docs/training.md. Settings from --config and flags
+    """Named set of settings for one purpose, listed above and in docs/training.md. The settings in --config and flags
     override it."""
 
     tuner: FamilyName | tuple[FamilyName, ...] = "skip"
@@ -69,7 +69,7 @@ class TrainConfig(FamilyFields):
     preservation: PreservationConfig = PreservationConfig()
 
     steps: int = setting(2000, affects="tuner", gt=0)
-    """Optimizer steps."""
+    """Number of optimizer steps."""
     batch_size: int = setting(1, affects="order", swept=True, gt=0)
     """Images per forward pass and process."""
     gradient_accumulation_steps: int = setting(1, affects="order", gt=0)
@@ -219,8 +219,8 @@ class TrainConfig(FamilyFields):
     @property
     def feature_cache_folder(self) -> Path:
         """Folder of the feature caches; by default OUTPUT/feature-cache, or an existing OUTPUT/feature-bank."""
-        before = self.output / "feature-bank"
-        return self.feature_cache.folder or (before if before.is_dir() else self.output / "feature-cache")
+        old = self.output / "feature-bank"
+        return self.feature_cache.folder or (old if old.is_dir() else self.output / "feature-cache")
 
     def _is_from_preset(self, name: str) -> bool:
         """Return whether the setting has the value of the preset, which may set what this tuner does not need."""

@@ -12,8 +12,8 @@ from ..registry import PartConfig, register_lazy_tuner_family
 class BypassConfig(PartConfig):
     """Res-Tuning-Bypass: a side network that reads detached features and writes at the U-Net's output head.
 
-    `b_l = lam_l * H_l(sg(x_l)) + (1 - lam_l) * V_l(b_{l-1})`, `lam_l = sigmoid` of a learned scalar
-    (Res-Tuning, arXiv 2310.19859). Training stores no activations of the backbone for the backward pass.
+    The state is `b_l = lam_l * H_l(sg(x_l)) + (1 - lam_l) * V_l(b_{l-1})`, where `lam_l` is the sigmoid of a learned
+    scalar (Res-Tuning, arXiv 2310.19859). Training stores no activations of the backbone for the backward pass.
     """
 
     writes_at_out_alone: ClassVar[bool] = True

@@ -12,8 +12,8 @@ from ..registry import ConditionedConfig, register_lazy_tuner_family
 class ControlConfig(ConditionedConfig):
     """CSC-Tuner on the skip connections of a U-Net: generation controlled by images (SCEdit, arXiv 2312.11392).
 
-    `O_j = x_j + sum_m alpha_m (T_j^m(x_j + c_j^m) + c_j^m)`, where `c_j^m` are the features of condition `m` at skip
-    `j`.
+    The output is `O_j = x_j + sum_m alpha_m (T_j^m(x_j + c_j^m) + c_j^m)`, where `c_j^m` are the features of condition
+    m at skip j.
     """
 
     part: Literal["control"] = "control"

@@ -14,8 +14,9 @@ ResKind: TypeAlias = Literal["adapter", "prefix", "prompt", "lora", "attention"]
 class ResConfig(PartConfig):
     """Res-Tuning: tuners in parallel to operations of the transformer blocks (Res-Tuning, arXiv 2310.19859).
 
-    `y = OP(x) + Tuner(x)` for any of four operations, each with its own type of tuner or none. The default is the
-    paper's dual form: one adapter in parallel to self-attention and one in parallel to the feed-forward network.
+    The output is `y = OP(x) + Tuner(x)` for any of four operations, each with its own type of tuner or none. The
+    default is the paper's dual form: one adapter in parallel to self-attention and one in parallel to the feed-forward
+    network.
     """
 
     part: Literal["res"] = "res"

@@ -12,15 +12,14 @@ from ..registry import PartConfig, register_lazy_tuner_family
 class SkipConfig(PartConfig):
     """SC-Tuner on the skip connections of a U-Net (SCEdit, arXiv 2312.11392).
 
-    `O_j = x_j + W_up GELU(W_down x_j)` at every position of every selected skip feature.
+    The output is `O_j = x_j + W_up GELU(W_down x_j)` at every position of every selected skip feature.
     """
 
     part: Literal["skip"] = "skip"
     ratio: float = Field(default=1.0, gt=0, le=8)
     """Width of the bottleneck, as a multiple of the width of the skip feature."""
     sites: tuple[str, ...] = ("skip.*",)
-    """Patterns of the skip connections that get a tuner, for instance `skip.0-3`; `restune_diffusion.SitePattern`
-    describes the syntax."""
+    """Patterns of the skip connections that get a tuner, for instance `skip.0-3` or `skip.*`."""
     grad_depth: int | None = Field(default=None, ge=1, le=64)
     """Tune only those of these skips that enter the last N up blocks; backpropagation stops there (as with the late
     layers of SHERL, ECCV 2024). Combined with a bypass, it sets the trade-off between least memory (bypass alone) and

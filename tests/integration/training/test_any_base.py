@@ -44,7 +44,7 @@ def unets(draw: st.DrawFn) -> dict[str, Any]:
 
 @st.composite
 def configs(draw: st.DrawFn, setting: str, kind: str, blocks: list[str]) -> ResConfig:
-    """Draw a config with a kind beside one operation, and anything that goes with it beside the others."""
+    """Config with one type of tuner in parallel to one operation, and any compatible types for the others."""
     chosen = {name: draw(st.sampled_from([None, None, *KINDS])) for name in SETTINGS} | {setting: kind}
     if chosen["block"] == "lora":
         kept = ("block", setting)

@@ -1,4 +1,4 @@
-"""Training on a base that takes a mask and a masked picture beside the noisy latent."""
+"""Training on an inpainting base, whose input is the noisy latent, a mask and a masked image."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ CPU = torch.device("cpu")
 
 
 def with_channels(pipeline: Any, channels: int, kind: Any, **options: Any) -> Any:
-    """Another pipeline around a U-Net that takes so many channels."""
+    """Copy of a pipeline with a U-Net of the given number of input channels."""
     torch.manual_seed(1)
     settings = {key: value for key, value in pipeline.unet.config.items() if not key.startswith("_")}
     unet = UNet2DConditionModel(**{**settings, "in_channels": channels}).eval()

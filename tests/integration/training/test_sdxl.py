@@ -1,4 +1,4 @@
-"""Training on SDXL's structure: two text encoders, pooled text, and what the U-Net is told of each picture's size."""
+"""Training on SDXL's structure: two text encoders, pooled text embeddings and size conditioning."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Training new words and LoRA on the text encoders."""
+"""Training placeholder tokens and LoRA on the text encoders."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ def test_what_cannot_be_is_refused(config: MakeConfig, zorps: Path) -> None:
 
 
 def test_a_new_word_learns_a_character(tmp_path: Path) -> None:
-    """Five pictures of a creature that the base has never seen."""
+    """Folder of five images of a creature that is not in the base's training data."""
     data = tmp_path / "zorp"
     character.write_training(data)
     words = TextConfig(tokens=(character.TOKEN,), initializers=(character.CLASS_WORD,), rank=2)

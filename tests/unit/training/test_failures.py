@@ -18,7 +18,7 @@ from ...tiny_training import write_images
 
 MakeConfig = Callable[..., TrainConfig]
 
-# A disk with room for files of so many bytes: any larger write fails as on a full disk.
+# Maximum file size in bytes: any larger write fails as on a full disk.
 SMALL_DISK = """
 import resource, signal, sys
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)

@@ -39,7 +39,7 @@ def assert_same(one: Path, other: Path) -> None:
 
 @torch.no_grad()
 def mean_loss(pipeline: Any, images: Path, tuner: Tuner) -> float:
-    """Loss of a tuner over noise that training did not draw."""
+    """Loss of a tuner on noise that training did not sample."""
     cache = build_cache(pipeline, load_samples(find_examples(images), 16))
     objective = Objective(pipeline.scheduler)
     batches = Batches(

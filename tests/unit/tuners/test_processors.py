@@ -1,4 +1,4 @@
-"""Tuners beside attention in a whole U-Net, under each of the base's attention processors.
+"""Tuners in parallel to attention in a whole U-Net, under each of the base's attention processors.
 
 xformers' processor needs a build of xformers and is not among them: `test_xformers` is about it. Tuners read what an
 operation is called on and add to what it returns; which processor ran in between they cannot see.

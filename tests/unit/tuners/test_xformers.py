@@ -1,4 +1,4 @@
-"""Tuners beside attention under diffusers' processor for xformers, against its SDPA and its plain one.
+"""Tuners in parallel to attention under diffusers' xformers processor, compared with its SDPA and plain processors.
 
 xformers is for CUDA. 0.0.20 and 0.0.21 have an operator that runs on a CPU as well, 0.0.22 no longer: to run this
 file without a GPU, build `xformers._C` of 0.0.21 from its `csrc/attention/attention.cpp` and

@@ -28,7 +28,7 @@ def refusal(folder: Path, text: str | bytes) -> str:
     assert "\n" not in str(caught.value)
     with pytest.raises(SettingsError) as unfinished:
         given_settings(path)
-    assert str(unfinished.value) == str(caught.value), "the command line says the same"
+    assert str(unfinished.value) == str(caught.value), "the command line prints the same message"
     return str(caught.value).removeprefix(str(path))
 
 

@@ -1,4 +1,4 @@
-"""Settings in groups: each says once what it affects, and names, files and records of before hold."""
+"""Settings in groups: `affects` annotations, and compatibility with old names, files and records."""
 
 from __future__ import annotations
 
