@@ -11,8 +11,8 @@ from ...utils.settings import Settings
 
 
 class FamilyFields(Settings):
-    """Settings that may hold the config of any registered tuner family, under its name."""
+    """Base class of settings with a field for the config of each registered tuner family, under its name."""
 
     model_config = ConfigDict(extra="allow")
-    if not TYPE_CHECKING:  # mypy takes it for an argument
+    if not TYPE_CHECKING:  # mypy would treat it as an argument of the constructor
         __pydantic_extra__: dict[str, SerializeAsAny[PartConfig]]

@@ -101,6 +101,14 @@ def test_help_lists_what_presets_set(restune: Restune) -> None:
     assert "--config YAML" in output
 
 
+def test_help_texts_wrap_at_the_width_of_the_terminal(restune: Restune, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "1000")
+    lines = [line.strip("│ ") for line in restune("train", "--help")[1].splitlines()]
+    for flag, end in (("--preset {", "(default: None)"), ("--skip.grad-depth {", "(default: None)")):
+        (number,) = [number for number, line in enumerate(lines) if line.startswith(flag)]
+        assert lines[number + 1].endswith(end), lines[number : number + 3]
+
+
 def test_a_tuners_recorded_settings_train_it_again(restune: Restune, workplace: Path, tmp_path: Path) -> None:
     tuner = workplace / "trained" / "disc.safetensors"
     code, text, errors = restune("inspect", tuner, "--config")
