@@ -30,8 +30,17 @@ PHRASES = {
     r"\bbut for\b": "except for",
     r"\bbe it\b": "whether",
     r"^(say|tell|see) (how|what|whether|which|in|that|the)\b": "Describe, Return whether, Print",
+    r"\b(says?|tells?) (how|what|whether|which|where)\b": "describes, states, names",
+    r"\b(is|are|was|were) told\b": "is printed, is reported",
+    r"\bby heart\b": "memorized, overfitted",
+    r"\bnew words?\b": "placeholder token",
+    r"\bhal(f|ves) of guidance\b": "guidance branch, conditional and unconditional",
+    r"\bkinds? of (tuners?|bases?)\b": "family, type",
+    r"\bwhere not given\b": "by default",
+    r"\b(stranger|somebody)\b": "another user",
     r"\bstands? on\b": "uses, is built from",
-    r"\bfeature bank": "feature cache",
+    r"\b(feature )?banks?\b": "feature cache",
+    r"\bleaks?\b": "drift",
     r"\bsteer(s|ed|ing)?\b": "condition, control image",
     r"\bpictures?\b": "image, sample",
     r"\bdrawings?\b": "sample, image",
@@ -62,7 +71,7 @@ def without_code(text: str) -> str:
 
 
 def faults(text: str) -> list[str]:
-    plain = re.sub(r"`[^`]*`", " ", text)
+    plain = re.sub(r"`[^`]*`|^\s*python .*$", " ", text, flags=re.M)
     return [
         f"{found[0]!r}: write {better!r}"
         for phrase, better in PHRASES.items()

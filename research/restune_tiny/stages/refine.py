@@ -189,7 +189,8 @@ def train_refine(arguments: argparse.Namespace) -> None:
     coloured = judges_colours(arguments)
     if coloured and not (arguments.work / COLOURS_FILE).exists():
         raise SystemExit(
-            f"`--colour-weight` and `--evenness-weight` need {arguments.work / COLOURS_FILE}; run the stage `colours` first."
+            f"`--colour-weight` and `--evenness-weight` need {arguments.work / COLOURS_FILE}; "
+            f"run the stage `colours` first."
         )
     verdicts = ("style", "concept", "colours", "uneven") if coloured else ("style", "concept")
     train_exporting(RefineJob(arguments), ("loss", "error", "verdict", *verdicts, "change"))
