@@ -23,7 +23,7 @@ from ..data.training_images import load_samples
 from ..hooks.placeholder_tokens import contains_token
 from ..pipelines.load_base import PRECISIONS, is_inpainting, load_base, training_resolution
 from ..utils.errors import NoImageError, TrainingError
-from .callbacks.drift import DriftPrompt, draw_drift_prompts
+from .callbacks.drift import DriftPrompt, encode_drift_prompts
 from .config.train_config import TrainConfig
 from .feature_cache.use import hash_of_models
 from .frozen_base import check_trainable, frozen, move_encoders
@@ -114,7 +114,7 @@ def prepared(
 
 def _drift_prompts(config: TrainConfig, pipeline: Any, resolution: int) -> list[DriftPrompt]:
     prompts, prediction_type = config.drift_prompts, config.loss.prediction_type
-    return draw_drift_prompts(prompts, config.validation, pipeline, resolution, prediction_type)
+    return encode_drift_prompts(prompts, config.validation, pipeline, resolution, prediction_type)
 
 
 def _encode(

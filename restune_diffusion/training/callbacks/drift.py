@@ -1,12 +1,12 @@
-"""How far a tuner moves what it was not asked to: the leak.
+"""Drift: change of the base's predictions on prompts without the subject.
 
-For a prompt without the subject, the base draws a picture of its own, once and from a fixed seed. Its latent is made
-noisy at `TIMESTEPS` evenly spaced timesteps, with fixed noise, and the leak is
+The base generates one image of each prompt from a fixed seed. Fixed noise is added to the latent of the image at
+`TIMESTEPS` evenly spaced timesteps, and the drift is
 
     100 * sum |tuned(x_t, t, prompt) - base(x_t, t, prompt)|^2 / sum |base(x_t, t, prompt)|^2
 
-over these: the mean squared drift of the predictions, in percent of the base's own. It is 0 for a tuner that does
-nothing and does not depend on guidance.
+over these: the squared change of the predictions, in percent of the base's own. It is 0 for a tuner that does nothing,
+and does not depend on guidance.
 """
 
 from __future__ import annotations
@@ -25,50 +25,52 @@ from ..config.validation import ValidationConfig
 from ..latents.batches import Batch
 from ..latents.text_conditioning import Conditioning, LiveEncoder, denoiser_inputs, encode_caption
 from ..losses.objective import scheduler_changes
-from ..losses.prediction import predict, tuner_at_hand, tuners_disabled
+from ..losses.prediction import predict, tuner_attached, tuners_disabled
 from ..state import StepReport, TrainState
 from .base import Callback
 
 TIMESTEPS = 8
-"""Number of noise levels of each prompt; each is one pass of the denoiser, alone."""
+"""Number of noise levels of each prompt; each is a forward pass of batch size 1."""
 
 
 @dataclass(frozen=True)
 class DriftPrompt:
-    """A prompt, what the base's encoders make of it, and the latent of the base's picture, scaled as in training."""
+    """Prompt, its text embeddings from the base, and the latent of the base's image, scaled as in training."""
 
     prompt: str
     states: Conditioning
     latent: torch.Tensor
 
 
-def draw_drift_prompts(
+def encode_drift_prompts(
     prompts: Sequence[str],
     validation: ValidationConfig,
     pipeline: Any,
     resolution: int,
     prediction_type: str | None = None,
 ) -> list[DriftPrompt]:
-    """Draw what the leak of a run is measured on.
+    """Encode the prompts of a run's drift, and generate an image of each with the base.
 
     Args:
-        prompts: the prompts, by default that of the class.
-        validation: how to draw.
+        prompts: prompts without the subject; the class prompt by default.
+        validation: sampling steps, guidance and seed.
         pipeline: the base, without tuners.
         resolution: side of the training images in pixels.
-        prediction_type: what the base predicts, where its scheduler does not say so.
+        prediction_type: prediction type of the base; that of its scheduler's config if None.
 
     Raises:
-        TrainingError: if prompts are given for a base that does not draw from prompts alone.
+        TrainingError: if drift prompts are given for an inpainting base.
     """
     if prompts and is_inpainting(pipeline):
         if validation.drift_prompts:
-            raise TrainingError("An inpainting base draws nothing from a prompt alone; leave the drift prompts out.")
+            raise TrainingError(
+                "An inpainting base cannot generate images from a prompt alone; omit --validation.drift-prompts."
+            )
         prompts = ()
     if not prompts:
         return []
     sampler = sampling_pipeline(pipeline, scheduler_changes(prediction_type))
-    drawn = []
+    encoded = []
     for prompt in prompts:
         latents = sampler(
             prompt,
@@ -79,17 +81,17 @@ def draw_drift_prompts(
             generator=torch.Generator("cpu").manual_seed(validation.seed),
             output_type="latent",
         ).images
-        drawn.append(DriftPrompt(prompt, encode_caption(pipeline, prompt), latents[0].float().cpu()))
-    return drawn
+        encoded.append(DriftPrompt(prompt, encode_caption(pipeline, prompt), latents[0].float().cpu()))
+    return encoded
 
 
 class DriftProbe(Callback):
-    """Tells the leak of each prompt at the start, with every validation, and at the end.
+    """Log the drift of each prompt at the start, with every validation, and at the end.
 
     Args:
-        prompts: what it is measured on.
-        log: takes the run and the figures, for the log.
-        show: takes a line of text, for the terminal.
+        prompts: encoded prompts with their latents.
+        log: called with the run and the metrics.
+        show: called with a line for the terminal; nothing is printed if None.
     """
 
     def __init__(
@@ -105,58 +107,59 @@ class DriftProbe(Callback):
         self._base: list[list[torch.Tensor]] = []
 
     def on_start(self, run: TrainState) -> None:
-        """Let the base predict, which is what all later predictions are compared with."""
+        """Store the base's predictions, which all later predictions are compared with."""
         if run.accelerator.is_main_process:
             self._batches = [probe_batches(run, number, prompt) for number, prompt in enumerate(self._prompts)]
             with tuners_disabled(run.pipeline.unet):
                 self._base = [[predict(run, batch).float() for batch in batches] for batches in self._batches]
         if run.step == 0:
-            self._tell(run)
+            self._report(run)
         run.accelerator.wait_for_everyone()
 
     def on_step(self, run: TrainState, report: StepReport) -> None:
-        """Tell the leak if it is time."""
+        """Log the drift every `validation.every` steps."""
         every = run.config.validation.every
         if every and run.step % every == 0 and run.step < run.config.steps:
-            self._tell(run)
+            self._report(run)
 
     def on_end(self, run: TrainState) -> None:
-        """Tell the leak of the finished tuner."""
-        self._tell(run)
+        """Log the drift of the finished tuner."""
+        self._report(run)
 
-    def _tell(self, run: TrainState) -> None:
+    def _report(self, run: TrainState) -> None:
         if self._prompts and run.accelerator.is_main_process:
-            with run.released_weights(), tuner_at_hand(run):
-                leaks = self.measure(run)
-            mean = sum(leaks) / len(leaks)
-            self._log(run, {"leak": mean})
+            with run.released_weights(), tuner_attached(run):
+                drifts = self.measure(run)
+            mean = sum(drifts) / len(drifts)
+            self._log(run, {"drift": mean})
             if self._show is not None:
                 each = ", ".join(
-                    f"{prompt.prompt!r} {leak:.2f}%" for prompt, leak in zip(self._prompts, leaks, strict=True)
+                    f"{prompt.prompt!r} {drift:.2f}%" for prompt, drift in zip(self._prompts, drifts, strict=True)
                 )
-                self._show(f"leak        {mean:.2f}% at step {run.step} ({each})")
+                self._show(f"drift       {mean:.2f}% at step {run.step} ({each})")
         run.accelerator.wait_for_everyone()
 
     @torch.no_grad()
     def measure(self, run: TrainState) -> list[float]:
-        """Return the leak of each prompt in percent."""
+        """Return the drift of each prompt in percent."""
         encode = LiveEncoder(sampling_pipeline(run.pipeline)) if run.config.learns_from_text else None
-        leaks = []
+        drifts = []
         for prompt, batches, base in zip(self._prompts, self._batches, self._base, strict=True):
             states = prompt.states if encode is None else encode([prompt.prompt])[0]
             inputs = _inputs(run, states)
-            drift = energy = 0.0
+            change = energy = 0.0
             for batch, expected in zip(batches, base, strict=True):
                 tuned = predict(run, Batch(batch.latents, batch.noise, batch.timesteps, inputs)).float()
-                drift += float((tuned - expected).square().sum())
+                change += float((tuned - expected).square().sum())
                 energy += float(expected.square().sum())
-            leaks.append(100 * drift / energy)
-        return leaks
+            drifts.append(100 * change / energy)
+        return drifts
 
 
 def probe_batches(run: TrainState, number: int, prompt: DriftPrompt) -> list[Batch]:
-    """Return the batches of one, at the midpoints of `TIMESTEPS` equal parts of all timesteps, for a prompt."""
+    """Return a batch of size 1 at the midpoint of each of `TIMESTEPS` equal parts of the timesteps."""
     device, inputs = run.accelerator.device, _inputs(run, prompt.states)
+    # "leak" was the metric's name in version 0.1; another string would change the noise.
     seed = derived_seed(run.config.validation.seed, "leak", number)
     generator = torch.Generator().manual_seed(seed)
     return [

@@ -1,4 +1,4 @@
-"""The log of a run, `metrics.jsonl`: one JSON object of figures a line, each with its step."""
+"""Log of a training run, `metrics.jsonl`: one JSON object per line, with the step and its metrics."""
 
 from __future__ import annotations
 
@@ -9,14 +9,20 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 METRICS_FILE = "metrics.jsonl"
-"""Where a run writes its log, in its output folder."""
+"""File name of the log in the output folder."""
 
 Series: TypeAlias = list[tuple[int, float]]
-"""A figure, with the steps at which it was logged."""
+"""Values of one metric, each with the step at which it was logged."""
+
+_RENAMED = {"leak": "drift"}
+"""Metric names in the logs of version 0.1, with their present names."""
 
 
 def read_metrics(path: Path) -> dict[str, Series]:
-    """Read the figures of all whole lines by name; the last line may just be written, and no line has every figure."""
+    """Return the values of each metric by name.
+
+    Incomplete lines, such as the last one of a run in progress, are skipped. Lines need not have every metric.
+    """
     series: dict[str, Series] = {}
     for line in _lines(path):
         step = line.get("step")
@@ -24,7 +30,7 @@ def read_metrics(path: Path) -> dict[str, Series]:
             continue
         for name, value in line.items():
             if name != "step" and isinstance(value, (int, float)) and math.isfinite(value):
-                series.setdefault(name, []).append((step, float(value)))
+                series.setdefault(_RENAMED.get(name, name), []).append((step, float(value)))
     return series
 
 

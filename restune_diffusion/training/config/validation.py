@@ -27,7 +27,7 @@ class ValidationConfig(Settings):
     """Seed of every sample. It is the same throughout training, so that samples of two steps are comparable."""
     # Recorded under their old name, which existing tuner files use.
     drift_prompts: tuple[str, ...] | None = setting(None, affects="output", recorded="leak_prompts")
-    """Prompts without the subject. The drift from the base for these prompts is logged as `leak`, in percent. If not
+    """Prompts without the subject. The drift from the base for these prompts is logged as `drift`, in percent. If not
     set, --class-prompt."""
     control_images: tuple[Path, ...] = setting((), affects="output", recorded=False)
     """Control images for the samples of a `control` tuner: one per prompt and condition. As in training, these are

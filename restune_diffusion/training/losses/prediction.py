@@ -32,7 +32,7 @@ def predict(run: TrainState, batch: Batch) -> torch.Tensor:
 
 
 @contextmanager
-def tuner_at_hand(run: TrainState) -> Iterator[None]:
+def tuner_attached(run: TrainState) -> Iterator[None]:
     """Within, a run's tuner acts on the base, also where it is trained on features that are known."""
     manager = TunerManager.of(run.pipeline.unet)
     if manager is not None and ATTACHED_NAME in manager.names:

@@ -26,7 +26,7 @@ _MOST_STEPS = 6
 _MOST_PROMPTS = 16
 _BAND = "loss_by_timestep/"
 # Figures with a place of their own on the page.
-_PLACED = {"loss", "learning_rate", "images_per_second", "seconds", "peak_memory_mib", "grad_norm", "leak"}
+_PLACED = {"loss", "learning_rate", "images_per_second", "seconds", "peak_memory_mib", "grad_norm", "drift"}
 
 
 @dataclass(frozen=True)
@@ -148,9 +148,9 @@ def _charts(config: TrainConfig, series: Mapping[str, Series]) -> list[Chart]:
     if bands := _bands(series):
         note = "Means of the last samples in each band of timesteps; high timesteps are noisy."
         charts.append(Chart("Loss by timestep", Markup(several(bands, "loss by step, for bands of timesteps")), note))
-    if leak := series.get("leak"):
-        note = "How far prompts without the subject have moved from the base, in percent; 0 is untouched."
-        charts.append(Chart("Leak", Markup(plain(leak, "leak by step")), note))
+    if drift := series.get("drift"):
+        note = "Change of the base's predictions on prompts without the subject, in percent; 0 is unchanged."
+        charts.append(Chart("Drift", Markup(plain(drift, "drift by step")), note))
     if rate := series.get("learning_rate"):
         charts.append(Chart("Learning rate", Markup(plain(rate, "learning rate by step"))))
     if norm := series.get("grad_norm"):

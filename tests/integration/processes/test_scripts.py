@@ -37,10 +37,10 @@ def test_a_subject_is_trained(script: Callable[..., Any], tmp_path: Path) -> Non
     printed, errors = process.communicate(timeout=300)
     assert process.returncode == 0, errors
     assert "preserved   2 class images" in printed
-    assert "leak        " in printed
+    assert "drift       " in printed
     lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [0, 1, 2, 2]
-    assert lines[0]["leak"] == 0.0 < lines[-1]["leak"]
+    assert lines[0]["drift"] == 0.0 < lines[-1]["drift"]
     recorded = read_info(output / "tuner.safetensors").training["config"]
     assert (recorded["preservation"], recorded["class_prompt"]) == ("prior", "creature")
 

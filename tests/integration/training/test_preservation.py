@@ -200,9 +200,9 @@ def test_output_preservation_is_exactly_zero_at_first(subject: MakeConfig, kind:
     assert reports[1].preservation_loss > 0.0
 
 
-def leak(settings: TrainConfig) -> float:
+def drift(settings: TrainConfig) -> float:
     lines = map(json.loads, (settings.output / "metrics.jsonl").read_text().splitlines())
-    return [line["leak"] for line in lines if "leak" in line][-1]
+    return [line["drift"] for line in lines if "drift" in line][-1]
 
 
 def test_a_preserved_class_stays_nearer_to_the_base(subject: MakeConfig, tmp_path: Path) -> None:
@@ -211,7 +211,7 @@ def test_a_preserved_class_stays_nearer_to_the_base(subject: MakeConfig, tmp_pat
     kept = subject(output=tmp_path / "kept", preservation="output", prior_loss_weight=30.0, **common)
     for settings in (free, kept):
         train(settings, verbose=False)
-    assert 0 < leak(kept) < 0.5 * leak(free)
+    assert 0 < drift(kept) < 0.5 * drift(free)
 
 
 @pytest.mark.parametrize("preservation", ["prior", "output"])
@@ -262,7 +262,7 @@ def test_two_processes_share_the_drawing_and_train_as_one(
     first, second = (load_tuner(folder / "tuner.safetensors").state_dict() for folder in (one.output, two))
     for key in first:
         assert (first[key] - second[key]).norm() <= 1e-2 * first[key].norm(), key
-    assert leak(one) == pytest.approx(leak(subject(output=two)), rel=1e-2)
+    assert drift(one) == pytest.approx(drift(subject(output=two)), rel=1e-2)
 
 
 @pytest.mark.parametrize(

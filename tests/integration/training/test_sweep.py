@@ -83,11 +83,11 @@ def test_tuners_of_other_batches_have_passes_of_their_own(config: MakeConfig, tm
     assert_equal_to_those_trained_alone(swept, settings, tmp_path / "alone", pipeline)
 
 
-def test_tuners_trained_from_a_bank_need_no_pass_at_all(config: MakeConfig, tmp_path: Path) -> None:
+def test_tuners_trained_from_a_feature_cache_need_no_forward_pass(config: MakeConfig, tmp_path: Path) -> None:
     pipeline, passes = counting_pipeline()
     settings = config(tuner="bypass", sweep="ratio=0.125,0.5", feature_cache=2, steps=4)
     swept = sweep(settings, pipeline=pipeline, verbose=False)
-    assert len(passes) == 6, "the bank alone"
+    assert len(passes) == 6, "the feature cache only"
     assert (settings.output / "feature-cache").is_dir()
     assert_equal_to_those_trained_alone(swept, settings, tmp_path / "alone", pipeline)
     assert len(passes) == 6
@@ -101,14 +101,14 @@ def test_tuners_trained_from_a_bank_need_no_pass_at_all(config: MakeConfig, tmp_
         {"tuner": "bypass", "sweep": "ratio=0.125,0.5", "preservation": "output"},
     ],
 )
-def test_the_leak_of_every_tuner_is_told_beside_its_losses(config: MakeConfig, changes: dict[str, Any]) -> None:
+def test_the_drift_of_every_tuner_is_logged_with_its_losses(config: MakeConfig, changes: dict[str, Any]) -> None:
     settings = config(class_prompt="a shape", steps=2, **changes)
     swept = sweep(settings, pipeline=sd_pipeline(), verbose=False)
     for row in swept.rows:
         assert row.file is not None
         lines = [json.loads(line) for line in (row.file.parent / "metrics.jsonl").read_text().splitlines()]
-        leaks = [line["leak"] for line in lines if "leak" in line]
-        assert leaks[0] == 0.0 < leaks[-1]
+        drifts = [line["drift"] for line in lines if "drift" in line]
+        assert drifts[0] == 0.0 < drifts[-1]
         losses = [line["loss"] for line in lines if "loss" in line]
         assert len(losses) == 2
         assert row.loss == pytest.approx(sum(losses) / 2)

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 from restune_diffusion import attach, load_tuner, read_info
 from restune_diffusion.training import read_config, train
+from restune_diffusion.training.callbacks.metrics_file import read_metrics
 
 from ... import tiny_training as tiny
 from ...conftest import ROOT, make_inputs, make_unet
@@ -49,3 +50,15 @@ def test_a_checkpoint_resumes_to_the_tuner_that_the_whole_run_gave(workplace):
     assert finished.keys() == expected.keys()
     for key, value in expected.items():
         torch.testing.assert_close(finished[key], value, rtol=0, atol=1e-5)
+
+
+def test_a_resumed_run_continues_the_log(workplace):
+    log = Path("out/metrics.jsonl")
+    assert '"leak"' in log.read_text(), "the former name of drift"
+    train(read_config(Path("out/config.yaml"), resume=True), verbose=False)
+    series = read_metrics(log)
+    assert [step for step, _ in series["loss"]] == [1, 2, 3, 4]
+    drift = dict(series["drift"])
+    assert list(drift) == [0, 4], "measured before by version 0.1, and after the resumed steps"
+    assert drift[0] == 0.0 < drift[4]
+    assert "leak" not in series

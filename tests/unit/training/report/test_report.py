@@ -190,12 +190,25 @@ def test_a_run_that_has_just_begun_has_a_page(unfinished: Callable[..., Path]) -
 
 
 def test_figures_of_others_are_shown_too(unfinished: Callable[..., Path]) -> None:
-    lines = ['{"step": 0, "leak": 0.0}', '{"step": 1, "loss": 1.0}', '{"step": 1, "leak": 1.5}', "[]", '{"step": "x"}']
-    run = read_run_folder(unfinished([*lines, '{"step": 2, "loss": NaN, "drift_figure": 3, "note": "x"}']))
-    assert run.series == {"leak": [(0, 0.0), (1, 1.5)], "loss": [(1, 1.0)], "drift_figure": [(2, 3.0)]}
+    lines = ['{"step": 0, "drift": 0.0}', '{"step": 1, "loss": 1.0}', '{"step": 1, "drift": 1.5}', "[]"]
+    lines += ['{"step": "x"}', '{"step": 2, "loss": NaN, "other_figure": 3, "note": "x"}']
+    run = read_run_folder(unfinished(lines))
+    assert run.series == {"drift": [(0, 0.0), (1, 1.5)], "loss": [(1, 1.0)], "other_figure": [(2, 3.0)]}
     text = Page(write_report(run.path)).text
-    assert "Leak" in text
-    assert "Drift figure" in text
+    assert "Drift" in text
+    assert "Other figure" in text
+
+
+def test_the_drift_of_old_logs_is_shown(unfinished: Callable[..., Path]) -> None:
+    """A run that version 0.1 began and that was resumed later has lines with both names."""
+    lines = ['{"step": 0, "leak": 0.0}', '{"step": 1, "loss": 1.0}', '{"step": 2, "leak": 1.5}']
+    run = read_run_folder(unfinished([*lines, '{"step": 4, "drift": 2.5}']))
+    assert run.series == {"drift": [(0, 0.0), (2, 1.5), (4, 2.5)], "loss": [(1, 1.0)]}
+    page = write_report(run.path)
+    text = Page(page).text
+    assert "Drift" in text
+    assert "Leak" not in text
+    assert page.read_text(encoding="utf-8").count("drift by step") == 1
 
 
 def test_what_is_no_run_is_refused_in_one_sentence(

@@ -28,13 +28,13 @@ TEXT = {
 }
 
 
-def leaks(settings: TrainConfig) -> dict[int, float]:
+def drifts(settings: TrainConfig) -> dict[int, float]:
     lines = map(json.loads, (settings.output / "metrics.jsonl").read_text().splitlines())
-    return {line["step"]: line["leak"] for line in lines if "leak" in line}
+    return {line["step"]: line["drift"] for line in lines if "drift" in line}
 
 
 @torch.no_grad()
-def leak_by_hand(settings: TrainConfig, prompt: str) -> float:
+def drift_by_hand(settings: TrainConfig, prompt: str) -> float:
     pipeline = tiny.sd_pipeline()
     pipeline.set_progress_bar_config(disable=True)
     latent = pipeline(
@@ -63,35 +63,36 @@ def leak_by_hand(settings: TrainConfig, prompt: str) -> float:
 
 
 @pytest.mark.parametrize("changes", [{}, TEXT, {"tuner": "bypass", "ema_decay": 0.5}], ids=["skip", "text", "average"])
-def test_the_leak_is_the_drift_of_predictions(config: MakeConfig, changes: dict[str, Any]) -> None:
+def test_drift_is_the_squared_change_of_predictions(config: MakeConfig, changes: dict[str, Any]) -> None:
     settings = config(
         class_prompt="a ball", validation={"steps": 2, "every": 2, "seed": 3}, learning_rate=1e-2, **changes
     )
     train(settings, verbose=False)
-    measured = leaks(settings)
+    measured = drifts(settings)
     assert list(measured) == [0, 2, 4]
     assert measured[0] == 0.0
     assert 0 < measured[2] != measured[4]
-    assert measured[4] == pytest.approx(leak_by_hand(settings, "a ball"), rel=1e-3)
+    assert measured[4] == pytest.approx(drift_by_hand(settings, "a ball"), rel=1e-3)
 
 
-def test_it_is_told_for_the_prompts_that_are_asked(
+def test_drift_is_reported_for_the_given_prompts(
     config: MakeConfig, capsys: pytest.CaptureFixture[str], tmp_path: Any
 ) -> None:
     settings = config(validation={"steps": 2, "drift_prompts": ("a ball", "a cat")}, drop_encoders=True)
     plain = train(config(output=tmp_path / "plain"), verbose=False)
     assert_same(train(settings).path, plain.path)
     shown = capsys.readouterr().out
+    assert "drift       0.00% at step 0 (" in shown
     assert "% at step 0 ('a ball' 0.00%, 'a cat' 0.00%)" in shown
     assert "% at step 4 ('a ball' " in shown
-    assert list(leaks(settings)) == [0, 4]
-    assert not leaks(config(output=tmp_path / "plain")), "no class prompt, no leak"
+    assert list(drifts(settings)) == [0, 4]
+    assert not drifts(config(output=tmp_path / "plain")), "no class prompt, no drift"
     none = config(class_prompt="a ball", validation={"drift_prompts": ()}, output=tmp_path / "none")
     train(none, verbose=False)
-    assert not leaks(none)
+    assert not drifts(none)
 
 
-def test_sdxl_has_a_leak_too(config: MakeConfig) -> None:
+def test_drift_is_measured_on_sdxl_too(config: MakeConfig) -> None:
     settings = config(class_prompt="a ball", validation={"steps": 2}, preservation="output", steps=2)
     train(settings, pipeline=tiny.sdxl_pipeline(), verbose=False)
-    assert leaks(settings)[0] == 0.0 < leaks(settings)[2]
+    assert drifts(settings)[0] == 0.0 < drifts(settings)[2]
