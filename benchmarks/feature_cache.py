@@ -38,7 +38,7 @@ from restune_diffusion.data.training_images import load_samples
 from restune_diffusion.training import TrainConfig
 from restune_diffusion.training.build import build_accelerator, build_training_state
 from restune_diffusion.training.feature_cache.batches import CachedFeatureBatches, CachedFeatureSampler
-from restune_diffusion.training.feature_cache.layout import BankLayout
+from restune_diffusion.training.feature_cache.layout import FeatureCacheLayout
 from restune_diffusion.training.feature_cache.shared_pass import share_passes
 from restune_diffusion.training.feature_cache.tap_features import TapFeatures, predict_from_features, record_features
 from restune_diffusion.training.feature_cache.use import use_feature_cache
@@ -156,7 +156,7 @@ def time_of_steps(unet: Any, what: str, batch: int, size: int, rounds: int) -> l
     timesteps = torch.randint(0, 1000, (batch,), generator=generator)
     states = torch.randn(batch, 77, unet.config.cross_attention_dim, generator=generator)
     (part,) = tuner.parts()
-    layout = BankLayout.of(describe_base(unet), part.taps, [(size, size)], 1, "fp16")
+    layout = FeatureCacheLayout.of(describe_base(unet), part.taps, [(size, size)], 1, "fp16")
     features: TapFeatures = record_features(unet, part.taps, noisy, timesteps, encoder_hidden_states=states)
     cached = features.to(torch.device("cpu"), torch.float16)
     optimizer = torch.optim.AdamW(tuner.parameters())

@@ -1,1 +1,1 @@
-"""Cache of the base's features on disk, from which bypass tuners train without the U-Net."""
+"""Cache of the base's features on disk; bypass tuners train from it without running the U-Net."""

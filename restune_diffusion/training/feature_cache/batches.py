@@ -1,4 +1,4 @@
-"""Training batches whose features come from a bank, and are read while the step before them is computed."""
+"""Training batches with features from the feature cache, read in a thread during the previous step."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from .cache import FeatureCache
 
 
 class CachedFeatureSampler(SeededSampler):
-    """A stream that draws each image in so many ways and no others, one after the other from pass to pass.
+    """Sampler that repeats a fixed number of draws (noise and timestep) of each image, one after another by epoch.
 
-    As the draws of an image are independent of each other, their order does not matter.
+    The draws of an image are independent of each other, so their order does not matter.
 
     Args:
         length: number of images.
         seed: seed of the run.
-        count: draws of each image.
+        count: draws per image.
     """
 
     def __init__(self, length: int, seed: int, count: int) -> None:
@@ -31,12 +31,13 @@ class CachedFeatureSampler(SeededSampler):
         self._count = count
 
     def entry(self, position: int) -> tuple[int, int]:
-        """Return which image is drawn at a position, and the number of its draw."""
+        """Return the image index at a position, and the number of its draw."""
         return self._image_at(position), position // self._length % self._count
 
     def draw(self, image: int, number: int) -> Draw:
-        """Return one of the draws of an image."""
+        """Return a draw of an image by its number."""
         place = image * self._count + number
+        # Purposes of version 0.1: other strings would change the draws, and caches on disk would not match them.
         return Draw(image, seeded(self._seed, "bank", place), seeded(self._seed, "bank view", place))
 
     def draws(self, start: int, count: int) -> Iterator[Draw]:
@@ -46,44 +47,44 @@ class CachedFeatureSampler(SeededSampler):
 
 
 class CachedFeatureBatches:
-    """Batches with the features of a bank.
+    """Batches with features from a feature cache.
 
     Args:
-        batches: the same batches without features; they draw from the stream.
-        stream: which draw is at which position.
-        bank: where the features are; complete.
-        size: samples of a batch.
-        device: where the features go.
+        batches: the same batches without features, with the same sampler.
+        sampler: draw at each position.
+        feature_cache: complete feature cache.
+        size: samples per batch.
+        device: device of the features.
         dtype: dtype of the base.
     """
 
     def __init__(
         self,
         batches: BatchSource,
-        stream: CachedFeatureSampler,
+        sampler: CachedFeatureSampler,
         feature_cache: FeatureCache,
         *,
         size: int,
         device: torch.device,
         dtype: torch.dtype,
     ) -> None:
-        self._batches, self._stream, self._bank = batches, stream, feature_cache
+        self._batches, self._sampler, self._feature_cache = batches, sampler, feature_cache
         self._size, self._device, self._dtype = size, device, dtype
 
     def __getitem__(self, number: int) -> Batch:
         first = number * self._size
-        entries = [self._stream.entry(position) for position in range(first, first + self._size)]
-        features = self._bank.read(entries).to(self._device, self._dtype)
+        entries = [self._sampler.entry(position) for position in range(first, first + self._size)]
+        features = self._feature_cache.read(entries).to(self._device, self._dtype)
         return replace(self._batches[number], features=features)
 
 
 class PrefetchedBatches:
-    """Prepares the next batch in a thread of its own, and keeps the last ones for others that want the same.
+    """Batches prepared in a background thread, one ahead; the last ones are kept for other runs.
 
     Args:
-        batches: where they come from; asked from that thread alone.
-        stride: distance between the numbers that are asked for.
-        kept: how many batches stay.
+        batches: source of the batches, used by the thread only.
+        stride: step between the requested numbers.
+        kept: number of batches kept.
     """
 
     def __init__(self, batches: BatchSource, *, stride: int, kept: int = 1) -> None:
@@ -94,7 +95,7 @@ class PrefetchedBatches:
     def __getitem__(self, number: int) -> Batch:
         batch = self._begin(number)
         self._begin(number + self._stride)
-        # besides those that stay, the one ahead
+        # kept batches plus the one ahead
         while len(self._ready) > self._kept + 1:
             del self._ready[next(iter(self._ready))]
         return batch.result()

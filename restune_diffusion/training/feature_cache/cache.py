@@ -1,4 +1,4 @@
-"""A bank of what the base makes of the training data: computed once, after which its blocks never run."""
+"""Feature cache: the base's features of the training data, computed once, so that training never runs its blocks."""
 
 from __future__ import annotations
 
@@ -19,83 +19,83 @@ from ...utils.atomic_write import atomic_write
 from ...utils.display import readable_size
 from ...utils.errors import TrainingError
 from ..quantization import stored_tensors
-from .layout import DTYPES, TIME, BankLayout, Shard
+from .layout import DTYPES, TIME, FeatureCacheLayout, Shard
 from .tap_features import TapFeatures
 
 Compute = Callable[[Shard], TapFeatures]
-"""Makes the features of the draws of one file."""
+"""Computes the features of the draws in one file."""
 
 
 class FeatureCache:
-    """The features of some draws of each image, in safetensors files.
+    """Features of a fixed number of draws (noise and timestep) of each image, in safetensors files.
 
-    Each file is written whole or not at all, so that an interrupted bank goes on where it was, and processes that
-    build shares of one bank cannot harm each other.
+    Files are written atomically. So an interrupted cache can be continued, and several processes can build shares of
+    one cache.
 
     Args:
-        parent: folder of banks; this one has a folder of its own there, named by its identity.
-        layout: what is where.
-        identity: all that the features depend on, as plain JSON values.
+        parent: folder of feature caches; this one is in a subfolder named by a hash of its identity.
+        layout: files and tensor shapes.
+        identity: everything that the features depend on, as JSON values.
 
     Raises:
-        TrainingError: if there is something else in this bank's folder.
+        TrainingError: if the subfolder contains another cache.
     """
 
-    def __init__(self, parent: Path, layout: BankLayout, identity: dict[str, Any]) -> None:
+    def __init__(self, parent: Path, layout: FeatureCacheLayout, identity: dict[str, Any]) -> None:
         self.layout = layout
         self._identity = json.dumps(identity, indent=2, sort_keys=True)
         self.folder = parent / hashlib.sha256(self._identity.encode()).hexdigest()[:16]
-        facts = self._facts
-        if facts.exists() and facts.read_text(encoding="utf-8") != self._identity:
+        file = self._identity_file
+        if file.exists() and file.read_text(encoding="utf-8") != self._identity:
             raise TrainingError(f"{self.folder} holds features of other data or settings; delete it.")
 
     def missing(self, shards: Iterable[Shard] | None = None) -> list[Shard]:
-        """Return which of the files, or of all, are still to be made."""
+        """Return the files, of `shards` or of the whole cache, that have not been computed."""
         wanted = self.layout.shards() if shards is None else shards
-        return [shard for shard in wanted if not self._is_there(shard)]
+        return [shard for shard in wanted if not self._is_complete(shard)]
 
     def describe(self) -> str:
-        """Say how much disk the bank takes, and how much of it is there already."""
+        """Return a line with the size of the cache, the size of the finished part, and the free disk space."""
         layout, missing = self.layout, sum(map(self.layout.bytes_of, self.missing()))
         return (
-            f"{len(layout.sizes)} images x {layout.draws} draws in {layout.dtype} = {readable_size(layout.bytes)} in "
-            f"{self.folder}, {readable_size(layout.bytes - missing)} of it are there, "
-            f"{readable_size(self._free())} are free"
+            f"{len(layout.sizes)} images x {layout.draws} noise samples in {layout.dtype} = "
+            f"{readable_size(layout.bytes)} in {self.folder}, {readable_size(layout.bytes - missing)} of it computed, "
+            f"{readable_size(self._free())} free"
         )
 
     def check_space(self) -> None:
-        """Raise `TrainingError` if what is missing does not fit on the disk."""
+        """Raise `TrainingError` if the missing files do not fit on the disk."""
         needed, free = sum(map(self.layout.bytes_of, self.missing())), self._free()
         if needed > free:
             raise TrainingError(
-                f"The feature cache needs {readable_size(needed)} more in {self.folder.parent}, where "
-                f"{readable_size(free)} are free; lower --feature-cache (now {self.layout.draws}), or name a folder "
-                f"on another disk by --feature-cache-dir."
+                f"The feature cache needs {readable_size(needed)} more in {self.folder.parent}, but only "
+                f"{readable_size(free)} is free; lower --feature-cache (now {self.layout.draws}), or set "
+                f"--feature-cache-dir to a folder on another disk."
             )
 
     def build(
         self, compute: Compute, share: int = 0, shares: int = 1, watch: Callable[[], object] | None = None
     ) -> None:
-        """Make the missing files of one share; `watch` is called after each file of the share.
+        """Compute the missing files of one share; call `watch` after each file of the share.
 
         Raises:
-            TrainingError: if a feature is beyond the range of the bank's dtype.
+            TrainingError: if a feature is out of range for the cache's dtype.
             TunerFileError: if a file cannot be written.
         """
-        if not self._facts.exists():
-            with atomic_write(self._facts) as file:
+        if not self._identity_file.exists():
+            with atomic_write(self._identity_file) as file:
                 file.write(self._identity.encode())
         for shard in list(self.layout.shards())[share::shares]:
-            if not self._is_there(shard):
+            if not self._is_complete(shard):
                 self._write(shard, compute(shard))
             if watch is not None:
                 watch()
 
     def read(self, entries: Sequence[tuple[int, int]]) -> TapFeatures:
-        """Return the features of draws, each an image and the number of the draw, on the CPU in the bank's dtype.
+        """Return the features of `(image, draw)` pairs, on the CPU in the cache's dtype.
 
         Raises:
-            TrainingError: if a file is damaged or gone.
+            TrainingError: if a file is damaged or missing.
         """
         rows = [self._row(*entry) for entry in entries]
         by_site = {site: torch.stack([row[site] for row in rows]) for site in self.layout.stored}
@@ -112,7 +112,7 @@ class FeatureCache:
         except (OSError, SafetensorError) as error:
             reason = str(error).strip().splitlines()[0]
             raise TrainingError(
-                f"{path} cannot be read ({reason}); delete it, and the next start makes it anew."
+                f"{path} cannot be read ({reason}); delete it, and the next run computes it again."
             ) from error
 
     def _write(self, shard: Shard, features: TapFeatures) -> None:
@@ -123,13 +123,13 @@ class FeatureCache:
         for name, value in tensors.items():
             if not bool(value.isfinite().all()):
                 raise TrainingError(
-                    f"The base's feature at {name} is beyond the range of {self.layout.dtype}; "
-                    f"choose another --feature-cache-dtype, bf16 or fp32."
+                    f"The base's feature at {name} is out of range for {self.layout.dtype}; "
+                    f"set --feature-cache-dtype to bf16 or fp32."
                 )
         with atomic_write(self.folder / shard.name) as file:
             file.write(save(tensors))
 
-    def _is_there(self, shard: Shard) -> bool:
+    def _is_complete(self, shard: Shard) -> bool:
         try:
             with (self.folder / shard.name).open("rb") as file:
                 header = int.from_bytes(file.read(8), "little")
@@ -144,7 +144,8 @@ class FeatureCache:
         return shutil.disk_usage(folder).free
 
     @property
-    def _facts(self) -> Path:
+    def _identity_file(self) -> Path:
+        # File name of version 0.1, kept so that its caches are found.
         return self.folder / "bank.json"
 
 

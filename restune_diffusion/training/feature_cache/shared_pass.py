@@ -1,4 +1,4 @@
-"""One pass of the base for several bypass tuners that train on the same batches."""
+"""One forward pass of the base for several bypass tuners that train on the same batches."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from .tap_features import TapFeatures, record_features
 
 
 def tapped_by(runs: Sequence[TrainState]) -> set[str]:
-    """Return the sites that the tuners of some runs read."""
+    """Return the sites that the tuners of the runs read."""
     return {site for run in runs for part in run.tuner.parts() for site in part.taps}
 
 
 def features_of(run: TrainState, taps: Collection[str], batch: Batch) -> TapFeatures:
-    """Run the base on a batch, under the run's precision and without tuners, and return what a bypass reads of it."""
+    """Run the base without tuners on a batch, in the run's precision, and return the features that a bypass reads."""
     unet = run.pipeline.unet
     noisy = run.objective.add_noise(batch.latents, batch.input_noise, batch.timesteps)
     with run.accelerator.autocast():
@@ -24,13 +24,13 @@ def features_of(run: TrainState, taps: Collection[str], batch: Batch) -> TapFeat
         return record_features(unet, taps, sample, batch.timesteps, return_dict=False, **batch.inputs)
 
 
-class PassBatches:
-    """Batches with the features of a pass of the base; whoever asks for one of the last batches gets the same.
+class SharedPassBatches:
+    """Batches with the features of the base's forward pass; the last ones are kept for the other runs.
 
     Args:
-        batches: the batches without features.
-        compute: makes the features of a batch.
-        kept: how many batches stay.
+        batches: batches without features.
+        compute: computes the features of a batch.
+        kept: number of batches kept.
     """
 
     def __init__(self, batches: BatchSource, compute: Callable[[Batch], TapFeatures], kept: int) -> None:
@@ -47,13 +47,13 @@ class PassBatches:
 
 
 def share_passes(runs: Sequence[TrainState]) -> None:
-    """Let bypass runs of the same batches learn from one pass of the base for each of them.
+    """Make bypass runs with the same batches share one forward pass of the base per batch.
 
-    The tuners must not be attached. Each has a pass of its own through the output head, of the size that it has when
-    it is trained alone, so that both give the same to the last bit.
+    The tuners must not be attached. Each tuner has its own forward pass through the output head, with the batch size
+    that it has when it is trained alone, so that both results are equal to the last bit.
     """
     run, taps = runs[0], tapped_by(runs)
     kept = run.config.gradient_accumulation_steps
-    shared = PassBatches(run.batches, lambda batch: features_of(run, taps, batch), kept)
+    shared = SharedPassBatches(run.batches, lambda batch: features_of(run, taps, batch), kept)
     for each in runs:
         each.batches = shared

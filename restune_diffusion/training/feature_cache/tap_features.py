@@ -1,7 +1,7 @@
-"""What a bypass reads of the base: all that its training needs, as no gradient enters the base's blocks.
+"""Features of the base that a bypass tuner reads.
 
-A bypass writes at the output head alone. So the base's features are the same whatever the bypass has learnt: they may
-come from a pass that serves several tuners, or from a disk, and what remains is the bypass itself and the head.
+A bypass writes only at the output head, so the base's features do not depend on it and need no gradient. They can come
+from a forward pass shared by several tuners or from disk. Only the bypass and the output head then run.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from ...utils.errors import RestuneError
 
 @dataclass(frozen=True)
 class TapFeatures:
-    """What one pass of the base showed to a bypass.
+    """Features of one forward pass of the base that a bypass reads.
 
     `by_site` holds `(batch, channels, height, width)`, or `(batch, tokens, channels)` of a transformer, of each tapped
-    site and of `out`. `time` is the time embedding `(batch, channels)` before its activation, None of a base without
-    one, and `size` height and width of what the base was called on, in the unit of the sites' strides.
+    site and of `out`. `time` is the time embedding `(batch, channels)` before its activation, None for a base without
+    one. `size` is the height and width of the base's input, in the unit of the sites' strides.
     """
 
     by_site: Mapping[str, torch.Tensor]
@@ -34,14 +34,14 @@ class TapFeatures:
     size: tuple[int, int]
 
     def to(self, device: torch.device, dtype: torch.dtype) -> TapFeatures:
-        """Return the same on a device and in a dtype."""
+        """Return a copy on a device and in a dtype."""
         by_site = {site: feature.to(device, dtype) for site, feature in self.by_site.items()}
         time = None if self.time is None else self.time.to(device, dtype)
         return replace(self, by_site=by_site, time=time)
 
 
 class _Recorder:
-    """Keeps what the base's hooks show, and changes nothing."""
+    """Hook target that stores features and changes nothing."""
 
     def __init__(self, sites: Collection[str]) -> None:
         self.by_site: dict[str, torch.Tensor] = {}
@@ -66,22 +66,22 @@ class _Recorder:
 
 @torch.no_grad()
 def record_features(base: Any, taps: Collection[str], *args: Any, **kwargs: Any) -> TapFeatures:
-    """Run the base, without tuners, and return what a bypass reads of it.
+    """Run the base without tuners, and return the features that a bypass reads.
 
     Args:
-        base: the base; no tuner may act on it.
-        taps: the sites to keep beside `out`.
+        base: the base; no tuner may be active on it.
+        taps: sites to store in addition to `out`.
         *args: positional arguments of the base's forward.
-        **kwargs: its keyword arguments.
+        **kwargs: keyword arguments of the base's forward.
 
     Raises:
-        RestuneError: if a tuner acts on the base.
+        RestuneError: if a tuner is active on the base.
     """
     manager = TunerManager.of(base)
     if manager is not None and manager.active_names:
         raise RestuneError(
-            f"Features are recorded of the base alone, but {', '.join(manager.active_names)} act on it; detach them, "
-            f"or give them weight zero."
+            f"Features are recorded with all tuners disabled, but these are active: "
+            f"{', '.join(manager.active_names)}; detach them, or set their weights to 0."
         )
     structure, recorder = structure_of(base), _Recorder(taps)
     handles = structure.install(base, recorder)
@@ -94,28 +94,28 @@ def record_features(base: Any, taps: Collection[str], *args: Any, **kwargs: Any)
 
 
 def predict_from_features(base: Any, tuner: Tuner, features: TapFeatures) -> torch.Tensor:
-    """Return what the base makes with a bypass tuner; of the base only the output head runs.
+    """Return the prediction of the base with a bypass tuner; only the output head of the base runs.
 
-    The features of one pass serve any number of tuners. Each has a pass of its own through the head, of the size that
-    it has alone, so that the result equals that of the tuner attached, of weight 1, to the last bit.
+    The features of one forward pass can be used by any number of tuners. Each has its own forward pass through the
+    head, so that the result equals that of the attached tuner with weight 1 to the last bit.
 
     Args:
-        base: the base, to which no tuner needs to be attached.
-        tuner: a tuner of a `bypass` part alone.
-        features: in the base's dtype; their batch is that of the prediction.
+        base: the base; the tuner need not be attached.
+        tuner: a tuner with a `bypass` part only.
+        features: features in the base's dtype, with the batch size of the prediction.
 
     Returns:
         The prediction of a U-Net, `(batch, channels, height, width)`, or the last hidden state of a `ViTModel`.
 
     Raises:
-        RestuneError: if the tuner has another part, or the base's head needs more than the features.
+        RestuneError: if the tuner has another part, or the base's head needs inputs other than the features.
     """
     parts = list(tuner.parts())
     if [part.writes for part in parts] != [(OUT,)]:
-        kinds = ", ".join(config.part for config in tuner.configs)
+        families = ", ".join(config.part for config in tuner.configs)
         raise RestuneError(
             f"Only a tuner of one part that writes at `{OUT}` alone, such as `bypass`, works on recorded features, "
-            f"but this has {kinds}; attach the tuner and run the whole base."
+            f"but this one has {families}; attach the tuner and run the whole base."
         )
     out = features.by_site[OUT]
     residual = parts[0](OUT, out, Features(dict(features.by_site), features.time, size=features.size))

@@ -1,4 +1,4 @@
-"""Give training runs their feature cache: build what is missing, then feed the runs from it."""
+"""Build the feature cache of training runs, and replace their batches with cached ones."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ..latents.cache import Cache
 from ..state import TrainState
 from .batches import CachedFeatureBatches, CachedFeatureSampler, PrefetchedBatches
 from .cache import FeatureCache, models_hash
-from .layout import BankLayout, Shard
+from .layout import FeatureCacheLayout, Shard
 from .shared_pass import features_of, tapped_by
 from .tap_features import TapFeatures
 
@@ -25,7 +25,7 @@ _FORMAT = 1
 
 
 def cached_feature_sampler(config: FeatureCacheConfig, cache: Cache, seed: int) -> CachedFeatureSampler | None:
-    """Return the sampler of a run that trains from a feature cache."""
+    """Return the sampler of a run that trains from a feature cache, or None if it does not."""
     return None if config.draws is None else CachedFeatureSampler(len(cache.shown), seed, config.draws)
 
 
@@ -35,33 +35,33 @@ def hash_of_models(pipeline: Any) -> str:
 
 
 def use_feature_cache(runs: Sequence[TrainState], models: str | None, verbose: bool = True) -> FeatureCache:
-    """Complete the bank of runs that draw the same batches, and let them train from it.
+    """Complete the feature cache of runs that have the same batches, and make the runs train from it.
 
     Args:
-        runs: pure bypass runs.
+        runs: training runs of bypass tuners.
         models: hash of the base's models.
-        verbose: whether to say how large the bank is, and to show how its making goes.
+        verbose: whether to print the size of the cache and show a progress bar.
 
     Raises:
-        TrainingError: if the bank does not fit on the disk, or a feature into its dtype.
+        TrainingError: if the cache does not fit on the disk, or a feature is out of range for its dtype.
         TunerFileError: if a file cannot be written.
     """
     run = runs[0]
     config, accelerator, batches = run.config, run.accelerator, run.batches
-    stream = cached_feature_sampler(config.feature_cache, run.cache, config.seed)
-    assert stream is not None
+    sampler = cached_feature_sampler(config.feature_cache, run.cache, config.seed)
+    assert sampler is not None
     assert isinstance(batches, Batches)
     feature_cache = _open_feature_cache(run, tapped_by(runs), models)
     if verbose:
         accelerator.print(f"features    {feature_cache.describe()}")
     feature_cache.check_space()
-    # All processes must have looked at the disk before one of them fills it.
+    # All processes must check the free space before one of them writes.
     accelerator.wait_for_everyone()
-    _complete(feature_cache, run, batches, stream, verbose)
+    _complete(feature_cache, run, batches, sampler, verbose)
     device, dtype = accelerator.device, run.pipeline.unet.dtype
-    fed = CachedFeatureBatches(batches, stream, feature_cache, size=config.batch_size, device=device, dtype=dtype)
+    cached = CachedFeatureBatches(batches, sampler, feature_cache, size=config.batch_size, device=device, dtype=dtype)
     kept = config.gradient_accumulation_steps
-    shared = PrefetchedBatches(fed, stride=accelerator.num_processes, kept=kept)
+    shared = PrefetchedBatches(cached, stride=accelerator.num_processes, kept=kept)
     for each in runs:
         each.batches = shared
     return feature_cache
@@ -73,7 +73,7 @@ def _open_feature_cache(run: TrainState, taps: set[str], models: str | None) -> 
     sizes = [(latent.shape[-2], latent.shape[-1]) for latent in latents]
     draws = config.feature_cache.draws
     assert draws is not None
-    layout = BankLayout.of(describe_base(run.pipeline.unet), taps, sizes, draws, config.feature_cache.dtype)
+    layout = FeatureCacheLayout.of(describe_base(run.pipeline.unet), taps, sizes, draws, config.feature_cache.dtype)
     noise_levels = run.objective.noise_scheduler.alphas_cumprod.numpy().tobytes()
     identity = {
         "format": _FORMAT,
@@ -88,12 +88,12 @@ def _open_feature_cache(run: TrainState, taps: set[str], models: str | None) -> 
 
 
 def _complete(
-    feature_cache: FeatureCache, run: TrainState, batches: Batches, stream: CachedFeatureSampler, verbose: bool
+    feature_cache: FeatureCache, run: TrainState, batches: Batches, sampler: CachedFeatureSampler, verbose: bool
 ) -> None:
     accelerator = run.accelerator
 
     def compute(shard: Shard) -> TapFeatures:
-        draws = [stream.draw(shard.image, shard.first + number) for number in range(shard.count)]
+        draws = [sampler.draw(shard.image, shard.first + number) for number in range(shard.count)]
         return features_of(run, feature_cache.layout.taps, batches.of(draws))
 
     share, shares = accelerator.process_index, accelerator.num_processes
@@ -103,5 +103,5 @@ def _complete(
     ) as bar:
         feature_cache.build(compute, share, shares, bar.update)
     accelerator.wait_for_everyone()
-    # Where the processes share no disk, each machine makes the rest itself.
+    # If the processes share no disk, each machine computes the rest itself.
     feature_cache.build(compute)

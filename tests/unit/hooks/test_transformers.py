@@ -228,12 +228,12 @@ def test_a_pass_is_shared_by_bypass_tuners_alone():
     features = record_features(vit, taps_of([bypass]), vit_pixels())
     with pytest.raises(
         RestuneError,
-        match=r"Only a tuner of one part that writes at `out` .* this has res; attach",
+        match=r"Only a tuner of one part that writes at `out` .* this one has res; attach",
     ):
         predict_from_features(vit, res, features)
     with pytest.raises(RestuneError, match="head of PixArtTransformer2DModel cannot run on recorded features"):
         structure_of(pixart).run_head(pixart, torch.zeros(2, 64, 32))
-    with attach(vit, bypass, "mine"), pytest.raises(RestuneError, match="but mine act on it; detach them"):
+    with attach(vit, bypass, "mine"), pytest.raises(RestuneError, match="but these are active: mine; detach them"):
         record_features(vit, taps_of([bypass]), vit_pixels())
 
 

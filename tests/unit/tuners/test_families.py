@@ -305,12 +305,12 @@ def test_it_is_a_group_of_a_configs_settings(config: MakeConfig, tmp_path: Path)
 def test_a_family_that_writes_at_out_alone_trains_from_a_feature_cache(config: MakeConfig) -> None:
     with registered(HeadConfig, HeadPart):
         settings = {"tuner": "head", "learning_rate": 0.01, "feature_cache_dtype": "fp32", "feature_cache": 2}
-        from_bank = load_tuner(train(config(**settings), verbose=False).path)
+        from_cache = load_tuner(train(config(**settings), verbose=False).path)
         swept = parse_sweep(config(**settings, sweep="bias=true,false"))
         assert [variant.config.parts[0] for variant in swept] == [HeadConfig(), HeadConfig(bias=False)]
-        assert all(bool(value.abs().sum() > 0) for value in from_bank.parameters())
+        assert all(bool(value.abs().sum() > 0) for value in from_cache.parameters())
         with_bias, without = (batch_settings(variant.config) for variant in swept)
-        assert with_bias == without, "they can share passes of the base"
+        assert with_bias == without, "they can share the base's forward passes"
         unet = make_unet()
         features = record_features(unet, (), *make_inputs())
         tuner = Tuner.for_base(unet, HeadConfig())

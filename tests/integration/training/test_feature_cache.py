@@ -15,7 +15,7 @@ from restune_diffusion import BypassConfig
 from restune_diffusion.training import TrainConfig, train
 from restune_diffusion.training.callbacks.base import UpdateAverage
 from restune_diffusion.training.feature_cache.cache import FeatureCache
-from restune_diffusion.training.feature_cache.layout import BankLayout
+from restune_diffusion.training.feature_cache.layout import FeatureCacheLayout
 from restune_diffusion.training.feature_cache.tap_features import record_features
 from restune_diffusion.training.feature_cache.use import cached_feature_sampler, use_feature_cache
 from restune_diffusion.training.latents.batches import Batches
@@ -33,7 +33,7 @@ SCRIPT = Path(__file__).parents[3] / "train" / "train_style.py"
 
 @pytest.fixture
 def bypass(config: MakeConfig) -> MakeConfig:
-    """Configs of runs that train a small bypass from a bank in fp32."""
+    """Configs of runs that train a small bypass from a feature cache in fp32."""
 
     def make(**changes: Any) -> TrainConfig:
         settings: dict[str, Any] = {"tuner": "bypass", "feature_cache": 3, "feature_cache_dtype": "fp32"}
@@ -52,17 +52,17 @@ def shards(folder: Path) -> list[Path]:
     return sorted(folder.rglob("*.safetensors"))
 
 
-def bank_of(config: TrainConfig) -> Path:
+def folder_of(config: TrainConfig) -> Path:
     (folder,) = (config.output / "feature-cache").iterdir()
     return folder
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
 @pytest.mark.parametrize("make_pipeline", [sd_pipeline, sdxl_pipeline])
-def test_features_from_the_bank_are_the_ones_that_a_pass_makes(
+def test_cached_features_are_those_of_a_forward_pass(
     bypass: MakeConfig, dtype: str, make_pipeline: Callable[[], Any]
 ) -> None:
-    # 5 draws: a full file and one that is not
+    # 5 draws: a full file and a partial one
     changes = {"caption_dropout": 0.4, "noise_offset": 0.1, "bypass": BypassConfig(taps=("*",))}
     settings = bypass(feature_cache=5, feature_cache_dtype=dtype, **changes)
     pipeline = make_pipeline()
@@ -70,9 +70,9 @@ def test_features_from_the_bank_are_the_ones_that_a_pass_makes(
         batches = run.batches
         assert isinstance(batches, Batches)
         feature_cache = use_feature_cache([run], models, verbose=False)
-        stream = cached_feature_sampler(settings.feature_cache, run.cache, settings.seed)
+        sampler = cached_feature_sampler(settings.feature_cache, run.cache, settings.seed)
         for first, count in ((0, 4), (4, 1)):
-            draws = [stream.draw(2, first + number) for number in range(count)]
+            draws = [sampler.draw(2, first + number) for number in range(count)]
             batch = batches.of(draws)
             noisy = run.objective.add_noise(batch.latents, batch.input_noise, batch.timesteps)
             expected = record_features(
@@ -96,27 +96,27 @@ def test_features_from_the_bank_are_the_ones_that_a_pass_makes(
     "changes",
     [{}, {"gradient_accumulation_steps": 2, "caption_dropout": 0.5, "ema_decay": 0.9}, {"flip": True}],
 )
-def test_training_from_a_bank_is_training_on_the_same_draws(
+def test_training_from_a_cache_is_training_on_the_same_draws(
     bypass: MakeConfig, tmp_path: Path, changes: dict[str, Any]
 ) -> None:
     # 8 steps of 2 of 6 images: some are drawn more often than there are draws of them
     settings = {"steps": 8, "feature_cache": 2, **changes}
     pipeline = sd_pipeline()
-    banked = train(bypass(**settings), pipeline=pipeline, verbose=False)
+    cached = train(bypass(**settings), pipeline=pipeline, verbose=False)
     plain = bypass(output=tmp_path / "plain", **settings)
     for run, _ in prepared_run(plain, pipeline):
-        # the same stream of draws, and the whole base in each step
+        # the same draws, with the whole base in each step
         with acting_on_base(run):
             run_loop(run, [UpdateAverage(), FinalFile()])
-    first, second = load_file(banked.path), load_file(plain.file)
+    first, second = load_file(cached.path), load_file(plain.file)
     for key in second:
-        # Passes of other batches round differently; the gate starts at zero.
+        # Batches of another size round differently; the gate starts at zero.
         torch.testing.assert_close(first[key], second[key], rtol=1e-3, atol=1e-5, msg=key)
     fresh = train(bypass(output=tmp_path / "fresh", **{**settings, "steps": 1, "learning_rate": 1e-9}),
                   pipeline=pipeline, verbose=False)  # fmt: skip
     start = load_file(fresh.path)
     moved = max(float((second[key] - start[key]).abs().max()) for key in second)
-    assert moved > 5e-3, "the tolerance is far below what is learnt"
+    assert moved > 5e-3, "the tolerance is far below the change by training"
 
 
 def acting_on_base(run: TrainState) -> Any:
@@ -124,7 +124,7 @@ def acting_on_base(run: TrainState) -> Any:
     return acting(run)
 
 
-def test_a_bank_of_one_draw_repeats_it(bypass: MakeConfig) -> None:
+def test_a_cache_of_one_draw_repeats_it(bypass: MakeConfig) -> None:
     settings = bypass(feature_cache=1, batch_size=6)
     for run, models in prepared_run(settings, sd_pipeline()):
         use_feature_cache([run], models, verbose=False)
@@ -150,10 +150,10 @@ def test_the_base_never_runs_while_training(bypass: MakeConfig) -> None:
         verbose=False,
         on_progress=lambda _: counts.append((len(calls), len(heads))),
     )
-    assert counts[0][0] > 0, "the bank was made by the base"
+    assert counts[0][0] > 0, "the base computed the cache"
     assert len({body_calls for body_calls, _ in counts}) == 1
     assert [later[1] - earlier[1] for earlier, later in itertools.pairwise(counts)] == [1] * 4
-    assert sum(name == "" for name in calls) == 6, "one pass for the three draws of each image"
+    assert sum(name == "" for name in calls) == 6, "one forward pass for the three draws of each image"
     assert not pipeline.unet._forward_pre_hooks
 
 
@@ -170,19 +170,21 @@ def test_the_predicted_size_is_the_real_one(bypass: MakeConfig) -> None:
     assert headers < len(files) * 2500
 
 
-def test_the_size_is_said_before_anything_is_computed(
+def test_the_size_is_printed_before_anything_is_computed(
     bypass: MakeConfig, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(2**40, 2**40, 2**20))
     settings = bypass(feature_cache=200)
-    with pytest.raises(TrainingError, match=r"needs \d+\.\d MiB more in .*, where 1\.0 MiB are free; lower --feature"):
+    with pytest.raises(
+        TrainingError, match=r"needs \d+\.\d MiB more in .*, but only 1\.0 MiB is free; lower --feature"
+    ):
         train(settings, pipeline=sd_pipeline())
-    assert "6 images x 200 draws in fp32 = " in capsys.readouterr().out
+    assert "6 images x 200 noise samples in fp32 = " in capsys.readouterr().out
     assert not shards(settings.output)
 
 
-def test_an_interrupted_bank_goes_on(bypass: MakeConfig, tmp_path: Path) -> None:
+def test_an_interrupted_cache_is_continued(bypass: MakeConfig, tmp_path: Path) -> None:
     pipeline = sd_pipeline()
     settings = bypass(feature_cache=5)
     passes: list[int] = []
@@ -197,15 +199,15 @@ def test_an_interrupted_bank_goes_on(bypass: MakeConfig, tmp_path: Path) -> None
         train(settings, pipeline=pipeline, verbose=False)
     assert len(shards(settings.output)) == 7
     assert not pipeline.unet.conv_norm_out._forward_pre_hooks
-    # One more is cut short, as by a full disk under a careless copy.
+    # Truncate another file, like an incomplete copy on a full disk.
     cut = shards(settings.output)[3]
     cut.write_bytes(cut.read_bytes()[:-1000])
-    went_on = train(settings, pipeline=pipeline, verbose=False)
+    continued = train(settings, pipeline=pipeline, verbose=False)
     assert len(passes) == 8 + 5 + 1
     handle.remove()
     whole = train(bypass(feature_cache=5, output=tmp_path / "whole"), pipeline=pipeline, verbose=False)
-    assert_same(went_on.path, whole.path)
-    ours, theirs = bank_of(settings), bank_of(bypass(output=tmp_path / "whole"))
+    assert_same(continued.path, whole.path)
+    ours, theirs = folder_of(settings), folder_of(bypass(output=tmp_path / "whole"))
     assert [file.read_bytes() for file in shards(ours)] == [file.read_bytes() for file in shards(theirs)]
     assert ours.name == theirs.name
 
@@ -232,9 +234,9 @@ def test_shares_are_disjoint_and_complete(bypass: MakeConfig, tmp_path: Path) ->
     assert len(made) == len(sources)
 
 
-def test_a_bank_serves_runs_that_draw_the_same_and_no_others(bypass: MakeConfig, images: Path, tmp_path: Path) -> None:
+def test_a_cache_is_shared_by_runs_with_the_same_draws_only(bypass: MakeConfig, images: Path, tmp_path: Path) -> None:
     pipeline = sd_pipeline()
-    folder = tmp_path / "banks"
+    folder = tmp_path / "caches"
     passes: list[int] = []
     pipeline.unet.register_forward_hook(lambda *_: passes.append(1))
     number = iter(range(100))
@@ -263,8 +265,8 @@ def test_a_bank_serves_runs_that_draw_the_same_and_no_others(bypass: MakeConfig,
     assert '"format": 1' in facts.read_text()
 
 
-def test_a_folder_of_another_bank_is_refused(tmp_path: Path) -> None:
-    layout = BankLayout.of(FAKE_BASE, [], [], 1, "fp16")
+def test_a_folder_of_another_cache_is_refused(tmp_path: Path) -> None:
+    layout = FeatureCacheLayout.of(FAKE_BASE, [], [], 1, "fp16")
     feature_cache = FeatureCache(tmp_path, layout, {"data": 1})
     feature_cache.build(None)
     (feature_cache.folder / "bank.json").write_text('{"data": 2}')
@@ -279,24 +281,24 @@ def test_a_damaged_file_is_named(bypass: MakeConfig) -> None:
     settings = bypass(checkpoint_every=1, steps=2)
     pipeline = sd_pipeline()
     train(settings, pipeline=pipeline, verbose=False)
-    for file in shards(bank_of(settings)):
+    for file in shards(folder_of(settings)):
         content = file.read_bytes()
         header = int.from_bytes(content[:8], "little")
         file.write_bytes(content[:8] + b"\xff" * header + content[8 + header :])
-    with pytest.raises(TrainingError, match=r"\.safetensors cannot be read \(.*\); delete it, and the next start"):
+    with pytest.raises(TrainingError, match=r"\.safetensors cannot be read \(.*\); delete it, and the next run"):
         train(bypass(checkpoint_every=1, steps=4, resume=True), pipeline=pipeline, verbose=False)
 
 
-def test_features_beyond_the_range_of_fp16_are_refused(bypass: MakeConfig) -> None:
+def test_features_out_of_range_for_fp16_are_refused(bypass: MakeConfig) -> None:
     pipeline = sd_pipeline()
     with torch.no_grad():
         pipeline.unet.conv_in.weight *= 1e6
-    with pytest.raises(TrainingError, match=r"feature at skip\.0 is beyond the range of fp16; choose another"):
+    with pytest.raises(TrainingError, match=r"feature at skip\.0 is out of range for fp16; set --feature-cache-dtype"):
         train(bypass(feature_cache_dtype="fp16"), pipeline=pipeline, verbose=False)
 
 
 @pytest.mark.parametrize("tuner", ["skip", ("bypass", "text"), ("skip", "bypass")])
-def test_a_bank_is_for_a_bypass_alone(bypass: MakeConfig, tuner: Any) -> None:
+def test_a_cache_is_for_a_bypass_alone(bypass: MakeConfig, tuner: Any) -> None:
     with pytest.raises(ValueError, match="a feature cache is for a tuner of a bypass part alone"):
         bypass(tuner=tuner, **({"text": {"rank": 2}} if "text" in tuner else {}))
 
@@ -316,14 +318,14 @@ def test_a_file_of_another_shape_is_not_taken_for_ours(bypass: MakeConfig) -> No
     settings = bypass(feature_cache=1, steps=1)
     pipeline = sd_pipeline()
     train(settings, pipeline=pipeline, verbose=False)
-    file = shards(bank_of(settings))[0]
+    file = shards(folder_of(settings))[0]
     good = file.read_bytes()
     save_file({"mid": torch.zeros(1, 2)}, file)
     train(settings, pipeline=pipeline, verbose=False)
     assert file.read_bytes() == good
 
 
-def test_two_processes_build_one_bank_and_train_as_one(
+def test_two_processes_build_one_cache_and_train_as_one(
     bypass: MakeConfig, tmp_path: Path, script: Callable[..., Any]
 ) -> None:
     one = train(bypass(output=tmp_path / "one", batch_size=2, steps=3), verbose=False)
@@ -336,8 +338,8 @@ def test_two_processes_build_one_bank_and_train_as_one(
     )  # fmt: skip
     output, errors = process.communicate(timeout=300)
     assert process.returncode == 0, errors
-    assert output.count("6 images x 3 draws") == 1
-    ours, theirs = bank_of(bypass(output=tmp_path / "one")), bank_of(shared)
+    assert output.count("6 images x 3 noise samples") == 1
+    ours, theirs = folder_of(bypass(output=tmp_path / "one")), folder_of(shared)
     assert ours.name == theirs.name
     assert [file.read_bytes() for file in shards(ours)] == [file.read_bytes() for file in shards(theirs)]
     first, second = load_file(one.path), load_file(shared.file)
