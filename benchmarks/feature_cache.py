@@ -125,7 +125,7 @@ def quality_of_seed(icons: Path, seed: int, steps: int, work: Path) -> list[Row]
         for used in SIZES:
             run = build_training_state(config, accelerator, inputs)
             sampler = FirstSamples(len(inputs.cache), seed, max(SIZES), used)
-            run.batches._stream = sampler  # type: ignore[attr-defined]
+            run.batches._sampler = sampler  # type: ignore[attr-defined]
             batches = CachedFeatureBatches(
                 run.batches, sampler, feature_cache, size=8, device=accelerator.device, dtype=torch.float32
             )

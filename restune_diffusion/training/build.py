@@ -111,7 +111,7 @@ def _batches(
     cache: Cache,
     *,
     seed: int,
-    stream: SeededSampler | None = None,
+    sampler: SeededSampler | None = None,
 ) -> Batches:
     """Return the batches of a cache."""
     return Batches(
@@ -126,8 +126,8 @@ def _batches(
         encode=encode,
         step_size=config.batch_size * config.gradient_accumulation_steps * accelerator.num_processes,
         unmasked_weight=config.data.unmasked_weight,
-        inpainting=InpaintingInputs(pipeline.vae, cache.pictures) if cache.pictures else None,
-        stream=stream,
+        inpainting=InpaintingInputs(pipeline.vae, cache.images) if cache.images else None,
+        sampler=sampler,
     )
 
 

@@ -30,7 +30,7 @@ from .frozen_base import check_trainable, frozen, move_encoders
 from .latents.cache import Cache, build_cache
 from .latents.cache_shards import build_together
 from .latents.text_conditioning import Conditioning
-from .losses.preservation import know_class
+from .losses.preservation import encode_class
 from .memory import drop_encoders
 from .quantization import quantize_base
 
@@ -97,7 +97,7 @@ def prepared(
     pipeline.to(accelerator.device)
     with frozen(pipeline):
         cache = _encode(config, accelerator, pipeline, examples, resolution, conditions, sheet)
-        known = know_class(config, accelerator, pipeline, resolution, verbose=verbose)
+        known = encode_class(config, accelerator, pipeline, resolution, verbose=verbose)
         drift_prompts = _drift_prompts(config, pipeline, resolution) if accelerator.is_main_process else []
         models = hash_of_models(pipeline) if config.feature_cache.draws is not None else None
         if config.memory.drop_encoders:

@@ -1,1 +1,1 @@
-"""Callbacks that watch a training run: progress, metrics, samples, drift, averaged weights."""
+"""Callbacks of a training run: progress, metrics, samples, drift, averaged weights."""

@@ -1,4 +1,4 @@
-"""Callback: what watches a training run, and the one that every run has."""
+"""Base class of training callbacks, and the callback that updates averaged weights."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from ..state import StepReport, TrainState
 
 
 class Callback:
-    """Something that watches a training run; every process calls it, in the order of the hooks."""
+    """Callback of a training run; every process calls the callbacks in the order of their list."""
 
     def on_start(self, run: TrainState) -> None:
         """Called once, before the first step of this process."""
@@ -15,19 +15,19 @@ class Callback:
         """Called after every optimizer step."""
 
     def on_stop(self, run: TrainState) -> None:
-        """Called instead of `on_end` where the run was asked to stop before its last step."""
+        """Called instead of `on_end` if the run is stopped before its last step."""
 
     def on_end(self, run: TrainState) -> None:
         """Called once, after the last step."""
 
     def close(self) -> None:
-        """Called at last, also after an error."""
+        """Called at the end of the run, also after an error."""
 
 
 class UpdateAverage(Callback):
-    """Takes every step's weights into the average; place it before everything that saves or draws."""
+    """Update the averaged weights after every step; place it before callbacks that save or generate samples."""
 
     def on_step(self, run: TrainState, report: StepReport) -> None:
-        """Take the weights in."""
+        """Update the average."""
         if run.average is not None:
             run.average.update()

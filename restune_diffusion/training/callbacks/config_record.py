@@ -1,4 +1,4 @@
-"""Write a run's settings down beside its result."""
+"""Callback that writes the settings of a run to its output folder."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from ..state import TrainState
 from .base import Callback
 
 CONFIG_FILE = "config.yaml"
-_HEADER = "# The settings of this run: restune train --config config.yaml --output OTHER does the same again.\n"
+_HEADER = "# Settings of this run. To repeat it: restune train --config config.yaml --output OTHER\n"
 
 
 class ConfigFile(Callback):
-    """Writes `config.yaml`; a resumed run, which may have other settings, writes it anew."""
+    """Write `config.yaml`; a resumed run, which may have other settings, overwrites it."""
 
     def on_start(self, run: TrainState) -> None:
         """Write the file."""

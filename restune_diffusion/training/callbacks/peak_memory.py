@@ -1,4 +1,4 @@
-"""How much memory a run has needed."""
+"""Peak memory of a training run."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ if sys.platform != "win32":
 
 
 def peak_memory(device: torch.device) -> int | None:
-    """Return the most bytes that this process has held so far: of tensors on a CUDA device, else of main memory.
+    """Return the peak memory of this process in bytes: of tensors on a CUDA device, otherwise of main memory.
 
-    None where the system does not tell.
+    Return None on systems that do not report it (Windows).
     """
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))

@@ -1,4 +1,4 @@
-"""Tell the user and the log how training goes."""
+"""Callbacks that report progress and metrics of training to the terminal and the log."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from .base import Callback
 from .metrics_file import METRICS_FILE
 from .peak_memory import peak_memory
 
-# Losses of single steps differ by the timestep that was drawn far more than by learning.
+# Losses of single steps vary far more by their random timesteps than by learning.
 LOSS_WINDOW = 50
 
 
 def describe_plan(run: TrainState) -> str:
-    """Say in a few lines what the run is about to do."""
+    """Return a summary of the run in a few lines: base, data, tuner, steps and memory."""
     config, cache = run.config, run.cache
     images = run.images_per_step
     epochs = config.steps * images / sum(cache.repeats)
@@ -34,8 +34,8 @@ def describe_plan(run: TrainState) -> str:
         f"base        {config.base} ({run.objective.prediction_type}, {precision}, {run.accelerator.device})",
         *_describe_data(run),
         f"tuner       {' + '.join(config.kinds)}, {run.tuner.num_parameters():,} parameters",
-        *(["masks       drawn anew in each step"] if cache.pictures else []),
-        *([f"steered by  {run.conditions.describe()}"] if run.conditions is not None else []),
+        *(["masks       random in every step"] if cache.images else []),
+        *([f"control     {run.conditions.describe()}"] if run.conditions is not None else []),
         *([f"preserved   {run.preservation.describe()}"] if run.preservation is not None else []),
         f"training    {config.steps} steps of {images} images = {epochs:.1f} epochs",
         f"memory      U-Net {readable_size(base_memory)}, tuner and optimizer {readable_size(tuner_memory)}, "
@@ -54,7 +54,7 @@ def _describe_data(run: TrainState) -> list[str]:
 
 
 class SheetFile(Callback):
-    """Writes `data.json`: what is trained on, and what is left out and why."""
+    """Write `data.json`: the training data, and which files are left out and why."""
 
     def on_start(self, run: TrainState) -> None:
         """Write the file."""
@@ -63,7 +63,7 @@ class SheetFile(Callback):
 
 
 class ProgressBar(Callback):
-    """Shows the smoothed loss, the speed, the time left and the peak memory of the main process on the terminal."""
+    """Progress bar with the smoothed loss, speed, remaining time and peak memory of the main process."""
 
     def __init__(self) -> None:
         self._recent: deque[StepReport] = deque(maxlen=LOSS_WINDOW)
@@ -77,7 +77,7 @@ class ProgressBar(Callback):
         )
 
     def on_step(self, run: TrainState, report: StepReport) -> None:
-        """Move the bar on."""
+        """Update the bar."""
         self._recent.append(report)
         loss = sum(recent.loss for recent in self._recent) / len(self._recent)
         speed = sum(recent.images for recent in self._recent) / sum(recent.seconds for recent in self._recent)
@@ -87,19 +87,19 @@ class ProgressBar(Callback):
         self._bar.update()
 
     def close(self) -> None:
-        """Leave the bar's last state on the terminal."""
+        """Close the bar; its last state stays on the terminal."""
         if self._bar is not None:
             self._bar.close()
 
 
 class MetricsLog(Callback):
-    """Appends one line of JSON per step to `metrics.jsonl`, and tells accelerate's trackers the same."""
+    """Log metrics of every step to `metrics.jsonl`, one JSON line per step, and to accelerate's trackers."""
 
     def __init__(self) -> None:
         self._file: IO[str] | None = None
 
     def on_start(self, run: TrainState) -> None:
-        """Open the log; a resumed run forgets the steps that it is about to repeat."""
+        """Open the log; a resumed run removes the lines of the steps that it repeats."""
         if run.accelerator.is_main_process:
             path = run.config.output / METRICS_FILE
             _keep_until(path, run.step or -1)
@@ -123,7 +123,7 @@ class MetricsLog(Callback):
         self.note(run, values)
 
     def note(self, run: TrainState, values: dict[str, float]) -> None:
-        """Log figures for the present step, on a line of their own."""
+        """Log metrics of the current step on a separate line."""
         if self._file is not None:
             self._file.write(json.dumps({"step": run.step, **values}) + "\n")
             self._file.flush()
@@ -136,7 +136,7 @@ class MetricsLog(Callback):
 
 
 class Progress(Callback):
-    """Hands every step's report to a function of the caller."""
+    """Call a function with the report of every step."""
 
     def __init__(self, function: Callable[[StepReport], None]) -> None:
         self._function = function
@@ -147,7 +147,7 @@ class Progress(Callback):
 
 
 def _keep_until(path: Path, step: int) -> None:
-    """Cut a log back to the steps up to this one; a line that a crash left unfinished goes too."""
+    """Truncate a log to the steps up to this one, and remove incomplete lines of a crash."""
     kept = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
         try:

@@ -1,4 +1,4 @@
-"""Where a run is logged beside `metrics.jsonl`: accelerate's trackers."""
+"""Logging with accelerate's trackers, in addition to `metrics.jsonl`."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ _TITLES = {"tensorboard": "TensorBoard", "wandb": "Weights & Biases"}
 
 
 def tracker_name(log_with: str) -> str | None:
-    """Return which of accelerate's trackers is asked for, if any; TensorBoard where it is installed for `auto`.
+    """Return the name of accelerate's tracker, or None; `auto` is TensorBoard if it is installed.
 
     Raises:
-        TrainingError: if it is asked for and not installed; accelerate would only leave the log out.
+        TrainingError: if the tracker is not installed; accelerate would log nothing and raise no error.
     """
     if log_with == "auto":
         return "tensorboard" if is_tensorboard_available() else None
@@ -25,13 +25,13 @@ def tracker_name(log_with: str) -> str | None:
     if not _AVAILABLE[log_with]():
         raise TrainingError(
             f"{_TITLES[log_with]} is not installed; run pip install 'restune-diffusion[{log_with}]', "
-            f"or leave --log-with out."
+            f"or omit --log-with."
         )
     return log_with
 
 
 def start_trackers(accelerator: Accelerator, config: TrainConfig) -> None:
-    """Begin the log: TensorBoard's in OUTPUT/logs, or a run named as the tuner in the wandb project."""
+    """Start the trackers: TensorBoard in OUTPUT/logs, or a run with the tuner's name in the wandb project."""
     if tracker_name(config.log_with) == "wandb":
         options = {"wandb": {"name": config.name, "dir": str(config.output)}}
         accelerator.init_trackers("restune-diffusion", config=config.recorded(), init_kwargs=options)

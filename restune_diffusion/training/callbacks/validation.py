@@ -1,4 +1,4 @@
-"""Sample images while training, made the way that a user will make them: from a tuner file, with the pipeline."""
+"""Callback that generates validation samples from a tuner file with the pipeline, as users do."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ...pipelines.load_base import sampling_pipeline
 from ...storage.tuner_file import save_tuner
 from ..config.validation import ValidationConfig
 from ..frozen_base import move_encoders
-from ..latents.inpainting import masked_picture, validation_inputs
+from ..latents.inpainting import masked_image, validation_inputs
 from ..state import StepReport, TrainState
 from .base import Callback
 
@@ -26,12 +26,12 @@ _NAME = "validation sample"
 
 
 class ValidationSamples(Callback):
-    """Draws the validation prompts at the start, every so many steps, and at the end.
+    """Generate samples of the validation prompts at the start, every `validation.every` steps, and at the end.
 
-    Place it after `FinalFile`: the last samples are drawn from the finished file.
+    Place it after `FinalFile`: the last samples are generated from the finished file.
 
     Args:
-        steering: for a control tuner the condition images of each prompt, by name.
+        control_images: condition images of each prompt by name, for a control tuner.
     """
 
     def __init__(self, control_images: Sequence[Mapping[str, Image.Image]] = ()) -> None:
@@ -39,18 +39,18 @@ class ValidationSamples(Callback):
         self._control_images = control_images
 
     def on_start(self, run: TrainState) -> None:
-        """Draw what the base makes of the prompts, unless the run is resumed."""
+        """Generate samples before the first step, unless the run is resumed."""
         if run.step == 0:
             self._sample_from_state(run)
 
     def on_step(self, run: TrainState, report: StepReport) -> None:
-        """Draw if it is time."""
+        """Generate samples every `validation.every` steps."""
         every = run.config.validation.every
         if every and run.step % every == 0 and run.step < run.config.steps:
             self._sample_from_state(run)
 
     def on_end(self, run: TrainState) -> None:
-        """Draw from the finished file."""
+        """Generate samples from the finished file."""
         self._sample(run, run.config.file)
 
     def _sample_from_state(self, run: TrainState) -> None:
@@ -67,44 +67,44 @@ class ValidationSamples(Callback):
             return
         validation = run.config.validation
         changes = run.objective.scheduler_changes
-        repainted = validation_inputs(run.cache.pictures, len(validation.prompts), validation.seed)
-        images = draw_samples(
-            run.pipeline, file, validation, run.accelerator.device, self._control_images, changes, repainted
+        inpainting = validation_inputs(run.cache.images, len(validation.prompts), validation.seed)
+        images = generate_samples(
+            run.pipeline, file, validation, run.accelerator.device, self._control_images, changes, inpainting
         )
         folder = run.config.output / "samples" / f"step-{run.step:06d}"
         folder.mkdir(parents=True, exist_ok=True)
         for number, image in enumerate(images):
             image.save(folder / f"{number:02d}.png")
         shown = [dict(conditions) for conditions in self._control_images or [{} for _ in images]]
-        for number, inputs in enumerate(repainted):
-            shown[number] |= {"masked": masked_picture(**inputs)}
+        for number, inputs in enumerate(inpainting):
+            shown[number] |= {"masked": masked_image(**inputs)}
         rows = [[*conditions.values(), image] for conditions, image in zip(shown, images, strict=True)]
         sheet = labelled_grid(rows, validation.prompts, [*shown[0], f"step {run.step}"])
         sheet.save(folder / "sheet.png")
         self.folders.append(folder)
 
 
-def draw_samples(
+def generate_samples(
     pipeline: Any,
     file: Path,
     config: ValidationConfig,
     device: torch.device,
     control_images: Sequence[Mapping[str, Image.Image]] = (),
     scheduler_changes: Mapping[str, Any] | None = None,
-    repainted: Sequence[Mapping[str, Image.Image]] = (),
+    inpainting: Sequence[Mapping[str, Image.Image]] = (),
 ) -> list[Image.Image]:
-    """Generate one image per prompt with the tuner in a file; tuners on the base are set aside meanwhile.
+    """Generate one image per prompt with the tuner in a file; other tuners on the base are disabled.
 
-    Sampling uses no random state but its own, so it does not change the course of training.
+    Sampling has its own random generator, so it does not change training.
 
     Args:
         pipeline: the base's pipeline.
         file: the tuner file.
         config: prompts, steps, guidance and seed.
-        device: device that the encoders are on meanwhile.
+        device: device of the encoders during sampling.
         control_images: condition images of each prompt by name, for a control tuner.
         scheduler_changes: scheduler settings that differ from the base's.
-        repainted: `image` and `mask_image` of each prompt, for an inpainting base.
+        inpainting: `image` and `mask_image` of each prompt, for an inpainting base.
     """
     sampler = sampling_pipeline(pipeline, scheduler_changes)
     images = []
@@ -116,8 +116,8 @@ def draw_samples(
                 num_inference_steps=config.steps,
                 guidance_scale=config.guidance,
                 generator=torch.Generator("cpu").manual_seed(config.seed),
-                # Nothing of the picture is to shine through the mask.
-                **({**repainted[number], "strength": 1.0} if repainted else {}),
+                # Strength 1 ignores the original content of the masked area.
+                **({**inpainting[number], "strength": 1.0} if inpainting else {}),
             )
             images.append(result.images[0])
     return images
@@ -125,7 +125,7 @@ def draw_samples(
 
 @contextmanager
 def _only_tuner(sampler: Any, file: Path) -> Iterator[None]:
-    """Load a tuner file as the only active tuner, and give the others their weights back afterwards."""
+    """Context manager that loads a tuner file as the only active tuner, and restores the others' weights at exit."""
     before = sampler.get_list_tuners()
     sampler.load_tuner_weights(file, tuner_name=_NAME)
     try:
@@ -140,7 +140,7 @@ def _only_tuner(sampler: Any, file: Path) -> Iterator[None]:
 
 @contextmanager
 def _encoders_on(pipeline: Any, device: torch.device) -> Iterator[None]:
-    """Bring the models that training itself does not need to the device, for as long as they are needed."""
+    """Context manager that moves the encoders, which training steps do not need, to the device."""
     models = {name: model for name, model in pipeline.components.items() if isinstance(model, nn.Module)}
     before = {name: next(model.parameters()).device for name, model in models.items()}
     move_encoders(pipeline, device)

@@ -1,4 +1,4 @@
-"""Put training batches together from the cache and the sample stream."""
+"""Assemble training batches from the latent cache and the sampler."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from .text_conditioning import Conditioning, denoiser_inputs
 
 @dataclass(frozen=True)
 class Batch:
-    """Input of one forward pass: clean latents, noise, timesteps, and keyword arguments of the denoiser.
+    """Inputs of one forward pass: clean latents, noise, timesteps, and keyword arguments of the denoiser.
 
-    `perturbation` is added to the noise in the denoiser's input, and not to what it shall predict.
+    `perturbation` is added to the noise in the denoiser's input, but not to the target.
     `conditions` has one tensor for each condition of a control tuner, `(samples, channels, height, width)` in [0, 1].
-    `mask` is how much each place counts in the loss, `(samples, 1, height, width)`; None where all count the same.
-    `inpainting` is what an inpainting base takes beside the noisy latents, `(samples, channels, height, width)`.
+    `mask` weights the loss by position, `(samples, 1, height, width)`; None for uniform weights.
+    `inpainting` holds the extra input channels of an inpainting base, `(samples, channels, height, width)`.
     """
 
     latents: torch.Tensor
@@ -34,48 +34,47 @@ class Batch:
     mask: torch.Tensor | None = None
     inpainting: torch.Tensor | None = None
     features: TapFeatures | None = None
-    """What the base makes of this batch on the way to its output head, where that is known without another pass."""
+    """Features of the base for this batch, if they are known without another forward pass."""
 
     def denoiser_sample(self, noisy: torch.Tensor) -> torch.Tensor:
-        """Return what the denoiser takes as its sample, in diffusers' order: noisy latents, mask, masked latents."""
+        """Return the denoiser's `sample`, with channels in diffusers' order: noisy latents, mask, masked latents."""
         return noisy if self.inpainting is None else torch.cat([noisy, self.inpainting], dim=1)
 
     @property
     def input_noise(self) -> torch.Tensor:
-        """The noise that is in the denoiser's input."""
+        """Noise in the denoiser's input."""
         return self.noise if self.perturbation is None else self.noise + self.perturbation
 
 
 class BatchSource(Protocol):
-    """Batches by their number."""
+    """Source of batches by number."""
 
     def __getitem__(self, number: int) -> Batch:
-        """Return a batch."""
+        """Return the batch with a number."""
 
 
 class Batches:
-    """Draws batches by their number, so that any of them can be drawn at any time.
+    """Training batches by number, in any order.
 
     Args:
         cache: the encoded training data.
         seed: seed of the run.
-        size: samples of a batch.
-        timesteps: number of noise levels.
-        caption_dropout: share of the samples that get the empty caption.
-        device: where the batches go.
-        dtype: dtype of the text states.
-        noising: how noise and timesteps are drawn.
-        encode: makes the text states of a batch's captions, None being a dropped one, where they are not those of the
-            cache.
-        step_size: samples of an optimizer step, over all its batches and processes, which are of one size where the
-            cache has images of several; those of a batch where not given.
-        unmasked_weight: least weight of the loss where the cache has masks.
-        inpainting: makes the further channels of an inpainting base from the numbers of a batch's images and the
+        size: samples per batch.
+        timesteps: number of timesteps of the base.
+        caption_dropout: fraction of the samples that get the empty caption.
+        device: device of the batches.
+        dtype: dtype of the text embeddings.
+        noising: distributions of noise and timesteps.
+        encode: encodes the captions of a batch, None for a dropped one; by default their embeddings are cached.
+        step_size: samples per optimizer step, over all batches and processes; by default the samples of a batch. If
+            the cache has several image sizes, all samples of a step have the same size.
+        unmasked_weight: minimum weight of the loss if the cache has masks.
+        inpainting: computes the extra channels of an inpainting base from the indices of a batch's images and the
             generators of its samples.
-        stream: which sample is drawn at which position; a stream of all images in random order where not given.
+        sampler: sample at each position; by default all images in random order.
 
     Raises:
-        TrainingError: if the base has no timesteps in the range that is asked for.
+        TrainingError: if the range of timesteps is invalid for the base.
     """
 
     def __init__(
@@ -93,13 +92,13 @@ class Batches:
         step_size: int | None = None,
         unmasked_weight: float = 0.0,
         inpainting: Callable[[Sequence[int], Sequence[torch.Generator]], torch.Tensor] | None = None,
-        stream: SeededSampler | None = None,
+        sampler: SeededSampler | None = None,
     ) -> None:
         self._noising = noising or Noising()
         self._noising.range(timesteps)
         self._cache = cache
         self._shown = cache.shown
-        self._stream = stream if stream is not None else self._make_stream(seed, step_size or size)
+        self._sampler = sampler if sampler is not None else self._make_sampler(seed, step_size or size)
         self._unmasked_weight = unmasked_weight
         self._size = size
         self._timesteps = timesteps
@@ -110,10 +109,10 @@ class Batches:
         self._inpainting = inpainting
 
     def __getitem__(self, number: int) -> Batch:
-        return self.of(self._stream.draws(number * self._size, self._size))
+        return self.of(self._sampler.draws(number * self._size, self._size))
 
     def of(self, draws: Iterable[Draw]) -> Batch:
-        """Put the batch of these draws together."""
+        """Return the batch of these draws."""
         draws = list(draws)
         latents, noise, timesteps, captions, size_conditionings, conditions = [], [], [], [], [], []
         perturbations, masks = [], []
@@ -128,7 +127,7 @@ class Batches:
             size_conditionings.append(self._cache.size_conditionings[entry])
             conditions.append(self._cache.conditions[entry] if self._cache.conditions else ())
             masks += [self._cache.masks[entry].clamp(min=self._unmasked_weight)] if self._cache.masks else []
-            # Drawn last and only if asked, so that what the other draws give does not depend on them.
+            # Optional noise comes last, so that it does not change the other random numbers.
             if self._noising.offset:
                 noise[-1] = noise[-1] + self._noising.offset_for(noise[-1], draw.generator)
             if self._noising.perturbation:
@@ -144,7 +143,7 @@ class Batches:
             self._inpainting_inputs(entries, draws),
         )
 
-    def _make_stream(self, seed: int, step_size: int) -> SeededSampler:
+    def _make_sampler(self, seed: int, step_size: int) -> SeededSampler:
         buckets: dict[tuple[int, ...], list[int]] = {}
         for number, views in enumerate(self._shown):
             buckets.setdefault(tuple(self._cache.latents[views[0]].mean.shape), []).append(number)
@@ -153,7 +152,7 @@ class Batches:
         return BucketedSampler([buckets[size] for size in sorted(buckets)], seed, step_size)
 
     def _entry(self, draw: Draw) -> int:
-        """Choose the view of an image."""
+        """Choose a view of an image."""
         views = self._shown[draw.index]
         return views[int(torch.randint(len(views), (), generator=draw.view))] if len(views) > 1 else views[0]
 

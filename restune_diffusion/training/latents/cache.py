@@ -1,4 +1,4 @@
-"""Everything that the frozen encoders say about the training data, computed once."""
+"""Cache of VAE latents and text embeddings, computed once before training."""
 
 from __future__ import annotations
 
@@ -14,30 +14,31 @@ from ...data.loss_masks import latent_mask
 from ...data.training_images import Sample
 from ...utils.errors import NoImageError
 from .precision import in_fp32
-from .text_conditioning import Conditioning, encode_caption, encode_nothing
+from .text_conditioning import Conditioning, encode_caption, encode_empty_caption
 
 
 @dataclass(frozen=True)
 class Latent:
-    """Posterior of an image under the base's autoencoder, on the CPU in fp32, already scaled for the denoiser."""
+    """Posterior of an image under the base's VAE, on the CPU in fp32, scaled for the denoiser."""
 
     mean: torch.Tensor
     std: torch.Tensor
 
     def draw(self, generator: torch.Generator) -> torch.Tensor:
-        """Sample the latent."""
+        """Return a sample of the latent."""
         return self.mean + self.std * torch.randn(self.mean.shape, generator=generator)
 
 
 @dataclass(frozen=True)
 class Cache:
-    """The encoded training data: one entry per view of an image, one conditioning per distinct caption.
+    """Encoded training data: one entry per view of an image, one text conditioning per distinct caption.
 
-    `conditions` holds for each entry those that steer it, uint8, in the order of the tuner's conditions, `masks` what
-    of it to train on, 1 x height x width of the latent, and `pictures` the view itself, uint8, where a base needs it
-    in each step; all three may be empty. `views` are the entries of each image: one, unless images are cut or mirrored
-    at random. `repeats` says how often an epoch shows each image. `digests` tell each entry, with all that belongs to
-    it, from any other.
+    Three fields may be empty. `conditions` holds the condition images of each entry, uint8, in the tuner's order of
+    conditions. `masks` holds the loss mask of each entry, 1 x height x width of the latent. `images` holds the pixels
+    of each entry, uint8, 3 x height x width, if the base needs them in each step.
+
+    `views` are the indices of each image's entries: one, unless images are cropped or flipped at random. `repeats` is
+    how many times an epoch contains each image. `digests` are the hashes of the entries with all their fields.
     """
 
     latents: list[Latent]
@@ -50,51 +51,51 @@ class Cache:
     masks: list[torch.Tensor] = field(default_factory=list)
     views: list[list[int]] = field(default_factory=list)
     repeats: list[int] = field(default_factory=list)
-    pictures: list[torch.Tensor] = field(default_factory=list)
+    images: list[torch.Tensor] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.views)
 
     def conditioning(self, index: int) -> Conditioning:
-        """Return the text states of an entry's caption."""
+        """Return the text embeddings of an entry's caption."""
         return self.conditionings[self.captions[index]]
 
     @property
     def shown(self) -> list[list[int]]:
-        """The views of what an epoch shows, each image as often as it is repeated."""
+        """Views of the images of an epoch, with each image as many times as it is repeated."""
         return [views for views, repeats in zip(self.views, self.repeats, strict=True) for _ in range(repeats)]
 
     @property
     def data_hash(self) -> str:
-        """What tells this data, in this order, from any other."""
+        """SHA-256 of the data, including its order."""
         return hashlib.sha256(b"".join(self.digests)).hexdigest()
 
     @property
     def bytes(self) -> int:
-        """Memory that the cache takes."""
+        """Size of the cache in bytes."""
         tensors = [tensor for latent in self.latents for tensor in (latent.mean, latent.std)]
         tensors += [conditioning.states for conditioning in self.conditionings.values()]
         tensors += [condition for conditions in self.conditions for condition in conditions]
-        tensors += self.masks + self.pictures
+        tensors += self.masks + self.images
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
-def build_cache(pipeline: Any, samples: Iterable[Sample], keep_pictures: bool = False) -> Cache:
+def build_cache(pipeline: Any, samples: Iterable[Sample], keep_images: bool = False) -> Cache:
     """Encode images and captions with the pipeline's frozen encoders.
 
     Args:
         pipeline: the base.
         samples: the training data.
-        keep_pictures: whether the images themselves are needed in training.
+        keep_images: whether training needs the pixels of the images.
 
     Raises:
-        NoImageError: if there is no sample.
+        NoImageError: if there are no samples.
     """
     latents, captions, size_conditionings, conditions = [], [], [], []
     masks: list[torch.Tensor] = []
     views: list[list[int]] = []
     repeats: list[int] = []
-    digests, pictures = [], []
+    digests, images = [], []
     with in_fp32(pipeline.vae):
         for sample in samples:
             latents.append(encode_image(pipeline.vae, sample.pixels))
@@ -103,8 +104,8 @@ def build_cache(pipeline: Any, samples: Iterable[Sample], keep_pictures: bool = 
             conditions.append(sample.conditions)
             if sample.mask is not None:
                 masks.append(latent_mask(sample.mask, latents[-1].mean.shape))
-            if keep_pictures:
-                pictures.append(((sample.pixels + 1) * 127.5).round().to(torch.uint8))
+            if keep_images:
+                images.append(((sample.pixels + 1) * 127.5).round().to(torch.uint8))
             digests.append(_digest(sample, masks[-1] if sample.mask is not None else None))
             if sample.further:
                 views[-1].append(len(latents) - 1)
@@ -112,21 +113,23 @@ def build_cache(pipeline: Any, samples: Iterable[Sample], keep_pictures: bool = 
                 views.append([len(latents) - 1])
                 repeats.append(sample.repeats)
     if not latents:
-        raise NoImageError("None of the images can be read; check that the files are whole PNG, JPEG or WebP images.")
+        raise NoImageError(
+            "None of the images can be read; check that the files are complete PNG, JPEG or WebP images."
+        )
     conditionings = {caption: encode_caption(pipeline, caption) for caption in dict.fromkeys(captions)}
-    nothing = encode_nothing(pipeline)
+    unconditional = encode_empty_caption(pipeline)
     return Cache(
         latents,
         captions,
         size_conditionings,
         conditionings,
-        nothing,
+        unconditional,
         digests,
         conditions,
         masks,
         views,
         repeats,
-        pictures,
+        images,
     )
 
 
@@ -141,7 +144,12 @@ def _digest(sample: Sample, mask: torch.Tensor | None) -> bytes:
 
 @torch.no_grad()
 def encode_image(vae: Any, pixels: torch.Tensor) -> Latent:
-    """Encode one image; the posterior is kept, so that every step can draw from it anew."""
+    """Return the VAE posterior of one image; every training step samples a new latent from it.
+
+    Args:
+        vae: the base's VAE.
+        pixels: the image, `(3, height, width)` in [-1, 1].
+    """
     posterior = vae.encode(pixels[None].to(vae.device)).latent_dist
     shift, scale = vae.config.get("shift_factor") or 0.0, vae.config.scaling_factor
     return Latent(((posterior.mean[0] - shift) * scale).cpu(), (posterior.std[0] * scale).cpu())

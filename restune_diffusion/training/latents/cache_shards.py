@@ -1,4 +1,4 @@
-"""Build the cache by all processes of a run together, each encoding its share of the images."""
+"""Build the latent cache in parallel: each process of a run encodes its share of the images."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ _T = TypeVar("_T")
 
 
 def build_together(accelerator: Accelerator, examples: Sequence[_T], build: Callable[[Sequence[_T]], Cache]) -> Cache:
-    """Return, on every process, the cache that one process would build of all examples.
+    """Return, on every process, the cache of all examples.
 
-    Nothing is shared through files, so the machines of a run need no common folder.
+    Processes exchange the shares through accelerate, so the machines need no common folder.
 
     Args:
-        accelerator: tells which process this is, of how many.
-        examples: all of the data, the same on every process.
-        build: encodes some of it.
+        accelerator: accelerator of the run.
+        examples: all examples, the same on every process.
+        build: encodes some of the examples.
 
     Raises:
         NoImageError: on every process, if no image of any share can be read.
@@ -35,7 +35,7 @@ def build_together(accelerator: Accelerator, examples: Sequence[_T], build: Call
     try:
         part = build(share(examples, accelerator.process_index, accelerator.num_processes))
     except NoImageError as error:
-        # Told to the others first, which would wait for this process's share.
+        # Raised after the gather, because the other processes wait for this process's share.
         part = error
     parts = gather_object([part])
     full = [each for each in parts if isinstance(each, Cache)]
@@ -45,12 +45,12 @@ def build_together(accelerator: Accelerator, examples: Sequence[_T], build: Call
 
 
 def share(examples: Sequence[_T], index: int, count: int) -> Sequence[_T]:
-    """Return the share of one of `count` processes: neighbours, so that the shares in a row are the whole in order."""
+    """Return the consecutive examples of process `index` of `count`; the shares in order are all examples."""
     return examples[len(examples) * index // count : len(examples) * (index + 1) // count]
 
 
 def merge(parts: Sequence[Cache]) -> Cache:
-    """Put the caches of neighbouring shares together."""
+    """Merge the caches of consecutive shares."""
     merged: dict[str, Any] = {}
     for field in fields(Cache):
         values = [getattr(part, field.name) for part in parts]
@@ -60,7 +60,7 @@ def merge(parts: Sequence[Cache]) -> Cache:
             merged[field.name] = {key: item for value in values for key, item in value.items()}
         else:
             merged[field.name] = values[0]
-    # Views are numbers of entries, which those of the shares before shift.
+    # Views are indices of entries, so they are shifted by the number of entries before.
     firsts = accumulate((len(part.latents) for part in parts), initial=0)
     merged["views"] = [
         [first + entry for entry in views] for first, part in zip(firsts, parts, strict=False) for views in part.views

@@ -1,8 +1,7 @@
-"""What an inpainting base sees beside the noisy latent: a mask, and the latent of the picture without what it hides.
+"""Extra input channels of an inpainting base: a mask, and the latent of the masked image.
 
-Each step draws its masks anew and encodes the masked pictures with them, instead of a few masks for each picture from
-a cache: a tuner sees no mask twice, and what a step sees follows from its number alone. The price is one pass of the
-autoencoder's encoder in a step.
+Every step generates random masks and encodes the masked images, instead of caching a few masks per image. So no mask
+repeats, and the inputs of a step depend only on its number. The cost is one forward pass of the VAE encoder per step.
 """
 
 from __future__ import annotations
@@ -18,20 +17,20 @@ from PIL import Image
 from .precision import in_fp32
 
 WHOLE = 0.25
-"""Share of the masks that hide everything, as in the training of Stable Diffusion's inpainting checkpoints (model card
-of runwayml/stable-diffusion-inpainting: "in 25% mask everything")."""
+"""Fraction of the masks that cover the whole image, as in the training of Stable Diffusion's inpainting checkpoints
+(model card of runwayml/stable-diffusion-inpainting: "in 25% mask everything")."""
 _SMALLEST = 0.1
-"""Shortest side of the other masks, in sides of the picture."""
+"""Minimum side of the other masks, as a fraction of the image's side."""
 
 
 def draw_mask(height: int, width: int, generator: torch.Generator, whole: float = WHOLE) -> torch.Tensor:
-    """Draw a mask, `1 x height x width`, fp32: 1 where the base shall paint, else 0.
+    """Return a random mask, `1 x height x width`, fp32: 1 where the base inpaints, else 0.
 
-    It is the whole picture in the share `whole` of the cases, and else a rectangle or an ellipse of any size at any
-    place, as in the inpainting scripts of diffusers.
+    With probability `whole` it covers the whole image. Otherwise it is a rectangle or an ellipse of random size and
+    position, as in the inpainting scripts of diffusers.
     """
-    kind, *random = torch.rand(5, generator=generator, dtype=torch.float64).tolist()
-    if kind < whole:
+    shape, *random = torch.rand(5, generator=generator, dtype=torch.float64).tolist()
+    if shape < whole:
         return torch.ones(1, height, width)
     sides = [max(1, round(length * (_SMALLEST + (1 - _SMALLEST) * share))) for length, share in
              zip((height, width), random[:2], strict=True)]  # fmt: skip
@@ -39,38 +38,38 @@ def draw_mask(height: int, width: int, generator: torch.Generator, whole: float 
               zip((height, width), sides, random[2:], strict=True)]  # fmt: skip
     rows, columns = torch.arange(height)[:, None] - corner[0], torch.arange(width)[None] - corner[1]
     inside = (rows >= 0) & (rows < sides[0]) & (columns >= 0) & (columns < sides[1])
-    if kind >= (1 + whole) / 2:
-        # The middle of a pixel decides.
+    if shape >= (1 + whole) / 2:
+        # A pixel is inside if its center is.
         y, x = (rows + 0.5) / sides[0] * 2 - 1, (columns + 0.5) / sides[1] * 2 - 1
         inside &= y**2 + x**2 <= 1
     return inside[None].float()
 
 
 class InpaintingInputs:
-    """Makes the further channels of an inpainting base for a batch.
+    """Compute the extra input channels of an inpainting base for a batch.
 
     Args:
-        vae: the base's autoencoder, on the device of the training.
-        pictures: the training images, uint8, each 3 x height x width.
+        vae: the base's VAE, on the training device.
+        images: the training images, uint8, each 3 x height x width.
     """
 
-    def __init__(self, vae: Any, pictures: Sequence[torch.Tensor]) -> None:
+    def __init__(self, vae: Any, images: Sequence[torch.Tensor]) -> None:
         self._vae = vae
-        self._pictures = pictures
+        self._images = images
 
     def __call__(self, indices: Sequence[int], generators: Sequence[torch.Generator]) -> torch.Tensor:
         """Return mask and masked latent, `(samples, 1 + latent channels, height, width)`, fp32, on the device.
 
         Args:
-            indices: number of the picture of each sample.
-            generators: source of each sample's mask, and of the draw from the posterior.
+            indices: index of each sample's image.
+            generators: random generator of each sample, for its mask and for sampling the posterior.
         """
-        pictures = [to_pixels(self._pictures[index]) for index in indices]
-        masks = [draw_mask(picture.shape[1], picture.shape[2], generator) for picture, generator in
-                 zip(pictures, generators, strict=True)]  # fmt: skip
-        hidden = torch.stack([hide(picture, mask) for picture, mask in zip(pictures, masks, strict=True)])
-        latents = self._encode(hidden, generators)
-        # The nearest value, as in diffusers' inpainting pipelines.
+        images = [to_pixels(self._images[index]) for index in indices]
+        masks = [draw_mask(image.shape[1], image.shape[2], generator) for image, generator in
+                 zip(images, generators, strict=True)]  # fmt: skip
+        masked = torch.stack([hide(image, mask) for image, mask in zip(images, masks, strict=True)])
+        latents = self._encode(masked, generators)
+        # Nearest-neighbor interpolation, as in diffusers' inpainting pipelines.
         small = F.interpolate(torch.stack(masks), size=latents.shape[-2:]).to(latents.device)
         return torch.cat([small, latents], dim=1)
 
@@ -80,41 +79,41 @@ class InpaintingInputs:
             posterior = self._vae.encode(pixels.to(self._vae.device)).latent_dist
         noise = torch.stack([torch.randn(posterior.mean.shape[1:], generator=each) for each in generators])
         latents = posterior.mean + posterior.std * noise.to(posterior.mean.device)
-        # Not shifted either, where an autoencoder has such a factor: the pipelines do not.
+        # No shift_factor, because the pipelines do not apply it to masked latents.
         return latents * self._vae.config.scaling_factor
 
 
-def to_pixels(picture: torch.Tensor) -> torch.Tensor:
-    """Bring a picture from uint8 to [-1, 1]."""
-    return picture.float() / 127.5 - 1
+def to_pixels(image: torch.Tensor) -> torch.Tensor:
+    """Convert an image from uint8 to fp32 in [-1, 1]."""
+    return image.float() / 127.5 - 1
 
 
 def hide(pixels: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Paint what a mask hides in the middle grey, 0 in [-1, 1]."""
+    """Fill the masked area with mid-gray, 0 in [-1, 1]."""
     return pixels * (mask < 0.5)
 
 
-def validation_inputs(pictures: Sequence[torch.Tensor], prompts: int, seed: int) -> list[dict[str, Image.Image]]:
-    """Return what an inpainting pipeline repaints for each prompt: `image`, a training picture, and `mask_image`.
+def validation_inputs(images: Sequence[torch.Tensor], prompts: int, seed: int) -> list[dict[str, Image.Image]]:
+    """Return the inputs of an inpainting pipeline for each prompt: `image`, a training image, and `mask_image`.
 
-    The masks hide a part and never everything, and are the same each time. Without pictures there is nothing.
+    The masks never cover the whole image, and depend only on the seed. The list is empty if there are no images.
     """
-    if not pictures:
+    if not images:
         return []
     inputs = []
     for number in range(prompts):
-        picture = pictures[number % len(pictures)]
+        image = images[number % len(images)]
         generator = torch.Generator().manual_seed(seed + number)
-        mask = draw_mask(picture.shape[1], picture.shape[2], generator, whole=0.0)
-        inputs.append({"image": _image(picture), "mask_image": _image(mask.mul(255).to(torch.uint8))})
+        mask = draw_mask(image.shape[1], image.shape[2], generator, whole=0.0)
+        inputs.append({"image": _to_pil(image), "mask_image": _to_pil(mask.mul(255).to(torch.uint8))})
     return inputs
 
 
-def masked_picture(image: Image.Image, mask_image: Image.Image) -> Image.Image:
-    """Paint what the mask hides in grey."""
+def masked_image(image: Image.Image, mask_image: Image.Image) -> Image.Image:
+    """Return the image with the masked area in gray."""
     return Image.composite(Image.new("RGB", image.size, (128, 128, 128)), image, mask_image)
 
 
-def _image(pixels: torch.Tensor) -> Image.Image:
+def _to_pil(pixels: torch.Tensor) -> Image.Image:
     values = pixels.permute(1, 2, 0).numpy()
     return Image.fromarray(np.ascontiguousarray(values.squeeze(-1) if values.shape[-1] == 1 else values))

@@ -1,4 +1,4 @@
-"""The precision that a model works in for a while."""
+"""Context manager for the precision of the VAE."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 
 @contextmanager
 def in_fp32(vae: Any) -> Iterator[None]:
-    """Let an autoencoder work in fp32 meanwhile: SDXL's, and some of SD 1.5's, overflow to black in fp16."""
+    """Context manager that runs a VAE in fp32: SDXL's, and some of SD 1.5's, overflow to black images in fp16."""
     dtype = vae.dtype
     if dtype == torch.float32:
         yield

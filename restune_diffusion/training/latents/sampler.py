@@ -1,7 +1,7 @@
-"""The endless stream of training samples: what is drawn at each position depends on the seed and position only.
+"""Endless samplers of training data: the sample at a position depends only on the seed and the position.
 
-So a resumed run draws what the uninterrupted one would, two batches of one equal one batch of two, and two
-processes share the stream of one.
+So a resumed run has the same samples as an uninterrupted one, two batches of size 1 equal one batch of size 2, and two
+processes have the same samples as one.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from ...utils.seeds import seeded
 
 @dataclass(frozen=True)
 class Draw:
-    """What is random about one training sample: which image, and the source of its noise, timestep and dropout.
+    """Random state of one training sample: image index, and the generator of its noise, timestep and dropout.
 
-    `view` is the source of what is drawn about the image itself, such as whether it is mirrored: a second one, so that
-    this does not change the noise.
+    `view` is the generator for the image itself, such as whether it is flipped. It is separate, so that it does not
+    change the noise.
     """
 
     index: int
@@ -29,12 +29,12 @@ class Draw:
 
 
 class Shuffle:
-    """An endless row of the numbers below a length, each once in every pass, in a new order for every pass.
+    """Endless sequence of the numbers below a length, each once per epoch, in a new random order every epoch.
 
     Args:
         length: how many numbers there are.
         seed: seed of the run.
-        purpose: what it is for; rows for different purposes are independent.
+        purpose: purpose string; sequences with different purposes are independent.
     """
 
     def __init__(self, length: int, seed: int, purpose: str = "order") -> None:
@@ -53,7 +53,7 @@ class Shuffle:
 
 
 class SeededSampler:
-    """Shuffles the images anew for every pass over them, and seeds every position.
+    """Sampler that shuffles the images every epoch and seeds every position.
 
     Args:
         length: number of images.
@@ -78,16 +78,16 @@ class SeededSampler:
 
 
 class BucketedSampler(SeededSampler):
-    """A stream in which the images of every step are of one bucket, and each image comes equally often.
+    """Sampler in which all images of a step are from one bucket, and all images are equally frequent.
 
-    Each bucket has an endless row of its own, of which a step takes the next images. In a round of steps every bucket
-    is taken as often as its share of the images, in a shuffled order; so the step's number alone tells the bucket and
-    the place in its row, however the step is split into batches and processes.
+    Each bucket has its own endless sequence, from which a step takes the next images. In a round of steps, each bucket
+    occurs in proportion to its share of the images, in shuffled order. So the bucket of a step and the position in its
+    sequence depend only on the step's number, not on how the step is split into batches and processes.
 
     Args:
-        buckets: the images of each bucket, by number.
+        buckets: indices of each bucket's images.
         seed: seed of the run.
-        step: images of one optimizer step, over all batches and processes.
+        step: images per optimizer step, over all batches and processes.
     """
 
     def __init__(self, buckets: Sequence[Sequence[int]], seed: int, step: int) -> None:
@@ -109,7 +109,7 @@ class BucketedSampler(SeededSampler):
         return self._buckets[number][self._rows[number][taken * self._step + place]]
 
     def _turn(self, step: int) -> tuple[int, int]:
-        """Return the bucket of a step, and how many steps before it took the same."""
+        """Return the bucket of a step, and the number of earlier steps with the same bucket."""
         rounds, turn = divmod(step, len(self._round))
         first = step - turn
         number = self._round[self._turns[step]]

@@ -1,4 +1,4 @@
-"""What the text encoders tell the denoiser, computed once per caption by the pipeline's own code."""
+"""Text conditioning of the denoiser, computed once per caption by the pipeline's `encode_prompt`."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from ...data.image_files import SizeConditioning
 
 @dataclass(frozen=True)
 class Conditioning:
-    """Text states of one caption; `pooled` is what SDXL adds to the time embedding."""
+    """Text embeddings of one caption, `(tokens, channels)`; `pooled` is SDXL's pooled embedding, `(channels,)`."""
 
     states: torch.Tensor
     pooled: torch.Tensor | None = None
 
 
 def encode_caption(pipeline: Any, caption: str) -> Conditioning:
-    """Encode a caption as the pipeline does when it generates."""
+    """Encode a caption as the pipeline does for generation."""
     with torch.no_grad():
         encoded = pipeline.encode_prompt(
             prompt=caption,
@@ -34,10 +34,10 @@ def encode_caption(pipeline: Any, caption: str) -> Conditioning:
 
 
 class LiveEncoder:
-    """Encodes the captions of a batch anew, with gradient: for a tuner that acts on the text encoders.
+    """Encoder of a batch's captions in every step, with gradient, for a tuner on the text encoders.
 
     Args:
-        pipeline: a pipeline with `RestuneLoaderMixin`, to whose base the tuner is attached.
+        pipeline: a pipeline with `RestuneLoaderMixin` and the tuner attached to its base.
     """
 
     def __init__(self, pipeline: Any) -> None:
@@ -45,7 +45,7 @@ class LiveEncoder:
         self._zeros = bool(pipeline.config.get("force_zeros_for_empty_prompt", False))
 
     def __call__(self, captions: Sequence[str | None]) -> list[Conditioning]:
-        """Return the text states of captions, on the device; None is the unconditional half of guidance."""
+        """Return the text embeddings of captions, on the device; None is the unconditional guidance branch."""
         encoded = self._pipeline.encode_prompt(
             prompt=[caption or "" for caption in captions],
             device=self._pipeline.unet.device,
@@ -54,7 +54,7 @@ class LiveEncoder:
         )
         pooled = encoded[2] if len(encoded) == 4 else [None] * len(captions)
         return [
-            # Not new zeros: a batch in which every caption is dropped has a gradient too.
+            # Multiply by zero, so that a batch has a gradient even if every caption is dropped.
             Conditioning(states * 0, each * 0)
             if caption is None and self._zeros and each is not None
             else Conditioning(states, each)
@@ -62,8 +62,8 @@ class LiveEncoder:
         ]
 
 
-def encode_nothing(pipeline: Any) -> Conditioning:
-    """Encode the empty caption, as the unconditional half of guidance sees it."""
+def encode_empty_caption(pipeline: Any) -> Conditioning:
+    """Encode the empty caption, as the unconditional guidance branch uses it."""
     empty = encode_caption(pipeline, "")
     if empty.pooled is not None and pipeline.config.get("force_zeros_for_empty_prompt", False):
         return Conditioning(torch.zeros_like(empty.states), torch.zeros_like(empty.pooled))

@@ -1,1 +1,1 @@
-"""Losses of training: target, weighting, prediction, and preservation of the subject's class."""
+"""Training losses: target, weighting, prediction, and preservation of the subject's class."""

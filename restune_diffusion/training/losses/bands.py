@@ -1,4 +1,4 @@
-"""The loss by timestep: noisy and nearly clean latents have losses of other sizes, which one mean hides."""
+"""Loss by timestep: losses of noisy and nearly clean latents differ in size, which a single mean hides."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 
 class BandLosses:
-    """Sums the losses of single samples in equal bands of the base's timesteps.
+    """Mean loss of samples in equal bands of the base's timesteps.
 
     Args:
         timesteps: number of timesteps of the base.
@@ -23,16 +23,16 @@ class BandLosses:
 
     @property
     def names(self) -> list[str]:
-        """First and last timestep of each band, for instance `0-199`."""
+        """First and last timestep of each band, for example `0-199`."""
         edges = [-(-band * self._timesteps // self._bands) for band in range(self._bands + 1)]
         return [f"{first}-{end - 1}" for first, end in pairwise(edges)]
 
     def add(self, losses: torch.Tensor, timesteps: torch.Tensor) -> None:
-        """Add samples.
+        """Add the losses of samples.
 
         Args:
-            losses: one for each sample, `(samples,)`.
-            timesteps: those of the samples, `(samples,)`, integers.
+            losses: loss of each sample, `(samples,)`.
+            timesteps: timestep of each sample, `(samples,)`, integers.
         """
         if self._sums is None:
             self._sums = torch.zeros(2, self._bands, device=losses.device)
@@ -41,7 +41,7 @@ class BandLosses:
         self._sums[1].index_add_(0, bands, torch.ones_like(losses, dtype=torch.float32))
 
     def take(self, accelerator: Any) -> dict[str, float]:
-        """Return the mean of each band that has samples of any process, and begin anew; all processes must call it."""
+        """Return the mean of each band with samples on any process, and reset; all processes must call it."""
         if self._sums is None:
             return {}
         sums, counts = accelerator.reduce(self._sums, reduction="sum").tolist()

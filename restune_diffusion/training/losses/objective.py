@@ -1,4 +1,4 @@
-"""What the denoiser is asked to predict, and how far off it is."""
+"""Training objective: noisy latents, target of the prediction, and loss."""
 
 from __future__ import annotations
 
@@ -14,31 +14,31 @@ _PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 
 
 def scheduler_changes(prediction_type: str | None, rescale_betas_zero_snr: bool = False) -> dict[str, Any]:
-    """Return what a scheduler must be told, beyond the base's config, to draw with what is trained like this."""
+    """Return the scheduler settings for sampling after training with these, in addition to the base's config."""
     changes: dict[str, Any] = {}
     if prediction_type is not None:
         changes["prediction_type"] = prediction_type
     if rescale_betas_zero_snr:
-        # A sampler must begin at the last timestep, for only there is its noise as in training (section 3.3).
+        # Sampling must start at the last timestep, the only one with pure noise as in training (section 3.3).
         changes |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
     return changes
 
 
 class Objective:
-    """Adds noise to latents and scores predictions the way that the base was trained.
+    """Training objective of the base: adds noise to latents, and computes targets and losses.
 
     Args:
         scheduler: the scheduler of the base's pipeline; its noise schedule and prediction type are used.
         snr_gamma: cap of the signal-to-noise ratio in the loss weights (min-SNR, arXiv 2303.09556).
-        debiased_estimation: weigh the loss by `1 / sqrt(snr)` instead (arXiv 2310.08442).
-        prediction_type: what the base predicts, where its scheduler does not say so.
-        rescale_betas_zero_snr: let the last timestep be pure noise (arXiv 2305.08891, algorithm 1).
+        debiased_estimation: weight the loss by `1 / sqrt(snr)` instead (arXiv 2310.08442).
+        prediction_type: prediction type of the base; that of its scheduler's config if None.
+        rescale_betas_zero_snr: make the last timestep pure noise (arXiv 2305.08891, algorithm 1).
 
     Attributes:
-        scheduler_changes: what a scheduler must be told, beyond the base's config, to draw with what is trained here.
+        scheduler_changes: scheduler settings that sampling needs in addition to the base's config.
 
     Raises:
-        TrainingError: if the base predicts something that is not known here, or cannot be trained like this.
+        TrainingError: if the prediction type is not supported, or these settings cannot be used with the base.
     """
 
     def __init__(
@@ -54,35 +54,35 @@ class Objective:
         self.prediction_type: str = prediction_type or scheduler.config.get("prediction_type", "epsilon")
         if self.prediction_type not in _PREDICTION_TYPES:
             raise TrainingError(
-                f"The base's scheduler asks for `{self.prediction_type}`, which is not supported; "
+                f"The prediction type `{self.prediction_type}` of the base's scheduler is not supported; "
                 f"use a base that predicts epsilon, v_prediction or sample."
             )
         if rescale_betas_zero_snr and self.prediction_type == "epsilon":
             raise TrainingError(
                 "A base that predicts noise learns nothing at zero signal, where the noise is its input; "
-                "leave --rescale-betas-zero-snr out, or use a base that predicts v_prediction or sample."
+                "omit --rescale-betas-zero-snr, or use a base that predicts v_prediction or sample."
             )
         self.noise_scheduler = DDPMScheduler.from_config(scheduler.config, **self.scheduler_changes)
         self.snr_gamma = snr_gamma
         self.debiased_estimation = debiased_estimation
         if not self.weights(torch.arange(self.timesteps)).isfinite().all():
             raise TrainingError(
-                "The base's last timestep has no signal, so that its debiased weight is infinite; "
-                "leave --debiased-estimation out."
+                "The base's last timestep has no signal, so its debiased weight is infinite; "
+                "omit --debiased-estimation."
             )
 
     @property
     def timesteps(self) -> int:
-        """Number of noise levels that training draws from."""
+        """Number of training timesteps of the base."""
         return int(self.noise_scheduler.config.num_train_timesteps)
 
     def add_noise(self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
-        """Return the noisy latents that the denoiser sees."""
+        """Return the noisy latents, the input of the denoiser."""
         noisy: torch.Tensor = self.noise_scheduler.add_noise(latents, noise, timesteps)
         return noisy
 
     def target(self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
-        """Return what the denoiser should predict."""
+        """Return the target of the denoiser's prediction."""
         if self.prediction_type == "epsilon":
             return noise
         if self.prediction_type == "sample":
@@ -97,7 +97,7 @@ class Objective:
         timesteps: torch.Tensor,
         mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Return the mean squared error in fp32, weighted by timestep if asked; see `sample_losses`."""
+        """Return the mean squared error in fp32, with the weights of the timesteps; see `sample_losses`."""
         return self.sample_losses(prediction, target, timesteps, mask).mean()
 
     def sample_losses(
@@ -121,7 +121,7 @@ class Objective:
         return errors * self.weights(timesteps)
 
     def weights(self, timesteps: torch.Tensor) -> torch.Tensor:
-        """Return the weight of the squared error at each timestep, fp32; ones unless a weighting is asked for."""
+        """Return the weight of the squared error at each timestep, fp32; ones if no weighting is set."""
         signal = self.noise_scheduler.alphas_cumprod.to(timesteps.device)[timesteps].float()
         snr = signal / (1 - signal)
         if self.snr_gamma is not None:

@@ -1,4 +1,4 @@
-"""What the denoiser predicts for a training batch, with the tuner or by the base alone."""
+"""Predictions of the denoiser for a training batch, with the tuner or with tuners disabled."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ..state import ATTACHED_NAME, TrainState
 
 
 def predict(run: TrainState, batch: Batch) -> torch.Tensor:
-    """Return the prediction for a batch's noisy latents under the run's precision, in the shape of the latents."""
+    """Return the prediction for a batch's noisy latents, in the run's precision and the shape of the latents."""
     unet = run.pipeline.unet
     if batch.features is not None:
         with run.accelerator.autocast():
@@ -33,7 +33,7 @@ def predict(run: TrainState, batch: Batch) -> torch.Tensor:
 
 @contextmanager
 def tuner_attached(run: TrainState) -> Iterator[None]:
-    """Within, a run's tuner acts on the base, also where it is trained on features that are known."""
+    """Context manager that attaches a run's tuner to the base, unless it is attached already."""
     manager = TunerManager.of(run.pipeline.unet)
     if manager is not None and ATTACHED_NAME in manager.names:
         yield
@@ -44,7 +44,7 @@ def tuner_attached(run: TrainState) -> Iterator[None]:
 
 @contextmanager
 def tuners_disabled(unet: Any) -> Iterator[None]:
-    """Within, the base predicts as if no tuner were attached, and without gradient."""
+    """Context manager that disables all tuners on the base, and gradients."""
     manager = TunerManager.of(unet)
     before = manager.enabled if manager is not None else True
     if manager is not None:

@@ -1,9 +1,9 @@
-"""Keep what the base knows of a subject's class while the subject is learnt.
+"""Losses that preserve a subject's class while the subject is learned.
 
-`PriorPreservation` is that of DreamBooth (arXiv 2208.12242, section 3.3): pictures of the class, drawn by the base,
-are trained beside the subject's. `OutputPreservation` needs no pictures: since a tuner can be switched off, the base's
-own prediction for the class prompt is at hand as a target. Both are a plain mean squared error, without the weights by
-timestep that the images' own loss may have, as in diffusers' `train_dreambooth.py`.
+`PriorPreservation` is DreamBooth's (arXiv 2208.12242, section 3.3): training includes images of the class, generated
+by the base. `OutputPreservation` needs no images: its target is the base's prediction for the class prompt, with the
+tuner disabled. Both are a plain mean squared error, as in diffusers' `train_dreambooth.py`. They do not use the
+timestep weights of the images' own loss.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from .prediction import predict, tuners_disabled
 
 
 class PriorPreservation(Preservation):
-    """The loss of the same number of class images.
+    """Loss on class images, as many as training images in each batch.
 
     Args:
         cache: the encoded class images.
-        batches: batches drawn from them.
+        batches: batches of the class images.
     """
 
     def __init__(self, cache: Cache, batches: Batches) -> None:
@@ -45,23 +45,23 @@ class PriorPreservation(Preservation):
         return self._cache.data_hash
 
     def describe(self) -> str:
-        """Say how many class images there are."""
+        """Return the number of class images in words."""
         return f"{len(self._cache)} class images"
 
     def loss(self, run: TrainState, batch: Batch, number: int) -> torch.Tensor:
-        """Return the mean squared error on the class images of the same number."""
+        """Return the mean squared error on the batch of class images with this number."""
         images = self._batches[number]
         target = run.objective.target(images.latents, images.noise, images.timesteps)
         return mse_loss(predict(run, images).float(), target.float())
 
 
 class OutputPreservation(Preservation):
-    """How far the prediction for the class prompt is from the base's, on the noisy latents of the images.
+    """Loss between the predictions for the class prompt with the tuner and without, on the images' noisy latents.
 
     Args:
         prompt: the class prompt.
-        states: what the base's text encoders make of it.
-        encode: makes the text states of a list of captions with the tuner, where it acts on the text encoders.
+        states: its text embeddings from the base's text encoders.
+        encode: encodes captions with the tuner, if the tuner changes the text encoders.
     """
 
     def __init__(
@@ -76,33 +76,37 @@ class OutputPreservation(Preservation):
 
     @property
     def identity(self) -> str:
-        """The class prompt."""
+        """Class prompt."""
         return self._prompt
 
     def describe(self) -> str:
-        """Say what is kept."""
+        """Describe what is preserved."""
         return f"the base's predictions for {self._prompt!r}"
 
     def loss(self, run: TrainState, batch: Batch, number: int) -> torch.Tensor:
-        """Return the mean squared error against the base's prediction; exactly zero for a tuner that does nothing."""
+        """Return the mean squared error against the base's prediction; exactly 0 for a tuner that does nothing."""
         with tuners_disabled(run.pipeline.unet):
-            target = predict(run, _asked(batch, self._states))
-        # The prompt alone, as the base encoded it: rows of a larger batch may differ from it in the last digits.
+            target = predict(run, _with_text(batch, self._states))
+        # Encode the prompt as a batch of 1, like the base did: larger batches may differ in the last digits.
         states = self._states if self._encode is None else self._encode([self._prompt])[0]
-        return mse_loss(predict(run, _asked(batch, states)).float(), target.float())
+        return mse_loss(predict(run, _with_text(batch, states)).float(), target.float())
 
 
-def know_class(
+def encode_class(
     config: TrainConfig, accelerator: Accelerator, pipeline: Any, resolution: int, *, verbose: bool = False
 ) -> Cache | Conditioning | None:
-    """Ask the base, before a tuner is on it, for what `make_preservation` needs to know; None for no preservation.
+    """Encode the class images or class prompt for `make_preservation`, before a tuner is attached to the base.
 
     Args:
         config: the settings.
-        accelerator: says which process this is.
+        accelerator: accelerator of the run.
         pipeline: the base.
         resolution: side of the training images in pixels.
-        verbose: whether to show how far drawing class images is.
+        verbose: whether to show a progress bar of generated class images.
+
+    Returns:
+        The cache of class images for prior preservation, the text embeddings of the class prompt for output
+        preservation, or None for no preservation.
 
     Raises:
         DataError: if the class images cannot be used.
@@ -117,28 +121,27 @@ def know_class(
 
 def make_preservation(
     prompt: str | None,
-    known: Cache | Conditioning | None,
+    encoded: Cache | Conditioning | None,
     batches: Callable[[Cache], Batches],
     encode: Callable[[Sequence[str | None]], Sequence[Conditioning]] | None,
 ) -> Preservation | None:
-    """Make what preserves the class from what the base knows of it.
+    """Return the preservation loss for an encoded class, or None if there is none.
 
     Args:
         prompt: the class prompt.
-        known: encoded class images for prior preservation, the class prompt's text states for output preservation, or
-            None for neither.
-        batches: draws batches from a cache.
+        encoded: result of `encode_class`.
+        batches: returns the batches of a cache.
         encode: see `OutputPreservation`.
     """
-    if isinstance(known, Cache):
-        return PriorPreservation(known, batches(known))
-    if known is not None and prompt is not None:
-        return OutputPreservation(prompt, known, encode)
+    if isinstance(encoded, Cache):
+        return PriorPreservation(encoded, batches(encoded))
+    if encoded is not None and prompt is not None:
+        return OutputPreservation(prompt, encoded, encode)
     return None
 
 
-def _asked(batch: Batch, states: Conditioning) -> Batch:
-    """Return a batch with the same text states in every row."""
+def _with_text(batch: Batch, states: Conditioning) -> Batch:
+    """Return a copy of the batch with the same text embeddings in every row."""
     old = batch.inputs["encoder_hidden_states"]
     inputs: dict[str, Any] = {
         **batch.inputs,

@@ -1,8 +1,8 @@
-"""Weights of the loss by signal-to-noise ratio.
+"""Loss weights by signal-to-noise ratio.
 
-An error `e` of the clean latent is an error of `sqrt(snr) e` in the noise and `sqrt(snr + 1) e` in the velocity. So a
-weight that a paper gives for one quantity is carried over to another by the ratio of these squares, and every kind of
-prediction is trained for the same thing.
+An error `e` of the clean latent is an error of `sqrt(snr) e` in the noise and `sqrt(snr + 1) e` in the velocity. The
+ratio of the squares converts a weight that a paper gives for one quantity to another, so that every prediction type
+has the same objective.
 """
 
 from __future__ import annotations
@@ -13,24 +13,25 @@ import torch
 def min_snr_weights(snr: torch.Tensor, prediction_type: str, gamma: float) -> torch.Tensor:
     """Return `min(snr, gamma)` per squared error of the clean latent (arXiv 2303.09556, section 3.4).
 
-    Towards pure noise the weight of a predicted velocity, `min(snr, gamma) / (snr + 1)`, falls to zero with the ratio,
-    where that of predicted noise stays at one: little is then learnt where captions decide about the picture.
+    Toward pure noise, the weight of a predicted velocity, `min(snr, gamma) / (snr + 1)`, falls to zero, while that of
+    predicted noise stays at one. So with velocity, little is learned at the timesteps where captions determine the
+    image.
 
     Args:
         snr: signal-to-noise ratios, of any shape; zero is allowed.
-        prediction_type: what the denoiser predicts: `epsilon`, `v_prediction` or `sample`.
-        gamma: the cap; 5 in the paper.
+        prediction_type: prediction type of the denoiser: `epsilon`, `v_prediction` or `sample`.
+        gamma: cap of the ratio; 5 in the paper.
     """
     if prediction_type == "epsilon":
-        # the same as min(snr, gamma) / snr, but finite where the last step keeps no signal at all
+        # equal to min(snr, gamma) / snr, but finite if the last timestep has no signal
         return (gamma / snr).clamp(max=1)
     return _per_prediction(snr.clamp(max=gamma), snr, prediction_type)
 
 
 def debiased_weights(snr: torch.Tensor, prediction_type: str) -> torch.Tensor:
-    """Return `1 / sqrt(snr)` per squared error of the noise (arXiv 2310.08442), for whatever is predicted.
+    """Return `1 / sqrt(snr)` per squared error of the noise (arXiv 2310.08442), for every prediction type.
 
-    For predicted noise it grows without bound towards pure noise.
+    For predicted noise it is unbounded toward pure noise.
     """
     if prediction_type == "epsilon":
         return snr.rsqrt()

@@ -78,5 +78,5 @@ def test_a_control_tuner_is_trained(script: Callable[..., Any], images: Path, tm
     )  # fmt: skip
     printed, errors = process.communicate(timeout=300)
     assert process.returncode == 0, errors
-    assert "steered by  palette (made from the images)" in printed
+    assert "control     palette (made from the images)" in printed
     assert [part.part for part in read_info(tmp_path / "out" / "tuner.safetensors").configs] == ["control"]

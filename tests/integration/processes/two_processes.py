@@ -32,7 +32,7 @@ def values(cache: Cache) -> dict[str, Any]:
         "geometries": [[*each.original, *each.corner, *each.size] for each in cache.size_conditionings],
         "conditionings": {key: value.states.tolist() for key, value in sorted(cache.conditionings.items())},
         "unconditional": cache.unconditional.states.tolist(),
-        "pictures": [picture.tolist() for picture in cache.pictures],
+        "images": [image.tolist() for image in cache.images],
         "hash": cache.data_hash,
     }
 
@@ -44,7 +44,7 @@ def caches(accelerator: Accelerator, base: str, folder: Path) -> dict[str, Any]:
 
     def build(examples: Any) -> Cache:
         encoded.append(len(examples))
-        return build_cache(pipeline, load_samples(examples, 16), keep_pictures=True)
+        return build_cache(pipeline, load_samples(examples, 16), keep_images=True)
 
     examples = find_examples(folder)
     together = values(build_together(accelerator, examples, build))

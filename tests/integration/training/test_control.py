@@ -245,7 +245,7 @@ def test_a_base_in_bf16_trains_a_control_tuner_in_fp32(config: MakeConfig) -> No
     assert state["control.encoders.0.levels.11.weight"].any()
 
 
-def test_samples_are_drawn_from_given_images(config: MakeConfig, images: Path, capsys: Any) -> None:
+def test_samples_use_the_given_control_images(config: MakeConfig, images: Path, capsys: Any) -> None:
     validation = ValidationConfig(
         prompts=("a disc", "a ring"),
         control_images=tuple(images / f"{color}.png" for color in ("red", "blue")),
@@ -253,9 +253,9 @@ def test_samples_are_drawn_from_given_images(config: MakeConfig, images: Path, c
     )
     settings = config(tuner="control", control={"conditions": ("palette",)}, steps=1, validation=validation)
     result = train(settings)
-    assert "steered by  palette (made from the images)" in capsys.readouterr().out
+    assert "control     palette (made from the images)" in capsys.readouterr().out
     sheet = Image.open(result.samples[-1] / "sheet.png").convert("RGB")
-    # the sheet shows the condition beside the sample: somewhere in it is the disc's colour
+    # The sheet shows the condition next to the sample, so it contains the disc's color.
     assert {(255, 0, 0), (0, 0, 255)} <= {color for _, color in sheet.getcolors(1 << 20)}
     assert str(images.parent) not in json.dumps(read_info(result.path).training)
 

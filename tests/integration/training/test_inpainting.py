@@ -51,8 +51,8 @@ def sdxl_inpainting() -> Any:
 
 
 def batches(pipeline: Any, images: Path, size: int = 2) -> Batches:
-    cache = build_cache(pipeline, load_samples(find_examples(images), 16), keep_pictures=True)
-    inputs = InpaintingInputs(pipeline.vae, cache.pictures)
+    cache = build_cache(pipeline, load_samples(find_examples(images), 16), keep_images=True)
+    inputs = InpaintingInputs(pipeline.vae, cache.images)
     return Batches(cache, seed=0, size=size, timesteps=1000, caption_dropout=0.0, device=CPU, dtype=torch.float32,
                    inpainting=inputs)  # fmt: skip
 
@@ -81,14 +81,14 @@ def test_a_quarter_of_the_masks_hides_everything_and_the_others_a_box_or_an_elli
 @pytest.mark.parametrize("make", [sd_inpainting, sdxl_inpainting], ids=["sd", "sdxl"])
 def test_mask_and_masked_latent_are_those_of_the_pipeline(images: Path, make: Callable[[], Any]) -> None:
     pipeline = make()
-    cache = build_cache(pipeline, load_samples(find_examples(images), 16), keep_pictures=True)
-    made = InpaintingInputs(pipeline.vae, cache.pictures)([3, 1], [torch.Generator().manual_seed(n) for n in (5, 6)])
+    cache = build_cache(pipeline, load_samples(find_examples(images), 16), keep_images=True)
+    made = InpaintingInputs(pipeline.vae, cache.images)([3, 1], [torch.Generator().manual_seed(n) for n in (5, 6)])
     assert made.shape == (2, 5, 8, 8)
     for row, (index, seed) in enumerate([(3, 5), (1, 6)]):
         generator = torch.Generator().manual_seed(seed)
         mask = draw_mask(16, 16, generator)
-        picture = Image.fromarray(cache.pictures[index].permute(1, 2, 0).numpy())
-        hidden = pipeline.image_processor.preprocess(picture) * (mask[None] < 0.5)
+        image = Image.fromarray(cache.images[index].permute(1, 2, 0).numpy())
+        hidden = pipeline.image_processor.preprocess(image) * (mask[None] < 0.5)
         arguments = (mask[None], hidden, 1, 16, 16, torch.float32, CPU, generator, False)
         small, latents = pipeline.prepare_mask_latents(*arguments)
         assert torch.equal(made[row, :1], small[0])
@@ -107,13 +107,13 @@ def test_the_denoiser_gets_noisy_latents_then_mask_then_masked_latents(config: M
     torch.testing.assert_close(seen[0], torch.cat([noisy, mask, masked], dim=1), rtol=1e-5, atol=1e-5)
 
 
-def test_a_text_to_image_base_draws_no_masks_and_trains_as_ever(config: MakeConfig, images: Path) -> None:
+def test_a_text_to_image_base_has_no_masks_and_trains_as_before(config: MakeConfig, images: Path) -> None:
     pipeline = tiny.sd_pipeline()
     cache = build_cache(pipeline, load_samples(find_examples(images), 16))
-    assert cache.pictures == []
+    assert cache.images == []
     inpainted = batches(sd_inpainting(), images)[4]
     plain = Batches(cache, seed=0, size=2, timesteps=1000, caption_dropout=0.0, device=CPU, dtype=torch.float32)[4]
-    assert torch.equal(plain.noise, inpainted.noise), "masks are drawn last, so that nothing else depends on them"
+    assert torch.equal(plain.noise, inpainted.noise), "masks use the last random numbers of a sample"
     assert torch.equal(plain.timesteps, inpainted.timesteps)
 
 
@@ -168,7 +168,7 @@ def test_a_checkpoint_from_disk_trains_and_its_tuner_acts_where_it_can_be_used(
     assert isinstance(pipe, RestuneStableDiffusionInpaintPipeline)
     pipe.set_progress_bar_config(disable=True)
     samples = load_samples(find_examples(settings.data.folder), 16)
-    (first, second) = validation_inputs(build_cache(pipe, samples, keep_pictures=True).pictures, 2, 0)
+    (first, second) = validation_inputs(build_cache(pipe, samples, keep_images=True).images, 2, 0)
 
     def draw(inputs: dict[str, Image.Image], prompt: str) -> Image.Image:
         generator = torch.Generator().manual_seed(0)
@@ -188,9 +188,9 @@ def test_a_checkpoint_from_disk_trains_and_its_tuner_acts_where_it_can_be_used(
     assert text_to_image.get_active_tuners()
 
 
-def test_the_masks_of_the_samples_hide_a_part(images: Path) -> None:
-    pictures = [torch.full((3, 16, 16), 9, dtype=torch.uint8)] * 2
-    for inputs in validation_inputs(pictures, 5, seed=3):
+def test_the_masks_of_the_samples_hide_a_part() -> None:
+    images = [torch.full((3, 16, 16), 9, dtype=torch.uint8)] * 2
+    for inputs in validation_inputs(images, 5, seed=3):
         values = inputs["mask_image"].getextrema()
         assert values == (0, 255)
         assert inputs["image"].getpixel((0, 0)) == (9, 9, 9)

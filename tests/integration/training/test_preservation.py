@@ -51,9 +51,9 @@ by_kind = pytest.mark.parametrize("kind", KINDS)
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Pictures of the subject, without captions."""
-    folder = tiny.write_images(tmp_path_factory.mktemp("subject") / "pictures", ["red", "blue", "teal"])
+def subject_images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Images of the subject, without captions."""
+    folder = tiny.write_images(tmp_path_factory.mktemp("subject") / "subject_images", ["red", "blue", "teal"])
     (folder / "metadata.jsonl").unlink()
     return folder
 
@@ -66,12 +66,12 @@ def class_images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def subject(config: MakeConfig, pictures: Path) -> MakeConfig:
+def subject(config: MakeConfig, subject_images: Path) -> MakeConfig:
     """Makes configs of short runs on the subject; keywords override."""
 
     def make(**changes: Any) -> TrainConfig:
         settings = {
-            "data": pictures,
+            "data": subject_images,
             "prompt": "sks disc",
             "class_prompt": "a disc",
             "validation": {"steps": 2},
@@ -83,19 +83,19 @@ def subject(config: MakeConfig, pictures: Path) -> MakeConfig:
     return make
 
 
-def test_the_loss_is_that_of_diffusers_script(subject: MakeConfig, pictures: Path, class_images: Path) -> None:
+def test_the_loss_is_that_of_diffusers_script(subject: MakeConfig, subject_images: Path, class_images: Path) -> None:
     reports: list[StepReport] = []
     settings = subject(preservation="prior", class_data=class_images, prior_loss_weight=0.7, batch_size=2, steps=1)
     train(settings, on_progress=reports.append, verbose=False)
 
     pipeline = tiny.sd_pipeline()
-    draw = partial(
+    make_batches = partial(
         Batches, size=2, timesteps=1000, caption_dropout=0.0, device=torch.device("cpu"), dtype=torch.float32
     )
-    subject_cache = build_cache(pipeline, load_samples(find_examples(pictures, "sks disc"), 16))
+    subject_cache = build_cache(pipeline, load_samples(find_examples(subject_images, "sks disc"), 16))
     class_examples = [Example(path, "a disc") for path in list_images(class_images)]
     class_cache = build_cache(pipeline, load_samples(class_examples, 16))
-    batches = draw(subject_cache, seed=0)[0], draw(class_cache, seed=derived_seed(0, "class"))[0]
+    batches = make_batches(subject_cache, seed=0)[0], make_batches(class_cache, seed=derived_seed(0, "class"))[0]
     assert not torch.equal(batches[0].noise, batches[1].noise)
     # Images and class images go through the denoiser together there.
     latents, noise, timesteps = (
@@ -123,7 +123,7 @@ def test_the_loss_is_that_of_diffusers_script(subject: MakeConfig, pictures: Pat
     assert line["preservation_loss"] == report.preservation_loss
 
 
-def test_what_preserves_has_no_weight_by_timestep(subject: MakeConfig, class_images: Path, tmp_path: Path) -> None:
+def test_preservation_losses_have_no_timestep_weights(subject: MakeConfig, class_images: Path, tmp_path: Path) -> None:
     reports: list[StepReport] = []
     for gamma in (None, 1e-3):
         output = tmp_path / str(gamma)
@@ -138,15 +138,15 @@ def test_what_preserves_has_no_weight_by_timestep(subject: MakeConfig, class_ima
 
 @pytest.mark.parametrize("make", [tiny.sd_pipeline, tiny.sdxl_pipeline], ids=["sd", "sdxl"])
 @by_kind
-def test_output_preservation_by_hand(pictures: Path, kind: str, make: Callable[[], Any]) -> None:
+def test_output_preservation_by_hand(subject_images: Path, kind: str, make: Callable[[], Any]) -> None:
     if make is tiny.sdxl_pipeline and kind in ("res", "bypass"):
-        pytest.skip("the text states are what differs in SDXL")
-    settings = TrainConfig(base="b", data=pictures, output=Path("o"), **KINDS[kind])
+        pytest.skip("SDXL differs only in its text embeddings")
+    settings = TrainConfig(base="b", data=subject_images, output=Path("o"), **KINDS[kind])
     pipeline = make()
     pipeline.unet.eval().requires_grad_(False)
     for encoder in text_encoders(pipeline).values():
         encoder.module.eval().requires_grad_(False)
-    cache = build_cache(pipeline, load_samples(find_examples(pictures, "sks disc"), 16))
+    cache = build_cache(pipeline, load_samples(find_examples(subject_images, "sks disc"), 16))
     batches = Batches(
         cache, seed=0, size=2, timesteps=1000, caption_dropout=0.0, device=torch.device("cpu"), dtype=torch.float32
     )
@@ -241,7 +241,7 @@ def test_resumed_training_equals_the_uninterrupted(
         train(subject(output=tmp_path / "part", **{**common, **other}, resume=True), verbose=False)
 
 
-def test_two_processes_share_the_drawing_and_train_as_one(
+def test_two_processes_share_the_generation_and_train_as_one(
     subject: MakeConfig, tmp_path: Path, script: Callable[..., Any]
 ) -> None:
     one = subject(preservation="prior", num_class_images=3, batch_size=2, steps=2, output=tmp_path / "one")
@@ -256,9 +256,9 @@ def test_two_processes_share_the_drawing_and_train_as_one(
     output, errors = process.communicate(timeout=300)
     assert process.returncode == 0, errors
     assert "preserved   3 class images" in output
-    drawn = [list_images(folder / "class-images") for folder in (one.output, two)]
-    assert len(drawn[0]) == 3
-    assert [path.read_bytes() for path in drawn[0]] == [path.read_bytes() for path in drawn[1]]
+    generated = [list_images(folder / "class-images") for folder in (one.output, two)]
+    assert len(generated[0]) == 3
+    assert [path.read_bytes() for path in generated[0]] == [path.read_bytes() for path in generated[1]]
     first, second = (load_tuner(folder / "tuner.safetensors").state_dict() for folder in (one.output, two))
     for key in first:
         assert (first[key] - second[key]).norm() <= 1e-2 * first[key].norm(), key

@@ -32,7 +32,7 @@ def odd_sizes(tmp_path: Path) -> Path:
     return folder
 
 
-def test_each_sample_tells_its_own_sizes_and_text(odd_sizes: Path) -> None:
+def test_each_sample_has_its_own_sizes_and_text(odd_sizes: Path) -> None:
     pipeline = tiny.sdxl_pipeline()
     cache = build_cache(pipeline, load_samples(find_examples(odd_sizes), 16))
     batches = Batches(cache, seed=3, size=3, timesteps=1000, caption_dropout=0.0, device=torch.device("cpu"),

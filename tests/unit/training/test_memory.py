@@ -13,7 +13,7 @@ from PIL import Image
 from restune_diffusion.storage.tuner_file import load_tuner
 from restune_diffusion.training import TrainConfig, train
 from restune_diffusion.training import inputs as inputs
-from restune_diffusion.training.callbacks.validation import draw_samples
+from restune_diffusion.training.callbacks.validation import generate_samples
 from restune_diffusion.training.memory import gradient_checkpointing
 from restune_diffusion.training.optimization.averaging import TunerAverage
 from restune_diffusion.tuners.configs import BypassConfig, ResConfig, SkipConfig
@@ -58,7 +58,7 @@ def test_the_file_and_the_samples_have_the_average(config: MakeConfig) -> None:
 
     shown = Image.open(next(result.samples[-1].glob("0*.png")))
     pipeline = inputs.load_base(settings.base, torch.float32)
-    (drawn,) = draw_samples(pipeline, result.path, settings.validation, torch.device("cpu"))
+    (drawn,) = generate_samples(pipeline, result.path, settings.validation, torch.device("cpu"))
     assert drawn.tobytes() == shown.convert("RGB").tobytes()
 
 

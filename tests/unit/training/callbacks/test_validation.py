@@ -38,7 +38,7 @@ def pixels(folder: Path, number: int = 0) -> np.ndarray:
     return np.asarray(Image.open(folder / f"{number:02d}.png"))
 
 
-def test_the_last_samples_are_what_a_new_process_draws_from_the_file(
+def test_the_last_samples_equal_those_of_a_new_process_with_the_file(
     result: TrainResult, base: Path, tmp_path: Path, script: Callable[..., object]
 ) -> None:
     process = script("-c", GENERATE, base, result.path, tmp_path, *PROMPTS)
@@ -48,7 +48,7 @@ def test_the_last_samples_are_what_a_new_process_draws_from_the_file(
         np.testing.assert_array_equal(pixels(result.samples[-1], number), pixels(tmp_path, number))
 
 
-def test_samples_on_the_way_are_what_the_pipeline_draws_from_that_step(result: TrainResult, base: Path) -> None:
+def test_samples_during_training_equal_the_pipelines_with_that_checkpoint(result: TrainResult, base: Path) -> None:
     pipeline = RestuneStableDiffusionPipeline.from_pretrained(base)
     pipeline.set_progress_bar_config(disable=True)
     checkpoint = result.path.parent / "checkpoint-000002" / "tuner.safetensors"

@@ -35,7 +35,7 @@ def test_a_batch_holds_each_image_with_its_own_caption(cache: Cache) -> None:
     assert sorted(found) == list(range(6))
 
 
-def test_batches_continue_the_stream(cache: Cache) -> None:
+def test_batches_continue_the_sampler(cache: Cache) -> None:
     small, large = batches(cache, size=1), batches(cache, size=4)[1]
     for place in range(4):
         one = small[4 + place]
@@ -44,7 +44,7 @@ def test_batches_continue_the_stream(cache: Cache) -> None:
         assert one.timesteps[0] == large.timesteps[place]
 
 
-def test_noise_and_timesteps_are_drawn_as_they_should_be(cache: Cache) -> None:
+def test_noise_and_timesteps_have_the_right_distribution(cache: Cache) -> None:
     batch = batches(cache, size=600)[0]
     assert abs(batch.noise.mean()) < 0.01
     assert abs(batch.noise.std() - 1) < 0.01

@@ -1,4 +1,4 @@
-"""What is drawn for each sample, against the papers' formulas in float64."""
+"""Noise and timesteps of samples, against the papers' formulas in float64."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def draws(noising: Noising, count: int = 20_000, timesteps: int = 1000) -> torch
 
 
 def test_logit_normal_timesteps_have_the_distribution_of_the_formula() -> None:
-    """P(t < k) is the normal's probability of the logit of the place of k in the range."""
+    """P(t < k) is the normal CDF at the logit of the position of k in the range."""
     mean, std, low, high = 0.5, 1.5, 100, 900
     found = draws(Noising(sampling="logit_normal", logit_mean=mean, logit_std=std, low=low, high=high))
     assert found.dtype == torch.int64
@@ -76,8 +76,9 @@ def test_uniform_timesteps_fill_their_range_and_no_more() -> None:
 
 
 @pytest.mark.parametrize(("low", "high"), [(0, 1001), (500, 500), (1000, None)])
-def test_a_range_that_the_base_has_not_is_refused(batches: MakeBatches, low: int, high: int | None) -> None:
-    with pytest.raises(TrainingError, match="cannot be drawn; the base has 0 to 1000"):
+def test_a_range_outside_the_base_is_refused(batches: MakeBatches, low: int, high: int | None) -> None:
+    message = f"Invalid range of timesteps {low} to {high or 1000}; it must be within 0 to 1000"
+    with pytest.raises(TrainingError, match=message):
         batches(low=low, high=high)
 
 

@@ -47,7 +47,7 @@ def test_bands_cover_every_timestep_once() -> None:
             assert first <= timestep <= last
 
 
-def test_means_are_over_the_samples_of_all_processes_and_start_anew() -> None:
+def test_means_are_over_the_samples_of_all_processes_and_are_reset() -> None:
     bands = BandLosses(1000)
     bands.add(torch.tensor([1.0, 3.0, 10.0]), torch.tensor([0, 199, 999]))
     bands.add(torch.tensor([5.0]), torch.tensor([100]))
@@ -113,7 +113,7 @@ def test_trackers_are_chosen_and_named_with_their_extra(config: MakeConfig, monk
             tracker_name(name)
 
 
-def test_no_log_but_the_metrics_is_written_where_none_is_asked_for(config: MakeConfig) -> None:
+def test_only_the_metrics_file_is_written_without_a_tracker(config: MakeConfig) -> None:
     settings = config(steps=1, log_with="none")
     result = train(settings, verbose=False)
     assert math.isfinite(result.losses[0])

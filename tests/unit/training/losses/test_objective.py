@@ -45,7 +45,7 @@ def test_loss_is_the_mean_squared_error_in_fp32() -> None:
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
 def test_min_snr_weighs_the_error_of_the_clean_latent_alike(prediction_type: str) -> None:
-    """Whatever is predicted, an error of the clean latent must cost min(snr, gamma) times its square."""
+    """For every prediction type, an error of the clean latent must cost min(snr, gamma) times its square."""
     alpha, sigma = signal_and_noise()
     snr = (alpha / sigma).square().squeeze(1)
     gamma = 5.0
@@ -82,7 +82,7 @@ def test_min_snr_weights_are_those_of_the_paper(prediction_type: str) -> None:
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
 def test_debiased_weights_are_those_of_the_paper(prediction_type: str) -> None:
-    """arXiv 2310.08442: 1 / sqrt(SNR) of the noise's error, whatever the denoiser predicts."""
+    """arXiv 2310.08442: 1 / sqrt(SNR) of the noise's error, for every prediction type."""
     snr = float64_snr()
     # squared error of the noise that one unit of error of the prediction causes
     noise_error = {"epsilon": torch.ones_like(snr), "v_prediction": snr / (snr + 1), "sample": snr}[prediction_type]
@@ -109,7 +109,7 @@ def test_zero_terminal_snr_rescales_the_schedule_as_the_paper_does(prediction_ty
     assert rescaled.scheduler_changes == {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
 
 
-def test_zero_terminal_snr_is_refused_where_it_teaches_nothing() -> None:
+def test_zero_terminal_snr_is_refused_if_nothing_can_be_learned() -> None:
     with pytest.raises(TrainingError, match="predicts noise learns nothing at zero signal"):
         Objective(DDPMScheduler(), rescale_betas_zero_snr=True)
     with pytest.raises(TrainingError, match="debiased weight is infinite"):
@@ -126,5 +126,5 @@ def test_the_prediction_type_can_be_overridden() -> None:
 
 
 def test_an_unknown_prediction_type_is_refused() -> None:
-    with pytest.raises(TrainingError, match="flow"):
+    with pytest.raises(TrainingError, match="The prediction type `flow` of the base's scheduler is not supported"):
         objective("flow")

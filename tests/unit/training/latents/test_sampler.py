@@ -5,14 +5,14 @@ import torch
 from restune_diffusion.training.latents.sampler import SeededSampler
 
 
-def test_every_pass_shows_every_image_once_in_a_new_order() -> None:
-    stream = SeededSampler(7, seed=3)
-    epochs = [[draw.index for draw in stream.draws(7 * epoch, 7)] for epoch in range(4)]
+def test_every_epoch_has_every_image_once_in_a_new_order() -> None:
+    sampler = SeededSampler(7, seed=3)
+    epochs = [[draw.index for draw in sampler.draws(7 * epoch, 7)] for epoch in range(4)]
     assert all(sorted(epoch) == list(range(7)) for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) == 4
 
 
-def test_a_position_draws_the_same_wherever_reading_starts() -> None:
+def test_a_position_draws_the_same_from_any_start() -> None:
     whole = list(SeededSampler(5, seed=0).draws(0, 23))
     parts = [draw for start in range(11, 23, 4) for draw in SeededSampler(5, seed=0).draws(start, 4)]
     for one, other in zip(whole[11:], parts, strict=False):
