@@ -1,4 +1,4 @@
-"""One page about a training run: `write_report("out")`."""
+"""HTML report of a training run: `write_report("out")`."""
 
 from .page import write_report
 

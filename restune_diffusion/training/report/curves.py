@@ -1,4 +1,4 @@
-"""Curves over the steps of a run, as SVG that stands in an HTML page."""
+"""Curves of metrics by step, as SVG for an HTML page."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from ...utils.errors import RestuneError
 
-# A screen shows no more.
+# More points are not visible on a screen.
 _POINTS = 800
 _SIZE = 5.6, 2.7
 _RAW, _SMOOTH = "#c3cfdf", "#1f4e8c"
@@ -34,12 +34,12 @@ Series = Sequence[tuple[int, float]]
 
 
 def smoothing_window(points: int) -> int:
-    """Return over how many points a curve of so many is averaged."""
+    """Return the number of points in the running mean of a curve with this number of points."""
     return max(1, min(50, points // 8))
 
 
 def running_mean(values: NDArray[np.float64], window: int) -> NDArray[np.float64]:
-    """Return the mean of each value and those before it, at most `window` in all."""
+    """Return the mean of each value and the values before it, at most `window` values."""
     sums = np.concatenate([[0.0], np.cumsum(values)])
     ends = np.arange(1, len(values) + 1)
     starts = np.maximum(0, ends - window)
@@ -47,7 +47,7 @@ def running_mean(values: NDArray[np.float64], window: int) -> NDArray[np.float64
 
 
 def raw_and_smooth(series: Series, label: str) -> str:
-    """Draw a noisy figure, pale, and its running mean above it."""
+    """Draw a noisy metric in a pale color, and its running mean on top."""
     steps, values = _arrays(series)
     smooth = running_mean(values, smoothing_window(len(values)))
     with _Figure(label) as figure:
@@ -58,7 +58,7 @@ def raw_and_smooth(series: Series, label: str) -> str:
 
 
 def plain(series: Series, label: str) -> str:
-    """Draw a figure as it is; few points are marked."""
+    """Draw a metric without smoothing; up to 40 points have markers."""
     steps, values = _arrays(series)
     with _Figure(label) as figure:
         figure.line(steps, values, color=_SMOOTH, linewidth=1.7, marker="o" if len(values) <= 40 else None, ms=3)
@@ -66,7 +66,7 @@ def plain(series: Series, label: str) -> str:
 
 
 def several(series: Mapping[str, Series], label: str) -> str:
-    """Draw the running means of several figures, in their order from dark to bright."""
+    """Draw the running means of several metrics, with colors from dark to bright in their order."""
     import_matplotlib()
     from matplotlib import colormaps
 
@@ -86,18 +86,20 @@ def import_matplotlib() -> Any:
     """Return matplotlib.
 
     Raises:
-        RestuneError: if it is not installed; names the extra.
+        RestuneError: if it is not installed; the message names the extra.
     """
     try:
         import matplotlib
         import matplotlib.figure
     except ImportError as error:
-        raise RestuneError("A report's curves need pip install 'restune-diffusion[report]'.") from error
+        raise RestuneError(
+            "The report's curves need matplotlib; run pip install 'restune-diffusion[report]'."
+        ) from error
     return matplotlib
 
 
 class _Figure:
-    """One pair of axes over the steps; after the `with` block `svg` has the drawing, without a size of its own."""
+    """Context manager for a plot by step; afterward `svg` has the SVG text, which scales to its container."""
 
     def __init__(self, label: str) -> None:
         self.svg = ""
@@ -130,11 +132,11 @@ class _Figure:
     def __exit__(self, *error: Any) -> None:
         try:
             if error[0] is None:
-                self.svg = self._drawing()
+                self.svg = self._to_svg()
         finally:
             self._context.__exit__(*error)
 
-    def _drawing(self) -> str:
+    def _to_svg(self) -> str:
         file = io.StringIO()
         self._figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None}, transparent=True)
         text = file.getvalue()

@@ -1,4 +1,4 @@
-"""What a run was trained on, as it wrote it down."""
+"""Data sheet of a training run, read from its output folder."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class _Facts(BaseModel):
 
 
 class Bucket(_Facts):
-    """A size of images, in pixels, and how many have it."""
+    """Image size in pixels, and the number of images with it."""
 
     width: int
     height: int
@@ -22,7 +22,7 @@ class Bucket(_Facts):
 
 
 class Caption(_Facts):
-    """A caption, and how many images have it; `tokens` where these are too many for the text encoder."""
+    """Caption, and the number of images with it; `tokens` is set if it is too long for the text encoder."""
 
     text: str
     images: int
@@ -30,7 +30,7 @@ class Caption(_Facts):
 
 
 class LeftOut(_Facts):
-    """A file that is not trained on; `fault` is false where it is not meant to be."""
+    """File left out of training; `fault` is false if it was left out on purpose."""
 
     name: str
     reason: str
@@ -38,7 +38,7 @@ class LeftOut(_Facts):
 
 
 class DataSheet(_Facts):
-    """Counts of a run's data, its captions, and what was left out and why."""
+    """Number of images, captions and sizes of a run, and the files left out with their reasons."""
 
     images: int
     shown_per_epoch: int | None = None
@@ -50,7 +50,7 @@ class DataSheet(_Facts):
 
 
 def read_data_sheet(folder: Path) -> DataSheet | None:
-    """Read the sheet that a run wrote into its output folder; None where there is none that can be read."""
+    """Return the data sheet in a run's output folder, or None if it is missing or cannot be read."""
     try:
         return DataSheet.model_validate_json((folder / FILE_NAME).read_bytes())
     except (OSError, ValidationError):

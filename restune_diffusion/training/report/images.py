@@ -12,12 +12,12 @@ _SIDE = 320
 
 
 def data_url(path: Path) -> str | None:
-    """Return an image, made smaller if it is large, as a URL that holds it; None if it cannot be read."""
+    """Return an image as a data URL, downscaled if it is large, or None if it cannot be read."""
     try:
         with Image.open(path) as opened:
             image = opened.convert("RGB")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
-        return None  # just being written, or damaged
+        return None  # being written, or damaged
     small = max(image.size) <= _SIDE // 2
     image.thumbnail((_SIDE, _SIDE))
     file = io.BytesIO()
@@ -29,7 +29,7 @@ def data_url(path: Path) -> str | None:
 
 
 def chosen_steps(steps: list[int], most: int) -> list[int]:
-    """Return at most so many steps, evenly spread, the first and the last among them."""
+    """Return at most `most` steps, evenly spaced, including the first and the last."""
     if len(steps) <= most:
         return steps
     return [steps[round(number * (len(steps) - 1) / (most - 1))] for number in range(most)]

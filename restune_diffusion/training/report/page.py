@@ -1,4 +1,4 @@
-"""Put the page together."""
+"""HTML page of a report."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ from .usage import command_example, example_prompt, python_example
 _MOST_STEPS = 6
 _MOST_PROMPTS = 16
 _BAND = "loss_by_timestep/"
-# Figures with a place of their own on the page.
+# Metrics with their own place on the page.
 _PLACED = {"loss", "learning_rate", "images_per_second", "seconds", "peak_memory_mib", "grad_norm", "drift"}
 
 
 @dataclass(frozen=True)
 class Chart:
-    """A drawing with what stands above and below it."""
+    """Plot with its title and note."""
 
     title: str
     svg: Markup
@@ -40,24 +40,24 @@ class Chart:
 
 @dataclass(frozen=True)
 class Strip:
-    """The samples of one prompt: the step and image of each, None where it cannot be read."""
+    """Samples of one prompt: step and image of each, None if the image cannot be read."""
 
     prompt: str
     images: list[tuple[int, str | None]]
 
 
 def write_report(folder: Path | str, output: Path | None = None) -> Path:
-    """Write one HTML page, which needs nothing but itself, about a training run.
+    """Write a self-contained HTML report of a training run.
 
     Args:
-        folder: the output folder of the run, which may still be going on or have been broken off.
-        output: where to; `report.html` in the folder by default.
+        folder: output folder of the run, which may be unfinished.
+        output: path of the page; `report.html` in the folder by default.
 
     Returns:
-        Where the page is.
+        The path of the page.
 
     Raises:
-        RestuneError: if this is no such folder, or matplotlib is not installed.
+        RestuneError: if the folder is not the output folder of a run, or matplotlib is not installed.
         TunerFileError: if the page cannot be written.
     """
     import_matplotlib()
@@ -69,7 +69,7 @@ def write_report(folder: Path | str, output: Path | None = None) -> Path:
 
 
 def render(run: RunFolder) -> str:
-    """Return the page; all that a user wrote is escaped."""
+    """Return the HTML page; all text from users is escaped."""
     environment = Environment(
         loader=PackageLoader(__name__.rpartition(".")[0], "templates"),
         autoescape=True,
@@ -143,10 +143,10 @@ def _charts(config: TrainConfig, series: Mapping[str, Series]) -> list[Chart]:
     charts = []
     if loss := series.get("loss"):
         window = smoothing_window(len(loss))
-        note = f"Each step, pale, and the mean of {window}. Steps differ mostly by the timesteps that were drawn."
+        note = f"Each step (pale), and the mean of {window} steps. Steps differ mostly by their random timesteps."
         charts.append(Chart("Loss", Markup(raw_and_smooth(loss, "loss by step")), note))
     if bands := _bands(series):
-        note = "Means of the last samples in each band of timesteps; high timesteps are noisy."
+        note = "Running means of the samples in each band of timesteps; high timesteps are noisy."
         charts.append(Chart("Loss by timestep", Markup(several(bands, "loss by step, for bands of timesteps")), note))
     if drift := series.get("drift"):
         note = "Change of the base's predictions on prompts without the subject, in percent; 0 is unchanged."
@@ -158,13 +158,13 @@ def _charts(config: TrainConfig, series: Mapping[str, Series]) -> list[Chart]:
         charts.append(Chart("Gradient norm", Markup(raw_and_smooth(norm, "gradient norm by step")), note))
     for name, each in series.items():
         if name not in _PLACED and not name.startswith(_BAND):
-            drawn = raw_and_smooth(each, "a logged figure by step")
-            charts.append(Chart(name.replace("_", " ").capitalize(), Markup(drawn)))
+            svg = raw_and_smooth(each, "a logged metric by step")
+            charts.append(Chart(name.replace("_", " ").capitalize(), Markup(svg)))
     return charts
 
 
 def _bands(series: Mapping[str, Series]) -> dict[str, Series]:
-    """Return the losses by band, in the order of the timesteps."""
+    """Return the losses by band, in ascending order of timesteps."""
     found = {}
     for name, each in series.items():
         first, _, last = name.removeprefix(_BAND).partition("-")
@@ -174,13 +174,13 @@ def _bands(series: Mapping[str, Series]) -> dict[str, Series]:
 
 
 def _changed_settings(config: TrainConfig) -> list[tuple[str, str]]:
-    """Return the settings that differ from the defaults, without the paths of this machine."""
+    """Return the settings that differ from the defaults, without local paths."""
     plain_config = TrainConfig(base="", data=Path(), output=Path(), tuner=config.tuner)
     usual = dict(flat(current_names(plain_config.recorded()))) if config.kinds == plain_config.kinds else {}
     return [
         (name, _shown(value))
         for name, value in flat(current_names(config.recorded()))
-        # The constant by which a part's settings are told apart is no setting.
+        # `part` is the constant that identifies a part's family, not a setting.
         if not name.endswith(".part") and value != usual.get(name, math.nan)
     ]
 

@@ -1,4 +1,4 @@
-"""Read what a training run has left in its output folder, whether it is finished, broken off or still going on."""
+"""Contents of a training run's output folder; the run may be finished, interrupted or in progress."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ class RunFolder:
     """The output folder of a run.
 
     Attributes:
-        path: the folder.
-        config: the run's settings.
-        series: the logged figures by name, each with its steps.
-        logged: when the last step was logged.
-        samples: the sample images of each step, by the number of their prompt.
-        data: what was trained on, if the run wrote it down.
+        path: path of the folder.
+        config: settings of the run.
+        series: logged metrics by name, each with its steps.
+        logged: time of the last log entry.
+        samples: sample images of each step, by the number of their prompt.
+        data: data sheet of the run, if it wrote one.
     """
 
     path: Path
@@ -43,12 +43,12 @@ class RunFolder:
 
     @property
     def step(self) -> int:
-        """The last step that was logged."""
+        """Last logged step."""
         return max((steps[-1][0] for steps in self.series.values()), default=0)
 
     @cached_property
     def tuner(self) -> tuple[Path, TunerInfo, int] | None:
-        """The finished tuner or the newest checkpoint's, what its file says, and the step of its weights."""
+        """Path, file info and step of the finished tuner, or of the newest checkpoint's."""
         candidates = [(self.path / self.config.file.name, self.step)] if self.finished else []
         checkpoint = latest_checkpoint(self.path)
         if checkpoint is not None:
@@ -57,12 +57,12 @@ class RunFolder:
             try:
                 return path, read_info(path), step
             except RestuneError:
-                continue  # being pruned, or damaged: the page shows what is left
+                continue  # being deleted, or damaged: use the next candidate
         return None
 
     @property
     def finished(self) -> bool:
-        """Whether the last step is done and its tuner written."""
+        """Whether the last step has finished and the tuner file exists."""
         return self.step >= self.config.steps and (self.path / self.config.file.name).is_file()
 
 
@@ -70,12 +70,14 @@ def read_run_folder(path: Path) -> RunFolder:
     """Read the output folder of a run.
 
     Raises:
-        RestuneError: if there is none, or its settings cannot be read.
+        RestuneError: if the folder does not exist, or its settings cannot be read.
     """
     if not path.is_dir():
-        raise RestuneError(f"There is no folder {path}; give the output folder of a training.")
+        raise RestuneError(f"There is no folder {path}; give the output folder of a training run.")
     if not (path / CONFIG_FILE).is_file():
-        raise RestuneError(f"{path} has no {CONFIG_FILE}; give the output folder of a training, which writes one.")
+        raise RestuneError(
+            f"{path} has no {CONFIG_FILE}; give the output folder of a training run, which contains one."
+        )
     metrics = path / METRICS_FILE
     logged = datetime.fromtimestamp(metrics.stat().st_mtime, UTC) if metrics.is_file() else None
     return RunFolder(

@@ -1,4 +1,4 @@
-"""How to draw with a run's tuner: what a reader can copy."""
+"""Examples of generating images with a run's tuner, to copy from the report."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from ..losses.objective import scheduler_changes
 
 
 def example_prompt(config: TrainConfig, captions: list[str]) -> str:
-    """Return a prompt that fits the tuner: of the validation, else a caption that was trained."""
-    choices = [*config.validation.prompts, config.data.prompt, *captions, "a picture"]
+    """Return a prompt for the tuner: a validation prompt, otherwise a training caption."""
+    choices = [*config.validation.prompts, config.data.prompt, *captions, "an image"]
     return next(choice for choice in choices if choice)
 
 
 def python_example(config: TrainConfig, tuner: Path, prompt: str) -> str:
-    """Return Python that draws the prompt."""
+    """Return Python code that generates an image of the prompt."""
     changes = scheduler_changes(config.loss.prediction_type, config.loss.rescale_betas_zero_snr)
     conditions = config.conditioned.conditions if config.conditioned else ()
     control_images = ", ".join(f"{name!r}: Image.open({f'{name}.png'!r})" for name in conditions)
@@ -32,7 +32,7 @@ def python_example(config: TrainConfig, tuner: Path, prompt: str) -> str:
         lines.append(f"pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, {settings})")
     lines += [
         f"pipe.load_tuner_weights({str(tuner)!r}, tuner_name={config.name!r})",
-        f"pipe.set_tuners({config.name!r}, 1.0)  # how strongly it acts; 0 is the base alone",
+        f"pipe.set_tuners({config.name!r}, 1.0)  # weight of the tuner; 0 disables it",
         f"image = pipe({prompt!r}{f', tuner_image={{{control_images}}}' if conditions else ''}).images[0]",
         'image.save("image.png")',
     ]
@@ -40,10 +40,10 @@ def python_example(config: TrainConfig, tuner: Path, prompt: str) -> str:
 
 
 def command_example(config: TrainConfig, tuner: Path, prompt: str) -> str | None:
-    """Return the command that draws the prompt; None where a scheduler is needed that it cannot be told."""
+    """Return the command that generates an image of the prompt, or None if the tuner needs a changed scheduler."""
     if scheduler_changes(config.loss.prediction_type, config.loss.rescale_betas_zero_snr):
         return None
-    words = ["restune", "generate", "--base", config.base, "--tuner", str(tuner), "--prompt", prompt]
+    arguments = ["restune", "generate", "--base", config.base, "--tuner", str(tuner), "--prompt", prompt]
     if config.conditioned:
-        words += ["--control-image", *(f"{name}={name}.png" for name in config.conditioned.conditions)]
-    return shlex.join(words)
+        arguments += ["--control-image", *(f"{name}={name}.png" for name in config.conditioned.conditions)]
+    return shlex.join(arguments)

@@ -1,4 +1,4 @@
-"""What a sweep trains: the configs that its text spans."""
+"""Grid of a sweep: configs for all combinations of settings in its text."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _SWEPT = sorted(SWEPT)
 
 @dataclass(frozen=True)
 class Variant:
-    """One tuner of a sweep: its config, and what was swept as the user wrote it."""
+    """One tuner of a sweep: its config, and the swept settings as the user wrote them."""
 
     config: TrainConfig
     settings: dict[str, str]
@@ -32,18 +32,18 @@ class Variant:
 def parse_sweep(config: TrainConfig) -> list[Variant]:
     """Return a config for each combination of the values that `config.sweep` names.
 
-    The text is `NAME=VALUE,VALUE NAME=VALUE`. A name is that of a setting, `learning_rate` or `bypass.ratio`, or a
-    short one: `lr`, or that of a setting of the tuner's parts, `ratio`. `none` leaves a setting out; where a setting
-    holds several values they are joined by `+`.
+    The text is `NAME=VALUE,VALUE NAME=VALUE`. A name is a setting, such as `learning_rate` or `bypass.ratio`, or a
+    short name: `lr`, or a setting of the tuner's parts, such as `ratio`. `none` unsets a setting. A setting with
+    several values joins them with `+`.
 
     Raises:
-        TrainingError: if a name is unknown or cannot differ within a sweep, or a value is not valid.
+        TrainingError: if a name is unknown or cannot differ within a sweep, or a value is invalid.
     """
     axes = [_axis(config, text) for text in _split(config.sweep or "")]
     names = [name for name, _, _ in axes]
     if not axes or len(set(names)) != len(names):
         raise TrainingError(
-            f'The sweep "{config.sweep}" must name each setting once, for instance "ratio=0.1,0.25 lr=1e-4,5e-4".'
+            f'The sweep "{config.sweep}" must name each setting once, for example "ratio=0.1,0.25 lr=1e-4,5e-4".'
         )
     variants = [
         _variant(config, [path for _, path, _ in axes], dict(zip(names, values, strict=True)))
@@ -52,7 +52,7 @@ def parse_sweep(config: TrainConfig) -> list[Variant]:
     folders = [variant.config.output for variant in variants]
     twice = next((folder.name for folder in folders if folders.count(folder) > 1), None)
     if twice is not None:
-        raise TrainingError(f"The sweep has the tuner {twice} twice; leave one of the values out.")
+        raise TrainingError(f"The sweep contains the tuner {twice} twice; remove one of the values.")
     return variants
 
 
@@ -60,7 +60,9 @@ def _split(text: str) -> list[str]:
     try:
         return shlex.split(text)
     except ValueError as error:
-        raise TrainingError(f"The sweep {text} cannot be read: {error}.") from error
+        raise TrainingError(
+            f"The sweep `{text}` cannot be read: {error}. Write it as NAME=VALUE,VALUE NAME=VALUE."
+        ) from error
 
 
 def _axis(config: TrainConfig, text: str) -> tuple[str, list[str], list[str]]:
@@ -72,34 +74,34 @@ def _axis(config: TrainConfig, text: str) -> tuple[str, list[str], list[str]]:
 
 
 def _path(config: TrainConfig, name: str) -> list[str]:
-    """Find the setting that a name means."""
+    """Return the path of the setting that a name refers to."""
     full = SHORT_NAMES.get(name, name)
     if full in _SWEPT:
         return list(SETTINGS[full].place)
-    of_parts = [f"{kind}.{setting}" for kind, setting in _part_settings(config)]
+    of_parts = [f"{family}.{setting}" for family, setting in _part_settings(config)]
     if full in of_parts:
         return full.split(".")
     found = [path for path in of_parts if path.endswith(f".{full}")]
     if len(found) == 1:
         return found[0].split(".")
     if found:
-        raise TrainingError(f"The sweep's {name} may be {' or '.join(found)}; write which.")
+        raise TrainingError(f"The sweep's `{name}` is ambiguous; write {' or '.join(found)}.")
     if full in SETTINGS:
         raise TrainingError(
             f"The tuners of a sweep share a base and its encoded images, so {name} cannot differ among them; "
-            f"train with another {name} by a command of its own."
+            f"use a separate run for another {name}."
         )
     known = [*SHORT_NAMES, *_SWEPT, *of_parts, *(path.split(".")[1] for path in of_parts)]
     near = get_close_matches(full, known, n=1)
-    meant = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}."
-    raise TrainingError(f"There is no setting {name} to sweep; {meant}")
+    hint = f"Did you mean {near[0]}?" if near else f"Available settings: {', '.join(known)}."
+    raise TrainingError(f"The sweep has an unknown setting `{name}`. {hint}")
 
 
 def _part_settings(config: TrainConfig) -> Iterator[tuple[str, str]]:
-    for kind, part in zip(config.kinds, config.parts, strict=True):
+    for family, part in zip(config.kinds, config.parts, strict=True):
         for setting in type(part).model_fields:
             if setting != "part":
-                yield kind, setting
+                yield family, setting
 
 
 def _variant(config: TrainConfig, paths: list[list[str]], settings: dict[str, str]) -> Variant:
@@ -119,7 +121,7 @@ def _variant(config: TrainConfig, paths: list[list[str]], settings: dict[str, st
         first = error.errors()[0]
         where = ".".join(map(str, first_refused_setting(TrainConfig, error).place))
         reason = " ".join([where, first["msg"].removeprefix("Value error, ")]).strip()
-        raise TrainingError(f"The tuner {name} of the sweep is refused: {reason}.") from error
+        raise TrainingError(f"The sweep's tuner {name} has invalid settings: {reason}.") from error
 
 
 def _value(text: str, now: Any) -> Any:

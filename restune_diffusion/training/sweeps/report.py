@@ -1,4 +1,4 @@
-"""What came out of a sweep, as a table and as pictures side by side."""
+"""Results of a sweep: a table, a JSON summary, and a contact sheet of samples."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from ..callbacks.reporting import LOSS_WINDOW
 
 @dataclass(frozen=True)
 class SweepRow:
-    """One tuner of a sweep; `error` says why it stopped early.
+    """Result of one tuner of a sweep; `error` is the reason if it stopped early.
 
-    `loss` is the mean of its last 50 steps; only the main process knows it.
+    `loss` is the mean of its last 50 steps, and None on processes other than the main one.
     """
 
     name: str
@@ -34,7 +34,7 @@ class SweepRow:
 
 @dataclass(frozen=True)
 class SweepResult:
-    """All tuners of a sweep; `summary` is the JSON file that says the same, `sheet` the samples side by side."""
+    """Results of all tuners of a sweep; `summary` is a JSON file of the rows, `sheet` a contact sheet of samples."""
 
     rows: tuple[SweepRow, ...]
     summary: Path
@@ -42,11 +42,11 @@ class SweepResult:
     sheet: Path | None = None
 
     def with_sheet(self, sheet: Path | None) -> SweepResult:
-        """Return the same with the samples."""
+        """Return a copy with the contact sheet."""
         return replace(self, sheet=sheet)
 
     def table(self) -> str:
-        """Lay the rows out as text, the lowest loss first."""
+        """Return the rows as a text table, sorted by ascending loss."""
         ordered = sorted(self.rows, key=lambda row: (row.loss is None, row.loss or 0.0))
         names = list(ordered[0].settings)
         cells = [[*names, "loss", "file"]]
@@ -60,13 +60,13 @@ class SweepResult:
 
 
 def final_loss(output: Path) -> float | None:
-    """Return the mean loss of the last 50 steps of the run in an output folder, or None where there are none."""
+    """Return the mean loss of the last 50 steps of the run in an output folder, or None if it has no steps."""
     losses = [loss for _, loss in read_metrics(output / METRICS_FILE).get("loss", [])[-LOSS_WINDOW:]]
     return mean(losses) if losses else None
 
 
 def write_summary(result: SweepResult) -> None:
-    """Write the rows as JSON, the files by their path from there."""
+    """Write the rows as JSON, with paths relative to its folder."""
     folder = result.summary.parent
 
     def plain(row: SweepRow) -> dict[str, Any]:
@@ -77,23 +77,23 @@ def write_summary(result: SweepResult) -> None:
         file.write(json.dumps([plain(row) for row in result.rows], indent=2).encode())
 
 
-def comparison(drawn: Mapping[str, Sequence[Path]], prompts: Sequence[str], path: Path) -> Path | None:
-    """Lay the last samples of every tuner side by side, a row for each prompt.
+def comparison(samples: Mapping[str, Sequence[Path]], prompts: Sequence[str], path: Path) -> Path | None:
+    """Write a contact sheet of the last samples of every tuner, with a row for each prompt.
 
     Args:
-        drawn: the folders of samples of each tuner, by its name.
-        prompts: what is drawn.
-        path: where to write.
+        samples: sample folders of each tuner, by the tuner's name.
+        prompts: prompts of the samples.
+        path: path of the sheet.
 
     Returns:
-        The path, or None where nothing was drawn.
+        The path, or None if there are no samples.
     """
-    if not drawn:
+    if not samples:
         return None
-    last = [folders[-1] for folders in drawn.values()]
+    last = [folders[-1] for folders in samples.values()]
     rows = [[_image(folder / f"{number:02d}.png") for folder in last] for number in range(len(prompts))]
     with atomic_write(path) as file:
-        labelled_grid(rows, prompts, list(drawn)).save(file, format="PNG")
+        labelled_grid(rows, prompts, list(samples)).save(file, format="PNG")
     return path
 
 

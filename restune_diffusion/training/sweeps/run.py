@@ -1,4 +1,4 @@
-"""Train several tuners on one base and one set of encoded images."""
+"""Training of several tuners on one base and one set of encoded images."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from .report import SweepResult, SweepRow, comparison, final_loss, write_summary
 
 @dataclass(eq=False)
 class _Member:
-    """One tuner of a sweep: a run like any other, and what becomes of it."""
+    """One tuner of a sweep: its training run, callbacks, and error if it stopped."""
 
     variant: Variant
     run: TrainState
@@ -51,25 +51,25 @@ def sweep(
     verbose: bool = True,
     stop_on_signal: bool = False,
 ) -> SweepResult:
-    """Train a tuner for each combination of settings in `config.sweep`; each equals the one that is trained alone.
+    """Train a tuner for each combination of settings in `config.sweep`; each equals the tuner trained alone.
 
-    Every tuner is a run with a folder of its own, with its checkpoints and metrics. Bypass tuners that train on the
-    same batches share each pass of the base, all others are trained one after another. A tuner that diverges is left
-    where it is, and the others go on.
+    Every tuner is a separate run with its own folder, checkpoints and metrics. Bypass tuners with the same batches
+    share the base's forward passes; all others are trained one after another. A tuner that diverges is stopped, and
+    the others continue.
 
     Args:
         config: all settings.
-        pipeline: a loaded text-to-image pipeline to train on, as `train` takes it.
+        pipeline: a loaded text-to-image pipeline to train on, as in `train`.
         on_progress: called after every step of each tuner, with the tuner's name.
         verbose: whether to print the plan and a progress bar.
-        stop_on_signal: whether SIGTERM and the first Ctrl-C end the training after the step, with checkpoints.
+        stop_on_signal: whether SIGTERM and the first Ctrl-C stop training after the step, with checkpoints.
 
     Returns:
-        A row for each tuner; they are written to OUTPUT/sweep.json too.
+        A row for each tuner, also written to OUTPUT/sweep.json.
 
     Raises:
-        TrainingError: if the sweep cannot be read or started, or every tuner of it diverged.
-        TrainingInterrupted: if it was stopped by a signal.
+        TrainingError: if the sweep is invalid or cannot start, or all its tuners diverged.
+        TrainingInterrupted: if a signal stopped it.
         DataError: if the images or captions cannot be used.
         TunerFileError: if a file cannot be written.
     """
@@ -97,10 +97,10 @@ def sweep(
         bar = stack.enter_context(tqdm(total=left, unit="step", desc=config.name, disable=not shown))
         for member in members:
             name = member.run.config.name
-            watching = [Progress(partial(on_progress, name))] if on_progress is not None else []
+            user_callbacks = [Progress(partial(on_progress, name))] if on_progress is not None else []
             member.callbacks = [
                 *run_callbacks(inputs, member.samples, [Progress(partial(_advance, bar, name))]),
-                *watching,
+                *user_callbacks,
             ]
             start_trackers(member.run.accelerator, member.run.config)
         stop = StopRequest()
@@ -114,12 +114,12 @@ def sweep(
 
 
 def _grouped(members: Sequence[_Member]) -> list[list[_Member]]:
-    """Put those together that can share every pass of the base."""
+    """Group the tuners that can share all forward passes of the base."""
     groups: dict[str, list[_Member]] = {}
     for number, member in enumerate(members):
         config = member.run.config
         alone = f"#{number}"
-        # What preserves a class asks the base with the tuner at other prompts, in passes of its own.
+        # Preservation runs the base with the tuner on other prompts, which needs separate forward passes.
         together = config.learns_from_features and config.preservation.method == "none"
         key = json.dumps(batch_settings(config)) if together else alone
         groups.setdefault(key, []).append(member)
@@ -128,8 +128,8 @@ def _grouped(members: Sequence[_Member]) -> list[list[_Member]]:
 
 def _plan(members: Sequence[_Member], groups: Sequence[Sequence[_Member]]) -> str:
     sharing = [len(group) for group in groups if len(group) > 1]
-    together = f", passes of the base are shared by {' and '.join(map(str, sharing))} of them" if sharing else ""
-    lines = [f"sweep       {len(members)} tuners{together}; the first of them:", describe_plan(members[0].run)]
+    together = f", {' and '.join(map(str, sharing))} of them share the base's forward passes" if sharing else ""
+    lines = [f"sweep       {len(members)} tuners{together}; the first one:", describe_plan(members[0].run)]
     return "\n".join(lines)
 
 
@@ -149,58 +149,58 @@ def _train_group(group: Sequence[_Member], inputs: TrainingInputs, stop: StopReq
 
 
 def _take_turns(group: Sequence[_Member], stop: StopRequest) -> None:
-    """Train the tuners step by step in turn; after a break those that are behind catch up first.
+    """Train the tuners in turn, step by step; after an interruption, those that are behind catch up first.
 
     Raises:
-        TrainingInterrupted: if `stop` asked to; every one has saved its state then.
+        TrainingInterrupted: if `stop` was requested; all tuners have saved their state by then.
     """
-    courses = {member: steps_of(member.run, member.callbacks, stop) for member in group}
+    steps_by_member = {member: steps_of(member.run, member.callbacks, stop) for member in group}
     interrupted: TrainingInterrupted | None = None
     try:
-        while courses:
-            member = min(courses, key=lambda each: each.run.step)
+        while steps_by_member:
+            member = min(steps_by_member, key=lambda each: each.run.step)
             try:
-                if next(courses[member], None) is None:
-                    del courses[member]
+                if next(steps_by_member[member], None) is None:
+                    del steps_by_member[member]
             except TrainingInterrupted as stopped:
                 interrupted = stopped
-                del courses[member]
+                del steps_by_member[member]
             except TrainingError as error:
                 member.error = str(error)
-                del courses[member]
+                del steps_by_member[member]
     finally:
-        for course in courses.values():
-            course.close()
+        for steps in steps_by_member.values():
+            steps.close()
     if interrupted is not None:
         output = group[0].run.config.output.parent
         raise TrainingInterrupted(
-            f"Stopped, as asked; the state of every tuner that had begun is saved in {output}: "
-            f"the same command with --resume goes on from there."
+            f"Stopped by a signal. The state of every started tuner is saved in {output}; "
+            f"run the same command with --resume to continue."
         ) from interrupted
 
 
 def _row(member: _Member) -> SweepRow:
     config = member.run.config
-    done, knows = member.error is None, member.run.accelerator.is_main_process
+    done, is_main = member.error is None, member.run.accelerator.is_main_process
     return SweepRow(
         name=config.name,
         settings=member.variant.settings,
         steps=member.run.step,
-        loss=final_loss(config.output) if done and knows else None,
+        loss=final_loss(config.output) if done and is_main else None,
         file=config.file if done else None,
         error=member.error,
     )
 
 
 def _finished(config: TrainConfig, members: Sequence[_Member], result: SweepResult) -> SweepResult:
-    """Write the summary and the pictures side by side."""
+    """Write the summary and the contact sheet."""
     if all(member.error for member in members):
-        raise TrainingError(f"Every tuner of the sweep stopped; {members[0].run.config.name}: {members[0].error}")
+        raise TrainingError(f"All tuners of the sweep stopped; {members[0].run.config.name}: {members[0].error}")
     accelerator = members[0].run.accelerator
     sheet: Path | None = None
     if accelerator.is_main_process:
-        drawn = {member.run.config.name: member.samples.folders for member in members if member.samples.folders}
-        sheet = comparison(drawn, config.validation.prompts, config.output / "sweep.png")
+        samples = {member.run.config.name: member.samples.folders for member in members if member.samples.folders}
+        sheet = comparison(samples, config.validation.prompts, config.output / "sweep.png")
         write_summary(result)
     accelerator.wait_for_everyone()
     return result.with_sheet(sheet)

@@ -40,7 +40,7 @@ def assert_equal_to_those_trained_alone(swept: Any, config: TrainConfig, alone: 
         assert row.steps == own.steps
 
 
-def test_bypass_tuners_share_each_pass_and_equal_those_trained_alone(config: MakeConfig, tmp_path: Path) -> None:
+def test_bypass_tuners_share_forward_passes_and_equal_those_trained_alone(config: MakeConfig, tmp_path: Path) -> None:
     pipeline, passes = counting_pipeline()
     settings = config(
         tuner="bypass",
@@ -52,7 +52,7 @@ def test_bypass_tuners_share_each_pass_and_equal_those_trained_alone(config: Mak
     )
     swept = sweep(settings, pipeline=pipeline, verbose=False)
     assert len(swept.rows) == 8
-    assert len(passes) == 3 * 2, "one pass for the eight tuners"
+    assert len(passes) == 3 * 2, "one forward pass for the eight tuners"
     assert not pipeline.unet._forward_pre_hooks
     few = config(**{**settings.model_dump(exclude={"sweep"}), "sweep": "ratio=0.5 lr=1e-2,1e-3 taps=up.*+mid"})
     by_name = {row.name: row for row in swept.rows}
@@ -72,7 +72,7 @@ def test_other_tuners_equal_those_trained_alone(config: MakeConfig, tmp_path: Pa
     assert_equal_to_those_trained_alone(swept, settings, tmp_path / "alone", pipeline)
 
 
-def test_tuners_of_other_batches_have_passes_of_their_own(config: MakeConfig, tmp_path: Path) -> None:
+def test_tuners_with_other_batches_have_separate_forward_passes(config: MakeConfig, tmp_path: Path) -> None:
     pipeline, passes = counting_pipeline()
     settings = config(tuner="bypass", sweep="seed=0,1 snr_gamma=none,5 steps=2,3")
     swept = sweep(settings, pipeline=pipeline, verbose=False)
@@ -127,12 +127,12 @@ def test_a_tuner_that_diverges_does_not_stop_the_others(config: MakeConfig, tmp_
     assert_same(tame.file, alone.path)
     assert [row["error"] is None for row in json.loads(swept.summary.read_text())] == [False, True]
     assert swept.table().splitlines()[2].startswith("1e30  stopped")
-    with pytest.raises(TrainingError, match="Every tuner of the sweep stopped; tuner-lr1e30: Stopped at step"):
+    with pytest.raises(TrainingError, match="All tuners of the sweep stopped; tuner-lr1e30: Stopped at step"):
         sweep(config(sweep="lr=1e30,1e31", output=tmp_path / "all"), pipeline=pipeline, verbose=False)
 
 
 @pytest.mark.parametrize("tuner", ["bypass", "skip"])
-def test_a_broken_sweep_goes_on_exactly(config: MakeConfig, tmp_path: Path, tuner: str) -> None:
+def test_an_interrupted_sweep_is_continued_exactly(config: MakeConfig, tmp_path: Path, tuner: str) -> None:
     pipeline = sd_pipeline()
     settings = {"tuner": tuner, "sweep": "ratio=0.125,0.25,0.5", "steps": 5, "checkpoint_every": 2}
     reports: list[tuple[str, int]] = []
@@ -166,7 +166,7 @@ def test_a_signal_saves_every_tuner(config: MakeConfig, tmp_path: Path) -> None:
         if (name, report.step) == ("tuner-ratio0.125", 3):
             os.kill(os.getpid(), signal.SIGTERM)
 
-    with pytest.raises(TrainingInterrupted, match=r"every tuner that had begun is saved in .*out: the same command"):
+    with pytest.raises(TrainingInterrupted, match=r"every started tuner is saved in .*out; run the same command"):
         sweep(config(**settings), pipeline=pipeline, verbose=False, on_progress=ask, stop_on_signal=True)
     saved = [latest_checkpoint(variant.config.output) for variant in parse_sweep(config(**settings))]
     assert [path and path.name for path in saved] == ["checkpoint-000003", "checkpoint-000002"]
@@ -188,7 +188,7 @@ def test_the_command_shows_a_table_and_the_samples_side_by_side(
         main(["train", *map(str, flags)])
     shown = capsys.readouterr().out
     assert exited.value.code == 0, shown
-    assert "sweep       4 tuners, passes of the base are shared by 4 of them" in shown
+    assert "sweep       4 tuners, 4 of them share the base's forward passes; the first one:" in shown
     assert "Trained 4 tuners in" in shown
     rows = json.loads((output / "sweep.json").read_text())
     assert [row["name"] for row in rows] == [
@@ -211,7 +211,7 @@ def test_a_sweep_is_not_taken_for_a_run(config: MakeConfig) -> None:
         train(config(sweep="lr=1e-3,1e-4"), verbose=False)
 
 
-def test_the_text_spans_a_grid_of_configs(config: MakeConfig) -> None:
+def test_the_text_is_parsed_into_a_grid_of_configs(config: MakeConfig) -> None:
     settings = config(tuner=("skip", "text"), text={"rank": 4}, sweep="ratio=0.1,1 text.rank=2,8 lr=1e-4 alpha=none,2")
     variants = parse_sweep(settings)
     assert len(variants) == 8
@@ -229,29 +229,32 @@ def test_the_text_spans_a_grid_of_configs(config: MakeConfig) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("ratoi=0.1,0.2", "There is no setting ratoi to sweep; did you mean ratio?"),
-        ("learning_rates=1", "did you mean learning_rate?"),
-        ("zzzzz=1", "there are lr, "),
+        ("ratoi=0.1,0.2", "The sweep has an unknown setting `ratoi`. Did you mean ratio?"),
+        ("learning_rates=1", "Did you mean learning_rate?"),
+        ("zzzzz=1", "Available settings: lr, "),
         ("resolution=64,128", "so resolution cannot differ among them"),
         ("gradient_accumulation_steps=1,2", "gradient_accumulation_steps cannot differ"),
-        ("bypass.ratio=1", "There is no setting bypass.ratio to sweep; did you mean skip.ratio?"),
-        ("ratio=0.1,0.1", "has the tuner tuner-ratio0.1 twice"),
+        ("bypass.ratio=1", "The sweep has an unknown setting `bypass.ratio`. Did you mean skip.ratio?"),
+        ("ratio=0.1,0.1", "contains the tuner tuner-ratio0.1 twice"),
         ("ratio=0.1 ratio=0.2", "must name each setting once"),
         ("", "must name each setting once"),
         ("ratio", "names no values in `ratio`"),
         ("ratio=,", "names no values"),
-        ("ratio=big", "The tuner tuner-ratiobig of the sweep is refused: skip.ratio Input should be a valid number"),
+        (
+            "ratio=big",
+            "The sweep's tuner tuner-ratiobig has invalid settings: skip.ratio Input should be a valid number",
+        ),
         ("ratio=9", "skip.ratio Input should be less than or equal to 8"),
         ("lr_warmup_steps=5", "a constant learning rate has no warm-up"),
         ('ratio="0.1', "cannot be read: No closing quotation"),
     ],
 )
-def test_a_text_that_cannot_be_swept_is_refused(config: MakeConfig, text: str, message: str) -> None:
+def test_an_invalid_text_is_refused(config: MakeConfig, text: str, message: str) -> None:
     with pytest.raises(TrainingError) as refused:
         parse_sweep(config(sweep=text))
     assert message in str(refused.value)
 
 
-def test_a_name_that_two_parts_have_is_asked_for(config: MakeConfig) -> None:
-    with pytest.raises(TrainingError, match=r"The sweep's ratio may be skip\.ratio or control\.ratio; write which"):
+def test_a_setting_of_two_parts_is_ambiguous(config: MakeConfig) -> None:
+    with pytest.raises(TrainingError, match=r"`ratio` is ambiguous; write skip\.ratio or control\.ratio"):
         parse_sweep(config(tuner=("skip", "control"), sweep="ratio=0.1,0.2"))

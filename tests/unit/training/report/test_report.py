@@ -35,7 +35,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def finished(workplace: Path) -> Path:
-    """A whole run; nothing of it may be changed."""
+    """Folder of a finished run; tests must not change it."""
     config = TrainConfig(
         base="user/base",
         data=workplace / "images",
@@ -55,12 +55,12 @@ def finished(workplace: Path) -> Path:
 
 @pytest.fixture
 def unfinished(tmp_path: Path) -> Callable[..., Path]:
-    """Makes the folder of a run that is going on, without training."""
+    """Make the folder of a run in progress, without training."""
 
     def make(lines: list[str], **settings: Any) -> Path:
         folder = tmp_path / "run"
         folder.mkdir()
-        values = {"base": "user/base", "data": "/secret/pictures", "output": str(folder), "steps": 100, **settings}
+        values = {"base": "user/base", "data": "/secret/images", "output": str(folder), "steps": 100, **settings}
         (folder / "config.yaml").write_text(json.dumps(values))  # JSON is YAML
         (folder / "metrics.jsonl").write_text("\n".join(lines))
         return folder
@@ -69,7 +69,7 @@ def unfinished(tmp_path: Path) -> Callable[..., Path]:
 
 
 class Page(HTMLParser):
-    """What a browser sees: tags with attributes, and the text."""
+    """Parsed page: tags with attributes, and the text."""
 
     def __init__(self, path: Path) -> None:
         super().__init__()
@@ -87,7 +87,7 @@ class Page(HTMLParser):
         return [attributes for tag, attributes in self.tags if tag == "img"]
 
 
-def test_a_finished_runs_page_has_everything(finished: Path, tmp_path: Path) -> None:
+def test_the_page_of_a_finished_run_has_everything(finished: Path, tmp_path: Path) -> None:
     page = Page(write_report(finished, tmp_path / "page.html"))
     lines = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
     losses = [line["loss"] for line in lines]
@@ -105,7 +105,7 @@ def test_a_finished_runs_page_has_everything(finished: Path, tmp_path: Path) -> 
     assert "restune generate --base user/base" in page.text
 
 
-def test_without_a_data_sheet_the_tuners_file_tells_of_the_data(finished: Path, tmp_path: Path) -> None:
+def test_without_a_data_sheet_the_tuner_file_describes_the_data(finished: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(finished, tmp_path / "copy")
     (folder / "data.json").unlink()
     assert "6 images of 16 px" in Page(write_report(folder)).text
@@ -119,8 +119,8 @@ def test_grids_show_the_sample_images_step_by_step(finished: Path, tmp_path: Pat
     for image, (number, step) in zip(images, [(n, s) for n in (0, 1) for s in (0, 6, 12)], strict=True):
         head, _, data = str(image["src"]).partition(",")
         assert head == "data:image/png;base64"
-        with Image.open(finished / "samples" / f"step-{step:06d}" / f"{number:02d}.png") as drawn:
-            assert np.array_equal(Image.open(io.BytesIO(base64.b64decode(data))), drawn)
+        with Image.open(finished / "samples" / f"step-{step:06d}" / f"{number:02d}.png") as sample:
+            assert np.array_equal(Image.open(io.BytesIO(base64.b64decode(data))), sample)
 
 
 def test_the_page_loads_nothing_and_runs_nothing(finished: Path, tmp_path: Path) -> None:
@@ -136,7 +136,7 @@ def test_the_page_loads_nothing_and_runs_nothing(finished: Path, tmp_path: Path)
     assert "default-src 'none'" in path.read_text()
 
 
-def test_what_users_wrote_is_escaped(unfinished: Callable[..., Path]) -> None:
+def test_text_of_users_is_escaped(unfinished: Callable[..., Path]) -> None:
     evil_step = json.dumps({"step": 1, "loss": 0.5, EVIL: 3.0, "loss_by_timestep/<b>": 1.0, "loss_by_timestep/0-9": 2})
     folder = unfinished([evil_step], prompt=EVIL, validation={"prompts": [EVIL]})
     (folder / "data.json").write_text(
@@ -160,7 +160,7 @@ def test_what_users_wrote_is_escaped(unfinished: Callable[..., Path]) -> None:
     assert shown.size == (320, 160)
 
 
-def test_a_run_still_going_on_has_a_page(unfinished: Callable[..., Path], finished: Path) -> None:
+def test_a_run_in_progress_has_a_page(unfinished: Callable[..., Path], finished: Path) -> None:
     lines = [json.dumps({"step": step, "loss": 1 / step, "seconds": 2.0}) for step in range(1, 41)]
     folder = unfinished([*lines, '{"step": 41, "lo'])
     samples = folder / "samples" / "step-000000"
@@ -172,12 +172,12 @@ def test_a_run_still_going_on_has_a_page(unfinished: Callable[..., Path], finish
     assert "Time in steps" in text
     assert "1 min 20 s" in text
     assert "not readable" in text
-    assert "Neither the finished tuner nor a checkpoint" in text
+    assert "The run has not written a tuner or a checkpoint yet" in text
     assert "/secret" not in text
     (folder / "checkpoint-000040").mkdir()
     (folder / "checkpoint-000040" / "tuner.safetensors").write_bytes((finished / "disc.safetensors").read_bytes())
     text = Page(write_report(folder)).text
-    assert "as it was after step 40" in text
+    assert "The tuner after step 40" in text
     assert str(folder / "checkpoint-000040" / "tuner.safetensors") in text
 
 
@@ -186,10 +186,10 @@ def test_a_run_that_has_just_begun_has_a_page(unfinished: Callable[..., Path]) -
     (folder / "metrics.jsonl").unlink()
     text = Page(write_report(folder)).text
     assert "step 0 of 100" in text
-    assert "No step is done yet" in text
+    assert "No step has finished yet" in text
 
 
-def test_figures_of_others_are_shown_too(unfinished: Callable[..., Path]) -> None:
+def test_metrics_of_other_tools_are_shown_too(unfinished: Callable[..., Path]) -> None:
     lines = ['{"step": 0, "drift": 0.0}', '{"step": 1, "loss": 1.0}', '{"step": 1, "drift": 1.5}', "[]"]
     lines += ['{"step": "x"}', '{"step": 2, "loss": NaN, "other_figure": 3, "note": "x"}']
     run = read_run_folder(unfinished(lines))
