@@ -140,10 +140,10 @@ def _kept_recipe(folder: Path) -> Recipe | None:
         ) from error
 
 
-def _check_same(folder: Path, kept: Recipe, asked: Recipe) -> None:
+def _check_same(folder: Path, kept: Recipe, requested: Recipe) -> None:
     # Other seeds, steps and guidance are allowed.
     for name in ("base", "prompt", "resolution", "prediction_type"):
-        before, now = getattr(kept, name), getattr(asked, name)
+        before, now = getattr(kept, name), getattr(requested, name)
         if before != now:
             raise DataError(
                 f"The class images in {folder} were generated with {name} = {before}, not {now}; set --class-data "

@@ -45,7 +45,7 @@ class PriorPreservation(Preservation):
         return self._cache.data_hash
 
     def describe(self) -> str:
-        """Return the number of class images in words."""
+        """Return a description with the number of class images."""
         return f"{len(self._cache)} class images"
 
     def loss(self, run: TrainState, batch: Batch, number: int) -> torch.Tensor:

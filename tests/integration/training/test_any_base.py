@@ -1,4 +1,4 @@
-"""Whatever a `res` part is made of, on whatever U-Net: the promises that hold for every tuner."""
+"""Properties of every tuner, for random configs of a `res` part on random U-Nets."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SETTINGS = ("self_attention", "cross_attention", "feed_forward", "block")
 
 @st.composite
 def unets(draw: st.DrawFn) -> dict[str, Any]:
-    """Draw the config of a U-Net with at least one transformer block."""
+    """Generate the config of a U-Net with at least one transformer block."""
     levels = draw(st.integers(2, 3))
     text = draw(st.lists(st.booleans(), min_size=levels, max_size=levels))
     mid = draw(st.sampled_from(["UNetMidBlock2DCrossAttn", None])) if any(text) else "UNetMidBlock2DCrossAttn"
@@ -90,18 +90,18 @@ def train(unet, tuner, batch, target) -> list[float]:
 
 @pytest.mark.parametrize("setting", SETTINGS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_it_starts_as_the_base_learns_returns_from_its_file_and_leaves_no_trace(kind, setting, tmp_path):
-    # A seed for each combination: with one for all they would all see the same few U-Nets.
+def test_every_tuner_starts_as_the_base_learns_reloads_and_detaches(kind, setting, tmp_path):
+    # A seed for each combination: with a single seed, all combinations would test the same few U-Nets.
     @seed(KINDS.index(kind) * len(SETTINGS) + SETTINGS.index(setting))
     @settings(max_examples=3, deadline=None, database=None)
     @given(structure=unets(), data=st.data())
     def check(structure, data):
-        keeps_every_promise(structure, data, kind, setting, tmp_path / "tuner.safetensors")
+        check_all_properties(structure, data, kind, setting, tmp_path / "tuner.safetensors")
 
     check()
 
 
-def keeps_every_promise(structure, data, kind, setting, path):
+def check_all_properties(structure, data, kind, setting, path):
     unet = make_unet(**structure).double()
     blocks = [name.removesuffix(".block") for name in describe_base(unet).sites if name.endswith(".block")]
     config = data.draw(configs(setting, kind, blocks))

@@ -48,7 +48,7 @@ def flat(color: str, size: tuple[int, int] = (24, 20)) -> Image.Image:
     return Image.new("RGB", size, color)
 
 
-def test_a_condition_is_made_from_the_square_that_training_sees(images: Path) -> None:
+def test_a_condition_is_made_from_the_cropped_image(images: Path) -> None:
     for sample in samples_of(images, PALETTE):
         square = Image.fromarray(((sample.pixels.permute(1, 2, 0) + 1) * 127.5).round().numpy().astype(np.uint8))
         assert torch.equal(sample.conditions[0], condition_to_tensor(palette(square)))
@@ -97,7 +97,7 @@ def test_a_folder_holds_condition_files_under_the_images_names(tmp_path: Path, i
     assert all(sample.conditions[0].eq(255).all() for sample in single)
 
 
-def test_image_and_condition_are_cut_alike(tmp_path: Path) -> None:
+def test_image_and_condition_are_cropped_alike(tmp_path: Path) -> None:
     wide = Image.new("RGB", (40, 20), "black")
     wide.paste("white", (15, 0, 40, 20))
     wide.save(tmp_path / "a.png")
@@ -127,7 +127,7 @@ def test_conditions_that_do_not_fit_are_skipped_and_named(
     assert "blue.png cannot be read as an image" in caplog.text
 
 
-def test_conditions_that_cannot_be_found_are_told(tmp_path: Path, images: Path) -> None:
+def test_missing_conditions_are_reported(tmp_path: Path, images: Path) -> None:
     with pytest.raises(DataError, match=r"no images for the condition 'depth'.*canny, palette, blur, mask"):
         paired(images, ControlConfig(conditions=("depth",)))
     with pytest.raises(DataError, match=r"folder of condition images .*gone does not exist"):
@@ -176,7 +176,7 @@ def batches_of(cache: Cache, size: int = 8) -> Batches:
 
 @torch.no_grad()
 def loss_with(pipeline: Any, cache: Cache, tuner: Tuner, roll: int = 0) -> float:
-    """Loss over noise that training did not draw; `roll` gives every image the condition of another."""
+    """Return the loss on noise not used in training; `roll` gives every image the condition of another."""
     objective = Objective(pipeline.scheduler)
     latents = torch.stack([latent.mean for latent in cache.latents]).repeat(4, 1, 1, 1)
     states = cache.unconditional.states.expand(len(latents), -1, -1)
@@ -191,8 +191,8 @@ def loss_with(pipeline: Any, cache: Cache, tuner: Tuner, roll: int = 0) -> float
     return objective.loss(prediction, objective.target(latents, noise, timesteps), timesteps).item()
 
 
-def telling_pipeline() -> Any:
-    """A pipeline whose latents tell the images apart: exact ones, of a variance near one."""
+def distinct_latents_pipeline() -> Any:
+    """Return a pipeline with deterministic latents of variance near one, so that the images differ in them."""
     pipeline = sd_pipeline("sample")
     with torch.no_grad():
         pipeline.vae.quant_conv.weight[4:] = 0
@@ -202,7 +202,7 @@ def telling_pipeline() -> Any:
 
 
 def test_training_lowers_the_loss_and_learns_what_the_condition_says(config: MakeConfig, images: Path) -> None:
-    pipeline = telling_pipeline()
+    pipeline = distinct_latents_pipeline()
     settings = config(
         tuner="control",
         control={"conditions": ("palette",)},
@@ -218,7 +218,7 @@ def test_training_lowers_the_loss_and_learns_what_the_condition_says(config: Mak
     fresh = loss_with(pipeline, cache, Tuner.for_base(pipeline.unet, PALETTE))
     right, wrong = loss_with(pipeline, cache, tuner), loss_with(pipeline, cache, tuner, roll=1)
     assert right < 0.9 * fresh
-    # A random base leaves most of the loss where it is, whatever steers it.
+    # With a random base, most of the loss remains for every condition.
     assert wrong > 1.01 * right
 
 

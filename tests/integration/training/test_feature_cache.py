@@ -99,7 +99,7 @@ def test_cached_features_are_those_of_a_forward_pass(
 def test_training_from_a_cache_is_training_on_the_same_draws(
     bypass: MakeConfig, tmp_path: Path, changes: dict[str, Any]
 ) -> None:
-    # 8 steps of 2 of 6 images: some are drawn more often than there are draws of them
+    # 8 steps of 2 of 6 images: some images occur more often than they have draws
     settings = {"steps": 8, "feature_cache": 2, **changes}
     pipeline = sd_pipeline()
     cached = train(bypass(**settings), pipeline=pipeline, verbose=False)

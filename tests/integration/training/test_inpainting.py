@@ -170,18 +170,18 @@ def test_a_checkpoint_from_disk_trains_and_its_tuner_acts_where_it_can_be_used(
     samples = load_samples(find_examples(settings.data.folder), 16)
     (first, second) = validation_inputs(build_cache(pipe, samples, keep_images=True).images, 2, 0)
 
-    def draw(inputs: dict[str, Image.Image], prompt: str) -> Image.Image:
+    def generate(inputs: dict[str, Image.Image], prompt: str) -> Image.Image:
         generator = torch.Generator().manual_seed(0)
         return pipe(prompt, **inputs, strength=1.0, num_inference_steps=2, generator=generator).images[0]
 
-    plain = draw(first, "a red disc")
+    plain = generate(first, "a red disc")
     pipe.load_tuner_weights(result.path)
-    tuned = [draw(first, "a red disc"), draw(second, "a blue disc")]
+    tuned = [generate(first, "a red disc"), generate(second, "a blue disc")]
     assert tuned[0].tobytes() != plain.tobytes()
     for number, image in enumerate(tuned):
         assert Image.open(result.samples[-1] / f"{number:02d}.png").tobytes() == image.tobytes()
     pipe.unload_tuner_weights()
-    assert draw(first, "a red disc").tobytes() == plain.tobytes()
+    assert generate(first, "a red disc").tobytes() == plain.tobytes()
 
     text_to_image = RestuneStableDiffusionPipeline(**tiny.sd_pipeline().components, requires_safety_checker=False)
     text_to_image.load_tuner_weights(result.path)

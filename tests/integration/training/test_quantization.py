@@ -1,4 +1,4 @@
-"""A base whose linear layers torchao holds in 8 bits, and tuners that train on it in fp32."""
+"""Base with linear layers quantized to 8 bits by torchao, and tuners trained on it in fp32."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ LORA = ResConfig(self_attention="lora", cross_attention="lora", feed_forward="lo
 
 @pytest.fixture
 def torchao() -> Iterator[None]:
-    """Makes torchao importable for a while, where `make peers` has put it."""
+    """Make torchao importable from the folder of `make peers` during a test."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "path", [*sys.path, str(PEERS)])
         pytest.importorskip("torchao", reason="run make peers")
@@ -49,7 +49,7 @@ def test_linear_layers_take_a_byte_for_each_weight(quantized: Any) -> None:
     linears = [module for module in plain.modules() if isinstance(module, nn.Linear)]
     weights, rows = (sum(each) for each in zip(*((m.weight.numel(), m.out_features) for m in linears), strict=True))
     saved = parameter_bytes(plain) - parameter_bytes(quantized)
-    # fp32 to int8, and a factor and a zero point for each output channel.
+    # fp32 to int8, plus a scale and a zero point for each output channel.
     assert saved == 3 * weights - 5 * rows
     assert parameter_bytes(plain) == 4 * sum(each.numel() for each in plain.parameters())
     with torch.no_grad():
@@ -78,18 +78,18 @@ def test_a_tuner_learns_in_fp32_and_acts_on_the_base_in_full(config: MakeConfig,
     assert info.training["config"]["base_quantization"] == "int8"
     pipe = load_base(settings.base, torch.float32)
     pipe.set_progress_bar_config(disable=True)
-    plain = draw(pipe)
+    plain = generate(pipe)
     pipe.load_tuner_weights(trained.path)
-    assert (draw(pipe) - plain).abs().max() > 1e-3
+    assert (generate(pipe) - plain).abs().max() > 1e-3
 
 
-def draw(pipe: RestuneStableDiffusionPipeline) -> torch.Tensor:
+def generate(pipe: RestuneStableDiffusionPipeline) -> torch.Tensor:
     generator = torch.Generator().manual_seed(0)
     return torch.as_tensor(pipe("a disc", num_inference_steps=2, generator=generator, output_type="np").images)
 
 
 @pytest.mark.usefixtures("torchao")
-def test_resuming_changes_nothing_and_samples_are_drawn(config: MakeConfig, tmp_path: Path) -> None:
+def test_resuming_changes_nothing_and_samples_are_generated(config: MakeConfig, tmp_path: Path) -> None:
     common = {"base_quantization": "int8", "validation": {"prompts": ["a disc"], "steps": 1}}
     whole = train(config(output=tmp_path / "whole", steps=3, **common), verbose=False)
     part = config(output=tmp_path / "part", steps=2, checkpoint_every=2, **common)

@@ -19,7 +19,7 @@ from ...unit.training.test_train import assert_same
 MakeConfig = Callable[..., TrainConfig]
 ROOT = Path(__file__).parents[3]
 
-# A process that is killed with its n-th checkpoint written but not yet given its name.
+# A process that is killed after writing its second checkpoint, before renaming it.
 DIE_BEFORE_RENAME = """
 import os, pathlib, signal, sys
 from restune_diffusion.training import TrainConfig, train
@@ -38,7 +38,7 @@ train(TrainConfig.model_validate_json(sys.argv[1]), verbose=False)
 def test_killed_and_resumed_training_equals_the_uninterrupted(
     config: MakeConfig, tmp_path: Path, script: Callable[..., Any]
 ) -> None:
-    # So many steps that the run is still under way when a busy machine comes to kill it.
+    # Enough steps that the run is still in progress when a busy machine kills it.
     settings = {"steps": 48, "checkpoint_every": 4, "lr_scheduler": "cosine", "lr_warmup_steps": 5,
                 "caption_dropout": 0.2, "gradient_accumulation_steps": 2, "batch_size": 1}  # fmt: skip
     killed = config(output=tmp_path / "killed", **settings)
@@ -68,20 +68,18 @@ def test_killed_and_resumed_training_equals_the_uninterrupted(
     assert steps == [line.split(",")[0] for line in (whole.path.parent / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_a_checkpoint_that_is_not_finished_is_not_seen(
-    config: MakeConfig, tmp_path: Path, script: Callable[..., Any]
-) -> None:
+def test_an_unfinished_checkpoint_is_ignored(config: MakeConfig, tmp_path: Path, script: Callable[..., Any]) -> None:
     killed = config(output=tmp_path / "killed", steps=6, checkpoint_every=2)
     process = script("-c", DIE_BEFORE_RENAME, killed.model_dump_json())
     _, errors = process.communicate(timeout=300)
     assert process.returncode == -signal.SIGKILL, errors
     assert [path.name for path in list_checkpoints(killed.output)] == ["checkpoint-000002"]
-    assert list(killed.output.glob(".checkpoint-000004*")), "the kill came while checkpoint 4 was being made"
+    assert list(killed.output.glob(".checkpoint-000004*")), "the process was killed while it wrote checkpoint 4"
     (killed.output / ".sample-0.tmp").mkdir()
     (killed.output / ".tuner.safetensors.0.tmp").write_bytes(b"half a tuner")
     resumed = train(killed.model_copy(update={"resume": True}), verbose=False)
     assert_same(resumed.path, train(config(output=tmp_path / "whole", steps=6), verbose=False).path)
-    assert not list(killed.output.glob(".*")), "the remains are cleared away"
+    assert not list(killed.output.glob(".*")), "temporary files are removed"
 
 
 def test_the_newest_checkpoints_are_kept(config: MakeConfig) -> None:
@@ -91,11 +89,11 @@ def test_the_newest_checkpoints_are_kept(config: MakeConfig) -> None:
     assert not list(settings.output.glob(".*"))
 
 
-def test_a_run_with_a_constant_rate_can_be_prolonged(config: MakeConfig, tmp_path: Path) -> None:
+def test_a_run_with_a_constant_rate_can_be_extended(config: MakeConfig, tmp_path: Path) -> None:
     train(config(steps=3, checkpoint_every=2), verbose=False)
-    prolonged = train(config(steps=6, resume=True, checkpoint_every=100), verbose=False)
-    assert len(prolonged.losses) == 3
-    assert_same(prolonged.path, train(config(output=tmp_path / "whole", steps=6), verbose=False).path)
+    extended = train(config(steps=6, resume=True, checkpoint_every=100), verbose=False)
+    assert len(extended.losses) == 3
+    assert_same(extended.path, train(config(output=tmp_path / "whole", steps=6), verbose=False).path)
 
 
 @pytest.mark.parametrize(
@@ -116,7 +114,7 @@ def test_resuming_with_other_settings_is_refused(config: MakeConfig, changes: di
         train(config(resume=True, checkpoint_every=2, **changes), verbose=False)
 
 
-def test_a_run_with_a_falling_rate_cannot_be_prolonged(config: MakeConfig) -> None:
+def test_a_run_with_a_decaying_rate_cannot_be_extended(config: MakeConfig) -> None:
     train(config(steps=2, checkpoint_every=2, lr_scheduler="cosine"), verbose=False)
     with pytest.raises(TrainingError, match="steps = 4, because it was made with 2"):
         train(config(steps=4, resume=True, lr_scheduler="cosine"), verbose=False)
@@ -129,7 +127,7 @@ def test_resuming_with_other_images_is_refused(config: MakeConfig, tmp_path: Pat
         train(config(resume=True, data=other), verbose=False)
 
 
-def test_an_earlier_run_is_not_written_over(config: MakeConfig) -> None:
+def test_an_earlier_run_is_not_overwritten(config: MakeConfig) -> None:
     settings = config(steps=2, checkpoint_every=2)
     before = load_tuner(train(settings, verbose=False).path).state_dict()
     with pytest.raises(TrainingError, match="holds checkpoint-000002 of an earlier run; add --resume"):

@@ -35,7 +35,7 @@ SETTINGS: dict[str, Any] = {
 
 @pytest.fixture(scope="module")
 def zorps(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Discs with a new word in their captions."""
+    """Discs with a placeholder token in their captions."""
     folder = tiny.write_images(tmp_path_factory.mktemp("zorps") / "images", ["red", "blue", "teal"])
     rows = [{"file_name": f"{color}.png", "text": f"a {color} <zorp>"} for color in ("red", "blue", "teal")]
     (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
@@ -61,7 +61,7 @@ def test_resumed_training_equals_the_uninterrupted(config: MakeConfig, zorps: Pa
 
 
 @pytest.mark.parametrize("make", [tiny.sd_pipeline, tiny.sdxl_pipeline], ids=["sd", "sdxl"])
-def test_only_the_part_learns_and_nothing_is_left_behind(
+def test_only_the_part_learns_and_the_pipeline_is_restored(
     config: MakeConfig, zorps: Path, make: Callable[[], Any]
 ) -> None:
     pipeline = make()
@@ -69,7 +69,7 @@ def test_only_the_part_learns_and_nothing_is_left_behind(
         name: {key: value.clone() for key, value in encoder.module.state_dict().items()}
         for name, encoder in text_encoders(pipeline).items()
     }
-    words = len(pipeline.tokenizer)
+    vocabulary = len(pipeline.tokenizer)
     settings = config(**{**SETTINGS, "caption_dropout": 0.0}, data=zorps, steps=3)
     start = Tuner.for_pipeline(pipeline, *settings.parts, generator=torch.Generator().manual_seed(0)).state_dict()
     learned = load_tuner(train(settings, pipeline=pipeline, verbose=False).path).state_dict()
@@ -81,10 +81,10 @@ def test_only_the_part_learns_and_nothing_is_left_behind(
         assert EncoderHooks.of(encoder.module) is None
         assert not torch.equal(learned[f"text.{name}.token.0"], start[f"text.{name}.token.0"])
     unmoved = [key for key, value in learned.items() if torch.equal(value, start[key])]
-    # What SDXL takes of the first encoder is the state before its last layer.
+    # SDXL uses the first encoder's hidden state before its last layer.
     last = [f"text.{name}.layers.1." for name in encoders if len(encoders) > 1 and name == "text_encoder"]
     assert all(key.startswith(tuple(last)) for key in unmoved) if last else not unmoved
-    assert len(pipeline.tokenizer) == words
+    assert len(pipeline.tokenizer) == vocabulary
 
 
 def test_captions_that_are_all_dropped_train_too(config: MakeConfig, zorps: Path) -> None:
@@ -93,7 +93,7 @@ def test_captions_that_are_all_dropped_train_too(config: MakeConfig, zorps: Path
     assert len(losses) == 2
 
 
-def test_the_file_says_what_was_trained_and_draws_the_samples(config: MakeConfig, zorps: Path) -> None:
+def test_the_file_records_the_training_and_generates_the_samples(config: MakeConfig, zorps: Path) -> None:
     validation = {"prompts": ("a <zorp>",), "steps": 2, "every": 2}
     result = train(config(**SETTINGS, data=zorps, steps=3, validation=validation), verbose=False)
     assert len(result.samples) == 3
@@ -106,7 +106,7 @@ def test_the_file_says_what_was_trained_and_draws_the_samples(config: MakeConfig
 
 
 def test_learning_rates_differ(config: MakeConfig, zorps: Path) -> None:
-    """Adam's first step is as long as its learning rate."""
+    """Adam's first step is as large as its learning rate."""
     settings = config(**{**SETTINGS, "caption_dropout": 0.0}, data=zorps, steps=1, weight_decay=0.0)
     pipeline = tiny.sd_pipeline()
     start = Tuner.for_pipeline(pipeline, *settings.parts, generator=torch.Generator().manual_seed(0)).state_dict()
@@ -129,12 +129,12 @@ def test_a_new_word_learns_a_character(tmp_path: Path) -> None:
     """Folder of five images of a creature that is not in the base's training data."""
     data = tmp_path / "zorp"
     character.write_training(data)
-    words = TextConfig(tokens=(character.TOKEN,), initializers=(character.CLASS_WORD,), rank=2)
+    text = TextConfig(tokens=(character.TOKEN,), initializers=(character.CLASS_WORD,), rank=2)
     pipeline = RestuneStableDiffusionPipeline.from_pretrained(str(TINY_BASE))
     losses = {}
     for rate in (1e-12, 1e-2):
         settings = TrainConfig(
-            base="restune-tiny", data=data, output=tmp_path / str(rate), tuner="text", text=words, steps=30,
+            base="restune-tiny", data=data, output=tmp_path / str(rate), tuner="text", text=text, steps=30,
             batch_size=5, text_learning_rate=rate, checkpoint_every=0, cpu=True,
         )  # fmt: skip
         losses[rate] = train(settings, pipeline=pipeline, verbose=False).losses

@@ -30,7 +30,7 @@ for number, prompt in enumerate(prompts):
 @pytest.fixture
 def result(config: Callable[..., TrainConfig]) -> TrainResult:
     validation = ValidationConfig(prompts=PROMPTS, every=2, steps=3, guidance=4.0, seed=7)
-    # a learning rate at which four steps change the image for all to see
+    # a learning rate at which four steps visibly change the image
     return train(config(validation=validation, learning_rate=0.1, checkpoint_every=2), verbose=False)
 
 

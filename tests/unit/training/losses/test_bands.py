@@ -32,7 +32,7 @@ class OtherProcess:
         self._sums = torch.tensor(sums)
 
     def reduce(self, tensor: torch.Tensor, reduction: str) -> torch.Tensor:
-        assert reduction == "sum", "the mean of means is wrong where processes have unlike numbers of samples"
+        assert reduction == "sum", "the mean of means is wrong if processes have different numbers of samples"
         return tensor + self._sums
 
 
