@@ -87,7 +87,7 @@ def build_training_state(config: TrainConfig, accelerator: Accelerator, inputs: 
         lr_scheduler=_make_lr_scheduler(config.optimizer, optimizer, config.steps),
         cache=cache,
         batches=batches(
-            cache, seed=config.seed, stream=cached_feature_sampler(config.feature_cache, cache, config.seed)
+            cache, seed=config.seed, sampler=cached_feature_sampler(config.feature_cache, cache, config.seed)
         ),
         objective=objective,
         resolution=inputs.resolution,
