@@ -159,7 +159,7 @@ class DriftProbe(Callback):
 def probe_batches(run: TrainState, number: int, prompt: DriftPrompt) -> list[Batch]:
     """Return a batch of size 1 at the midpoint of each of `TIMESTEPS` equal parts of the timesteps."""
     device, inputs = run.accelerator.device, _inputs(run, prompt.states)
-    # "`leak`" was the metric's name in version 0.1; another string would change the noise.
+    # `leak` was the metric's name in version 0.1; another string would change the noise.
     seed = derived_seed(run.config.validation.seed, "leak", number)
     generator = torch.Generator().manual_seed(seed)
     return [

@@ -218,7 +218,7 @@ class TrainConfig(FamilyFields):
 
     @property
     def feature_cache_folder(self) -> Path:
-        """Folder of the feature caches; by default OUTPUT/feature-cache, or an existing OUTPUT/feature-`bank`."""
+        """Folder of the feature caches; by default OUTPUT/feature-cache, or an existing `OUTPUT/feature-bank`."""
         old = self.output / "feature-bank"
         return self.feature_cache.folder or (old if old.is_dir() else self.output / "feature-cache")
 
