@@ -166,7 +166,7 @@ def test_the_plan_says_what_will_happen(config: MakeConfig, capsys: pytest.Captu
 
 
 def test_bases_and_sizes_that_cannot_be_trained_are_refused(config: MakeConfig, base: Path) -> None:
-    with pytest.raises(TrainingError, match="use a multiple of 16, for instance 16"):
+    with pytest.raises(TrainingError, match="use a multiple of 16, for example 16"):
         train(config(resolution=20), verbose=False)
     pipeline = load_base(str(base), torch.float32)
     old = attach(pipeline.unet, Tuner.for_base(pipeline.unet, config().skip), name="old")
