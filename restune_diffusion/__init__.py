@@ -3,9 +3,9 @@
 The public names load when they are first used, so that importing the package costs nothing beyond torch.
 """
 
-from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from .utils.lazy_names import lazy_names
 from .utils.version import __version__ as __version__
 
 if TYPE_CHECKING:
@@ -78,7 +78,6 @@ _MODULES = {
     "storage.tuner_cache": ("TunerCache",),
     "hooks.weights": ("Schedule", "TunerWeight", "schedule"),
 }
-_HOME = {name: module for module, names in _MODULES.items() for name in names}
 
 __all__ = [
     "Attachment",
@@ -127,11 +126,7 @@ __all__ = [
     "text_encoders",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f".{_HOME[name]}", __name__), name)
+__getattr__ = lazy_names(__name__, _MODULES)
 
 
 def __dir__() -> list[str]:

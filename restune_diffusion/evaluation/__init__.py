@@ -1,7 +1,8 @@
 """Evaluation of a tuner against its base: `evaluate_tuner(pipeline, "watercolor.safetensors", data, output)`."""
 
-from importlib import import_module
 from typing import TYPE_CHECKING, Any
+
+from ..utils.lazy_names import lazy_names
 
 if TYPE_CHECKING:
     from .evaluate import evaluate_tuner
@@ -11,10 +12,11 @@ if TYPE_CHECKING:
 
 __all__ = ["Evaluation", "InceptionFeatures", "Lpips", "evaluate_tuner"]
 
-_HOME = {"Evaluation": "report", "InceptionFeatures": "features", "Lpips": "lpips", "evaluate_tuner": "evaluate"}
+_MODULES = {
+    "report": ("Evaluation",),
+    "features": ("InceptionFeatures",),
+    "lpips": ("Lpips",),
+    "evaluate": ("evaluate_tuner",),
+}
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f".{_HOME[name]}", __name__), name)
+__getattr__ = lazy_names(__name__, _MODULES)

@@ -1,7 +1,8 @@
 """Diffusers pipelines with `RestuneLoaderMixin`; `enable_restune` adds the same methods to any other pipeline."""
 
-from importlib import import_module
 from typing import TYPE_CHECKING, Any
+
+from ..utils.lazy_names import lazy_names
 
 if TYPE_CHECKING:
     from .stable_diffusion import (
@@ -26,9 +27,5 @@ __all__ = [
     "RestuneStableDiffusionXLPipeline",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    # Lazy, so that importing other modules of this package does not import diffusers.
-    if name not in __all__:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(".stable_diffusion", __name__), name)
+# Modules of this package load without diffusers' pipeline classes.
+__getattr__ = lazy_names(__name__, {"stable_diffusion": __all__})

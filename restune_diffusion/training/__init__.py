@@ -1,8 +1,8 @@
 """Train tuners: `train(TrainConfig(base=..., data=..., output=...))`."""
 
-from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from ..utils.lazy_names import lazy_names
 from .config.config_file import read_config
 from .config.train_config import TrainConfig
 from .config.validation import ValidationConfig
@@ -25,18 +25,12 @@ __all__ = [
     "train",
 ]
 
-_HOME = {
-    "StepReport": "state",
-    "SweepResult": "sweeps.report",
-    "SweepRow": "sweeps.report",
-    "TrainResult": "trainer",
-    "sweep": "sweeps.run",
-    "train": "trainer",
+_MODULES = {
+    "state": ("StepReport",),
+    "sweeps.report": ("SweepResult", "SweepRow"),
+    "sweeps.run": ("sweep",),
+    "trainer": ("TrainResult", "train"),
 }
 
-
-def __getattr__(name: str) -> Any:
-    # Only the config is imported eagerly, so that a command line can show its help without importing torch.
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f".{_HOME[name]}", __name__), name)
+# Only the config is imported eagerly, so that a command line can show its help without importing torch.
+__getattr__ = lazy_names(__name__, _MODULES)

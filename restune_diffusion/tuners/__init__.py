@@ -4,9 +4,9 @@ Names are imported lazily, on first use. The settings of the families, in `confi
 need torch.
 """
 
-from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from ..utils.lazy_names import lazy_names
 from . import configs as configs
 from .registry import (
     ConditionedConfig,
@@ -39,7 +39,6 @@ _MODULES = {
     "skip": ("SkipPart", "SkipTuner"),
     "text": ("TextPart",),
 }
-_HOME = {name: module for module, names in _MODULES.items() for name in names}
 
 __all__ = [
     "BypassPart",
@@ -67,9 +66,5 @@ __all__ = [
     "unregister_tuner_family",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    # Lazy imports, so that a command line can show its help without importing torch.
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f".{_HOME[name]}", __name__), name)
+# Lazy imports, so that a command line can show its help without importing torch.
+__getattr__ = lazy_names(__name__, _MODULES)
