@@ -102,11 +102,14 @@ def test_help_lists_what_presets_set(restune: Restune) -> None:
 
 
 def test_help_texts_wrap_at_the_width_of_the_terminal(restune: Restune, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("COLUMNS", "1000")
+    monkeypatch.setenv("COLUMNS", "110")
     lines = [line.strip("│ ") for line in restune("train", "--help")[1].splitlines()]
-    for flag, end in (("--preset {", "(default: None)"), ("--skip.grad-depth {", "(default: None)")):
-        (number,) = [number for number, line in enumerate(lines) if line.startswith(flag)]
-        assert lines[number + 1].endswith(end), lines[number : number + 3]
+    for flag in ("--control-data", "--bucketing", "--skip.grad-depth", "--class-data"):
+        (start,) = [number for number, line in enumerate(lines) if line.startswith(flag)]
+        end = next(number for number in range(start, len(lines)) if "(default:" in lines[number])
+        assert end > start + 1, "several lines"
+        for line, following in zip(lines[start + 1 : end], lines[start + 2 : end + 1], strict=True):
+            assert len(f"{line} {following.split()[0]}") > 95, "a line is filled before the next one begins"
 
 
 def test_a_tuners_recorded_settings_train_it_again(restune: Restune, workplace: Path, tmp_path: Path) -> None:
