@@ -3,7 +3,7 @@
 The public names load when they are first used, so that importing the package costs nothing beyond torch.
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from .utils.lazy_names import lazy_names
 from .utils.version import __version__ as __version__

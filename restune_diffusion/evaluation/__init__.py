@@ -1,6 +1,6 @@
 """Evaluation of a tuner against its base: `evaluate_tuner(pipeline, "watercolor.safetensors", data, output)`."""
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..utils.lazy_names import lazy_names
 

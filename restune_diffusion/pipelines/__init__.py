@@ -1,6 +1,6 @@
 """Diffusers pipelines with `RestuneLoaderMixin`; `enable_restune` adds the same methods to any other pipeline."""
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..utils.lazy_names import lazy_names
 

@@ -1,6 +1,6 @@
 """Train tuners: `train(TrainConfig(base=..., data=..., output=...))`."""
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..utils.lazy_names import lazy_names
 from .config.config_file import read_config

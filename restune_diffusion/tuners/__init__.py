@@ -4,7 +4,7 @@ Names are imported lazily, on first use. The settings of the families, in `confi
 need torch.
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..utils.lazy_names import lazy_names
 from . import configs as configs
