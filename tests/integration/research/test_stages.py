@@ -198,7 +198,7 @@ def test_refine_stage_learns_from_drawings_and_exports(icons, tokenizer, trained
     with pytest.raises(SystemExit, match="--learning-steps 2 is above the limit of 1 set by --taught"):
         main([*refine, "--taught", "0.5"])
     for weight in ("--colour-weight", "--evenness-weight"):
-        with pytest.raises(SystemExit, match="run the stage colours first"):
+        with pytest.raises(SystemExit, match="run the stage `colours` first"):
             main([*refine, weight, "0.01"])
     main(["colours", str(icons), str(tmp_path)])
     main([*refine, "--colour-weight", "0.01", "--evenness-weight", "1"])

@@ -16,7 +16,7 @@ from restune_diffusion import (
     save_tuner,
 )
 
-from ...conftest import make_unet
+from ...conftest import make_unet, randomize
 
 SAVE_FOREVER = textwrap.dedent(
     """
@@ -63,6 +63,15 @@ REPLACE_FOREVER = textwrap.dedent(
                 print(flush=True)
     """
 )
+
+
+@pytest.fixture
+def path(unet, tmp_path):
+    """Path of a saved tuner of two parts."""
+    tuner = Tuner.for_base(unet, SkipConfig(ratio=0.5), BypassConfig(ratio=0.25))
+    randomize(tuner)
+    save_tuner(tuner, tmp_path / "watercolor.safetensors", training={"steps": 12, "prompt": "watercolor"})
+    return tmp_path / "watercolor.safetensors"
 
 
 def test_kill_during_save_leaves_a_whole_file(tmp_path):

@@ -101,7 +101,7 @@ def test_errors_say_what_is_there(pipe, files, tmp_path):
     assert pipe.get_list_tuners() == {"watercolor": 1.0}
     with pytest.raises(RestuneError, match="1 tuner names but 2 weights"):
         pipe.set_tuners(["watercolor"], [1.0, 2.0])
-    with pytest.raises(RestuneError, match="not both"):
+    with pytest.raises(RestuneError, match="give only one of them"):
         pipe.set_tuners({"watercolor": 1.0}, 1.0)
     with pytest.raises(RestuneError, match="contains 3 safetensors files; select one with weight_name"):
         pipe.load_tuner_weights(files)

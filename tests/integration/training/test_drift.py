@@ -16,8 +16,8 @@ from restune_diffusion.training import TrainConfig, train
 from restune_diffusion.training.losses.objective import Objective
 from restune_diffusion.utils.seeds import derived_seed
 
-from .... import tiny_training as tiny
-from ..test_train import assert_same
+from ... import tiny_training as tiny
+from ...unit.training.test_train import assert_same
 
 MakeConfig = Callable[..., TrainConfig]
 

@@ -1,0 +1,3 @@
+from ...unit.evaluation.conftest import icon_features, icons, inception, lpips
+
+__all__ = ["icon_features", "icons", "inception", "lpips"]
