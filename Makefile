@@ -26,13 +26,14 @@ test-all:
 	python -m pytest tests/unit tests/integration --numprocesses=2 --dist=loadfile
 
 # What depends on the versions of diffusers, transformers, PEFT and tyro. Compiling takes minutes, and
-# enable_group_offload is newer than the oldest diffusers.
+# enable_group_offload is newer than the oldest diffusers. The run that is resumed was made with the versions of
+# constraints.txt, whose random base has other weights.
 LOWEST = tests/unit/test_floors.py $(addprefix tests/unit/,pipelines storage/test_fileformat.py \
 	storage/test_files_of_before.py hooks/test_attachment.py tuners/test_tuners.py training/test_train.py \
 	cli/test_cli.py)
 
 test-lowest:
-	python -m pytest --numprocesses=2 -k "not compile and not group" $(LOWEST)
+	python -m pytest --numprocesses=2 -k "not compile and not group and not checkpoint_resumes" $(LOWEST)
 
 lint:
 	ruff check .

@@ -98,7 +98,8 @@ def test_the_call_has_the_parameters_of_diffusers_and_then_ours(ours, plain):
     assert signature.return_annotation == inspect.signature(plain.__call__).return_annotation
     hints = get_type_hints(ours.__call__)
     assert {name: hints[name] for name in OURS} == OURS
-    assert hints["return"] == get_type_hints(plain.__call__)["return"]
+    # The oldest diffusers annotates no return value.
+    assert hints.get("return") == get_type_hints(plain.__call__).get("return")
 
 
 @EACH_PAIR
