@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 
 import torch
@@ -19,11 +20,20 @@ _SHARDED = {
 
 
 def check_distribution(accelerator: Accelerator) -> None:
-    """Check that the base is not sharded; the tuner's hooks need the whole base on each device.
+    """Check that all started processes train together, and that the base is not sharded.
+
+    The tuner's hooks need the whole base on each device.
 
     Raises:
-        TrainingError: if accelerate is configured for FSDP, DeepSpeed or Megatron-LM.
+        TrainingError: if the launcher started more processes than accelerate connects, or accelerate is configured for
+            FSDP, DeepSpeed or Megatron-LM.
     """
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if started > accelerator.num_processes:
+        raise TrainingError(
+            f"The launcher started {started} processes, but accelerate connects {accelerator.num_processes} of them. "
+            f"Each would train alone and write to the same folder; on CPUs, add --cpu."
+        )
     strategy = _SHARDED.get(accelerator.distributed_type)
     if strategy is not None:
         raise TrainingError(

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from restune_diffusion.storage.tuner_file import load_tuner
 from restune_diffusion.training import TrainConfig, train
@@ -35,6 +36,22 @@ def test_two_processes_train_as_one_with_twice_the_batch(
         bands = {key: value for key, value in alone.items() if key.startswith("loss")}
         assert {key: together.get(key) for key in bands} == pytest.approx(bands, rel=1e-3)
         assert together.keys() == alone.keys()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="accelerate connects the processes of GPUs by itself")
+def test_processes_that_would_train_alone_are_refused(
+    config: Callable[..., TrainConfig], tmp_path: Path, script: Callable[..., Any]
+) -> None:
+    shared = config(output=tmp_path / "two")
+    process = script(
+        "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", SCRIPT, "--base", shared.base,
+        "--data", shared.data.folder, "--output", shared.output, "--steps=1",
+    )  # fmt: skip
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode != 0
+    assert "The launcher started 2 processes, but accelerate connects 1 of them" in errors
+    assert "on CPUs, add --cpu" in errors
+    assert not shared.file.exists()
 
 
 def test_the_script_runs_under_accelerate_launch(
