@@ -9,10 +9,6 @@ from .train_config import SETTINGS, TrainConfig, current_settings
 _RECORDED = {info.record: info for info in SETTINGS.values() if info.record is not None}
 
 
-def _affects(record: str) -> str:
-    return next(info.affects for info in current_settings().values() if info.record == record)
-
-
 def _names(*affects: str) -> frozenset[str]:
     return frozenset(info.name for info in _RECORDED.values() if info.affects in affects)
 
@@ -33,10 +29,14 @@ def batch_settings(config: TrainConfig, *, order: bool = True) -> dict[str, Any]
         order: whether to include settings that only affect the grouping of samples into batches, and those that are
             compared by hash.
     """
-    left_out = {"tuner", "output"} if order else {"tuner", "output", "order", "content"}
-    return {name: value for name, value in config.recorded().items() if _affects(name) not in left_out}
+    return _recorded_without(config, "tuner", "output", *(() if order else ("order", "content")))
 
 
 def identity_settings(config: TrainConfig) -> dict[str, Any]:
     """Return the recorded settings that determine the weights of the tuner, as plain JSON values."""
-    return {name: value for name, value in config.recorded().items() if _affects(name) != "output"}
+    return _recorded_without(config, "output")
+
+
+def _recorded_without(config: TrainConfig, *affects: str) -> dict[str, Any]:
+    left_out = {info.record for info in current_settings().values() if info.affects in affects}
+    return {name: value for name, value in config.recorded().items() if name not in left_out}

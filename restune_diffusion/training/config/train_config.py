@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import cache, reduce
+from functools import lru_cache, reduce
 from operator import getitem
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -288,7 +288,7 @@ class TrainConfig(FamilyFields):
         return recorded
 
 
-@cache
+@lru_cache(maxsize=8)
 def _settings_of(model: type[TrainConfig]) -> Mapping[str, SettingInfo]:
     # The settings of a part that writes only at `out` do not change the cached features that it is trained on.
     families: dict[str, Affects] = {
