@@ -1,4 +1,4 @@
-"""Train the `style` preset for several lengths on several numbers of images, and test on concepts it was not trained on.
+"""Train the `style` preset for several lengths on several numbers of images, and test on other concepts.
 
     python research/restune_tiny/prepare_icons.py data/icons --download --benchmark
     python -m benchmarks.preset_length --icons data/icons --work work/length --output benchmarks/results/preset_length
@@ -126,7 +126,8 @@ def table(rows: list[Row], batch: int) -> list[str]:
     ]
     for row in rows:
         tuned = row["images"] > 0
-        what = f"{row['images']} | {row['steps']} | {row['steps'] * batch / row['images']:.0f}" if tuned else "base |  | "
+        epochs = row["steps"] * batch / row["images"] if tuned else 0
+        what = f"{row['images']} | {row['steps']} | {epochs:.0f}" if tuned else "base |  | "
         nearest = f"{row['nearest']:.3f}" if tuned else ""
         lines.append(f"| {row['style']} | {what} | {row['held_out_loss']:.4f} | {row['lpips']:.3f} | {nearest} |")
     return lines
@@ -137,7 +138,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--icons", type=Path, required=True, help="folder written by prepare_icons.py --benchmark")
     parser.add_argument("--work", type=Path, required=True, help="folder for intermediate results")
-    parser.add_argument("--style", choices=DEVELOPMENT_SETS, action="append", help="development style; all if not given")
+    parser.add_argument("--style", choices=DEVELOPMENT_SETS, action="append", help="style; all if not given")
     parser.add_argument("--shard", type=int, default=0, help="number of this process")
     parser.add_argument("--shards", type=int, default=1, help="number of processes that share the runs")
     parser.add_argument("--output", type=Path, help="write OUTPUT.json and OUTPUT.md")
@@ -151,7 +152,7 @@ def main() -> None:
         paths = [study.row_path(images, steps) for images, steps in study.runs()]
         rows += [json.loads(path.read_text()) for path in paths if path.exists()]
     batch = PRESETS["style"].settings["batch_size"]
-    how = f"`style` preset, batch size {batch}, one seed; 48 held-out images and 50 test concepts, 20 steps, guidance 4"
+    how = f"`style` preset, batch size {batch}, one seed, 48 held-out images, 50 test concepts, 20 steps, guidance 4"
     publish("benchmarks.preset_length", rows, table(rows, batch), how, arguments.output)
 
 
