@@ -9,14 +9,20 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from ..backbones import BaseInfo, describe_base
+from ..storage.base_files.configs import model_configs
+from ..storage.base_files.contents import family_of
+from ..storage.base_files.location import local_base
+from ..storage.base_files.prediction import read_prediction
+from ..storage.base_files.tensor_header import read_tensor_header
 from ..utils.errors import RestuneError
 
 
 def describe_checkpoint(base: str) -> BaseInfo:
-    """Read the structure of a Stable Diffusion checkpoint in diffusers' layout.
+    """Read the structure of a Stable Diffusion checkpoint.
 
     Args:
-        base: a checkpoint directory, its U-Net directory, or a repository id on the Hub.
+        base: a checkpoint directory in diffusers' layout, its U-Net directory, a single file in the original layout, or
+            a repository id on the Hub.
 
     Raises:
         RestuneError: if there is no U-Net config, or the denoiser is of an unsupported class.
@@ -33,13 +39,25 @@ def describe_checkpoint(base: str) -> BaseInfo:
 
 
 def _config(base: str) -> dict[str, Any]:
-    path = Path(base).expanduser()
+    path = local_base(base, needs_index=False)
+    if path is None:
+        return _read(base, base, "unet")
+    if path.is_file():
+        header = read_tensor_header(path)
+        family = family_of(header)
+        prediction = read_prediction(header, family)
+        unet = model_configs(header, family, v_prediction=prediction.v_prediction).models["unet"]
+        return {**unet, "_name_or_path": str(path)}
     # A pipeline's directory has the U-Net in a subfolder; a U-Net's own directory has config.json at its top.
     subfolder = None if (path / "config.json").is_file() else "unet"
+    return _read(base, str(path), subfolder)
+
+
+def _read(base: str, source: str, subfolder: str | None) -> dict[str, Any]:
     try:
-        config = UNet2DConditionModel.load_config(str(path) if path.exists() else base, subfolder=subfolder)
+        config: dict[str, Any] = UNet2DConditionModel.load_config(source, subfolder=subfolder)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise RestuneError(f"The base {base} cannot be read: {reason}") from error
-    config["_name_or_path"] = str(path / subfolder) if path.exists() and subfolder else base
+    config["_name_or_path"] = str(Path(source) / subfolder) if source != base and subfolder else base
     return config
