@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from argparse import ArgumentParser
 from collections.abc import Mapping, Sequence
@@ -15,6 +16,7 @@ from ..training.config.presets import PRESETS
 from ..training.config.train_config import SETTINGS, TrainConfig
 from ..training.config.tuner_settings import command_line_class, with_families
 from ..utils.setting_groups import close_groups
+from .foreign_flags.translate import translate
 from .options.setting_flags import current_flags, old_names_on_stderr, unchecked, with_flat_flags
 from .quiet import quiet_libraries
 
@@ -84,7 +86,7 @@ def parse_train_options(
     Raises:
         SettingsError: if the file of `--config` cannot be read, or a setting in it is invalid.
     """
-    args = current_flags(sys.argv[1:] if args is None else args)
+    args = _translated(current_flags(sys.argv[1:] if args is None else args))
     # Parsed first, because they change the defaults of the other flags. tyro reports their errors with the others.
     first = ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--config", type=Path, nargs="?")
@@ -101,6 +103,18 @@ def parse_train_options(
         args=args,
         default=unchecked(options, close_groups(with_families(TrainConfig), {**required, **settings})),
     )
+
+
+def _translated(args: Sequence[str]) -> list[str]:
+    """Return arguments with the flags of diffusers or kohya replaced by ours; the new command goes to stderr."""
+    own = {name.replace("-", "_") for name in (*SETTINGS, "config", "help")}
+    translation = translate(args, own)
+    if translation.program is not None:
+        for notice in translation.notices:
+            print(f"restune: {notice}", file=sys.stderr)
+        command = shlex.join(["restune", "train", *translation.arguments])
+        print(f"restune: flags of {translation.program}, translated: {command}", file=sys.stderr)
+    return translation.arguments
 
 
 def _presets_help() -> str:
