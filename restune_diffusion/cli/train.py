@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
+from pydantic import ValidationError
 
 from ..training.config.config_file import given_settings
 from ..training.config.presets import PRESETS
 from ..training.config.train_config import SETTINGS, TrainConfig
 from ..training.config.tuner_settings import command_line_class, with_families
-from ..utils.setting_groups import close_groups
+from ..utils.setting_groups import close_groups, first_refused_setting
 from .foreign_flags.translate import translate
 from .options.setting_flags import current_flags, old_names_on_stderr, unchecked, with_flat_flags
 from .quiet import quiet_libraries
@@ -44,6 +45,14 @@ class TrainOptions(_Flags):
     config: Annotated[Path | None, tyro.conf.arg(metavar="YAML")] = None
     """YAML file with any of these settings, named as the flags with `_` instead of `-`. Flags override it. Each run
     writes its settings to OUTPUT/config.yaml."""
+
+    def __init__(self, **values: Any) -> None:
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            # tyro shows the message of a ValueError; that of pydantic names its own types.
+            refused = first_refused_setting(type(self), error)
+            raise ValueError(": ".join([*map(str, refused.place), refused.reason])) from error
 
     def settings(self) -> TrainConfig:
         """Return the settings of the run."""

@@ -153,7 +153,7 @@ KOHYA: tuple[ForeignFlag, ...] = (
     refused("color_aug", "color augmentation is not supported", "nothing"),
     refused("face_crop_aug_range", "use --crop random"),
     *ignored("debug_dataset", "`restune data inspect` shows the samples", "nothing"),
-    *ignored("cache_latents cache_latents_to_disk skip_cache_check cache_info", "latents are cached anyway", "nothing"),
+    *ignored("cache_latents cache_latents_to_disk skip_cache_check cache_info", "latents are always kept", "nothing"),
     *ignored("vae_batch_size", "latents are cached anyway"),
     *ignored(
         "cache_text_encoder_outputs cache_text_encoder_outputs_to_disk", "text is encoded once, unless `text` trains",

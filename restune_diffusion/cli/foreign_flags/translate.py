@@ -85,6 +85,9 @@ def _together(program: Program, ours: list[str], seen: Mapping[str, list[str]], 
         ours = _without(ours, "--learning-rate", 1)
         ours += ["--learning-rate", *seen["unet_lr"]]
     ours = _warmup(ours, seen, notices)
+    if "text_encoder_lr" in seen and not _trains_text(program, seen, ours):
+        ours = _without(ours, "--text-learning-rate", 1)
+        notices.append("--text_encoder_lr is ignored: the text encoders are not trained.")
     chosen = any(argument.partition("=")[0] == "--preset" for argument in ours)
     text_only = "network_train_text_encoder_only" in seen
     tuner_given = any(argument.partition("=")[0] == "--tuner" for argument in ours)
@@ -114,6 +117,15 @@ def _together(program: Program, ours: list[str], seen: Mapping[str, list[str]], 
         ours += ["--res.self-attention", "lora", "--res.cross-attention", "lora", "--res.feed-forward", forward]
         ours += ["--res.width", rank, "--res.alpha", alpha]
     return ours + (["--text.rank", rank, "--text.alpha", alpha] if "text" in parts else [])
+
+
+def _trains_text(program: Program, seen: Mapping[str, list[str]], ours: Sequence[str]) -> bool:
+    """Return whether the text encoders may be trained; a tuner or preset that is given decides for itself."""
+    if program == "kohya" and "network_train_unet_only" in seen:
+        return False
+    lora = program == "kohya" and {"network_module", "network_dim"} & seen.keys()
+    own = any(argument.partition("=")[0] in ("--tuner", "--preset") for argument in ours)
+    return bool("train_text_encoder" in seen or lora or own)
 
 
 def _warmup(ours: list[str], seen: Mapping[str, list[str]], notices: list[str]) -> list[str]:

@@ -91,6 +91,13 @@ def test_translated_flags_are_valid_settings(program: str, tmp_path: Path) -> No
             config(*LINES[program], *COMPANIONS.get(name, []), *lines[name])
 
 
+def test_a_rate_of_text_encoders_that_are_not_trained_is_left_out(capsys: pytest.CaptureFixture[str]) -> None:
+    line = [*LINES["kohya"], "--network_module=networks.lora", "--text_encoder_lr=5e-5"]
+    assert config(*line).optimizer.text_learning_rate == 5e-5
+    assert config(*line, "--network_train_unet_only").optimizer.text_learning_rate is None
+    assert "--text_encoder_lr is ignored: the text encoders are not trained." in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("program", TABLES)
 def test_all_our_flags_of_the_table_exist(program: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):

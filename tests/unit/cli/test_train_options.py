@@ -147,3 +147,23 @@ def test_scripts_take_files(workplace: Path, tmp_path: Path, monkeypatch: pytest
         runpy.run_path(str(script), run_name="__main__")
     assert exited.value.code == 0
     assert (tmp_path / "out" / "edges.safetensors").is_file()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--text-learning-rate=1",), "a text learning rate is given, but the tuner to train has no text part"),
+        (("--steps=0",), "steps: input should be greater than 0"),
+        (("--lr-warmup-steps=3",), "a constant learning rate has no warm-up"),
+        (("--name=../x",), "name: "),
+    ],
+)
+def test_no_message_of_a_flag_has_the_wording_of_pydantic(
+    restune: Restune, flags: tuple[str, ...], message: str
+) -> None:
+    code, _, errors = restune("train", "--base=b", "--data=d", "--output=o", *flags)
+    shown = " ".join(errors.replace("│", " ").split())
+    assert (code, message in shown) == (2, True), errors
+    assert not [word for word in ("validation error", "type=", "input_value", "Value error, ") if word in shown], (
+        errors
+    )
