@@ -18,6 +18,7 @@ from ..training.config.train_config import SETTINGS, TrainConfig
 from ..training.config.tuner_settings import command_line_class, with_families
 from ..utils.setting_groups import close_groups, first_refused_setting
 from .foreign_flags.translate import translate
+from .options.early_checks import check_folders
 from .options.setting_flags import current_flags, old_names_on_stderr, unchecked, with_flat_flags
 from .quiet import quiet_libraries
 
@@ -60,10 +61,11 @@ class TrainOptions(_Flags):
 
     def run(self) -> None:
         """Train a tuner, or the tuners of a sweep, and print their paths."""
+        config = self.settings()
+        check_folders(config.data.folder, config.output)
         quiet_libraries()  # before the imports below, which emit warnings
         from ..training import sweep, train
 
-        config = self.settings()
         if config.sweep is not None:
             swept = sweep(config, stop_on_signal=True)
             print(f"Trained {len(swept.rows)} tuners in {swept.seconds:.0f} s: {swept.summary}")

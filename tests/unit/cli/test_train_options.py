@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import runpy
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -167,3 +168,31 @@ def test_no_message_of_a_flag_has_the_wording_of_pydantic(
     assert not [word for word in ("validation error", "type=", "input_value", "Value error, ") if word in shown], (
         errors
     )
+
+
+@pytest.mark.parametrize(
+    ("data", "output", "message"),
+    [
+        ("missing", "out", "The image folder missing does not exist; give the path of a folder of images."),
+        (
+            ".",
+            "file/out",
+            "The output folder file/out cannot be created, because {folder}/file is a file; choose another.",
+        ),
+    ],
+)
+def test_wrong_folders_are_refused_before_torch_is_imported(
+    tmp_path: Path, data: str, output: str, message: str
+) -> None:
+    (tmp_path / "file").touch()
+    code = (
+        "import sys\nfrom restune_diffusion.cli import main\ntry:\n    main(sys.argv[1:])\nfinally:\n"
+        "    print([name for name in ('torch', 'diffusers', 'transformers') if name in sys.modules])"
+    )
+    arguments = ["train", "--base=b", f"--data={data}", f"--output={output}"]
+    process = subprocess.run(
+        [sys.executable, "-c", code, *arguments], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert process.returncode == 1
+    assert process.stderr == f"restune: {message.format(folder=tmp_path)}\n"
+    assert process.stdout == "[]\n"
