@@ -1,6 +1,7 @@
 """Flags of diffusers' `train_dreambooth_lora(_sdxl).py` and `train_text_to_image_lora(_sdxl).py`.
 
-Source: the argparse calls of huggingface/diffusers, `examples/dreambooth` and `examples/text_to_image`, since 0.22.
+Source: the argparse calls of huggingface/diffusers, `examples/dreambooth` and `examples/text_to_image`, of 0.22.
+Later flags, such as `--use_dora` and `--text_encoder_lr`, come from a copy of a later `train_dreambooth_lora_sdxl.py`.
 """
 
 from __future__ import annotations

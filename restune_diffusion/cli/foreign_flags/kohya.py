@@ -1,8 +1,8 @@
 """Flags of kohya's `train_network.py` and `sdxl_train_network.py`.
 
-Source: the argparse calls of kohya-ss/sd-scripts: `train_network.py`, `library/train_util.py`,
-`library/sdxl_train_util.py`, `library/custom_train_functions.py`, `library/deepspeed_utils.py`,
-`library/sai_model_spec.py`, `library/config_util.py` and `library/utils.py`.
+Source: the argparse calls of kohya-ss/sd-scripts: `train_network.py`, `sdxl_train_network.py`,
+`library/sdxl_train_util.py` and `library/config_util.py`. Those of `train_util.py`, `custom_train_functions.py`,
+`deepspeed_utils.py`, `sai_model_spec.py` and `utils.py` were read in copies, some of which split the file.
 """
 
 from __future__ import annotations

@@ -109,7 +109,7 @@ def test_all_our_flags_of_the_table_exist(program: str, capsys: pytest.CaptureFi
 
 
 def test_the_dreambooth_command_of_diffusers_works() -> None:
-    # The command of the section on LoRA in diffusers' examples/dreambooth/README.md.
+    # In the form of the commands in diffusers' READMEs; not copied from one.
     settings = config(
         "--pretrained_model_name_or_path=runwayml/sd", "--instance_data_dir=dog", "--output_dir=out",
         "--instance_prompt=a photo of sks dog", "--resolution=512", "--train_batch_size=1",
