@@ -6,10 +6,13 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
-from pydantic import BaseModel, ConfigDict
+from pydantic import ConfigDict
+
+from .options.interruption import stoppable
+from .options.outputs import OverwriteOption
 
 
-class ConvertOptions(BaseModel):
+class ConvertOptions(OverwriteOption):
     """Convert a tuner or LoRA file to the format of another program.
 
     Input formats: files of this package, LoRAs of diffusers and of kohya's sd-scripts, and SC- and CSC-Tuners of
@@ -34,9 +37,12 @@ class ConvertOptions(BaseModel):
 
     def run(self) -> None:
         """Convert the file and print the output path."""
-        from ..conversion import convert
         from .quiet import quiet_libraries
 
-        quiet_libraries()
-        convert(self.source, self.output, self.to, base=self.base, partial=self.partial)
+        with stoppable(lambda: f"{self.output} is not written"):
+            self.check_outputs(self.output, inputs=[self.source])
+            quiet_libraries()
+            from ..conversion import convert
+
+            convert(self.source, self.output, self.to, base=self.base, partial=self.partial)
         print(self.output)

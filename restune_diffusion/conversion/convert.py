@@ -10,6 +10,7 @@ from safetensors import SafetensorError, safe_open
 from ..storage.tuner_file import load_tuner, save_tuner
 from ..tuners.tuner import Tuner
 from ..utils.errors import RestuneError
+from ..utils.same_file import is_same_file
 from .bases import describe_checkpoint
 from .formats import ExportLayout, export_tuner, import_tuner
 
@@ -28,13 +29,20 @@ def convert(source: Path, output: Path, layout: Layout, *, base: str | None = No
 
     Raises:
         RestuneError: if the file cannot be read, `base` is required and missing, or the layout cannot represent the
-            tuner.
+            tuner, or `output` is the file or folder that is read.
     """
+    _refuse_own_input(source, output)
     tuner = load_any(source, base=base, partial=partial)
     if layout == "restune":
         save_tuner(tuner, output)
     else:
         export_tuner(tuner, output, layout)
+
+
+def _refuse_own_input(source: Path, output: Path) -> None:
+    files = source.rglob("*") if source.is_dir() else ()
+    if any(is_same_file(output, path) for path in (source, *files)):
+        raise RestuneError(f"The output {output} is also the input, which would be lost; choose another output.")
 
 
 def load_any(source: Path, *, base: str | None = None, partial: bool = False) -> Tuner:

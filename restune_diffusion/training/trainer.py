@@ -148,7 +148,7 @@ def check_output(config: TrainConfig) -> None:
     """Check the output folder.
 
     Raises:
-        TrainingError: if it lies inside the image folder, or contains a run that would be overwritten.
+        TrainingError: if it lies inside the image folder, or contains a run or a tuner that would be overwritten.
     """
     if config.output.resolve().is_relative_to(config.data.folder.resolve()):
         raise TrainingError(
@@ -160,4 +160,9 @@ def check_output(config: TrainConfig) -> None:
         raise TrainingError(
             f"{config.output} holds {found.name} of an earlier run; add --resume to continue it, "
             f"or choose another output folder."
+        )
+    if found is None and config.file.exists():
+        raise TrainingError(
+            f"{config.file} is a finished tuner without a checkpoint to resume, and this run would replace it; choose "
+            "another --output or --name, or move the file away."
         )
