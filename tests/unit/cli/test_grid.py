@@ -61,7 +61,7 @@ def test_common_steps_make_one_composition(restune: Restune, workplace: Path, tm
         output = tmp_path / "sheet.png"
         code, _, errors = restune(
             "grid", "--base", workplace / "base", "--tuner", tuner, "--prompt", "a red disc", "--steps=3", "--output",
-            output, "--cell=64", "--device=cpu", *arguments,
+            output, "--overwrite", "--cell=64", "--device=cpu", *arguments,
         )  # fmt: skip
         assert code == 0, errors
         return cells(output, columns=2, rows=1, cell=64)[0]
