@@ -36,8 +36,5 @@ class DemoOptions(OverwriteOption):
             quiet_libraries()
             from .run_demo import run_demo
 
-            for file in files:
-                # Training refuses to replace a tuner.
-                file.unlink(missing_ok=True)
             options = {} if self.steps is None else {"steps": self.steps}
             run_demo(output, seed=self.seed, **options)

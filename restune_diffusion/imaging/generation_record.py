@@ -85,18 +85,20 @@ def a1111_text(prompt: str, negative_prompt: str | None, pairs: Mapping[str, obj
     return "\n".join(line for line in lines if line).strip()
 
 
-def parse_a1111(text: str) -> tuple[str, str, dict[str, str]]:
+def parse_a1111(infotext: str) -> tuple[str, str, dict[str, str]]:
     """Return prompt, negative prompt and the pairs of the last line of A1111's text."""
-    *lines, last = text.strip().split("\n")
+    *lines, last = infotext.strip().split("\n")
     pairs = _PAIR.findall(last)
     if len(pairs) < _FEWEST_PAIRS:
         lines, pairs = [*lines, last], []
-    prompt, negative, target = [], [], 0
+    prompt: list[str] = []
+    negative: list[str] = []
+    target = prompt
     for line in lines:
-        line = line.strip()
-        if line.startswith(_NEGATIVE):
-            target, line = 1, line.removeprefix(_NEGATIVE).strip()
-        (negative if target else prompt).append(line)
+        text = line.strip()
+        if text.startswith(_NEGATIVE):
+            target, text = negative, text.removeprefix(_NEGATIVE).strip()
+        target.append(text)
     return "\n".join(prompt), "\n".join(negative), {key: _unquoted(value) for key, value in pairs}
 
 

@@ -39,7 +39,7 @@ class RunRecord:
         given = options.files()
         kinds = ["tuner"] * len(options.tuner) + ["lora"] * len(options.lora)
         names = unique_names([path for path, _ in given])
-        self._tuners = [
+        self._tuners: list[dict[str, Any]] = [
             {"name": name, "kind": kind, "file": Path(path).name, "sha256": _sha256([_file(path)]), "weight": weight}
             for name, kind, (path, weight) in zip(names, kinds, given, strict=True)
         ]
@@ -48,7 +48,7 @@ class RunRecord:
             for name, kind, (path, _) in zip(names, kinds, given, strict=True)
             if kind == "lora"
         }
-        self._common = {
+        self._common: dict[str, Any] = {
             "restune_diffusion": __version__,
             "versions": {"torch": str(torch.__version__), "diffusers": diffusers.__version__},
             "base": {"name": _public(options.base), "sha256": _sha256(_weights_of_base(options.base, pipeline))},

@@ -321,6 +321,7 @@ def test_a_file_of_another_shape_is_not_taken_for_ours(bypass: MakeConfig) -> No
     file = shards(folder_of(settings))[0]
     good = file.read_bytes()
     save_file({"mid": torch.zeros(1, 2)}, file)
+    settings.file.unlink()
     train(settings, pipeline=pipeline, verbose=False)
     assert file.read_bytes() == good
 
