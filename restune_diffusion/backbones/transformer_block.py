@@ -73,7 +73,7 @@ def linear_layers(module: nn.Module, path: str = "") -> Iterator[tuple[str, tupl
 
 def is_fused(attention: Any, projection: str) -> bool:
     """Return whether an attention module computes a projection, for example `to_q`, in a fused layer."""
-    # A module without a processor is no attention of diffusers.
+    # Only diffusers' attention modules have a processor.
     processor = type(getattr(attention, "processor", None)).__name__
     return processor.startswith("Fused") and any(
         projection in projections for layer, projections in _FUSED.items() if hasattr(attention, layer)

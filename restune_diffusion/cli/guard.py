@@ -21,7 +21,7 @@ def run_guarded(action: Callable[[], object]) -> int:
             print("restune:", printable(str(stopped)), file=sys.stderr)
         return 0
     except KeyboardInterrupt as stopped:
-        # Commands that `stoppable` wraps say what they have written.
+        # The message of a command in `stoppable` names what is written.
         message = str(stopped) or "stopped; --resume continues a training run from its newest checkpoint."
         print("restune:", printable(message), file=sys.stderr)
         return 130

@@ -52,7 +52,7 @@ def read_record(path: str | PathLike[str]) -> GenerationRecord:
     """Read the record of an image of this package or of A1111 (PNG, JPEG or WebP).
 
     Raises:
-        DataError: if the file is no image that can be read, or has no record.
+        DataError: if the file cannot be read as an image, or has no record.
     """
     try:
         with Image.open(path) as image:

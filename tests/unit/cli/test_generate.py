@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shlex
 import shutil
-import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -268,7 +267,7 @@ def test_ctrl_c_names_the_images_that_are_kept(
 ) -> None:
     def interrupted(seed: int) -> torch.Generator:
         if seed == 2:
-            signal.raise_signal(signal.SIGINT)
+            raise KeyboardInterrupt
         return torch.Generator("cpu").manual_seed(seed)
 
     monkeypatch.setattr(generate_module, "generator", interrupted)
