@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 from ..training.config.config_file import given_settings
+from ..training.config.length.precedence import LENGTHS, without_replaced_length
 from ..training.config.presets import PRESETS
 from ..training.config.train_config import SETTINGS, TrainConfig
 from ..training.config.tuner_settings import command_line_class, with_families
@@ -85,13 +86,16 @@ def parse_train_options(
         SettingsError: if the file of `--config` cannot be read, or a setting in it is invalid.
     """
     args = current_flags(sys.argv[1:] if args is None else args)
-    # Parsed first, because they change the defaults of the other flags. tyro reports their errors with the others.
+    # Parsed first, because they change the defaults of other flags. tyro reports their errors with the others.
     first = ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--config", type=Path, nargs="?")
     first.add_argument("--preset", nargs="?")
+    for name in LENGTHS:
+        first.add_argument(f"--{name}", nargs="?")
     known, _ = first.parse_known_args(args)
     with old_names_on_stderr():
         settings = given_settings(known.config, known.preset if known.preset in PRESETS else None, defaults)
+    settings = without_replaced_length(settings, vars(known))
     required = {name: tyro.MISSING for name, info in SETTINGS.items() if info.field.is_required()}
     options = command_line_class(TrainOptions)
     return tyro.cli(

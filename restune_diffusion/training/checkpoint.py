@@ -47,7 +47,7 @@ class Checkpoints(Callback):
     def on_step(self, run: TrainState, report: StepReport) -> None:
         """Save a checkpoint every `checkpoints.every` steps and after the last step."""
         every = run.config.checkpoints.every
-        if every and (run.step % every == 0 or run.step == run.config.steps):
+        if every and (run.step % every == 0 or run.step == run.steps):
             self._save(run)
 
     def on_stop(self, run: TrainState) -> None:
@@ -132,10 +132,8 @@ def restore_checkpoint(run: TrainState, checkpoint: Path) -> None:
             f"{checkpoint} is damaged ({error}); delete it to resume from an older checkpoint."
         ) from error
     _check_same_run(checkpoint, saved_run, run_identity(run))
-    if step > run.config.steps:
-        raise TrainingError(
-            f"{checkpoint} is beyond the requested {run.config.steps} steps; set steps to {step} or more."
-        )
+    if step > run.steps:
+        raise TrainingError(f"{checkpoint} is beyond the requested {run.steps} steps; set steps to {step} or more.")
     if versions != library_versions():
         logger.warning("%s was made with %s; the result may differ in the last digits.", checkpoint, versions)
     run.tuner.load_state_dict(load_tuner(checkpoint / "tuner.safetensors").state_dict())

@@ -14,6 +14,7 @@ from accelerate import Accelerator
 from ..data.condition_source import ConditionSource
 from ..data.data_sheet import DataSheet
 from ..tuners.tuner import Tuner
+from .config.length.resolve import Length
 from .config.train_config import TrainConfig
 from .latents.batches import Batch, BatchSource
 from .latents.cache import Cache
@@ -50,9 +51,13 @@ class Preservation(ABC):
 
 @dataclass
 class TrainState:
-    """State of one training run; `step` counts the finished optimizer steps."""
+    """State of one training run; `step` counts the finished optimizer steps.
+
+    `config` has the resolved number of steps, which `length` explains.
+    """
 
     config: TrainConfig
+    length: Length
     accelerator: Accelerator
     pipeline: Any
     tuner: Tuner
@@ -82,8 +87,17 @@ class TrainState:
     @property
     def images_per_step(self) -> int:
         """Images per optimizer step, over all processes."""
-        config = self.config
-        return config.batch_size * config.gradient_accumulation_steps * int(self.accelerator.num_processes)
+        return images_per_step(self.config, self.accelerator)
+
+    @property
+    def steps(self) -> int:
+        """Number of optimizer steps of the whole run."""
+        return self.length.steps
+
+
+def images_per_step(config: TrainConfig, accelerator: Accelerator) -> int:
+    """Return the number of images per optimizer step, over all processes."""
+    return config.batch_size * config.gradient_accumulation_steps * int(accelerator.num_processes)
 
 
 @dataclass(frozen=True)

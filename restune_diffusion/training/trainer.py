@@ -88,7 +88,7 @@ def train(
                 accelerator.print(describe_plan(run))
             else:
                 inputs.data.warn()
-            start_trackers(accelerator, config)
+            start_trackers(accelerator, run.config)
             if config.feature_cache.draws is not None:
                 use_feature_cache([run], inputs.models, verbose)
             stop = StopRequest()

@@ -26,7 +26,8 @@ def describe_plan(run: TrainState) -> str:
     """Return a summary of the run in a few lines: base, data, tuner, steps and memory."""
     config, cache = run.config, run.cache
     images = run.images_per_step
-    epochs = config.steps * images / sum(cache.repeats)
+    epochs = run.steps * images / sum(cache.repeats)
+    derived = f" ({run.length.origin})" if run.length.origin else ""
     precision = {"no": "fp32", "fp16": "fp16", "bf16": "bf16"}[config.memory.mixed_precision]
     # weight, gradient and two moments of Adam, four bytes each
     tuner_memory, base_memory = run.tuner.num_parameters() * 16, parameter_bytes(run.pipeline.unet)
@@ -37,7 +38,7 @@ def describe_plan(run: TrainState) -> str:
         *(["masks       random in every step"] if cache.images else []),
         *([f"control     {run.conditions.describe()}"] if run.conditions is not None else []),
         *([f"preserved   {run.preservation.describe()}"] if run.preservation is not None else []),
-        f"training    {config.steps} steps of {images} images = {epochs:.1f} epochs",
+        f"training    {run.steps} steps of {images} images = {epochs:.1f} epochs{derived}",
         f"memory      U-Net {readable_size(base_memory)}, tuner and optimizer {readable_size(tuner_memory)}, "
         f"cached data {readable_size(cache.bytes)} (in main memory), and activations",
         f"output      {config.file}",
@@ -72,9 +73,7 @@ class ProgressBar(Callback):
     def on_start(self, run: TrainState) -> None:
         """Show the bar."""
         shown = run.accelerator.is_main_process
-        self._bar = tqdm(
-            total=run.config.steps, initial=run.step, unit="step", desc=run.config.name, disable=not shown
-        )
+        self._bar = tqdm(total=run.steps, initial=run.step, unit="step", desc=run.config.name, disable=not shown)
 
     def on_step(self, run: TrainState, report: StepReport) -> None:
         """Update the bar."""

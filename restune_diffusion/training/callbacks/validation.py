@@ -46,7 +46,7 @@ class ValidationSamples(Callback):
     def on_step(self, run: TrainState, report: StepReport) -> None:
         """Generate samples every `validation.every` steps."""
         every = run.config.validation.every
-        if every and run.step % every == 0 and run.step < run.config.steps:
+        if every and run.step % every == 0 and run.step < run.steps:
             self._sample_from_state(run)
 
     def on_end(self, run: TrainState) -> None:

@@ -13,6 +13,7 @@ from ...utils.errors import SettingsError
 from ...utils.setting_groups import close_groups, first_refused_setting, open_groups
 from ...utils.settings_merge import Place, RefusedSetting, first_unknown, layered
 from ...utils.yaml_file import YamlFile, read_yaml, to_yaml
+from .length.precedence import without_replaced_length
 from .presets import PRESETS
 from .renamed import renamed, warn
 from .train_config import TrainConfig, checked_settings, current_names
@@ -56,7 +57,7 @@ def read_config(path: Path | str, **overrides: Any) -> TrainConfig:
     except RefusedSetting as refused:
         raise _error(None, refused) from refused
     try:
-        return TrainConfig(**layered(given.flat, over))
+        return TrainConfig(**layered(without_replaced_length(given.flat, over), over))
     except ValidationError as error:
         first = first_refused_setting(TrainConfig, error)
         overridden = bool(first.place) and first.place[0] in over
@@ -80,7 +81,7 @@ def given_settings(
     """
     given = _opened(read_yaml(path)) if path is not None else _Given({}, {}, {})
     named = {"preset": preset} if preset is not None else {}
-    settings = layered(_flat(defaults or {}), given.flat, named)
+    settings = layered(without_replaced_length(_flat(defaults or {}), given.flat), given.flat, named)
     try:
         below = checked_settings({"preset": settings.get("preset")})["preset"]
         return checked_settings(layered(PRESETS[below].settings if below else {}, settings))

@@ -68,8 +68,10 @@ class TrainConfig(FamilyFields):
 
     preservation: PreservationConfig = PreservationConfig()
 
-    steps: int = setting(2000, affects="tuner", gt=0)
-    """Number of optimizer steps."""
+    steps: int | None = setting(None, affects="tuner", gt=0)
+    """Number of optimizer steps. If neither this nor --epochs is set: that of the preset, or 2000."""
+    epochs: float | None = setting(None, affects="tuner", recorded=False, swept=True, gt=0)
+    """Number of epochs, instead of --steps: how many times the training data is shown."""
     batch_size: int = setting(1, affects="order", swept=True, gt=0)
     """Images per forward pass and process."""
     gradient_accumulation_steps: int = setting(1, affects="order", gt=0)
@@ -150,6 +152,8 @@ class TrainConfig(FamilyFields):
             if getattr(self, kind) != tuner_family(kind).config() and not self._is_from_preset(kind):
                 trained = " and ".join(self.kinds)
                 raise ValueError(f"settings of the {kind} tuner are given, but the tuner to train is {trained}")
+        if self.steps is not None and self.epochs is not None:
+            raise ValueError("steps and epochs are both set, but either gives the length of the run; keep one")
         self._check_control()
         self._check_preservation()
         self._check_text()

@@ -92,7 +92,7 @@ def sweep(
         groups = _grouped(members)
         if verbose:
             accelerators[0].print(_plan(members, groups))
-        left = sum(member.run.config.steps - member.run.step for member in members)
+        left = sum(member.run.steps - member.run.step for member in members)
         shown = verbose and accelerators[0].is_main_process
         bar = stack.enter_context(tqdm(total=left, unit="step", desc=config.name, disable=not shown))
         for member in members:
