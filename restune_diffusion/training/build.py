@@ -22,6 +22,7 @@ from .config.noise import NoiseConfig
 from .config.optimizer import OptimizerConfig
 from .config.train_config import TrainConfig
 from .feature_cache.use import cached_feature_sampler
+from .initial_tuner import load_initial_tuner
 from .inputs import TrainingInputs
 from .latents.batches import Batches
 from .latents.cache import Cache
@@ -75,6 +76,7 @@ def build_training_state(config: TrainConfig, accelerator: Accelerator, inputs: 
     config = with_length(config, length)
     objective = _objective(config.loss, pipeline.scheduler)
     tuner = Tuner.for_pipeline(pipeline, *config.parts, generator=torch.Generator().manual_seed(config.seed))
+    initial = load_initial_tuner(config, tuner)
     tuner.to(accelerator.device)
     optimizer = make_optimizer(
         config.optimizer.name,
@@ -103,6 +105,7 @@ def build_training_state(config: TrainConfig, accelerator: Accelerator, inputs: 
         conditions=inputs.conditions,
         data=inputs.data,
         preservation=make_preservation(config.preservation.class_prompt, inputs.known_class, class_batches, encode),
+        initial=initial,
         average=TunerAverage(tuner, config.optimizer.ema_decay) if config.optimizer.ema_decay is not None else None,
     )
     checkpoint = latest_checkpoint(config.output) if config.checkpoints.resume else None

@@ -24,7 +24,7 @@ from .config.train_config import current_names
 from .facts import library_versions, run_identity
 from .optimization.optimizer_state import flatten_state, unflatten_state
 from .optimization.parameter_groups import optimized_names
-from .state import StepReport, TrainState
+from .state import InitialTuner, StepReport, TrainState
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +40,8 @@ class Checkpoints(Callback):
             for pattern in (".checkpoint-*.tmp", ".sample-*.tmp"):
                 for leftover in run.config.output.glob(pattern):
                     shutil.rmtree(leftover)
-            for name in (run.config.file.name, METRICS_FILE, DATA_FILE, CONFIG_FILE):
+            step_files = f"{run.config.name}-*.safetensors"
+            for name in (run.config.file.name, step_files, METRICS_FILE, DATA_FILE, CONFIG_FILE):
                 for leftover in run.config.output.glob(f".{name}.*.tmp"):
                     leftover.unlink()
 
@@ -131,6 +132,9 @@ def restore_checkpoint(run: TrainState, checkpoint: Path) -> None:
         raise TrainingError(
             f"{checkpoint} is damaged ({error}); delete it to resume from an older checkpoint."
         ) from error
+    if run.config.init_tuner is not None and run.initial is None and "initial tuner" in saved_run:
+        # The file is gone, and its weights are part of those of the checkpoint.
+        run.initial = InitialTuner(run.config.init_tuner.name, saved_run["initial tuner"])
     _check_same_run(checkpoint, saved_run, run_identity(run))
     if step > run.steps:
         raise TrainingError(f"{checkpoint} is beyond the requested {run.steps} steps; set steps to {step} or more.")

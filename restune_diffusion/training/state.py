@@ -49,6 +49,14 @@ class Preservation(ABC):
         """
 
 
+@dataclass(frozen=True)
+class InitialTuner:
+    """Name and SHA-256 of the tuner file that a run started from."""
+
+    file: str
+    sha256: str
+
+
 @dataclass
 class TrainState:
     """State of one training run; `step` counts the finished optimizer steps.
@@ -75,6 +83,8 @@ class TrainState:
     """Moving average of the tuner's weights, if enabled."""
     preservation: Preservation | None = None
     """Preservation loss, if enabled."""
+    initial: InitialTuner | None = None
+    """Tuner file that the run started from, if any."""
     step: int = 0
 
     def __post_init__(self) -> None:

@@ -31,10 +31,11 @@ def describe_plan(run: TrainState) -> str:
     precision = {"no": "fp32", "fp16": "fp16", "bf16": "bf16"}[config.memory.mixed_precision]
     # weight, gradient and two moments of Adam, four bytes each
     tuner_memory, base_memory = run.tuner.num_parameters() * 16, parameter_bytes(run.pipeline.unet)
+    started = f", from {run.initial.file}" if run.initial is not None else ""
     lines = [
         f"base        {config.base} ({run.objective.prediction_type}, {precision}, {run.accelerator.device})",
         *_describe_data(run),
-        f"tuner       {' + '.join(config.kinds)}, {run.tuner.num_parameters():,} parameters",
+        f"tuner       {' + '.join(config.kinds)}, {run.tuner.num_parameters():,} parameters{started}",
         *(["masks       random in every step"] if cache.images else []),
         *([f"control     {run.conditions.describe()}"] if run.conditions is not None else []),
         *([f"preserved   {run.preservation.describe()}"] if run.preservation is not None else []),

@@ -60,6 +60,9 @@ class TrainConfig(FamilyFields):
     res: ResConfig = ResConfig()
     bypass: BypassConfig = BypassConfig()
     text: TextConfig = TextConfig()
+    init_tuner: Path | None = setting(None, affects="tuner", recorded=False)
+    """Tuner file whose weights the run starts from. Families and settings of its parts must be those of the tuner to
+    train."""
     control_data: Path | None = setting(None, affects="batches", recorded=False)
     """Folder of condition images for a `control` tuner, with the same file names as the training images. For several
     conditions, a folder with one subfolder per condition, named after it. If not set, the files listed under

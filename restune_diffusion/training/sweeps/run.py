@@ -23,6 +23,7 @@ from ..config.shared_settings import batch_settings
 from ..config.train_config import TrainConfig
 from ..feature_cache.shared_pass import share_passes
 from ..feature_cache.use import use_feature_cache
+from ..initial_tuner import check_initial_tuner
 from ..inputs import TrainingInputs, prepared
 from ..loop import steps_of
 from ..state import StepReport, TrainState
@@ -77,6 +78,7 @@ def sweep(
     variants = parse_sweep(config)
     for variant in variants:
         check_output(variant.config)
+        check_initial_tuner(variant.config)
     accelerators = [build_accelerator(variant.config) for variant in variants]
     with prepared(config, accelerators[0], pipeline, verbose=verbose) as inputs, ExitStack() as stack:
         for accelerator in accelerators:
