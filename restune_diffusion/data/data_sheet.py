@@ -140,7 +140,7 @@ class DataSheet:
         views = sum(entry.views for entry in self.entries)
         one_size = sizes == [((resolution, resolution), len(self.entries))]
         size = f"at {resolution} x {resolution}" if one_size else f"in {counted(len(sizes), 'size')}"
-        line = f"{len(self.entries)} {size}, {len(self.captions)} captions"
+        line = f"{len(self.entries)} {size}, {counted(len(self.captions), 'caption')}"
         line += f", {shown} shown in an epoch" if shown != len(self.entries) else ""
         return line + (f", {views} views" if views != len(self.entries) else "")
 

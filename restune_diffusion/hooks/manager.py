@@ -24,7 +24,7 @@ from .attached_tuner import AttachedTuner, Residual
 from .mixing import ForwardContext, Layout, check_images
 from .operations import operation_input, show_operation
 from .text_encoders import EncoderHooks, attach_text, check_text
-from .weights import TunerWeight, Weight, as_weight
+from .weights import TunerWeight, Weight, as_weight, warn_of_large
 
 
 class TunerManager:
@@ -162,6 +162,7 @@ class TunerManager:
         factors = {name: self._tuners[name].site_factors(weight) for name, weight in checked.items()}
         for name, attached in self._tuners.items():
             if name in checked:
+                warn_of_large(name, checked[name])
                 attached.set_weight(checked[name], factors[name])
             else:
                 attached.set_weight(TunerWeight(0.0), dict.fromkeys(attached.sites, 1.0))

@@ -149,6 +149,7 @@ def restore_checkpoint(run: TrainState, checkpoint: Path) -> None:
     if run.accelerator.scaler is not None:
         run.accelerator.scaler.load_state_dict(state["grad_scaler"])
     run.step = step
+    run.resumed_from = checkpoint
 
 
 def _check_same_run(checkpoint: Path, saved: dict[str, Any], requested: dict[str, Any]) -> None:

@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -86,6 +87,8 @@ class TrainState:
     initial: InitialTuner | None = None
     """Tuner file that the run started from, if any."""
     step: int = 0
+    resumed_from: Path | None = None
+    """Checkpoint that the run continues from, if any."""
 
     def __post_init__(self) -> None:
         self.bands = BandLosses(self.objective.timesteps)

@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 from ..backbones import text_encoders
 from ..hooks.attachment import attach
 from ..utils.errors import TrainingError
+from .advice import log_warnings
 from .build import build_accelerator, build_training_state
 from .callbacks.base import Callback, UpdateAverage
 from .callbacks.config_record import ConfigFile
@@ -89,6 +90,7 @@ def train(
                 accelerator.print(describe_plan(run))
             else:
                 inputs.data.warn()
+                log_warnings(run)
             start_trackers(accelerator, run.config)
             if config.feature_cache.draws is not None:
                 use_feature_cache([run], inputs.models, verbose)

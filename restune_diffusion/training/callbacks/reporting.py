@@ -10,8 +10,10 @@ from typing import IO, Any
 
 from tqdm.auto import tqdm
 
+from ...data.data_sheet import counted
 from ...utils.atomic_write import atomic_write
 from ...utils.display import readable_size
+from ..advice import warnings_of
 from ..quantization import parameter_bytes
 from ..state import StepReport, TrainState
 from .base import Callback
@@ -39,12 +41,22 @@ def describe_plan(run: TrainState) -> str:
         *(["masks       random in every step"] if cache.images else []),
         *([f"control     {run.conditions.describe()}"] if run.conditions is not None else []),
         *([f"preserved   {run.preservation.describe()}"] if run.preservation is not None else []),
-        f"training    {run.steps} steps of {images} images = {epochs:.1f} epochs{derived}",
+        f"training    {counted(run.steps, 'step')} of {counted(images, 'image')} = {epochs:.1f} epochs{derived}",
         f"memory      U-Net {readable_size(base_memory)}, tuner and optimizer {readable_size(tuner_memory)}, "
         f"cached data {readable_size(cache.bytes)} (in main memory), and activations",
         f"output      {config.file}",
+        *_describe_start(run),
+        *(f"warning     {warning}" for warning in warnings_of(run)),
     ]
     return "\n".join(lines)
+
+
+def _describe_start(run: TrainState) -> list[str]:
+    if run.resumed_from is not None:
+        return [f"resumed     from {run.resumed_from}, after step {run.step}"]
+    if run.config.checkpoints.resume:
+        return [f"resumed     nothing: there is no checkpoint in {run.config.output}, so training starts anew"]
+    return []
 
 
 def _describe_data(run: TrainState) -> list[str]:

@@ -13,7 +13,9 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
+from ...data.data_sheet import counted
 from ...utils.errors import TrainingError, TrainingInterrupted
+from ..advice import warnings_of
 from ..build import build_accelerator, build_training_state
 from ..callbacks.base import Callback
 from ..callbacks.reporting import Progress, describe_plan
@@ -131,7 +133,11 @@ def _grouped(members: Sequence[_Member]) -> list[list[_Member]]:
 def _plan(members: Sequence[_Member], groups: Sequence[Sequence[_Member]]) -> str:
     sharing = [len(group) for group in groups if len(group) > 1]
     together = f", {' and '.join(map(str, sharing))} of them share the base's forward passes" if sharing else ""
-    lines = [f"sweep       {len(members)} tuners{together}; the first one:", describe_plan(members[0].run)]
+    lines = [f"sweep       {counted(len(members), 'tuner')}{together}; the first one:", describe_plan(members[0].run)]
+    of_first = set(warnings_of(members[0].run))
+    for member in members[1:]:
+        further = [warning for warning in warnings_of(member.run) if warning not in of_first]
+        lines += [f"warning     {member.run.config.name}: {warning}" for warning in further]
     return "\n".join(lines)
 
 

@@ -201,7 +201,7 @@ def test_the_plan_lists_what_is_left_out(
         file.write('{"file_name": "gone.png", "text": "x"}\n{"fil')
     train(config(data=folder, steps=1))
     shown = capsys.readouterr().out
-    assert "images      1 at 16 x 16, 1 captions" in shown
+    assert "images      1 at 16 x 16, 1 caption" in shown
     assert "left out    metadata.jsonl line 3 names gone.png" in shown
     assert "            metadata.jsonl line 4 is not valid JSON" in shown
     assert "            red.png is not an image of a known format." in shown
