@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
 from tqdm.auto import tqdm
 
 from ...data.data_sheet import counted
@@ -85,11 +86,12 @@ def sweep(
     with prepared(config, accelerators[0], pipeline, verbose=verbose) as inputs, ExitStack() as stack:
         for accelerator in accelerators:
             stack.callback(accelerator.end_training)
+        start: list[Image.Image] | None = [] if starts_as_base(config) else None
         members = [
             _Member(
                 variant,
                 build_training_state(variant.config, accelerator, inputs),
-                ValidationSamples(inputs.control_images),
+                ValidationSamples(inputs.control_images, start),
             )
             for variant, accelerator in zip(variants, accelerators, strict=True)
         ]
@@ -115,6 +117,14 @@ def sweep(
         tuple(_row(member) for member in members), config.output / "sweep.json", time.perf_counter() - started
     )
     return _finished(config, members, result)
+
+
+def starts_as_base(config: TrainConfig) -> bool:
+    """Return whether all tuners generate the base's images before their first step.
+
+    New placeholder tokens change them, and so does a tuner file to start from.
+    """
+    return config.init_tuner is None and not config.learns_from_text
 
 
 def _grouped(members: Sequence[_Member]) -> list[list[_Member]]:
@@ -208,7 +218,11 @@ def _finished(config: TrainConfig, members: Sequence[_Member], result: SweepResu
     sheet: Path | None = None
     if accelerator.is_main_process:
         samples = {member.run.config.name: member.samples.folders for member in members if member.samples.folders}
-        sheet = comparison(samples, config.validation.prompts, config.output / "sweep.png")
+        columns = {name: folders[-1] for name, folders in samples.items()}
+        base = members[0].run.config.output / "samples" / "step-000000"
+        if columns and starts_as_base(config) and base.is_dir():
+            columns = {"base": base, **columns}
+        sheet = comparison(columns, config.validation.prompts, config.output / "sweep.png")
         write_summary(result)
     accelerator.wait_for_everyone()
     return result.with_sheet(sheet)

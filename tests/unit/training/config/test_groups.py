@@ -96,7 +96,7 @@ def test_the_annotations_give_the_lists_that_were_kept_by_hand() -> None:
     } == SWEPT  # fmt: skip
     assert {name for name, info in SETTINGS.items() if info.record is None} == {
         "data", "mask_data", "output", "control_data", "class_data", "feature_cache_dir", "sweep", "resume", "cpu",
-        "epochs", "init_tuner", "save_every", "keep_last",
+        "class_batch_size", "epochs", "init_tuner", "save_every", "keep_last",
     }  # fmt: skip
     assert {name for name, info in SETTINGS.items() if info.affects in ("order", "content")} == {
         "base", "prompt", "batch_size", "gradient_accumulation_steps",
