@@ -51,18 +51,19 @@ class TrainOptions(_Flags):
     def run(self) -> None:
         """Train a tuner, or the tuners of a sweep, and print their paths."""
         quiet_libraries()  # before the imports below, which emit warnings
+        from ..data.data_sheet import counted
         from ..training import sweep, train
 
         config = self.settings()
         if config.sweep is not None:
             swept = sweep(config, stop_on_signal=True)
-            print(f"Trained {len(swept.rows)} tuners in {swept.seconds:.0f} s: {swept.summary}")
+            print(f"Trained {counted(len(swept.rows), 'tuner')} in {swept.seconds:.0f} s: {swept.summary}")
             print(swept.table())
             if swept.sheet is not None:
                 print(f"Samples: {swept.sheet}")
             return
         result = train(config, stop_on_signal=True)
-        print(f"Trained {result.steps} steps in {result.seconds:.0f} s: {result.path}")
+        print(f"Trained {counted(result.steps, 'step')} in {result.seconds:.0f} s: {result.path}")
         if result.samples:
             print(f"Samples: {result.samples[-1]}")
 

@@ -71,7 +71,7 @@ def _check_parts(path: Path, info: TunerInfo, config: TrainConfig) -> None:
             if name not in ours.only_initial and value != found[name]:
                 raise TrainingError(
                     f"{path} has {ours.part}.{name} = {_shown(found[name])}, but the tuner to train has "
-                    f"{_shown(value)}; set the settings of the file: {flags}."
+                    f"{_shown(value)}; train with the settings of the file, {flags} and no others of the part."
                 )
 
 

@@ -85,7 +85,7 @@ def test_bad_files_and_flags_end_in_one_sentence(restune: Restune, tmp_path: Pat
         (("--config", path), "Missing from restune train"),
         (("--config",), "--config"),
         (("--preset", "styel"), "invalid choice 'styel'"),
-        (("--base=b", "--data=d", "--output=o", "--stepps=3"), "Perhaps you meant: --steps INT"),
+        (("--base=b", "--data=d", "--output=o", "--stepps=3"), "Perhaps you meant: --steps {None}|INT"),
     ]:
         code, _, errors = restune("train", *arguments)
         shown = " ".join(errors.replace("│", " ").split())

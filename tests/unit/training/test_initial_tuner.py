@@ -66,7 +66,7 @@ def test_other_initial_words_are_no_difference(config: MakeConfig, tmp_path: Pat
         (("res",), {}, r"family res, but the tuner to train is skip; add --tuner res --res.cross-attention lora"
                        r" --res.width 4\.$"),
         (("skip", "text"), {"tuner": "skip"}, r"family skip \+ text, but .* add --tuner skip text --skip.ratio 0.5"),
-        (("skip",), {}, r"has skip.ratio = 0.5, but .* train has 1.0; set .*: --tuner skip --skip.ratio 0.5"),
+        (("skip",), {}, r"has skip.ratio = 0.5, but .* train has 1.0; train with .* --tuner skip --skip.ratio 0.5"),
         (("res",), {"tuner": "res", "res": {"width": 4}}, r"has res.cross_attention = lora, but .* has None"),
     ],
 )  # fmt: skip
