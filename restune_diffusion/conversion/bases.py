@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
+from safetensors import safe_open
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from ..backbones import BaseInfo, describe_base
+from ..backbones import BaseInfo, TextEncoder, describe_base, describe_text, module_path
+from ..backbones.description import TextInfo
 from ..utils.errors import RestuneError
+from .names import text_path
+from .products.options import BaseWeights
+
+_WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.fp16.safetensors", "model.safetensors",
+            "model.fp16.safetensors")  # fmt: skip
 
 
 def describe_checkpoint(base: str) -> BaseInfo:
-    """Read the structure of a Stable Diffusion checkpoint in diffusers' layout.
+    """Read the structure of a Stable Diffusion checkpoint in diffusers' layout, with its text encoders.
 
     Args:
         base: a checkpoint directory, its U-Net directory, or a repository id on the Hub.
@@ -29,7 +38,59 @@ def describe_checkpoint(base: str) -> BaseInfo:
             unet = UNet2DConditionModel.from_config(config)
     except (TypeError, ValueError, KeyError, RuntimeError) as error:
         raise RestuneError(f"The base {base} has an invalid U-Net config: {str(error).splitlines()[0]}") from error
-    return describe_base(unet)
+    return describe_base(unet).model_copy(update={"text": _text(base)})
+
+
+def checkpoint_weights(base: str) -> BaseWeights:
+    """Return a function from the site of a linear layer to its weight in a checkpoint folder.
+
+    The function raises `RestuneError` if the folder has no such weight in safetensors files.
+    """
+    files: dict[str, Path] = {}
+
+    def weight(site: str) -> torch.Tensor:
+        component, _, path = text_path(site).partition(".") if site.startswith("text_encoder") else ("unet", "", "")
+        key = f"{path or module_path(site)}.weight"
+        if component not in files:
+            files[component] = _weights_file(base, component)
+        with safe_open(files[component], framework="pt") as opened:
+            for name in (key, key.removeprefix("text_model.")):
+                if name in opened.keys():  # noqa: SIM118 -- not a mapping
+                    return opened.get_tensor(name)
+        raise RestuneError(f"{files[component]} has no weight `{key}`, which converting DoRA needs.")
+
+    return weight
+
+
+def _weights_file(base: str, component: str) -> Path:
+    path = Path(base).expanduser()
+    # The U-Net's own directory is accepted as a base too.
+    folders = [path / component, *([path] if component == "unet" else [])]
+    for folder in folders:
+        for name in _WEIGHTS:
+            if (folder / name).is_file():
+                return folder / name
+    raise RestuneError(
+        f"Converting DoRA needs the weights of the base, but {path / component} has no {_WEIGHTS[0]}; pass the "
+        "folder of the checkpoint in diffusers' layout with --base."
+    )
+
+
+def _text(base: str) -> dict[str, TextInfo]:
+    """Return the structure of a checkpoint's CLIP text encoders; empty if there are none."""
+    found = {}
+    for name, kind in (("text_encoder", CLIPTextModel), ("text_encoder_2", CLIPTextModelWithProjection)):
+        path = Path(base).expanduser()
+        if path.exists() and not (path / name / "config.json").is_file():
+            continue
+        try:
+            config = CLIPTextConfig.from_pretrained(str(path) if path.exists() else base, subfolder=name)
+        except (OSError, ValueError):
+            continue
+        with torch.device("meta"):
+            encoder = kind(config)
+        found[name] = TextEncoder(encoder, SimpleNamespace(vocab_size=config.vocab_size))
+    return describe_text(found)
 
 
 def _config(base: str) -> dict[str, Any]:
