@@ -114,6 +114,8 @@ def write(tuner: Tuner, path: Path) -> None:
 def _peft_settings(layers: dict[str, LoraLayer]) -> dict[str, Any]:
     """Return the settings of PEFT that describe the ranks and alphas of a component's layers."""
     whole = max(layers.values(), key=lambda layer: layer.rank)
+    # PEFT compares the ends of names; the version of transformers decides whether a text encoder has a `text_model`.
+    layers = {module.removeprefix("text_model."): layer for module, layer in layers.items()}
     return {
         "r": whole.rank,
         "lora_alpha": whole.alpha,

@@ -22,7 +22,7 @@ from ...utils.errors import TunerFileError
 from ..lora_folding import LoraLayer
 
 TENSORS = re.compile(
-    r"(?P<module>.+?)\.(?P<tensor>lora_(?:down|up|mid)\.weight|alpha|dora_scale|diff|"
+    r"(?P<module>.+?)\.(?P<tensor>lora_(?:down|up|mid)\.weight|alpha|dora_scale|diff(?:_b)?|"
     r"hada_(?:w[12]_[ab]|t[12])|lokr_(?:w[12](?:_[ab])?|t[12]))"
 )
 """Key of a tensor: the module's name, and the tensor's name in it."""
@@ -53,7 +53,9 @@ def layer_from(
         if tensors["alpha"].numel() != 1:
             raise TunerFileError(f"{where} is damaged: its alpha has {tensors['alpha'].numel()} values.")
         alpha = float(tensors["alpha"].item())
-    names = {name for name in tensors if name not in ("alpha", "dora_scale")}
+    if "diff_b" in tensors and tensors["diff_b"].any():
+        raise TunerFileError(f"{where} also changes the bias, which no tuner does.")
+    names = {name for name in tensors if name not in ("alpha", "dora_scale", "diff_b")}
     if names == {"lora_down.weight", "lora_up.weight"}:
         down = tensors["lora_down.weight"]
         return LoraLayer(down, tensors["lora_up.weight"], float(down.shape[0]) if alpha is None else alpha)
@@ -83,6 +85,8 @@ def full(matrix: torch.Tensor) -> LoraLayer:
 
 def _loha(tensors: Mapping[str, torch.Tensor], alpha: float | None, scale: float | None) -> LoraLayer:
     a1, b1, a2, b2 = (tensors[f"hada_{name}"] for name in ("w1_a", "w1_b", "w2_a", "w2_b"))
+    _check_product(a1, b1)
+    _check_product(a2, b2)
     if scale is None:
         scale = 1.0 if alpha is None else alpha / b1.shape[0]
     if b1.shape[0] * b2.shape[0] >= min(a1.shape[0], b1.shape[1]):
@@ -107,9 +111,15 @@ def _lokr(tensors: Mapping[str, torch.Tensor], alpha: float | None, scale: float
 def _factors(tensors: Mapping[str, torch.Tensor], name: str) -> tuple[torch.Tensor, torch.Tensor]:
     """Return a matrix of a LoKr as a product of two."""
     if name not in tensors:
+        _check_product(tensors[f"{name}_a"], tensors[f"{name}_b"])
         return tensors[f"{name}_a"], tensors[f"{name}_b"]
     layer = full(tensors[name])
     return layer.up, layer.down
+
+
+def _check_product(a: torch.Tensor, b: torch.Tensor) -> None:
+    if a.shape[1] != b.shape[0]:
+        raise RuntimeError("the factors have different ranks")
 
 
 def _shapes(tensors: Mapping[str, torch.Tensor]) -> str:

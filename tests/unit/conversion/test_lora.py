@@ -330,7 +330,8 @@ def test_what_no_lora_part_computes_is_refused_by_name(unet, base, tmp_path):
                            f"{name}.hada_w1_a": "is damaged: it has only the tensors hada_w1_a, lora_",
                            f"{name}.lokr_w1": "is damaged: it has only the tensors lokr_w1, lora_",
                            f"{name}.lora_mid.weight": "is LoCon with a middle convolution, but",
-                           f"{name}.oft_blocks": "contains OFT", f"{name}.other": "also contains"}.items():  # fmt: skip
+                           f"{name}.oft_blocks": "contains OFT",
+                           f"{name}.other": "also contains"}.items():  # fmt: skip
         save_file({**tensors, extra: torch.ones(3)}, path)
         with pytest.raises(TunerFileError, match=message):
             import_tuner(path, base)
