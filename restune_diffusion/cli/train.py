@@ -13,7 +13,7 @@ import tyro
 from ..training.config.config_file import given_settings
 from ..training.config.presets import PRESETS
 from ..training.config.train_config import SETTINGS, TrainConfig
-from ..training.config.tuner_settings import command_line_class, with_families
+from ..training.config.tuner_settings import TUNER_ALIASES, command_line_class, with_families
 from ..utils.setting_groups import close_groups
 from .options.setting_flags import current_flags, old_names_on_stderr, unchecked, with_flat_flags
 from .quiet import quiet_libraries
@@ -89,9 +89,13 @@ def parse_train_options(
     first = ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--config", type=Path, nargs="?")
     first.add_argument("--preset", nargs="?")
+    first.add_argument("--tuner", nargs="*", default=[])
     known, _ = first.parse_known_args(args)
     with old_names_on_stderr():
-        settings = given_settings(known.config, known.preset if known.preset in PRESETS else None, defaults)
+        # Only an alias changes other defaults.
+        tuner = known.tuner if set(known.tuner) & TUNER_ALIASES.keys() else None
+        preset = known.preset if known.preset in PRESETS else None
+        settings = given_settings(known.config, preset, defaults, tuner)
     required = {name: tyro.MISSING for name, info in SETTINGS.items() if info.field.is_required()}
     options = command_line_class(TrainOptions)
     return tyro.cli(

@@ -8,7 +8,7 @@ from typing import Any, Literal, TypeAlias
 
 from ...utils.settings_merge import flat
 
-PresetName: TypeAlias = Literal["style", "subject", "low-memory", "quality"]
+PresetName: TypeAlias = Literal["style", "subject", "low-memory", "quality", "lora"]
 
 
 @dataclass(frozen=True)
@@ -72,6 +72,18 @@ PRESETS: Mapping[str, Preset] = {
             "lr_scheduler": "cosine",
             "caption_dropout": 0.1,
             "ema_decay": 0.999,
+        },
+    ),
+    "lora": Preset(
+        "a style or subject as a plain LoRA, which `restune convert` writes for diffusers, ComfyUI and A1111",
+        {
+            "tuner": "lora",
+            "res": {"width": 16},
+            "steps": 2000,
+            "batch_size": 4,
+            "learning_rate": 1e-4,
+            "lr_scheduler": "cosine",
+            "caption_dropout": 0.1,
         },
     ),
 }

@@ -23,7 +23,7 @@ from ...utils.setting_groups import (
     open_groups,
     setting,
 )
-from ...utils.settings_merge import RefusedSetting, checked_fields, layered
+from ...utils.settings_merge import RefusedSetting, checked_fields
 from .checkpoints import CheckpointsConfig
 from .family_fields import FamilyFields
 from .feature_cache import FeatureCacheConfig
@@ -34,7 +34,7 @@ from .optimizer import OptimizerConfig
 from .preservation import PreservationConfig
 from .presets import PRESETS, PresetName
 from .renamed import RENAMED, renamed, sentence, warn
-from .tuner_settings import FamilyName, checked_families, with_families
+from .tuner_settings import FamilyName, checked_families, with_families, without_aliases
 from .validation import ValidationConfig
 
 
@@ -138,7 +138,7 @@ class TrainConfig(FamilyFields):
         name = flat.get("preset")
         # The validation of the fields reports an unknown preset.
         below = PRESETS[name].settings if isinstance(name, str) and name in PRESETS else {}
-        return close_groups(with_families(cls), layered(below, flat))
+        return close_groups(with_families(cls), without_aliases(flat, below))
 
     @model_validator(mode="after")
     def _settings_fit_together(self) -> TrainConfig:

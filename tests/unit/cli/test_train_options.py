@@ -11,6 +11,7 @@ from restune_diffusion.cli.train import parse_train_options
 from restune_diffusion.storage.tuner_file import load_tuner, save_tuner
 from restune_diffusion.training import TrainConfig, read_config
 from restune_diffusion.training.config.presets import PRESETS
+from restune_diffusion.tuners.configs import ResConfig
 from restune_diffusion.utils.errors import SettingsError
 
 Restune = Callable[..., tuple[int, str, str]]
@@ -54,6 +55,42 @@ def test_flags_and_file_say_the_same(tmp_path: Path) -> None:
     flags = ["--base=b", "--data=d", "--output=o", "--preset=style", "--steps=30", "--tuner=skip"]
     flags.append("--skip.ratio=0.5")
     assert parse(*flags, "--validation.every=10", "--validation.prompts", "a fox", "a hen") == read_config(path)
+
+
+LORA = ("--base=b", "--data=d", "--output=o")
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (["--tuner", "lora"], {}),
+        (["--tuner=lora"], {}),
+        (["--tuner", "lora", "--res.feed-forward", "lora"], {"feed_forward": "lora"}),
+        (["--tuner", "lora", "--res.width", "4", "--res.alpha", "2"], {"width": 4, "alpha": 2.0}),
+        (["--preset", "lora"], {}),
+        (["--preset", "lora", "--res.width", "8"], {"width": 8}),
+        (["--preset", "style", "--tuner", "lora"], {"width": 64, "grad_depth": 3}),
+    ],
+)
+def test_the_tuner_lora_is_a_res_tuner_of_lora(flags: list[str], expected: dict[str, object]) -> None:
+    config = parse(*LORA, *flags)
+    plain = {"self_attention": "lora", "cross_attention": "lora", "feed_forward": None}
+    assert config.parts == (ResConfig(**{**plain, **expected}),)
+    # The run records what the alias stands for.
+    assert config.tuner == "res"
+
+
+def test_the_tuner_lora_in_a_file_and_in_python(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("base: b\ndata: d\noutput: o\ntuner: [lora, text]\nres: {cross_attention: prefix}\n")
+    expected = ResConfig(self_attention="lora", cross_attention="prefix", feed_forward=None)
+    assert parse("--config", str(path)).parts[0] == read_config(path).parts[0] == expected
+    assert read_config(path).tuner == ("res", "text")
+    settings = {"base": "b", "data": Path("d"), "output": Path("o"), "tuner": "lora"}
+    (part,) = TrainConfig(**settings, res=ResConfig(width=3)).parts
+    assert part == ResConfig(self_attention="lora", cross_attention="lora", feed_forward=None, width=3)
+    with pytest.raises(ValueError, match="name one or more tuner families, each once"):
+        TrainConfig(**{**settings, "tuner": ("res", "lora")})
 
 
 def test_a_scripts_own_default_lies_between_preset_and_file(tmp_path: Path) -> None:
