@@ -55,6 +55,8 @@ def layer_from(
         alpha = float(tensors["alpha"].item())
     if "diff_b" in tensors and tensors["diff_b"].any():
         raise TunerFileError(f"{where} also changes the bias, which no tuner does.")
+    # A linear layer may be stored as a convolution with a kernel of one.
+    tensors = {name: value.flatten(1) if value.shape[2:] == (1, 1) else value for name, value in tensors.items()}
     names = {name for name in tensors if name not in ("alpha", "dora_scale", "diff_b")}
     if names == {"lora_down.weight", "lora_up.weight"}:
         down = tensors["lora_down.weight"]

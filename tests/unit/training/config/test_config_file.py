@@ -11,8 +11,8 @@ from restune_diffusion.storage.tuner_file import load_tuner, read_info
 from restune_diffusion.training import TrainConfig, ValidationConfig, read_config, train
 from restune_diffusion.training.config.config_file import config_yaml, given_settings
 from restune_diffusion.training.config.presets import PRESETS
-from restune_diffusion.training.config.tuner_settings import without_aliases
 from restune_diffusion.training.config.train_config import SETTINGS
+from restune_diffusion.training.config.tuner_settings import without_aliases
 from restune_diffusion.tuners.configs import TextConfig
 from restune_diffusion.utils.errors import SettingsError
 
