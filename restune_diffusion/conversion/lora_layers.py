@@ -26,6 +26,7 @@ from .names import linear_shapes, text_shapes
 
 logger = logging.getLogger(__name__)
 
+_LARGE = 320  # the smaller width of the first layers of Stable Diffusion: a LoRA of it is larger than they are
 _HALVES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 _OPERATIONS = {"self": "self_attention", "cross": "cross_attention", "ff": "feed_forward"}
 
@@ -85,6 +86,14 @@ def lora_tuner(layers: Mapping[str, LoraLayer], base: BaseInfo, metadata: Mappin
     if of_text:
         wholes["text"] = max(of_text.values(), key=lambda layer: layer.rank)
         configs.append(_text_config(of_text, wholes["text"], source))
+    for part, whole in wholes.items():
+        if whole.rank >= _LARGE:
+            logger.warning(
+                "%s needs rank %d in all layers of `%s` to be exact, which makes a large file; --rank or --energy limits it.",
+                source,
+                whole.rank,
+                part,
+            )
     halves = [half for layer in layers.values() for half in (layer.down, layer.up)]
     dtype = narrow = reduce(torch.promote_types, [half.dtype for half in halves])
     if any(not folds(layer, wholes[_part(site)].factor, narrow) for site, layer in layers.items()):

@@ -110,7 +110,7 @@ def dotted_names(base: BaseInfo) -> dict[str, str]:
 
 def underscored_names(base: BaseInfo) -> dict[str, str]:
     """Return the site of every linear layer by its names with underscores, as sd-scripts and LyCORIS use them."""
-    names = {}
+    names: dict[str, str] = {}
     for path, site in dotted_names(base).items():
         encoder, _, inside = path.partition(".")
         if encoder not in _TEXT_PREFIXES:

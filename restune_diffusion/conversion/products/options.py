@@ -25,7 +25,7 @@ class ImportOptions:
     Args:
         partial: skip modules that no tuner supports, with a warning, instead of raising an error.
         reduction: limit of the layers' rank.
-        base_weights: weights of the base, which DoRA needs; None if they are not at hand.
+        base_weights: weights of the base, which DoRA needs; None if they are not available.
     """
 
     partial: bool = False
@@ -51,7 +51,7 @@ class ImportOptions:
             scale: factor `alpha / rank` of LoHa and LoKr, if settings define it.
 
         Raises:
-            TunerFileError: if the tensors are not valid, or DoRA needs weights that are not at hand.
+            TunerFileError: if the tensors are not valid, or DoRA needs weights that are not available.
         """
         layer = layer_from(tensors, where, alpha, scale)
         if "dora_scale" in tensors:

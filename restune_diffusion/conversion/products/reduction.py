@@ -60,9 +60,11 @@ class Reduction:
         return LoraLayer(down, up, float(rank))
 
     def _rank(self, values: torch.Tensor) -> int:
-        rank = values.numel()
+        rank, total = values.numel(), values.square().sum()
+        if not total:
+            return 1
         if self.energy is not None:
-            shares = values.square().cumsum(0) / values.square().sum().clamp(min=torch.finfo(values.dtype).tiny)
+            shares = values.square().cumsum(0) / total
             # The last sum may round to less than one.
             rank = min(rank, int((shares < self.energy).sum()) + 1)
         return rank if self.rank is None else min(rank, self.rank)

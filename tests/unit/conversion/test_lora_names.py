@@ -24,6 +24,7 @@ from restune_diffusion.conversion import describe_checkpoint, export_tuner, impo
 from restune_diffusion.conversion.names import sgm_path
 
 from ...conftest import TINY_BASE, make_unet, randomize
+from .test_lora import ATTENTION, assert_same_tensors, linear_modules
 
 BLOCK = "down_blocks.0.attentions.0.transformer_blocks.0.attn1"
 LAYER = "text_encoder.text_model.encoder.layers.0.self_attn"
@@ -169,3 +170,23 @@ def test_files_for_xl_number_the_text_encoders(tmp_path, components):
             "lora_unet_input_blocks_3_1_transformer_blocks_0_attn1_to_q"} <= names  # fmt: skip
     again = import_tuner(tmp_path / "out.safetensors", tuner.base).state_dict()
     assert all(torch.equal(value, again[key]) for key, value in tuner.state_dict().items())
+
+
+@pytest.mark.parametrize("form", ["lora.down", "processor"])
+def test_older_layouts_of_diffusers(unet, tmp_path, form):
+    tensors, base = {}, describe_base(unet)
+    for module in linear_modules(unet, ATTENTION):
+        attention, linear = module.split(".to_")
+        for half, suffix in (("down", "A"), ("up", "B")):
+            name = f"unet.{module}.lora.{half}.weight"
+            if form == "processor":
+                name = f"{attention}.processor.to_{linear.removesuffix('.0')}_lora.{half}.weight"
+            layer = unet.get_submodule(module)
+            shape = (4, layer.in_features) if half == "down" else (layer.out_features, 4)
+            tensors[name] = torch.randn(shape, generator=torch.Generator().manual_seed(len(tensors))) * 0.3
+            tensors[f"new unet.{module}.lora_{suffix}.weight"] = tensors[name]
+    new = {key[4:]: tensors.pop(key).clone() for key in list(tensors) if key.startswith("new ")}
+    save_file(tensors, tmp_path / "old.safetensors")
+    save_file(new, tmp_path / "new.safetensors")
+    export_tuner(import_tuner(tmp_path / "old.safetensors", base), tmp_path / "out.safetensors", "diffusers")
+    assert_same_tensors(tmp_path / "new.safetensors", tmp_path / "out.safetensors")

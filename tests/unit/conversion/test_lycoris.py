@@ -215,3 +215,14 @@ def test_a_damaged_module_is_named(tmp_path, change, message):
     save_file({key: value for key, value in tensors.items() if value is not None}, tmp_path / "in.safetensors")
     with pytest.raises(TunerFileError, match=message):
         import_tuner(tmp_path / "in.safetensors", describe_base(unet), base_weights=weights_of(unet))
+
+
+def test_an_exact_tuner_of_high_rank_is_announced(tmp_path, caplog):
+    unet = make_unet(**SMALL | {"block_out_channels": (320, 320)})
+    key = "lycoris_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q.diff"
+    save_file({key: torch.randn(320, 320)}, tmp_path / "in.safetensors")
+    import_tuner(tmp_path / "in.safetensors", describe_base(unet))
+    assert "needs rank 320 in all layers of `res` to be exact" in caplog.text
+    caplog.clear()
+    import_tuner(tmp_path / "in.safetensors", describe_base(unet), reduction=Reduction(8))
+    assert not caplog.text
