@@ -89,7 +89,7 @@ def lora_tuner(layers: Mapping[str, LoraLayer], base: BaseInfo, metadata: Mappin
     for part, whole in wholes.items():
         if whole.rank >= _LARGE:
             logger.warning(
-                "%s needs rank %d in all layers of `%s` to be exact, which makes a large file; --rank or --energy limits it.",
+                "%s needs rank %d in all layers of `%s` to be exact: a large file; limit it with --rank or --energy.",
                 source,
                 whole.rank,
                 part,
