@@ -64,7 +64,7 @@ def layer_from(
     if names <= {"lora_down.weight", "lora_up.weight"}:
         raise TunerFileError(f"{where} is damaged: it has only one of its two weights.")
     wide = {name: value.to(torch.promote_types(value.dtype, torch.float32)) for name, value in tensors.items()}
-    if any(wide[name].dim() != 2 for name in names):
+    if any(wide[name].dim() > 2 for name in names):
         raise TunerFileError(f"{where} has the form of a convolution, but this base has a linear layer there.")
     try:
         if names == {"diff"}:
@@ -73,7 +73,7 @@ def layer_from(
             return _loha(wide, alpha, scale)
         if names and all(name.startswith("lokr_") for name in names):
             return _lokr(wide, alpha, scale)
-    except (KeyError, RuntimeError) as error:
+    except (KeyError, IndexError, ValueError, RuntimeError) as error:
         raise TunerFileError(f"{where} is damaged: its tensors {_shapes(tensors)} do not fit together.") from error
     raise TunerFileError(f"{where} is damaged: it has only the tensors {', '.join(sorted(names))}.")
 
