@@ -184,7 +184,7 @@ def _settings(file: ForeignFile, component: str) -> dict[str, Any]:
         try:
             header = json.loads(file.metadata[_HEADER])
             prefix = f"{component}."
-            settings = {key.removeprefix(prefix): header[key] for key in header if key.startswith(prefix)}
+            settings = {key.removeprefix(prefix): value for key, value in header.items() if key.startswith(prefix)}
         except (ValueError, AttributeError, TypeError, RecursionError) as error:
             raise TunerFileError(f"{file.path} is damaged: its {_HEADER} is not a JSON object.") from error
     for key, plain in _PLAIN.items():
