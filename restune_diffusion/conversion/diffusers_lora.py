@@ -29,6 +29,7 @@ from .lora_layers import layers_of, lora_layers, lora_tuner
 from .names import dotted_names, text_path, text_shapes
 from .products.families import TENSORS
 from .products.options import ImportOptions
+from .reading.peft_settings import check_settings, pattern_key
 
 _HEADER = "lora_adapter_metadata"
 # Prefixes of the U-Net and of the whole model, removed in this order, and names of the text encoders in ComfyUI.
@@ -46,9 +47,6 @@ _FORMS = (
     # Tensors of LyCORIS; PEFT may add the adapter's name.
     re.compile(rf"(?!(?:lora|lycoris)_[^.]+\.){TENSORS.pattern}(?:\.default)?"),
 )
-# PEFT settings that make a LoRA more than a low-rank product, each with the value of plain LoRA.
-_PLAIN = {"lora_bias": False, "use_qalora": False, "use_qa_lora": False, "use_merged_linear": False,
-          "bias": "none", "modules_to_save": None}  # fmt: skip
 _DEFAULTS = ImportOptions()
 
 
@@ -69,7 +67,7 @@ def read(file: ForeignFile, base: BaseInfo, options: ImportOptions = _DEFAULTS) 
         TunerFileError: if the file also tunes unsupported modules, or is for a base of another structure.
     """
     matches = {key: match for key in file.tensors if (match := _match(key))}
-    file.refuse_others(matches, "a LoRA of diffusers")
+    file.refuse_others(matches, "a LoRA of diffusers", options.partial)
     modules: dict[str, dict[str, torch.Tensor]] = {}
     for key, (module, tensor) in matches.items():
         modules.setdefault(_strip(module), {})[tensor] = file.tensors[key]
@@ -187,11 +185,7 @@ def _settings(file: ForeignFile, component: str) -> dict[str, Any]:
             settings = {key.removeprefix(prefix): value for key, value in header.items() if key.startswith(prefix)}
         except (ValueError, AttributeError, TypeError, RecursionError) as error:
             raise TunerFileError(f"{file.path} is damaged: its {_HEADER} is not a JSON object.") from error
-    for key, plain in _PLAIN.items():
-        if settings.get(key) not in (plain, None):
-            raise TunerFileError(
-                f"{file.path} was trained with {key} = {repr(settings[key])[:40]}, which no tuner family supports."
-            )
+    check_settings(settings, str(file.path))
     return settings
 
 
@@ -199,13 +193,11 @@ def _for_module(pattern: dict[str, Any], path: str, default: object, file: Forei
     """Return the setting of a module from a PEFT pattern, or the default."""
     if not isinstance(pattern, dict):
         raise TunerFileError(f"{file.path} is damaged: its alpha_pattern is not a JSON object.")
-    value = default
-    for name, own in pattern.items():
-        # PEFT interprets the keys as regular expressions; diffusers writes plain names.
-        plain = name.removeprefix("^").replace("\\.", ".")
-        if path == plain or (not name.startswith("^") and path.endswith(f".{plain}")):
-            value = own
-            break
+    # PEFT matches the names within the component.
+    for component in _ENCODER_NAMES:
+        path = path.removeprefix(f"{component}.")
+    key = pattern_key(pattern, path, str(file.path))
+    value = default if key is None else pattern[key]
     # A Python integer may exceed the range of a float.
     if isinstance(value, bool) or not isinstance(value, int | float) or abs(value) > 1e30:
         raise TunerFileError(f"{file.path} is damaged: its alpha is {repr(value)[:40]}.")

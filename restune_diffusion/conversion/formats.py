@@ -13,6 +13,7 @@ from . import csc, diffusers_lora, kohya, scepter, swift
 from .foreign import ForeignFile, read_foreign, some
 from .products.options import BaseWeights, ImportOptions
 from .products.reduction import Reduction
+from .reading.key_kinds import described
 
 ExportLayout: TypeAlias = Literal["diffusers", "kohya", "swift"]
 """Layouts of other programs that a tuner can be exported to."""
@@ -65,7 +66,8 @@ def import_tuner(
     """
     file = read_foreign(path)
     keys = file.tensors.keys()
-    for mark, what in _UNSUPPORTED.items():
+    lora = any(recognizes(keys) for recognizes, _ in _LORA_READERS)
+    for mark, what in ({} if partial and lora else _UNSUPPORTED).items():
         marked = [key for key in keys if mark in key]
         if marked:
             raise TunerFileError(
@@ -78,7 +80,7 @@ def import_tuner(
         if recognizes(keys):
             return read_lora(file, base, ImportOptions(partial, reduction or Reduction(), base_weights))
     raise TunerFileError(
-        f"{file.path} has an unknown layout; it contains {some(sorted(keys))}. "
+        f"{file.path} has an unknown layout; it contains {described(keys)}. "
         "Supported are LoRAs of diffusers and kohya's sd-scripts, and SC- and CSC-Tuners of ms-swift and SCEPTER."
     )
 

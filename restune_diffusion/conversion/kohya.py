@@ -48,7 +48,7 @@ def read(file: ForeignFile, base: BaseInfo, options: ImportOptions = _DEFAULTS) 
         TunerFileError: if the file also tunes unsupported modules, or is for a base of another structure.
     """
     matches = {key: match for key in file.tensors if (match := _KEY.fullmatch(key))}
-    file.refuse_others(matches, "a LoRA of kohya's sd-scripts")
+    file.refuse_others(matches, "a LoRA of kohya's sd-scripts", options.partial)
     sites = underscored_names(base)
     modules: dict[str, dict[str, torch.Tensor]] = {}
     for key, match in matches.items():
