@@ -19,18 +19,15 @@ _KINDS = {
 _SHOWN = 3
 
 
-def kind_of(key: str) -> str:
-    """Return the kind of a key that no reader uses."""
-    return next((kind for kind, form in _KINDS.items() if form.fullmatch(key)), "an unknown tensor")
-
-
 def described(keys: Iterable[str]) -> str:
-    """List the kinds of keys, with their number and a few examples of each."""
+    """List a few keys of each kind, with the kind if it is known, and count the rest."""
     groups: dict[str, list[str]] = {}
     for key in sorted(keys):
-        groups.setdefault(kind_of(key), []).append(key)
-    return "; ".join(
-        f"{kind} ({', '.join(f'`{key:.120}`' for key in found[:_SHOWN])}"
-        + (f" and {len(found) - _SHOWN} more)" if len(found) > _SHOWN else ")")
-        for kind, found in groups.items()
-    )
+        kind = next((kind for kind, form in _KINDS.items() if form.fullmatch(key)), "")
+        groups.setdefault(kind, []).append(key)
+    return "; ".join(f"{kind} ({_some(found)})" if kind else _some(found) for kind, found in groups.items())
+
+
+def _some(keys: list[str]) -> str:
+    listed = ", ".join(f"`{key:.120}`" for key in keys[:_SHOWN])
+    return listed + (f" and {len(keys) - _SHOWN} more" if len(keys) > _SHOWN else "")
