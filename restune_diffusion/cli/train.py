@@ -14,6 +14,7 @@ from ..training.config.config_file import given_settings
 from ..training.config.presets import PRESETS
 from ..training.config.train_config import SETTINGS, TrainConfig
 from ..training.config.tuner_settings import command_line_class, with_families
+from ..utils.display import counted
 from ..utils.setting_groups import close_groups
 from .options.setting_flags import current_flags, old_names_on_stderr, unchecked, with_flat_flags
 from .quiet import quiet_libraries
@@ -55,13 +56,13 @@ class TrainOptions(_Flags):
         config = self.settings()
         if config.sweep is not None:
             swept = sweep(config, stop_on_signal=True)
-            print(f"Trained {len(swept.rows)} tuners in {swept.seconds:.0f} s: {swept.summary}")
+            print(f"Trained {counted(len(swept.rows), 'tuner')} in {swept.seconds:.0f} s: {swept.summary}")
             print(swept.table())
             if swept.sheet is not None:
                 print(f"Samples: {swept.sheet}")
             return
         result = train(config, stop_on_signal=True)
-        print(f"Trained {result.steps} steps in {result.seconds:.0f} s: {result.path}")
+        print(f"Trained {counted(result.steps, 'step')} in {result.seconds:.0f} s: {result.path}")
         if result.samples:
             print(f"Samples: {result.samples[-1]}")
 

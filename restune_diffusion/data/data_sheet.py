@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..utils.atomic_write import atomic_write
-from ..utils.display import printable
+from ..utils.display import counted, printable
 from .captions import nothing_usable
 from .refusals import Refused
 from .training_images import Sample
@@ -140,7 +140,7 @@ class DataSheet:
         views = sum(entry.views for entry in self.entries)
         one_size = sizes == [((resolution, resolution), len(self.entries))]
         size = f"at {resolution} x {resolution}" if one_size else f"in {counted(len(sizes), 'size')}"
-        line = f"{len(self.entries)} {size}, {len(self.captions)} captions"
+        line = f"{len(self.entries)} {size}, {counted(len(self.captions), 'caption')}"
         line += f", {shown} shown in an epoch" if shown != len(self.entries) else ""
         return line + (f", {views} views" if views != len(self.entries) else "")
 
@@ -156,6 +156,22 @@ class DataSheet:
                 f"captions to its token limit."
             )
         return notes
+
+    def unused(self) -> list[str]:
+        """Return the files that are not used, one line for each reason."""
+        names: dict[str, list[str]] = {}
+        for each in self.others:
+            names.setdefault(each.reason, []).append(each.name)
+        lines = [
+            printable(
+                f"{found[0]} {reason}" if len(found) == 1 else f"{len(found)} files, {found[0]} first: each {reason}"
+            )
+            for reason, found in names.items()
+        ]
+        more = len(lines) - _LISTED
+        return lines[:_LISTED] + (
+            [f"And files for {counted(more, 'other reason')}; {FILE_NAME} lists them."] if more > 0 else []
+        )
 
     def warn(self) -> None:
         """Log the warnings about the data, for runs that print nothing."""
@@ -217,11 +233,6 @@ class DataSheet:
         """
         with atomic_write(output / FILE_NAME) as file:
             file.write(json.dumps(self.as_json(), indent=1).encode())
-
-
-def counted(number: int, noun: str) -> str:
-    """Return a number with its noun, plural unless the number is 1."""
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def _inside(name: str, folder: Path) -> str:

@@ -13,11 +13,12 @@ from PIL import Image
 
 from ..imaging.contact_sheet import captioned_grid
 from ..pipelines.load_base import training_resolution
+from ..utils.display import counted
 from ..utils.errors import RestuneError
 from .buckets import bucket_step
 from .captions import read_examples
 from .config import DataConfig
-from .data_sheet import DataSheet, counted
+from .data_sheet import DataSheet
 from .image_transform import ImageTransform
 from .training_images import Sample, load_samples
 

@@ -11,7 +11,7 @@ from typing import IO, Any
 from tqdm.auto import tqdm
 
 from ...utils.atomic_write import atomic_write
-from ...utils.display import readable_size
+from ...utils.display import counted, readable_size
 from ..quantization import parameter_bytes
 from ..state import StepReport, TrainState
 from .base import Callback
@@ -37,7 +37,7 @@ def describe_plan(run: TrainState) -> str:
         *(["masks       random in every step"] if cache.images else []),
         *([f"control     {run.conditions.describe()}"] if run.conditions is not None else []),
         *([f"preserved   {run.preservation.describe()}"] if run.preservation is not None else []),
-        f"training    {config.steps} steps of {images} images = {epochs:.1f} epochs",
+        f"training    {counted(config.steps, 'step')} of {counted(images, 'image')} = {epochs:.1f} epochs",
         f"memory      U-Net {readable_size(base_memory)}, tuner and optimizer {readable_size(tuner_memory)}, "
         f"cached data {readable_size(cache.bytes)} (in main memory), and activations",
         f"output      {config.file}",
@@ -50,7 +50,9 @@ def _describe_data(run: TrainState) -> list[str]:
         return [f"images      {len(run.cache)} at {run.resolution} x {run.resolution}"]
     notes = run.data.notes()
     lines = [f"images      {run.data.images_line(run.resolution)}"]
-    return lines + [f"{'' if number else 'left out':<12}{note}" for number, note in enumerate(notes)]
+    unused = run.data.unused()
+    lines += [f"{'' if number else 'left out':<12}{note}" for number, note in enumerate(notes)]
+    return lines + [f"{'' if number else 'not used':<12}{line}" for number, line in enumerate(unused)]
 
 
 class SheetFile(Callback):

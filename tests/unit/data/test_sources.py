@@ -117,7 +117,7 @@ def test_trigger_and_template(caption: str, trigger: str | None, template: str |
         ({"caption_template": "{captoin}"}, r"unknown field \{captoin\}; use \{trigger\} and \{caption\}"),
         ({"caption_template": "{trigger}"}, "there is no trigger_word"),
         ({"mask_data": "m"}, "need each other"),
-        ({"masked_loss": "files"}, "need each other"),
+        ({"mask_data": Path("masks")}, "masked_loss is not files"),
         ({"bucket_no_upscale": True}, "settings of bucketing"),
         ({"crop_variants": 3}, "for random crops"),
         ({"unmasked_weight": 0.5}, "not masked"),
