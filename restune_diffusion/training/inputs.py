@@ -140,7 +140,9 @@ def _encode(
     sheet.add(gather_object([own]))
     sheet.check()
     assert cache is not None
-    sheet.count_tokens([encoder.tokenizer for encoder in text_encoders(pipeline).values()])
+    vectors = {token: getattr(part, "vectors_per_token", 1) for part in config.parts for token in part.new_words}
+    sheet.count_tokens([encoder.tokenizer for encoder in text_encoders(pipeline).values()], vectors)
+    sheet.hint(config.data, resolution)
     return cache
 
 

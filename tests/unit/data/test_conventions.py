@@ -4,26 +4,33 @@ from __future__ import annotations
 
 import json
 import os
+import struct
+from io import BytesIO
 from itertools import permutations
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps, PngImagePlugin
+from transformers import CLIPTokenizer
 
+import restune_diffusion
 from restune_diffusion import ControlConfig
 from restune_diffusion.data.captions import read_examples
 from restune_diffusion.data.condition_source import ConditionSource
 from restune_diffusion.data.config import DataConfig
 from restune_diffusion.data.conventions.image_suffixes import readable_suffixes
-from restune_diffusion.data.data_sheet import DataSheet
+from restune_diffusion.data.data_sheet import DataSheet, Entry
 from restune_diffusion.data.example import Example
+from restune_diffusion.data.image_files import decode_layer
 from restune_diffusion.data.image_transform import ImageTransform
+from restune_diffusion.data.inspection import Frame, inspect_data
 from restune_diffusion.data.loss_masks import MaskFiles
 from restune_diffusion.data.training_images import load_samples
 from restune_diffusion.utils.errors import DataError
 
+BASE = Path(restune_diffusion.__file__).parent / "assets" / "restune-tiny"
 RED = (220, 30, 30)
 
 
@@ -236,3 +243,90 @@ def test_faulty_columns_are_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="--caption-column"):
         read(tmp_path)
     assert read(tmp_path, caption_column="caption")[0] == {"a.png": "x"}
+
+
+def exif(*entries: tuple[int, int, int, bytes]) -> bytes:
+    """Return EXIF data with these entries: tag, type, count and value."""
+    data, start = b"", 8 + 2 + 12 * len(entries) + 4
+    table = b"II*\0\x08\0\0\0" + struct.pack("<H", len(entries))
+    for tag, kind, count, value in entries:
+        short = len(value) <= 4
+        table += struct.pack("<HHI", tag, kind, count)
+        table += value.ljust(4, b"\0") if short else struct.pack("<I", start + len(data))
+        data += b"" if short else value
+    return b"Exif\0\0" + table + b"\0\0\0\0" + data
+
+
+ODD_ENTRIES = {
+    "none": [],
+    "negative resolution": [(0x11A, 10, 1, struct.pack("<ii", -1, 1))],
+    "text for the width": [(0x100, 2, 4, b"abc\0")],
+}
+
+
+@pytest.mark.parametrize("odd", ODD_ENTRIES)
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_every_orientation_is_applied_beside_odd_entries(orientation: int, odd: str) -> None:
+    image = Image.effect_noise((16, 8), 80)
+    file = BytesIO()
+    entries = sorted([(0x112, 3, 1, struct.pack("<H", orientation)), *ODD_ENTRIES[odd]])
+    image.save(file, format="PNG", exif=exif(*entries))
+    expected = image.copy()
+    expected.getexif()[0x112] = orientation
+    turned, _ = decode_layer(file.getvalue())
+    assert np.array_equal(np.asarray(turned)[..., 0], np.asarray(ImageOps.exif_transpose(expected)))
+
+
+@pytest.mark.parametrize(
+    ("kind", "garbage"), [("PNG", b"garbage!"), ("WEBP", b"Exif\0\0garb"), ("JPEG", b"Exif\0\0garb")]
+)
+def test_garbage_for_exif_data_does_not_cost_an_image(kind: str, garbage: bytes) -> None:
+    file = BytesIO()
+    Image.new("RGB", (8, 8), "white").save(file, format=kind, exif=garbage)
+    assert decode_layer(file.getvalue())[0].getpixel((0, 0)) == (255, 255, 255)
+
+
+def test_large_text_in_a_png_does_not_cost_an_image_but_too_many_pixels_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = PngImagePlugin.PngInfo()
+    text.add_text("workflow", "x" * (3 << 20), zip=True)
+    text.add_itxt("prompt", "x" * (3 << 20), zip=True)
+    file = BytesIO()
+    image = Image.effect_noise((16, 8), 80)
+    image.save(file, format="PNG", pnginfo=text, icc_profile=bytes(3 << 20))
+    assert np.array_equal(np.asarray(decode_layer(file.getvalue())[0])[..., 0], np.asarray(image))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 16)
+    with pytest.raises(Image.DecompressionBombError):
+        decode_layer(file.getvalue())
+
+
+def test_the_vectors_of_a_placeholder_token_count(tmp_path: Path) -> None:
+    tokenizer = CLIPTokenizer.from_pretrained(BASE, subfolder="tokenizer")
+    caption = " ".join(["a"] * 14) + " <X> in the snow"
+    for vectors, expected in ((64, {caption: 14 + 64 + 3 + 2}), (58, {}), (59, {caption: 14 + 59 + 3 + 2})):
+        sheet = DataSheet(tmp_path, [], [Entry("a.png", caption, (8, 8), (8, 8), 1, 1, b"")])
+        sheet.count_tokens([tokenizer], {"<x>": vectors})
+        assert sheet.beyond_limit == expected
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_the_orientation_of_a_tiff_is_applied_once(orientation: int) -> None:
+    file = BytesIO()
+    image = Image.effect_noise((16, 8), 80)
+    image.save(file, format="TIFF", tiffinfo={0x112: orientation})
+    with Image.open(BytesIO(file.getvalue())) as opened:
+        expected = np.asarray(ImageOps.exif_transpose(opened))
+    assert np.array_equal(np.asarray(decode_layer(file.getvalue())[0])[..., 0], expected)
+
+
+def test_hints_name_numbered_folders_and_bucketing_without_effect(tmp_path: Path) -> None:
+    save(tmp_path / "10_sks dog" / "a.png")
+    frame = Frame(64, 64)
+    for settings, expected in (
+        ({"folder_repeats": True}, []),
+        ({}, ["The folder 10_sks dog is named as kohya's scripts expect; set --folder-repeats"]),
+        ({"folder_repeats": True, "bucketing": True}, ["Bucketing has no effect"]),
+    ):
+        sheet = DataSheet(tmp_path, [])
+        inspect_data(DataConfig(data=tmp_path, prompt="x", **settings), frame, sheet)
+        assert len(sheet.hints) == len(expected)
+        assert all(hint.startswith(start) for hint, start in zip(sheet.hints, expected, strict=True))
