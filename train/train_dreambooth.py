@@ -12,9 +12,8 @@ For a placeholder token instead of `sks`: --tuner skip text --text.tokens "<dog>
 
 import sys
 
-from restune_diffusion.cli.diffusers_flags import from_diffusers
 from restune_diffusion.cli.guard import run_guarded
 from restune_diffusion.cli.train import parse_train_options
 
 if __name__ == "__main__":
-    sys.exit(run_guarded(lambda: parse_train_options(__doc__, from_diffusers(sys.argv[1:])).run()))
+    sys.exit(run_guarded(lambda: parse_train_options(__doc__).run()))

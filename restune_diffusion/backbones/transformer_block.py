@@ -12,6 +12,9 @@ from .description import Site
 from .site_names import Kind, SiteName
 
 PATH_OF_OPERATION: dict[Kind, str] = {"self": "attn1", "cross": "attn2", "ff": "ff", "block": ""}
+# Layers that `fuse_qkv_projections` of diffusers adds, with the projections that they replace.
+# `unfuse_qkv_projections` keeps them.
+_FUSED = {"to_qkv": ("to_q", "to_k", "to_v"), "to_kv": ("to_k", "to_v")}
 
 
 def block_sites(name: str, block: Any, stride: int) -> Iterator[tuple[str, Site]]:
@@ -62,9 +65,19 @@ def linear_layers(module: nn.Module, path: str = "") -> Iterator[tuple[str, tupl
         yield path, (layer.in_features, layer.out_features)
         return
     for name, child in module.named_children():
-        # Attention processors are not part of the base; those of an IP-Adapter have linear layers.
-        if name != "processor":
+        # Attention processors, of which those of an IP-Adapter have linear layers, and fused copies of projections are
+        # not part of the base.
+        if name != "processor" and name not in _FUSED:
             yield from linear_layers(child, f"{path}.{name}" if path else name)
+
+
+def is_fused(attention: Any, projection: str) -> bool:
+    """Return whether an attention module computes a projection, for example `to_q`, in a fused layer."""
+    # Only diffusers' attention modules have a processor.
+    processor = type(getattr(attention, "processor", None)).__name__
+    return processor.startswith("Fused") and any(
+        projection in projections for layer, projections in _FUSED.items() if hasattr(attention, layer)
+    )
 
 
 def without_lora(module: nn.Module) -> nn.Module:

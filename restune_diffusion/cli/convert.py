@@ -6,14 +6,18 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
-from pydantic import BaseModel, ConfigDict
+from pydantic import ConfigDict
+
+from .options.interruption import stoppable
+from .options.outputs import OverwriteOption
 
 
-class ConvertOptions(BaseModel):
+class ConvertOptions(OverwriteOption):
     """Convert a tuner or LoRA file to the format of another program.
 
-    Input formats: files of this package, LoRAs of diffusers and of kohya's sd-scripts, and SC- and CSC-Tuners of
-    ms-swift and SCEPTER. Output formats: the first three, and skip tuners for ms-swift.
+    Input formats: files of this package, LoRAs of diffusers, PEFT, kohya's sd-scripts and ComfyUI, LoHa, LoKr and DoRA
+    of LyCORIS and PEFT, and SC- and CSC-Tuners of ms-swift and SCEPTER. Output formats: this package's, LoRAs of
+    diffusers and kohya, and skip tuners for ms-swift. Only tuners of lora can be written as LoRA.
 
     Example: restune convert ink_lora.safetensors ink.safetensors --to restune --base ./stable-diffusion-v1-5
     """
@@ -28,15 +32,34 @@ class ConvertOptions(BaseModel):
     """Output format; use `kohya` for ComfyUI and A1111."""
     base: str | None = None
     """Base checkpoint of the input file, required for files of other programs: a directory in diffusers' layout, or a
-    hub repository id. Only its config is read."""
+    hub repository id. Only its config is read, and for DoRA its weights."""
     partial: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Skip LoRA layers outside the linear layers of the U-Net's transformer blocks, with a warning."""
+    """Skip LoRA layers outside the linear layers of transformer blocks and text encoders, with a warning."""
+
+    rank: int | None = None
+    """Largest rank of a LoRA layer; higher ones are reduced by a singular value decomposition. LoHa, LoKr and DoRA are
+    exact without it, at a high rank."""
+    energy: float | None = None
+    """Fraction of each LoRA layer's squared norm to keep, for instance 0.99; at the smallest rank."""
 
     def run(self) -> None:
         """Convert the file and print the output path."""
-        from ..conversion import convert
         from .quiet import quiet_libraries
 
-        quiet_libraries()
-        convert(self.source, self.output, self.to, base=self.base, partial=self.partial)
+        with stoppable(lambda: f"{self.output} is not written"):
+            self.check_outputs(self.output, inputs=[self.source])
+            quiet_libraries()
+            from ..conversion import convert
+
+            kept = convert(
+                self.source,
+                self.output,
+                self.to,
+                base=self.base,
+                partial=self.partial,
+                rank=self.rank,
+                energy=self.energy,
+            )
+        if self.rank is not None or self.energy is not None:
+            print(f"The reduced ranks keep {kept:.2%} of the layers' squared norm.")
         print(self.output)

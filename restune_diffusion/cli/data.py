@@ -12,6 +12,7 @@ import tyro
 from ..data.config import DataConfig
 from ..utils.errors import DataError, RestuneError
 from ..utils.settings import Settings
+from .options.outputs import OverwriteOption
 from .quiet import quiet_libraries
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from ..data.data_sheet import DataSheet
 
 
-class _Action(Settings):
+class _Action(Settings, OverwriteOption):
     # A separate base class, because inherited fields come before a class's own and `action` is the first argument.
     action: Annotated[Literal["inspect"], tyro.conf.Positional]
     """Action; `inspect` is the only one."""
@@ -52,6 +53,9 @@ class DataOptions(DataConfig, _Action):
         Raises:
             DataError: if no image can be used.
         """
+        if self.sheet is not None:
+            image_format(self.sheet)
+            self.check_outputs(self.sheet)
         quiet_libraries()
         from ..data.data_sheet import DataSheet
         from ..data.inspection import inspect_data, read_frame
@@ -79,14 +83,19 @@ class DataOptions(DataConfig, _Action):
 
 
 def _write(image: Image.Image, path: Path) -> None:
-    from PIL import Image as pillow
-
     from ..utils.atomic_write import atomic_write
 
-    image_format = pillow.registered_extensions().get(path.suffix.lower())
-    if image_format not in pillow.SAVE:
+    with atomic_write(path) as file:
+        image.save(file, format=image_format(path))
+
+
+def image_format(path: Path) -> str:
+    """Return Pillow's name of the format of an image file; raise `RestuneError` if it cannot write one."""
+    from PIL import Image as pillow
+
+    name = pillow.registered_extensions().get(path.suffix.lower(), "")
+    if name not in pillow.SAVE:
         raise RestuneError(
             f"{path} is not an image file (unknown extension `{path.suffix}`); write to a .png or .jpg file."
         )
-    with atomic_write(path) as file:
-        image.save(file, format=image_format)
+    return name

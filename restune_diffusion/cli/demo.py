@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import ConfigDict, Field
+
+from .options.interruption import stoppable
+from .options.outputs import OverwriteOption, free_path
 
 
-class DemoOptions(BaseModel):
+class DemoOptions(OverwriteOption):
     """Train two small tuners on bundled images and generate samples before and after; takes minutes on a CPU.
 
     Example: restune demo --output ./demo
@@ -15,8 +18,8 @@ class DemoOptions(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
 
-    output: Path = Path("restune-demo")
-    """Output folder for the tuners and the image grid."""
+    output: Path | None = None
+    """Output folder for the tuners and the image grid; if not given, restune-demo, or the next free number."""
     steps: int | None = Field(default=None, gt=0)
     """Training steps of each tuner; the demo's default if not given."""
     seed: int = 0
@@ -24,10 +27,14 @@ class DemoOptions(BaseModel):
 
     def run(self) -> None:
         """Run the demo."""
-        from .quiet import quiet_libraries
+        output = self.output or free_path(Path("restune-demo"))
+        files = [output / name for name in ("res.safetensors", "bypass.safetensors", "grid.png")]
+        with stoppable(lambda: f"{output} has the files that are finished"):
+            self.check_outputs(*files)
+            from .quiet import quiet_libraries
 
-        quiet_libraries()
-        from .run_demo import run_demo
+            quiet_libraries()
+            from .run_demo import run_demo
 
-        options = {} if self.steps is None else {"steps": self.steps}
-        run_demo(self.output, seed=self.seed, **options)
+            options = {} if self.steps is None else {"steps": self.steps}
+            run_demo(output, seed=self.seed, **options)

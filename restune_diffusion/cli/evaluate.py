@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import ConfigDict, Field
+
+from .options.interruption import stoppable
+from .options.outputs import OverwriteOption
+
+if TYPE_CHECKING:
+    from ..evaluation import Evaluation
 
 
-class EvaluateOptions(BaseModel):
+class EvaluateOptions(OverwriteOption):
     """Measure a tuner against its base on held-out images of its style.
 
     Example: restune evaluate --base ./stable-diffusion-v1-5 --tuner out/watercolor.safetensors
@@ -46,6 +52,14 @@ class EvaluateOptions(BaseModel):
 
     def run(self) -> None:
         """Run the evaluation, write the report and print its table."""
+        outputs = [self.output / name for name in ("report.md", "report.json", "grid.png")]
+        with stoppable(lambda: f"no report is written to {self.output}"):
+            self.check_outputs(*outputs)
+            print(self._evaluate().table())
+        for path in outputs:
+            print(path)
+
+    def _evaluate(self) -> Evaluation:
         from .quiet import quiet_libraries
 
         quiet_libraries()
@@ -56,7 +70,7 @@ class EvaluateOptions(BaseModel):
         pipeline = load_placed(self.base, self.device, self.dtype)
         pipeline.set_progress_bar_config(disable=True)
         tuner, weight = split_weight(self.tuner)
-        evaluation = evaluate_tuner(
+        return evaluate_tuner(
             pipeline,
             tuner,
             self.data,
@@ -70,6 +84,3 @@ class EvaluateOptions(BaseModel):
             limit=self.limit,
             batch_size=self.batch_size,
         )
-        print(evaluation.table())
-        for name in ("report.md", "report.json", "grid.png"):
-            print(self.output / name)

@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from .options.sampling import SamplingOptions
+from .options.interruption import stoppable
+from .options.outputs import next_number
+from .options.sampling import SamplingOptions, generator
 
 
 class GenerateOptions(SamplingOptions):
     """Generate images with a base and any mix of tuners.
 
+    A folder with images of an earlier run is numbered on. Each PNG file records how it was generated, as JSON and in
+    A1111's format; `restune inspect IMAGE` shows it.
+
     Example: restune generate --base ./stable-diffusion-v1-5 --tuner watercolor.safetensors:0.8 ink.safetensors
     --tuner-schedule "ink: 0.4-1: 1" --prompt "a fox" "a lighthouse" --output ./images
     """
 
-    control_image: tuple[str, ...] = ()
-    """Condition images for control tuners: FILE, or CONDITION=FILE if the tuners take several conditions."""
-    control_from: tuple[str, ...] = ()
-    """Source images to compute condition images from: FILE or CONDITION=FILE, for the conditions canny, palette, blur
-    and mask."""
-    control_scale: float = 1.0
-    """Conditioning scale: factor on the residuals of the conditions."""
     output: Path = Path("images")
     """Output folder for the PNG files."""
 
@@ -29,25 +28,29 @@ class GenerateOptions(SamplingOptions):
         """Generate the images and print their paths."""
         from .quiet import quiet_libraries
 
-        quiet_libraries()
-        pipeline = self.load()
-        self.output.mkdir(parents=True, exist_ok=True)
-        for path, image in self._images(pipeline):
-            image.save(path)
-            print(path)
+        written: list[Path] = []
+        total = len(self.prompt) * self.images
+        with stoppable(lambda: f"{len(written)} of {total} images are written to {self.output}"):
+            quiet_libraries()
+            pipeline = self.load()
+            arguments = self.arguments(pipeline)
+            self.output.mkdir(parents=True, exist_ok=True)
+            for path in self._images(pipeline, arguments):
+                written.append(path)
+                print(path, flush=True)
 
-    def _images(self, pipeline: Any) -> Any:
-        from .options.control_images import read_control_images
+    def _images(self, pipeline: Any, arguments: dict[str, Any]) -> Iterator[Path]:
+        from ..imaging.generation_record import png_chunks
+        from ..utils.atomic_write import atomic_write
+        from .options.record import RunRecord
 
-        control_images = read_control_images(
-            pipeline, self.control_image, self.control_from, (self.width, self.height)
-        )
-        for number, prompt in enumerate(self.prompt):
+        record: RunRecord | None = None
+        first = 0 if self.overwrite else next_number(self.output)
+        for number, prompt in enumerate(self.prompt, first):
             for seed in self.seeds:
-                result = pipeline(
-                    prompt,
-                    tuner_image=control_images,
-                    tuner_conditioning_scale=self.control_scale,
-                    **self.arguments(seed),
-                )
-                yield self.output / f"{number:02d}-seed{seed}.png", result.images[0]
+                image = pipeline(prompt, generator=generator(seed), **arguments).images[0]
+                record = record or RunRecord(self, pipeline)
+                path = self.output / f"{number:02d}-seed{seed}.png"
+                with atomic_write(path) as file:
+                    image.save(file, format="PNG", pnginfo=png_chunks(*record.of_image(prompt, seed, image.size)))
+                yield path

@@ -20,8 +20,10 @@ def run_guarded(action: Callable[[], object]) -> int:
         if os.environ.get("RANK", "0") == "0":
             print("restune:", printable(str(stopped)), file=sys.stderr)
         return 0
-    except KeyboardInterrupt:
-        print("restune: stopped; --resume continues a training run from its newest checkpoint.", file=sys.stderr)
+    except KeyboardInterrupt as stopped:
+        # The message of a command in `stoppable` names what is written.
+        message = str(stopped) or "stopped; --resume continues a training run from its newest checkpoint."
+        print("restune:", printable(message), file=sys.stderr)
         return 130
     except BrokenPipeError:
         # The reader of the output, such as `head`, closed the pipe; discard the buffered rest.

@@ -1,4 +1,4 @@
-"""`restune inspect`: show the header of a tuner file."""
+"""`restune inspect`: show the header of a tuner file, or how an image was generated."""
 
 from __future__ import annotations
 
@@ -19,7 +19,9 @@ if TYPE_CHECKING:
 
 
 class InspectOptions(BaseModel):
-    """Show the header of a tuner file without loading its weights.
+    """Show the header of a tuner file without loading its weights, or how an image was generated.
+
+    Images of `restune generate` and of A1111 are supported.
 
     Example: restune inspect watercolor.safetensors
     """
@@ -27,7 +29,7 @@ class InspectOptions(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     file: Annotated[Path, tyro.conf.Positional]
-    """Tuner file."""
+    """Tuner file, or image (PNG, JPEG or WebP)."""
     json_output: Annotated[bool, tyro.conf.arg(name="json"), tyro.conf.FlagCreatePairsOff] = False
     """Print JSON for other programs."""
     config_output: Annotated[bool, tyro.conf.arg(name="config"), tyro.conf.FlagCreatePairsOff] = False
@@ -35,16 +37,37 @@ class InspectOptions(BaseModel):
     are not included and must be given again."""
 
     def run(self) -> None:
-        """Print the header in the chosen format."""
+        """Print the header, or the image's record, in the chosen format."""
+        text = self._of_image() if is_image(self.file) else self._of_tuner()
+        encoding = sys.stdout.encoding or "utf-8"
+        print(text.encode(encoding, "backslashreplace").decode(encoding))
+
+    def _of_image(self) -> str:
+        from ..imaging.generation_record import read_record
+        from .options.image_facts import record_as_json, record_as_text
+
+        if self.config_output:
+            raise TunerFileError(f"{self.file} is an image; --config needs a tuner file.")
+        record = read_record(self.file)
+        if self.json_output:
+            return json.dumps(record_as_json(self.file, record), indent=2)
+        return record_as_text(self.file, record)
+
+    def _of_tuner(self) -> str:
         from ..storage.tuner_file import read_info
 
         info = read_info(self.file)
         if self.config_output:
-            text = as_config(info)
-        else:
-            text = json.dumps(as_json(info), indent=2) if self.json_output else as_text(info)
-        encoding = sys.stdout.encoding or "utf-8"
-        print(text.encode(encoding, "backslashreplace").decode(encoding))
+            return as_config(info)
+        return json.dumps(as_json(info), indent=2) if self.json_output else as_text(info)
+
+
+def is_image(path: Path) -> bool:
+    """Return whether a file starts as a PNG, JPEG or WebP image does."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return file.read(4).startswith((b"\x89PNG", b"\xff\xd8\xff", b"RIFF"))
 
 
 def as_json(info: TunerInfo) -> dict[str, Any]:
@@ -84,6 +107,8 @@ def as_text(info: TunerInfo) -> str:
         ("parameters", f"{info.num_parameters:,} ({info.dtype})"),
         ("base", f"{config.get('base') or info.base.name or 'unnamed'} ({info.base.denoiser}, widths {widths})"),
     ]
+    if words := info.trigger_words:
+        facts.append(("trigger", ", ".join(words)))
     # A tuner saved from Python may have other training facts, or none; `--json` shows all of them.
     if {"steps", "images", "data_hash"} <= training.keys():
         facts += [

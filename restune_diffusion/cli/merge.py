@@ -7,10 +7,13 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import ConfigDict, Field
+
+from .options.interruption import stoppable
+from .options.outputs import OverwriteOption
 
 
-class MergeOptions(BaseModel):
+class MergeOptions(OverwriteOption):
     """Merge several tuners into one, or reduce the rank of a lora tuner.
 
     A sum (`add`, `subtract`) of skip tuners, or of tuners with only lora parts, is exact: it equals the tuners active
@@ -35,11 +38,18 @@ class MergeOptions(BaseModel):
 
     def run(self) -> None:
         """Merge the tuners and print the output path."""
-        from ..conversion.arithmetic import merge_tuners, reduce_rank
-        from ..storage.tuner_file import load_tuner, save_tuner
         from .options.mix import split_weight
 
         sources = [split_weight(tuner) for tuner in self.tuners]
+        with stoppable(lambda: f"{self.output} is not written"):
+            self.check_outputs(self.output, inputs=[path for path, _ in sources])
+            self._merge(sources)
+        print(self.output)
+
+    def _merge(self, sources: list[tuple[str, float]]) -> None:
+        from ..conversion.arithmetic import merge_tuners, reduce_rank
+        from ..storage.tuner_file import load_tuner, save_tuner
+
         weights = [weight for _, weight in sources]
         merged = merge_tuners([load_tuner(path) for path, _ in sources], weights, self.method)
         if self.rank is not None:
@@ -52,4 +62,3 @@ class MergeOptions(BaseModel):
             self.output,
             metadata={"modelspec.merged_from": ", ".join(names), "restune.merge": json.dumps(facts)},
         )
-        print(self.output)

@@ -6,10 +6,12 @@ from pathlib import Path
 from typing import Annotated
 
 import tyro
-from pydantic import BaseModel, ConfigDict
+from pydantic import ConfigDict
+
+from .options.outputs import OverwriteOption
 
 
-class ReportOptions(BaseModel):
+class ReportOptions(OverwriteOption):
     """Write a self-contained HTML page about a training run: curves, samples over time, data, settings, usage.
 
     The command also works during the run. Example: restune report ./out
@@ -24,6 +26,8 @@ class ReportOptions(BaseModel):
 
     def run(self) -> None:
         """Write the page and print its path."""
+        # The page in the run's own folder is written again as the run advances.
+        self.check_outputs(*([] if self.output is None else [self.output]))
         from .quiet import quiet_libraries
 
         quiet_libraries()

@@ -49,8 +49,10 @@ def run_demo(output: Path, *, steps: int = 300, seed: int = 0) -> Path:
     prompts = [f"{subject}, {STYLE}" for subject in SUBJECTS]
     columns = {"base": _generate(pipeline, prompts, seed)}
     for family in _FAMILIES:
-        # The demo never resumes: its folder may have the files of an earlier run.
-        result = train(_recipe(family, output, steps, seed), pipeline=pipeline)
+        config = _recipe(family, output, steps, seed)
+        # The demo never resumes: its folder may have the files of an earlier run, which training would not replace.
+        config.file.unlink(missing_ok=True)
+        result = train(config, pipeline=pipeline)
         pipeline.load_tuner_weights(result.path)
         columns[f"{family} tuner"] = _generate(pipeline, prompts, seed)
         pipeline.unload_tuner_weights()

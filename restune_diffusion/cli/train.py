@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from argparse import ArgumentParser
 from collections.abc import Mapping, Sequence
@@ -9,12 +10,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
+from pydantic import ValidationError
 
 from ..training.config.config_file import given_settings
+from ..training.config.length.precedence import LENGTHS, without_replaced_length
 from ..training.config.presets import PRESETS
 from ..training.config.train_config import SETTINGS, TrainConfig
-from ..training.config.tuner_settings import command_line_class, with_families
-from ..utils.setting_groups import close_groups
+from ..training.config.tuner_settings import TUNER_ALIASES, command_line_class, with_families
+from ..utils.display import counted
+from ..utils.setting_groups import close_groups, first_refused_setting
+from .foreign_flags.translate import translate
+from .options.early_checks import check_folders
 from .options.setting_flags import current_flags, old_names_on_stderr, unchecked, with_flat_flags
 from .quiet import quiet_libraries
 
@@ -43,25 +49,34 @@ class TrainOptions(_Flags):
     """YAML file with any of these settings, named as the flags with `_` instead of `-`. Flags override it. Each run
     writes its settings to OUTPUT/config.yaml."""
 
+    def __init__(self, **values: Any) -> None:
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            # tyro shows the message of a ValueError; that of pydantic names its own types.
+            refused = first_refused_setting(type(self), error)
+            raise ValueError(": ".join([*map(str, refused.place), refused.reason])) from error
+
     def settings(self) -> TrainConfig:
         """Return the settings of the run."""
         return TrainConfig(**{name: getattr(self, name) for name in with_families(TrainConfig).model_fields})
 
     def run(self) -> None:
         """Train a tuner, or the tuners of a sweep, and print their paths."""
+        config = self.settings()
+        check_folders(config.data.folder, config.output)
         quiet_libraries()  # before the imports below, which emit warnings
         from ..training import sweep, train
 
-        config = self.settings()
         if config.sweep is not None:
             swept = sweep(config, stop_on_signal=True)
-            print(f"Trained {len(swept.rows)} tuners in {swept.seconds:.0f} s: {swept.summary}")
+            print(f"Trained {counted(len(swept.rows), 'tuner')} in {swept.seconds:.0f} s: {swept.summary}")
             print(swept.table())
             if swept.sheet is not None:
                 print(f"Samples: {swept.sheet}")
             return
         result = train(config, stop_on_signal=True)
-        print(f"Trained {result.steps} steps in {result.seconds:.0f} s: {result.path}")
+        print(f"Trained {counted(result.steps, 'step')} in {result.seconds:.0f} s: {result.path}")
         if result.samples:
             print(f"Samples: {result.samples[-1]}")
 
@@ -84,14 +99,21 @@ def parse_train_options(
     Raises:
         SettingsError: if the file of `--config` cannot be read, or a setting in it is invalid.
     """
-    args = current_flags(sys.argv[1:] if args is None else args)
-    # Parsed first, because they change the defaults of the other flags. tyro reports their errors with the others.
+    args = _translated(current_flags(sys.argv[1:] if args is None else args))
+    # Parsed first, because they change the defaults of other flags. tyro reports their errors with the others.
     first = ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--config", type=Path, nargs="?")
     first.add_argument("--preset", nargs="?")
+    for name in LENGTHS:
+        first.add_argument(f"--{name}", nargs="?")
+    first.add_argument("--tuner", nargs="*", default=[])
     known, _ = first.parse_known_args(args)
     with old_names_on_stderr():
-        settings = given_settings(known.config, known.preset if known.preset in PRESETS else None, defaults)
+        # Only an alias changes other defaults.
+        tuner = known.tuner if set(known.tuner) & TUNER_ALIASES.keys() else None
+        preset = known.preset if known.preset in PRESETS else None
+        settings = given_settings(known.config, preset, defaults, tuner)
+    settings = without_replaced_length(settings, vars(known))
     required = {name: tyro.MISSING for name, info in SETTINGS.items() if info.field.is_required()}
     options = command_line_class(TrainOptions)
     return tyro.cli(
@@ -101,6 +123,18 @@ def parse_train_options(
         args=args,
         default=unchecked(options, close_groups(with_families(TrainConfig), {**required, **settings})),
     )
+
+
+def _translated(args: Sequence[str]) -> list[str]:
+    """Return arguments with the flags of diffusers or kohya replaced by ours; the new command goes to stderr."""
+    own = {name.replace("-", "_") for name in (*SETTINGS, "config", "help")}
+    translation = translate(args, own)
+    if translation.program is not None:
+        for notice in translation.notices:
+            print(f"restune: {notice}", file=sys.stderr)
+        command = shlex.join(["restune", "train", *translation.arguments])
+        print(f"restune: flags of {translation.program}, translated: {command}", file=sys.stderr)
+    return translation.arguments
 
 
 def _presets_help() -> str:

@@ -24,6 +24,7 @@ from ..tuners.tuner import Tuner
 from ..utils.errors import RestuneError
 from .lora_folding import LoraLayer
 from .lora_layers import lora_layers, lora_tuner
+from .products.reduction import Reduction
 from .skip_layers import SkipLayer, skip_layers, skip_tuner
 
 Method: TypeAlias = Literal["average", "interpolate", "add", "subtract", "stack"]
@@ -77,15 +78,14 @@ def reduce_rank(tuner: Tuner, rank: int) -> tuple[Tuner, float]:
     Raises:
         RestuneError: if the rank is not positive, or the tuner contains anything but LoRA.
     """
-    if rank < 1:
-        raise RestuneError(f"The rank must be a positive number, but is {rank}.")
-    kept = total = 0.0
-    reduced = {}
-    for site, layer in lora_layers(tuner).items():
-        reduced[site], energies = _truncated(layer, rank)
-        kept += float(energies[:rank].sum())
-        total += float(energies.sum())
-    return lora_tuner(reduced, tuner.base, tuner.metadata, "The tuner"), kept / total if total else 1.0
+    reduction = Reduction(rank)
+    return reduced(tuner, reduction), reduction.kept
+
+
+def reduced(tuner: Tuner, reduction: Reduction) -> Tuner:
+    """Return a tuner with only LoRA whose layers are reduced, in fp32 or wider."""
+    layers = {site: reduction(layer) for site, layer in lora_layers(tuner).items()}
+    return lora_tuner(layers, tuner.base, tuner.metadata, "The tuner")
 
 
 def _factors(weights: Sequence[float], method: Method) -> list[float]:
@@ -190,17 +190,3 @@ def _difference(one: object, other: object) -> str:
         name = next(name for name in ours if ours[name] != theirs[name])
         return f"one has {name} = {ours[name]}, another {theirs[name]}"
     return f"one has {one}, another {other}"
-
-
-def _truncated(layer: LoraLayer, rank: int) -> tuple[LoraLayer, torch.Tensor]:
-    """Return the best approximation of a layer with a rank, and the squared singular values of the layer."""
-    # The product is never formed: after two QR decompositions its singular values are those of a small matrix.
-    left, small_left = torch.linalg.qr(layer.factor * layer.up.double())
-    right, small_right = torch.linalg.qr(layer.down.double().T)
-    u, values, v = torch.linalg.svd(small_left @ small_right.T)
-    kept = min(rank, values.numel())
-    root = values[:kept].sqrt()
-    dtype = torch.promote_types(torch.promote_types(layer.up.dtype, layer.down.dtype), torch.float32)
-    up = (left @ u[:, :kept] * root).to(dtype)
-    down = (root[:, None] * v[:kept] @ right.T).to(dtype)
-    return LoraLayer(down, up, float(kept)), values**2

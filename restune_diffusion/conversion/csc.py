@@ -84,6 +84,8 @@ def _config(
         str(file.path),
         conditions=tuple(f"condition{number}" if number else "condition" for number in range(conditions)),
         channels=state["control.encoders.0.stem.0.weight"].shape[1],
+        stem_ratio=state["control.encoders.0.stem.0.weight"].shape[0] / 16,
+        stem_channels=state["control.encoders.0.stem.6.weight"].shape[0],
         ratio=fit_ratio(widths, our_width, slack=0.5),
         level_kernel=3 if kernel == 3 else 1,
         shortcut=False,

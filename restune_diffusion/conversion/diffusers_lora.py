@@ -26,20 +26,28 @@ from ..utils.errors import TunerFileError
 from .foreign import ForeignFile, foreign_metadata
 from .lora_folding import LoraLayer
 from .lora_layers import layers_of, lora_layers, lora_tuner
-from .names import layers_per_block, linear_paths, sgm_path
+from .names import dotted_names, text_path, text_shapes
+from .products.families import TENSORS
+from .products.options import ImportOptions
+from .reading.peft_settings import check_settings, pattern_key
 
 _HEADER = "lora_adapter_metadata"
-_ROOTS = ("unet.", "base_model.model.", "model.")
-_HALF = {"A": "down", "B": "up", "down": "down", "up": "up"}
+# Prefixes of the U-Net and of the whole model, removed in this order, and names of the text encoders in ComfyUI.
+_ROOTS = ("base_model.model.", "model.", "diffusion_model.", "unet.", "text_encoders.")
+_ENCODERS = {"clip_l.transformer.": "text_encoder.", "clip_g.transformer.": "text_encoder_2.",
+             "clip_l.": "text_encoder.", "clip_g.": "text_encoder_2."}  # fmt: skip
+_ENCODER_NAMES = ("text_encoder", "text_encoder_2")
+_NAMES = {"A": "lora_down.weight", "B": "lora_up.weight", "down": "lora_down.weight", "up": "lora_up.weight"}
 _FORMS = (
     re.compile(r"(?P<module>.+)\.lora_(?P<half>[AB])(?:\.[^.]+)?\.weight"),
-    re.compile(r"(?P<module>.+)\.lora\.(?P<half>down|up)\.weight"),
+    re.compile(r"(?P<module>.+)\.(?:lora|lora_linear_layer)\.(?P<half>down|up)\.weight"),
     re.compile(r"(?P<attention>.+)\.processor\.(?P<linear>to_(?:q|k|v|out))_lora\.(?P<half>down|up)\.weight"),
+    re.compile(r"(?P<attention>.+\.self_attn)\.to_(?P<text>q|k|v|out)_lora\.(?P<half>down|up)\.weight"),
+    re.compile(r"(?P<module>.+)\.lora_magnitude_vector(?:\.[^.]+)?"),
+    # Tensors of LyCORIS; PEFT may add the adapter's name.
+    re.compile(rf"(?!(?:lora|lycoris)_[^.]+\.){TENSORS.pattern}(?:\.default)?"),
 )
-_ALPHA = re.compile(r"(?P<module>.+)\.alpha")
-# PEFT settings that make a LoRA more than a low-rank product, each with the value of plain LoRA.
-_PLAIN = {"use_dora": False, "lora_bias": False, "use_qalora": False, "use_qa_lora": False, "use_merged_linear": False,
-          "bias": "none", "modules_to_save": None}  # fmt: skip
+_DEFAULTS = ImportOptions()
 
 
 def recognizes(keys: Iterable[str]) -> bool:
@@ -47,34 +55,31 @@ def recognizes(keys: Iterable[str]) -> bool:
     return any(_match(key) for key in keys)
 
 
-def read(file: ForeignFile, base: BaseInfo, partial: bool = False) -> Tuner:
+def read(file: ForeignFile, base: BaseInfo, options: ImportOptions = _DEFAULTS) -> Tuner:
     """Convert a LoRA file to a tuner.
 
     Args:
         file: the file's content.
         base: structure of the base that the file was trained for.
-        partial: skip modules that no tuner supports, with a warning, instead of raising an error.
+        options: what to skip, and the limit of the rank.
 
     Raises:
         TunerFileError: if the file also tunes unsupported modules, or is for a base of another structure.
     """
-    halves: dict[str, dict[str, str]] = {}
-    for key in file.tensors:
-        if half := _match(key):
-            halves.setdefault(half[0], {})[half[1]] = key
-    alphas = {match["module"]: key for key in file.tensors if (match := _ALPHA.fullmatch(key))}
-    known = [key for keys in halves.values() for key in keys.values()] + list(alphas.values())
-    file.refuse_others(known, "a LoRA of diffusers")
-    sites = linear_paths(base)
-    sites |= {sgm_path(path, layers_per_block(base)[0]): site for path, site in sites.items()}
-    settings = _settings(file)
-    found = {}
-    for module, keys in halves.items():
-        path = _strip(module)
-        if path in sites:
-            found[path] = _layer(file, keys, path, alphas.get(module), settings)
-    others = [module for module in halves if _strip(module) not in sites]
-    return lora_tuner(layers_of(file, found, sites, others, partial), base, foreign_metadata(file), str(file.path))
+    matches = {key: match for key in file.tensors if (match := _match(key))}
+    file.refuse_others(matches, "a LoRA of diffusers", options.partial)
+    modules: dict[str, dict[str, torch.Tensor]] = {}
+    for key, (module, tensor) in matches.items():
+        modules.setdefault(_strip(module), {})[tensor] = file.tensors[key]
+    sites = dotted_names(base)
+    settings = {component: _settings(file, component) for component in ("unet", *_ENCODER_NAMES)}
+    found = {
+        module: _layer(file, tensors, module, sites[module], settings[_component(module)], options)
+        for module, tensors in modules.items()
+        if module in sites
+    }
+    placed = layers_of(file, found, sites, [module for module in modules if module not in sites], options.partial)
+    return lora_tuner(placed, base, foreign_metadata(file), str(file.path))
 
 
 def write(tuner: Tuner, path: Path) -> None:
@@ -87,72 +92,100 @@ def write(tuner: Tuner, path: Path) -> None:
     Raises:
         TunerFileError: if the tuner contains anything but LoRA, or the file cannot be written.
     """
-    layers = {module_path(site): layer for site, layer in lora_layers(tuner).items()}
+    texts = text_shapes(tuner.base)
+    components: dict[str, dict[str, LoraLayer]] = {}
+    for site, layer in lora_layers(tuner).items():
+        component, _, module = text_path(site).partition(".") if site in texts else ("unet", "", module_path(site))
+        components.setdefault(component, {})[module] = layer
     tensors: dict[str, torch.Tensor] = {}
-    for module, layer in layers.items():
-        tensors[f"unet.{module}.lora_A.weight"] = layer.down
-        tensors[f"unet.{module}.lora_B.weight"] = layer.up
+    settings: dict[str, Any] = {}
+    for component, layers in components.items():
+        settings |= {f"{component}.{key}": value for key, value in _peft_settings(layers).items()}
+        for module, layer in layers.items():
+            tensors[f"{component}.{module}.lora_A.weight"] = layer.down
+            tensors[f"{component}.{module}.lora_B.weight"] = layer.up
+    header = {"format": "pt", _HEADER: json.dumps(settings)}
+    with atomic_write(path) as file:
+        file.write(save(tensors, header))
+
+
+def _peft_settings(layers: dict[str, LoraLayer]) -> dict[str, Any]:
+    """Return the settings of PEFT that describe the ranks and alphas of a component's layers."""
     whole = max(layers.values(), key=lambda layer: layer.rank)
-    settings = {
+    # PEFT compares the ends of names; the version of transformers decides whether a text encoder has a `text_model`.
+    layers = {module.removeprefix("text_model."): layer for module, layer in layers.items()}
+    return {
         "r": whole.rank,
         "lora_alpha": whole.alpha,
         "target_modules": list(layers),
         "rank_pattern": {module: layer.rank for module, layer in layers.items() if layer.rank != whole.rank},
         "alpha_pattern": {module: layer.alpha for module, layer in layers.items() if layer.alpha != whole.alpha},
     }
-    header = {"format": "pt", _HEADER: json.dumps({f"unet.{key}": value for key, value in settings.items()})}
-    with atomic_write(path) as file:
-        file.write(save(tensors, header))
 
 
 def _match(key: str) -> tuple[str, str] | None:
-    """Return the module of a key, and the factor of the product (`down` or `up`)."""
+    """Return the module of a key, and the name of its tensor in `families.TENSORS`."""
     for form in _FORMS:
         if match := form.fullmatch(key):
             parts = match.groupdict()
-            linear = {"to_out": "to_out.0"}.get(parts.get("linear") or "", parts.get("linear"))
-            return parts.get("module") or f"{parts['attention']}.{linear}", _HALF[parts["half"]]
+            module = parts.get("module")
+            if module is None:
+                linear = parts.get("linear") or f"{parts['text']}_proj"
+                module = f"{parts['attention']}.{'to_out.0' if linear == 'to_out' else linear}"
+            return module, parts.get("tensor") or _NAMES.get(parts.get("half") or "", "dora_scale")
     return None
 
 
 def _strip(module: str) -> str:
     for root in _ROOTS:
         module = module.removeprefix(root)
+    for theirs, ours in _ENCODERS.items():
+        if module.startswith(theirs):
+            return ours + module.removeprefix(theirs)
     return module
 
 
 def _layer(
-    file: ForeignFile, keys: dict[str, str], path: str, alpha_key: str | None, settings: dict[str, Any]
+    file: ForeignFile,
+    tensors: dict[str, torch.Tensor],
+    path: str,
+    site: str,
+    settings: dict[str, Any],
+    options: ImportOptions,
 ) -> LoraLayer:
-    if keys.keys() != {"down", "up"}:
-        raise TunerFileError(f"{file.path} is damaged: `{path}` has only one of its two weights.")
-    down, up = file.tensors[keys["down"]], file.tensors[keys["up"]]
-    if alpha_key is not None:
-        alpha = file.tensors[alpha_key]
-        if alpha.numel() != 1:
-            raise TunerFileError(f"{file.path} is damaged: `{alpha_key}` has {alpha.numel()} values.")
-        return LoraLayer(down, up, alpha.item())
-    if not settings:
-        return LoraLayer(down, up, float(down.shape[0]))
+    where = f"{file.path} at `{path}`"
+    if settings.get("use_dora") and "dora_scale" not in tensors:
+        raise TunerFileError(f"{file.path} was trained with use_dora = True, but has no magnitude for `{path}`.")
+    if "alpha" in tensors or not settings:
+        return options.layer(tensors, site, where)
+    if "lora_down.weight" not in tensors:
+        # LoHa and LoKr of PEFT.
+        alpha = _for_module(settings.get("alpha_pattern") or {}, path, settings.get("alpha"), file)
+        rank = _for_module(settings.get("rank_pattern") or {}, path, settings.get("r"), file)
+        return options.layer(tensors, site, where, scale=alpha / rank if rank else None)
+    rank = tensors["lora_down.weight"].shape[0]
     value = _for_module(settings.get("alpha_pattern") or {}, path, settings.get("lora_alpha"), file)
     # rsLoRA divides by the root of the rank (arXiv 2312.03732).
-    return LoraLayer(down, up, value * math.sqrt(down.shape[0]) if settings.get("use_rslora") else value)
+    return options.layer(tensors, site, where, alpha=value * math.sqrt(rank) if settings.get("use_rslora") else value)
 
 
-def _settings(file: ForeignFile) -> dict[str, Any]:
-    """Return PEFT's settings for the U-Net, from the header or from `adapter_config.json`."""
+def _component(module: str) -> str:
+    """Return the component of a pipeline that a module belongs to."""
+    first = module.partition(".")[0]
+    return first if first in _ENCODER_NAMES else "unet"
+
+
+def _settings(file: ForeignFile, component: str) -> dict[str, Any]:
+    """Return PEFT's settings for a component, from the header or from `adapter_config.json`."""
     settings = file.settings
     if _HEADER in file.metadata:
         try:
             header = json.loads(file.metadata[_HEADER])
-            settings = {key.removeprefix("unet."): value for key, value in header.items() if key.startswith("unet.")}
-        except (ValueError, AttributeError, RecursionError) as error:
+            prefix = f"{component}."
+            settings = {key.removeprefix(prefix): value for key, value in header.items() if key.startswith(prefix)}
+        except (ValueError, AttributeError, TypeError, RecursionError) as error:
             raise TunerFileError(f"{file.path} is damaged: its {_HEADER} is not a JSON object.") from error
-    for key, plain in _PLAIN.items():
-        if settings.get(key) not in (plain, None):
-            raise TunerFileError(
-                f"{file.path} was trained with {key} = {repr(settings[key])[:40]}, which no tuner family supports."
-            )
+    check_settings(settings, str(file.path))
     return settings
 
 
@@ -160,13 +193,11 @@ def _for_module(pattern: dict[str, Any], path: str, default: object, file: Forei
     """Return the setting of a module from a PEFT pattern, or the default."""
     if not isinstance(pattern, dict):
         raise TunerFileError(f"{file.path} is damaged: its alpha_pattern is not a JSON object.")
-    value = default
-    for name, own in pattern.items():
-        # PEFT interprets the keys as regular expressions; diffusers writes plain names.
-        plain = name.removeprefix("^").replace("\\.", ".")
-        if path == plain or (not name.startswith("^") and path.endswith(f".{plain}")):
-            value = own
-            break
+    # PEFT matches the names within the component.
+    for component in _ENCODER_NAMES:
+        path = path.removeprefix(f"{component}.")
+    key = pattern_key(pattern, path, str(file.path))
+    value = default if key is None else pattern[key]
     # A Python integer may exceed the range of a float.
     if isinstance(value, bool) or not isinstance(value, int | float) or abs(value) > 1e30:
         raise TunerFileError(f"{file.path} is damaged: its alpha is {repr(value)[:40]}.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,13 +14,16 @@ from pydantic import BaseModel, ValidationError
 from safetensors import SafetensorError, safe_open
 
 from ..utils.errors import TunerFileError
+from .reading.candidates import PICKLES, weights_file
+from .reading.key_kinds import described
+
+logger = logging.getLogger(__name__)
 
 Config = TypeVar("Config", bound=BaseModel)
 
 _SETTINGS_NAME = "adapter_config.json"
-_WEIGHT_NAMES = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")
-_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+_INTEGERS = (torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64)
 _LARGEST_SETTINGS = 1 << 20
 _LARGEST_HEADER = 1 << 20
 
@@ -35,19 +39,33 @@ class ForeignFile:
     settings: dict[str, Any] = field(default_factory=dict)
     """Content of `adapter_config.json` in the same folder, if there is one."""
 
-    def refuse_others(self, known: Iterable[str], what: str) -> None:
-        """Raise `TunerFileError` if the file contains unknown tensors.
+    def refuse_others(self, known: Iterable[str], what: str, partial: bool = False) -> None:
+        """Raise `TunerFileError` if the file contains unknown tensors, or known ones with unusable values.
 
         Args:
             known: supported keys.
             what: description of the layout, for the message.
+            partial: skip unknown tensors, with a warning, instead of raising an error.
         """
-        others = sorted(self.tensors.keys() - set(known))
-        if others:
+        known = set(known)
+        others = self.tensors.keys() - known
+        if others and not partial:
             raise TunerFileError(
-                f"{self.path} cannot be read as {what}: it also contains {some(others)}, which no tuner family "
+                f"{self.path} cannot be read as {what}: it also contains {described(others)}, which no tuner family "
                 "supports."
             )
+        if others:
+            logger.warning("%s: skipped tensors that no tuner supports: %s.", self.path, described(others))
+        for key in sorted(known):
+            tensor = self.tensors[key]
+            # sd-scripts and diffusers store an alpha given as an integer as one.
+            scalar = key.endswith(".alpha") and tensor.dtype in _INTEGERS
+            if tensor.dtype not in _DTYPES and not scalar:
+                raise TunerFileError(
+                    f"{self.path} contains `{key}` as {tensor.dtype}; convert it to fp32, fp16 or bf16."
+                )
+            if not torch.isfinite(tensor).all():
+                raise TunerFileError(f"{self.path} was not loaded: `{key}` contains NaN or infinity.")
 
 
 def read_foreign(path: Path) -> ForeignFile:
@@ -57,10 +75,10 @@ def read_foreign(path: Path) -> ForeignFile:
         path: a file, or a folder as written by ms-swift or diffusers.
 
     Raises:
-        TunerFileError: if there is no file, or it is a pickle, damaged, or has an unsupported dtype.
+        TunerFileError: if there is no file, or several, or it is a pickle or damaged.
     """
-    file = _weights_file(path.expanduser())
-    if file.suffix.lower() in _PICKLES:
+    file = weights_file(path.expanduser())
+    if file.suffix.lower() in PICKLES:
         raise _pickle_refusal(file)
     try:
         with safe_open(file, framework="pt") as opened:
@@ -70,11 +88,6 @@ def read_foreign(path: Path) -> ForeignFile:
         if _starts_like_pickle(file):
             raise _pickle_refusal(file) from error
         raise TunerFileError(f"{file} is not a safetensors file, or is damaged ({error}); get it again.") from error
-    for key, tensor in tensors.items():
-        if tensor.dtype not in _DTYPES:
-            raise TunerFileError(f"{file} contains `{key}` as {tensor.dtype}; convert it to fp32, fp16 or bf16.")
-        if not torch.isfinite(tensor).all():
-            raise TunerFileError(f"{file} was not loaded: `{key}` contains NaN or infinity.")
     return ForeignFile(file, tensors, metadata, _read_settings(file.with_name(_SETTINGS_NAME)))
 
 
@@ -82,22 +95,6 @@ def some(names: list[str], shown: int = 3) -> str:
     """List a few names and count the rest."""
     listed = ", ".join(f"`{name:.120}`" for name in names[:shown])
     return listed + (f" and {len(names) - shown} more" if len(names) > shown else "")
-
-
-def _weights_file(path: Path) -> Path:
-    """Return the weights file of a path: the file itself, or the weights in the folder or one of its subfolders."""
-    if path.is_file():
-        return path
-    if not path.is_dir():
-        raise TunerFileError(f"There is no file or folder {path}.")
-    for folder in (path, *sorted(child for child in path.iterdir() if child.is_dir())):
-        for name in _WEIGHT_NAMES:
-            if (folder / name).is_file():
-                return folder / name
-    found = sorted(file for file in path.glob("*") if file.suffix in (".safetensors", *_PICKLES))
-    if len(found) == 1:
-        return found[0]
-    raise TunerFileError(f"{path} contains {len(found)} weights files; pass the path of the one to convert.")
 
 
 def _starts_like_pickle(file: Path) -> bool:

@@ -11,6 +11,9 @@ from ..tuners.tuner import Tuner
 from ..utils.errors import TunerFileError
 from . import csc, diffusers_lora, kohya, scepter, swift
 from .foreign import ForeignFile, read_foreign, some
+from .products.options import BaseWeights, ImportOptions
+from .products.reduction import Reduction
+from .reading.key_kinds import described
 
 ExportLayout: TypeAlias = Literal["diffusers", "kohya", "swift"]
 """Layouts of other programs that a tuner can be exported to."""
@@ -21,7 +24,7 @@ _READERS: tuple[tuple[_Recognizes, Callable[[ForeignFile, BaseInfo], Tuner]], ..
     (csc.recognizes, csc.read),
     (scepter.recognizes, scepter.read),
 )
-_LORA_READERS: tuple[tuple[_Recognizes, Callable[[ForeignFile, BaseInfo, bool], Tuner]], ...] = (
+_LORA_READERS: tuple[tuple[_Recognizes, Callable[[ForeignFile, BaseInfo, ImportOptions], Tuner]], ...] = (
     (kohya.recognizes, kohya.read),
     (diffusers_lora.recognizes, diffusers_lora.read),
 )
@@ -34,32 +37,37 @@ _WRITERS: dict[ExportLayout, Callable[[Tuner, Path], None]] = {
 _UNSUPPORTED = {
     "restuning_": "Res-Tuning-Bypass of ms-swift, whose side network (chained adapters that replace the input of "
     "the output head) differs from the bypass family",
-    "hada_": "LoHa",
-    "lokr_": "LoKr",
     "oft_": "OFT",
-    "dora_scale": "DoRA",
-    "lora_magnitude_vector": "DoRA",
-    "lora_mid": "LoCon with a middle convolution",
 }
 
 
-def import_tuner(path: Path, base: BaseInfo, *, partial: bool = False) -> Tuner:
+def import_tuner(
+    path: Path,
+    base: BaseInfo,
+    *,
+    partial: bool = False,
+    reduction: Reduction | None = None,
+    base_weights: BaseWeights | None = None,
+) -> Tuner:
     """Convert a file of another program to a tuner.
 
     Args:
         path: a safetensors file, or a folder as written by ms-swift or diffusers.
         base: structure of the base that the file was trained for.
         partial: skip LoRA modules that no tuner supports, with a warning that lists them, instead of raising an error.
+        reduction: limit of the rank of LoRA layers; LoHa, LoKr, DoRA and full differences need a high one to be exact.
+        base_weights: weights of the base by site, which DoRA needs.
 
     Returns:
-        The tuner on the CPU, in the dtype of the file.
+        The tuner on the CPU, in the dtype of the file, or in fp32 where that cannot hold the layers.
 
     Raises:
         TunerFileError: if the file cannot be read, or contains tensors that no tuner family supports.
     """
     file = read_foreign(path)
     keys = file.tensors.keys()
-    for mark, what in _UNSUPPORTED.items():
+    lora = any(recognizes(keys) for recognizes, _ in _LORA_READERS)
+    for mark, what in ({} if partial and lora else _UNSUPPORTED).items():
         marked = [key for key in keys if mark in key]
         if marked:
             raise TunerFileError(
@@ -70,9 +78,9 @@ def import_tuner(path: Path, base: BaseInfo, *, partial: bool = False) -> Tuner:
             return read(file, base)
     for recognizes, read_lora in _LORA_READERS:
         if recognizes(keys):
-            return read_lora(file, base, partial)
+            return read_lora(file, base, ImportOptions(partial, reduction or Reduction(), base_weights))
     raise TunerFileError(
-        f"{file.path} has an unknown layout; it contains {some(sorted(keys))}. "
+        f"{file.path} has an unknown layout; it contains {described(keys)}. "
         "Supported are LoRAs of diffusers and kohya's sd-scripts, and SC- and CSC-Tuners of ms-swift and SCEPTER."
     )
 

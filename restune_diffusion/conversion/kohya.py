@@ -1,8 +1,9 @@
-"""LoRA layout of kohya's sd-scripts, also read by ComfyUI and A1111: `lora_unet_<module with underscores>`.
+"""LoRA layout of kohya's sd-scripts, also of LyCORIS, A1111 and ComfyUI: `lora_unet_<module with underscores>`.
 
 Source: diffusers' converter (`diffusers/loaders/lora_conversion_utils.py`, 0.42.1). Each module has
 `lora_down.weight`, `lora_up.weight` and a scalar `alpha`; without alpha the factor is one. Trainers of Stable
 Diffusion XL use the module names of the original U-Net, all others those of diffusers; both are read for every base.
+LyCORIS (lycoris-lora 4.1.3) writes the tensors of LoHa, LoKr and others under the same names, or under `lycoris_`.
 """
 
 from __future__ import annotations
@@ -14,18 +15,20 @@ from pathlib import Path
 import torch
 from safetensors.torch import save
 
-from ..backbones import BaseInfo, module_path
+from ..backbones import BaseInfo
 from ..tuners.tuner import Tuner
 from ..utils.atomic_write import atomic_write
-from ..utils.errors import TunerFileError
 from .foreign import ForeignFile, foreign_metadata
 from .lora_folding import LoraLayer
 from .lora_layers import layers_of, lora_layers, lora_tuner
-from .names import layers_per_block, linear_paths, sgm_path
+from .names import underscored_name, underscored_names
+from .products.families import TENSORS
+from .products.options import ImportOptions
 
-_KEY = re.compile(r"(?P<name>lora_[^.]+)\.(?P<tensor>lora_down\.weight|lora_up\.weight|alpha)")
+_KEY = re.compile(rf"(?=(?:lora|lycoris)_[^.]+\.){TENSORS.pattern}")
 _SHARED = ("modelspec.title", "modelspec.author", "modelspec.description", "modelspec.license", "modelspec.tags",
            "modelspec.trigger_phrase", "modelspec.usage_hint", "modelspec.thumbnail")  # fmt: skip
+_DEFAULTS = ImportOptions()
 
 
 def recognizes(keys: Iterable[str]) -> bool:
@@ -33,24 +36,29 @@ def recognizes(keys: Iterable[str]) -> bool:
     return any(_KEY.fullmatch(key) for key in keys)
 
 
-def read(file: ForeignFile, base: BaseInfo, partial: bool = False) -> Tuner:
+def read(file: ForeignFile, base: BaseInfo, options: ImportOptions = _DEFAULTS) -> Tuner:
     """Convert a LoRA file to a tuner.
 
     Args:
         file: the file's content.
         base: structure of the base that the file was trained for.
-        partial: skip modules that no tuner supports, with a warning, instead of raising an error.
+        options: what to skip, and the limit of the rank.
 
     Raises:
         TunerFileError: if the file also tunes unsupported modules, or is for a base of another structure.
     """
     matches = {key: match for key in file.tensors if (match := _KEY.fullmatch(key))}
-    file.refuse_others(matches, "a LoRA of kohya's sd-scripts")
-    sites = {_name(path): site for path, site in linear_paths(base).items()}
-    sites |= {_name(sgm_path(path, layers_per_block(base)[0])): site for path, site in linear_paths(base).items()}
-    names = dict.fromkeys(match["name"] for match in matches.values())
-    found = {name: _layer(file, name) for name in names if name in sites}
-    placed = layers_of(file, found, sites, [name for name in names if name not in sites], partial)
+    file.refuse_others(matches, "a LoRA of kohya's sd-scripts", options.partial)
+    sites = underscored_names(base)
+    modules: dict[str, dict[str, torch.Tensor]] = {}
+    for key, match in matches.items():
+        modules.setdefault(match["module"], {})[match["tensor"]] = file.tensors[key]
+    found = {
+        name: options.layer(tensors, sites[name], f"{file.path} at `{name}`")
+        for name, tensors in modules.items()
+        if name in sites
+    }
+    placed = layers_of(file, found, sites, [name for name in modules if name not in sites], options.partial)
     return lora_tuner(placed, base, foreign_metadata(file), str(file.path))
 
 
@@ -67,10 +75,7 @@ def write(tuner: Tuner, path: Path) -> None:
     layers = lora_layers(tuner)
     tensors: dict[str, torch.Tensor] = {}
     for site, layer in layers.items():
-        path_there = module_path(site)
-        if _is_xl(tuner.base):
-            path_there = sgm_path(path_there, layers_per_block(tuner.base)[0])
-        name = _name(path_there)
+        name = underscored_name(site, tuner.base)
         tensors[f"{name}.lora_down.weight"] = layer.down
         tensors[f"{name}.lora_up.weight"] = layer.up
         tensors[f"{name}.alpha"] = _alpha_tensor(layer)
@@ -84,25 +89,6 @@ def write(tuner: Tuner, path: Path) -> None:
     }
     with atomic_write(path) as file:
         file.write(save(tensors, header))
-
-
-def _name(path: str) -> str:
-    return "lora_unet_" + path.replace(".", "_")
-
-
-def _is_xl(base: BaseInfo) -> bool:
-    """Return whether a base is Stable Diffusion XL, whose first level has no attention, unlike 1.x and 2.x."""
-    return base.structure.get("down_block_types", [None])[0] == "DownBlock2D"
-
-
-def _layer(file: ForeignFile, name: str) -> LoraLayer:
-    down, up = file.tensors.get(f"{name}.lora_down.weight"), file.tensors.get(f"{name}.lora_up.weight")
-    if down is None or up is None:
-        raise TunerFileError(f"{file.path} is damaged: `{name}` has only one of its two weights.")
-    alpha = file.tensors.get(f"{name}.alpha")
-    if alpha is not None and alpha.numel() != 1:
-        raise TunerFileError(f"{file.path} is damaged: `{name}.alpha` has {alpha.numel()} values.")
-    return LoraLayer(down, up, float(down.shape[0]) if alpha is None else alpha.item())
 
 
 def _alpha_tensor(layer: LoraLayer) -> torch.Tensor:

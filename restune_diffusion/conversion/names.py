@@ -68,3 +68,63 @@ def skip_readers(base: BaseInfo) -> dict[str, str]:
 def linear_paths(base: BaseInfo) -> dict[str, str]:
     """Return the site of every linear layer of the transformer blocks, by path in diffusers' U-Net."""
     return {module_path(site): site for site in linear_shapes(base)}
+
+
+# sd-scripts numbers the two encoders of SDXL.
+_TEXT_PREFIXES = {"text_encoder": ("lora_te_", "lora_te1_"), "text_encoder_2": ("lora_te2_",)}
+
+
+def text_shapes(base: BaseInfo) -> dict[str, tuple[int, int]]:
+    """Return input and output width of every linear layer of the text encoders' transformer layers, by site."""
+    return {
+        f"{encoder}.layers.{layer}.{path}": shape
+        for encoder, info in base.text.items()
+        for layer in range(info.num_hidden_layers)
+        for path, shape in info.linears.items()
+    }
+
+
+def text_path(site: str) -> str:
+    """Return the path of a linear layer of a text encoder in a pipeline, as diffusers writes it."""
+    encoder, _, path = site.partition(".")
+    return f"{encoder}.text_model.encoder.{path}"
+
+
+def is_xl(base: BaseInfo) -> bool:
+    """Return whether a base is Stable Diffusion XL, whose first level has no attention, unlike 1.x and 2.x."""
+    return base.structure.get("down_block_types", [None])[0] == "DownBlock2D"
+
+
+def dotted_names(base: BaseInfo) -> dict[str, str]:
+    """Return the site of every linear layer by its dotted names.
+
+    The names are those of diffusers and of the original U-Net, without a prefix for the U-Net. Those of the text
+    encoders start with their name in a pipeline.
+    """
+    paths = linear_paths(base)
+    names = paths | {sgm_path(path, layers_per_block(base)[0]): site for path, site in paths.items()}
+    texts = {text_path(site): site for site in text_shapes(base)}
+    # Recent versions of transformers have no `text_model` in some classes.
+    return names | texts | {path.replace(".text_model.", ".", 1): site for path, site in texts.items()}
+
+
+def underscored_names(base: BaseInfo) -> dict[str, str]:
+    """Return the site of every linear layer by its names with underscores, as sd-scripts and LyCORIS use them."""
+    names: dict[str, str] = {}
+    for path, site in dotted_names(base).items():
+        encoder, _, inside = path.partition(".")
+        if encoder not in _TEXT_PREFIXES:
+            names |= {prefix + path.replace(".", "_"): site for prefix in ("lora_unet_", "lycoris_")}
+        else:
+            names |= {prefix + inside.replace(".", "_"): site for prefix in _TEXT_PREFIXES[encoder]}
+    return names
+
+
+def underscored_name(site: str, base: BaseInfo) -> str:
+    """Return the name of a linear layer in files of sd-scripts; for SDXL those of the original U-Net."""
+    if site.partition(".")[0] in _TEXT_PREFIXES:
+        encoder, _, inside = text_path(site).partition(".")
+        first, *others = _TEXT_PREFIXES[encoder]
+        return (others[0] if others and is_xl(base) else first) + inside.replace(".", "_")
+    path = module_path(site)
+    return "lora_unet_" + (sgm_path(path, layers_per_block(base)[0]) if is_xl(base) else path).replace(".", "_")

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 from ..hooks.placeholder_tokens import contains_token
+from ..utils.display import counted
 from ..utils.errors import DataError
 from .config import DataConfig
+from .conventions.caption_files import CaptionFiles, is_caption_file
+from .conventions.image_suffixes import missing_reader
+from .conventions.label_files import MASK_LABEL, label_of, why_not_trained_on
 from .example import Example, check_caption
-from .files import IMAGE_SUFFIXES, is_file, list_files, read_text
-from .metadata import METADATA_CSV, METADATA_FILE, read_metadata
+from .files import is_image, list_files, read_text
+from .metadata import METADATA_FILE, find_metadata, read_metadata
 from .refusals import Refused
 from .saved_dataset import is_saved_dataset, read_saved_dataset
 
@@ -36,7 +41,7 @@ def read_examples(config: DataConfig, refused: list[Refused]) -> list[Example]:
     if is_saved_dataset(folder):
         examples = read_saved_dataset(folder, refused, config.prompt, config.image_column, config.caption_column)
     else:
-        examples = _scan(folder, refused, config.prompt, config.caption_column, config.folder_repeats)
+        examples = _scan(config, refused)
     if not examples:
         raise nothing_usable(folder, refused)
     return [replace(example, caption=apply_rule(example.caption, config)) for example in examples]
@@ -45,8 +50,9 @@ def read_examples(config: DataConfig, refused: list[Refused]) -> list[Example]:
 def find_examples(folder: Path, prompt: str | None = None) -> list[Example]:
     """Return the images of a folder with their captions, sorted independently of the file system.
 
-    The rows of `metadata.jsonl` or `metadata.csv` select the images if one of these files exists. Otherwise every
-    image in the folder and its subfolders is used, with the caption from the `.txt` file of the same name.
+    The rows of `metadata.jsonl` or `metadata.csv`, in the folder or in its subfolder `train`, select the images if one
+    of these files exists. Otherwise every image in the folder and its subfolders is used, with the caption from the
+    `.txt` or `.caption` file of the same name.
 
     Args:
         folder: folder of images.
@@ -56,15 +62,15 @@ def find_examples(folder: Path, prompt: str | None = None) -> list[Example]:
         DataError: if the folder has no images, an image has no caption, or the metadata is invalid.
     """
     refused: list[Refused] = []
-    examples = _scan(folder, refused, prompt)
+    examples = _scan(DataConfig(folder=folder, prompt=prompt), refused)
     faults = [each for each in refused if each.fault]
     if faults:
         raise DataError(str(faults[0]))
     if not examples:
         raise nothing_usable(folder, refused)
-    unused = [each for each in refused if Path(each.name).suffix.lower() in IMAGE_SUFFIXES]
+    unused = [each for each in refused if is_image(Path(each.name))]
     if unused:
-        logger.warning("%d images in %s are not used: %s", len(unused), folder, unused[0])
+        logger.warning("Not used in %s: %s, first %s", folder, counted(len(unused), "image"), unused[0])
     return examples
 
 
@@ -79,44 +85,65 @@ def nothing_usable(folder: Path, refused: list[Refused]) -> DataError:
     return DataError(f"None of the images in {folder} can be used: {faults[0]}{rest}")
 
 
-def _scan(
-    folder: Path, refused: list[Refused], prompt: str | None, caption_column: str = "text", repeats: bool = False
-) -> list[Example]:
+def _scan(config: DataConfig, refused: list[Refused]) -> list[Example]:
+    folder = config.folder
     if not folder.is_dir():
         raise DataError(f"The image folder {folder} does not exist; give the path of a folder of images.")
     files = list_files(folder, refused)
-    images = [path for path in files if path.suffix.lower() in IMAGE_SUFFIXES]
-    metadata = [path for path in (folder / METADATA_FILE, folder / METADATA_CSV) if is_file(path)]
-    fallback = _fallback(folder, prompt, repeats)
-    used: set[Path] = set(metadata[:1])
-    if metadata:
-        examples = read_metadata(metadata[0], fallback, refused, caption_column)
-        used |= {path for example in examples for path in (example.path, *example.conditions.values())}
+    images = [path for path in files if is_image(path) and label_of(path) is None]
+    metadata = find_metadata(folder, files)
+    fallback = _fallback(folder, config.prompt, config.folder_repeats)
+    used: set[Path] = set()
+    if metadata is not None:
+        examples = read_metadata(metadata, fallback, refused, config.caption_column)
+        used |= {metadata, *(path for example in examples for path in (example.path, *example.conditions.values()))}
     else:
         examples = []
+        captions = CaptionFiles(files)
         for path in images:
-            sidecar = path.with_suffix(".txt")
+            sidecar = captions.of(path)
             # An existing caption file counts as used even if its image is refused.
-            used |= {path, sidecar}
+            used |= {path} if sidecar is None else {path, sidecar}
             try:
                 examples.append(Example(path, _sidecar_caption(path, sidecar, fallback)))
             except DataError as error:
                 refused.append(Refused(str(path), str(error)))
-    refused += [Refused(str(path), _why_unused(path, metadata), fault=False) for path in files if path not in used]
-    return [replace(each, repeats=_repeats(each.path, folder)) for each in examples] if repeats else examples
+    if config.masked_loss == "files" and config.mask_data is None:
+        used |= {path for path in files if label_of(path) == MASK_LABEL}
+    resolved = {os.path.realpath(path) for path in used}
+    stems = {path.with_suffix("") for path in images}
+    refused += [_unused(path, metadata, folder, stems) for path in files if os.path.realpath(path) not in resolved]
+    if config.folder_repeats:
+        return [replace(each, repeats=_repeats(each.path, folder)) for each in examples]
+    return examples
 
 
-def _why_unused(path: Path, metadata: list[Path]) -> str:
-    if metadata:
-        return f"is not named in {metadata[0].name}"
-    if path.suffix.lower() == ".txt":
+def _unused(path: Path, metadata: Path | None, folder: Path, stems: set[Path]) -> Refused:
+    """Return why a file is not used; an image that only lacks a reader counts as a fault."""
+    label, unreadable = label_of(path), missing_reader(path.suffix)
+    if label is not None:
+        return Refused(str(path), why_not_trained_on(label), fault=False)
+    if metadata is not None:
+        return Refused(str(path), f"has no usable row in {metadata.relative_to(folder)}", fault=False)
+    if unreadable is not None:
+        return Refused(str(path), unreadable)
+    return Refused(str(path), _why_unused(path, stems), fault=False)
+
+
+def _why_unused(path: Path, stems: set[Path]) -> str:
+    if is_caption_file(path):
+        if path.with_suffix("") in stems:
+            return "is a second caption file of an image, and only the first is read"
         return "is a caption file without an image of the same name"
-    return f"is not an image file (unknown extension `{path.suffix}`)" if path.suffix else "is not an image file"
+    if not path.suffix:
+        return "is not an image file"
+    reason = f"is not an image file (unknown extension `{path.suffix}`)"
+    return reason + ", and captions are read from .txt and .caption files" if path.with_suffix("") in stems else reason
 
 
-def _sidecar_caption(path: Path, sidecar: Path, fallback: Callable[[Path], str | None]) -> str:
+def _sidecar_caption(path: Path, sidecar: Path | None, fallback: Callable[[Path], str | None]) -> str:
     try:
-        own = read_text(sidecar).strip() if is_file(sidecar) else ""
+        own = read_text(sidecar).strip() if sidecar is not None else ""
     except DataError as error:
         raise DataError(f"has a caption that cannot be read: {str(error).rstrip('.')}") from error
     check_caption(own)
@@ -124,8 +151,8 @@ def _sidecar_caption(path: Path, sidecar: Path, fallback: Callable[[Path], str |
     if caption:
         return caption
     raise DataError(
-        f"has no caption; write one to {sidecar.name} in the same folder, name it in {METADATA_FILE}, "
-        f"or set one prompt for all images"
+        f"has no caption; write one to {(sidecar or path.with_suffix('.txt')).name} in the same folder, name it in "
+        f"{METADATA_FILE}, or set one prompt for all images"
     )
 
 

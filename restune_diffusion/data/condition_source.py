@@ -12,8 +12,8 @@ from PIL import Image
 from ..imaging.conditions import MAKERS, condition_to_tensor, make_condition
 from ..tuners.registry import ConditionedConfig
 from ..utils.errors import DataError
+from .conventions.partner_files import PartnerFiles
 from .example import Example
-from .files import list_images
 from .image_files import Crop, centred, read_layer, same_shape
 from .metadata import METADATA_FILE
 
@@ -143,8 +143,15 @@ class ConditionSource:
         return files
 
     def _in_folder(self, folder: Path, examples: Sequence[Example], root: Path) -> list[Path | None]:
-        by_stem = {path.relative_to(folder).with_suffix(""): path for path in list_images(folder)}
-        return [by_stem.get(example.path.relative_to(root).with_suffix("")) for example in examples]
+        partners = PartnerFiles(folder, root)
+        return [_partner(partners, example.path) for example in examples]
+
+
+def _partner(partners: PartnerFiles, image: Path) -> Path | None:
+    try:
+        return partners.of(image)
+    except DataError as error:
+        raise DataError(f"The condition of the image {image} is ambiguous: the image {error}.") from error
 
 
 def _read(path: Path) -> Image.Image:

@@ -16,8 +16,9 @@ class DataConfig(SettingGroup):
 
     folder: Path = setting(flat="data", affects="batches", recorded=False)
     """Folder of images, or a dataset saved with `save_to_disk` of the library `datasets`. Captions come from
-    `metadata.jsonl` or `metadata.csv` (columns file_name and text), from a `.txt` file next to each image, or from
-    --prompt. Images that cannot be used are skipped and listed with the reason."""
+    `metadata.jsonl` or `metadata.csv` (columns file_name and text), here or in the subfolder `train`, from a `.txt` or
+    `.caption` file next to each image, or from --prompt. Images that cannot be used are skipped and listed with the
+    reason."""
     prompt: str | None = setting(None, affects="content")
     """Caption of every image without a caption of its own."""
     image_column: str = setting("image", affects="batches")
@@ -52,17 +53,18 @@ class DataConfig(SettingGroup):
     """Background color behind transparent pixels: red, green and blue, each from 0 to 255."""
 
     masked_loss: Literal["alpha", "files"] | None = setting(None, affects="batches")
-    """Weight the loss with a mask: `alpha` uses the alpha channel of the images, `files` uses mask images in
-    --mask-data, white where to train."""
+    """Weight the loss with a mask: `alpha` uses the alpha channel of the images, `files` uses mask images,
+    white where to train."""
     mask_data: Path | None = setting(None, affects="batches", recorded=False)
-    """Folder of mask images with the same file names as the training images; the extensions may differ."""
+    """Folder of mask images with the same file names as the training images; the extensions may differ. If not set,
+    `--masked-loss files` reads OneTrainer's masks beside the images, `NAME-masklabel.png`."""
     unmasked_weight: float = setting(0.1, affects="batches", ge=0, le=1)
     """Minimum loss weight outside the mask; the weight inside is 1."""
 
     @model_validator(mode="after")
     def _data_settings_fit_together(self) -> DataConfig:
-        if (self.mask_data is not None) != (self.masked_loss == "files"):
-            raise ValueError("mask_data and masked_loss = files need each other; set both or neither")
+        if self.mask_data is not None and self.masked_loss != "files":
+            raise ValueError("mask_data is given, but masked_loss is not files; set masked_loss to files")
         if not self.bucketing and (self.bucket_no_upscale or self.max_aspect_ratio != 3.0):
             raise ValueError(
                 "max_aspect_ratio and bucket_no_upscale are settings of bucketing, which is off; "

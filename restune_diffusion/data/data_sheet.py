@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 import logging
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..hooks.placeholder_tokens import split_tokens
 from ..utils.atomic_write import atomic_write
-from ..utils.display import printable
+from ..utils.display import counted, printable
 from .captions import nothing_usable
+from .config import DataConfig
+from .conventions.hints import data_hints
 from .refusals import Refused
 from .training_images import Sample
 
@@ -51,12 +54,14 @@ class DataSheet:
         refused: skipped files and rows.
         entries: the training images, in training order.
         beyond_limit: captions longer than the tokenizer's limit, with their number of tokens.
+        hints: hints about settings that do not fit the data.
     """
 
     folder: Path
     refused: list[Refused]
     entries: list[Entry] = field(default_factory=list)
     beyond_limit: dict[str, int] = field(default_factory=dict)
+    hints: list[str] = field(default_factory=list)
 
     def watched(self, samples: Iterable[Sample]) -> Iterator[Sample]:
         """Yield the samples unchanged and record an entry for each image."""
@@ -120,18 +125,28 @@ class DataSheet:
         """Files that are not training images."""
         return [each.inside(self.folder) for each in self.refused if not each.fault]
 
-    def count_tokens(self, tokenizers: Sequence[Any]) -> None:
+    def count_tokens(self, tokenizers: Sequence[Any], vectors: Mapping[str, int] | None = None) -> None:
         """Record the captions that exceed the token limit of a tokenizer; training truncates them.
 
         Args:
             tokenizers: tokenizers of the base.
+            vectors: number of vectors of each placeholder token that is trained; each takes the place of a token.
         """
+        places = {token.lower(): count for token, count in (vectors or {}).items()}
         for tokenizer in tokenizers:
             limit = tokenizer.model_max_length
             for caption, _ in self.captions:
-                tokens = len(tokenizer(caption, verbose=False).input_ids)
+                plain, placeholders = split_tokens(caption, list(places))
+                tokens = len(tokenizer(plain, verbose=False).input_ids) + sum(places[each] for each in placeholders)
                 if tokens > limit:
                     self.beyond_limit[caption] = max(tokens, self.beyond_limit.get(caption, 0))
+
+    def hint(self, config: DataConfig, resolution: int) -> None:
+        """Record the hints about the settings of the data, once all images are in the sheet."""
+        sizes = [size for size, _ in self.buckets]
+        self.hints = [
+            printable(each) for each in data_hints(config, [e.name for e in self.entries], sizes, resolution)
+        ]
 
     def images_line(self, resolution: int) -> str:
         """Return a one-line summary of the training images."""
@@ -140,7 +155,7 @@ class DataSheet:
         views = sum(entry.views for entry in self.entries)
         one_size = sizes == [((resolution, resolution), len(self.entries))]
         size = f"at {resolution} x {resolution}" if one_size else f"in {counted(len(sizes), 'size')}"
-        line = f"{len(self.entries)} {size}, {len(self.captions)} captions"
+        line = f"{len(self.entries)} {size}, {counted(len(self.captions), 'caption')}"
         line += f", {shown} shown in an epoch" if shown != len(self.entries) else ""
         return line + (f", {views} views" if views != len(self.entries) else "")
 
@@ -157,9 +172,25 @@ class DataSheet:
             )
         return notes
 
+    def unused(self) -> list[str]:
+        """Return the files that are not used, one line for each reason."""
+        names: dict[str, list[str]] = {}
+        for each in self.others:
+            names.setdefault(each.reason, []).append(each.name)
+        lines = [
+            printable(
+                f"{found[0]} {reason}" if len(found) == 1 else f"{len(found)} files, {found[0]} first: each {reason}"
+            )
+            for reason, found in names.items()
+        ]
+        more = len(lines) - _LISTED
+        return lines[:_LISTED] + (
+            [f"And files for {counted(more, 'other reason')}; {FILE_NAME} lists them."] if more > 0 else []
+        )
+
     def warn(self) -> None:
         """Log the warnings about the data, for runs that print nothing."""
-        for note in self.notes():
+        for note in self.notes() + self.hints + self.unused():
             logger.warning("%s", note)
 
     def as_json(self) -> dict[str, Any]:
@@ -217,11 +248,6 @@ class DataSheet:
         """
         with atomic_write(output / FILE_NAME) as file:
             file.write(json.dumps(self.as_json(), indent=1).encode())
-
-
-def counted(number: int, noun: str) -> str:
-    """Return a number with its noun, plural unless the number is 1."""
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def _inside(name: str, folder: Path) -> str:

@@ -6,14 +6,13 @@ import os
 from pathlib import Path
 
 from ..utils.errors import DataError
+from .conventions.image_suffixes import readable_suffixes
 from .refusals import Refused
-
-IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif"})
 
 
 def list_images(folder: Path) -> list[Path]:
     """Return the image files of a folder and its subfolders, sorted independently of the file system."""
-    return [path for path in list_files(folder, []) if path.suffix.lower() in IMAGE_SUFFIXES]
+    return [path for path in list_files(folder, []) if is_image(path)]
 
 
 def list_files(folder: Path, refused: list[Refused]) -> list[Path]:
@@ -41,6 +40,11 @@ def list_files(folder: Path, refused: list[Refused]) -> list[Path]:
                 what = "is a broken link" if path.is_symlink() else "is not a regular file"
                 refused.append(Refused(str(path), what))
     return sorted(files, key=lambda path: path.relative_to(folder).as_posix())
+
+
+def is_image(path: Path) -> bool:
+    """Return whether a file has the suffix of an image format that can be read here."""
+    return path.suffix.lower() in readable_suffixes()
 
 
 def is_file(path: Path) -> bool:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
-from io import BytesIO
 from pathlib import Path
 
 from PIL import Image, ImageOps
 
 from ..imaging.rgb import has_transparency, to_rgb, to_rgba
+from ..imaging.upright import decode_upright
 from ..utils.errors import DataError
 
 _TOLERANCE = 0.02
@@ -89,9 +89,7 @@ def decode_layer(content: bytes) -> tuple[Image.Image, bytes]:
         DataError: if the image has floating-point pixels. The message continues a sentence that starts with the name
             of the image.
     """
-    with Image.open(BytesIO(content)) as image:
-        image.load()
-        upright = ImageOps.exif_transpose(image)
+    upright = decode_upright(content)
     if upright.mode == "F":
         raise DataError("has floating-point pixels, whose value range is unknown; save it with 8 or 16 bits")
     layer = to_rgba(upright) if has_transparency(upright) else to_rgb(upright)

@@ -67,7 +67,7 @@ class ImageTransform:
                 config.max_aspect_ratio,
             )
         masks: MaskSource | None = alpha_mask if config.masked_loss == "alpha" else None
-        if config.mask_data is not None:
+        if config.masked_loss == "files":
             masks = MaskFiles(config.mask_data, config.folder)
         crop_variants = config.crop_variants if config.crop == "random" else None
         return cls(buckets, crop_variants, config.flip, config.background, masks, seed)

@@ -13,11 +13,12 @@ from PIL import Image
 
 from ..imaging.contact_sheet import captioned_grid
 from ..pipelines.load_base import training_resolution
+from ..utils.display import counted
 from ..utils.errors import RestuneError
 from .buckets import bucket_step
 from .captions import read_examples
 from .config import DataConfig
-from .data_sheet import DataSheet, counted
+from .data_sheet import DataSheet
 from .image_transform import ImageTransform
 from .training_images import Sample, load_samples
 
@@ -91,6 +92,7 @@ def inspect_data(config: DataConfig, frame: Frame, sheet: DataSheet, seed: int =
         pass
     sheet.check()
     sheet.count_tokens(frame.tokenizers)
+    sheet.hint(config, frame.resolution)
     return thumbnails.sheet()
 
 
@@ -110,6 +112,7 @@ def describe_data(sheet: DataSheet, most: int = 5) -> str:
     facts += [("same file", " = ".join(names)) for names in sheet.duplicates[:most]]
     if len(sheet.duplicates) > most:
         facts.append(("", f"and {len(sheet.duplicates) - most} more groups"))
+    facts += [("hint", hint) for hint in sheet.hints]
     facts += [("left out", str(each)) for each in sheet.faults]
     facts += [("not used", str(each)) for each in sheet.others[:most]]
     if len(sheet.others) > most:

@@ -11,8 +11,9 @@ from PIL import Image
 
 from ..imaging.masks import load_mask
 from ..utils.errors import DataError
+from .conventions.label_files import MASK_LABEL
+from .conventions.partner_files import PartnerFiles
 from .example import Example
-from .files import list_images
 from .image_files import Crop, same_shape
 
 
@@ -22,24 +23,26 @@ def alpha_mask(example: Example, layer: Image.Image) -> Image.Image:
 
 
 class MaskFiles:
-    """Masks in a folder, with the file names of the training images; extensions may differ.
+    """Masks in a folder, with the file names of the training images, or beside the images as `NAME-masklabel.png`.
 
     Args:
-        folder: folder of masks.
+        folder: folder of masks; None for masks beside the images.
         root: folder of the training images.
 
     Raises:
         DataError: if the folder does not exist, or is inside the folder of training images.
     """
 
-    def __init__(self, folder: Path, root: Path) -> None:
-        if not folder.is_dir():
+    def __init__(self, folder: Path | None, root: Path) -> None:
+        if folder is not None and not folder.is_dir():
             raise DataError(f"The folder of masks {folder} does not exist.")
-        if folder.resolve().is_relative_to(root.resolve()):
-            raise DataError(f"{folder} lies inside the image folder; move the masks out of it.")
+        if folder is not None and folder.resolve().is_relative_to(root.resolve()):
+            raise DataError(
+                f"{folder} lies inside the image folder; move the masks out of it, or name them NAME{MASK_LABEL}.png "
+                f"and leave out --mask-data."
+            )
         self._folder = folder
-        self._root = root
-        self._files = {path.relative_to(folder).with_suffix(""): path for path in list_images(folder)}
+        self._files = PartnerFiles(root, root, MASK_LABEL) if folder is None else PartnerFiles(folder, root)
 
     def __call__(self, example: Example, layer: Image.Image) -> Image.Image:
         """Return the mask of an image, grayscale, white in the trained area.
@@ -48,9 +51,12 @@ class MaskFiles:
             DataError: if the mask does not exist, cannot be read, or has another aspect ratio than the image. The
                 message continues a sentence that starts with the name of the image.
         """
-        path = self._file(example)
+        path = self._files.of(example.path)
         if path is None:
-            raise DataError(f"has no mask of the same name in {self._folder}")
+            beside = (
+                f"has no mask {example.path.stem}{MASK_LABEL}.png beside it; add it, or give masks with --mask-data"
+            )
+            raise DataError(beside if self._folder is None else f"has no mask of the same name in {self._folder}")
         try:
             mask = load_mask(path)
         except MemoryError:
@@ -64,11 +70,6 @@ class MaskFiles:
                 f"give both the same shape"
             )
         return Image.fromarray((mask.numpy() * 255).round().astype(np.uint8))
-
-    def _file(self, example: Example) -> Path | None:
-        if not example.path.is_relative_to(self._root):
-            return None
-        return self._files.get(example.path.relative_to(self._root).with_suffix(""))
 
 
 MaskSource = Callable[[Example, Image.Image], Image.Image]

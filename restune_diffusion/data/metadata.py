@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from ..utils.errors import DataError
@@ -16,8 +16,26 @@ from .refusals import Refused
 METADATA_FILE = "metadata.jsonl"
 METADATA_CSV = "metadata.csv"
 
+# Folder of the training split in the layout of `datasets` (imagefolder).
+_SPLIT = "train"
+
 Row = tuple[str, object]
 """Position of a row in its file, and its value."""
+
+
+def find_metadata(folder: Path, files: Sequence[Path]) -> Path | None:
+    """Return the metadata file of a folder, or else that of its subfolder `train`; JSON lines come first.
+
+    Args:
+        folder: the data folder.
+        files: its files.
+    """
+    for place in (folder, folder / _SPLIT):
+        for name in (METADATA_FILE, METADATA_CSV):
+            found = [path for path in files if path.parent == place and path.name.lower() == name]
+            if found:
+                return min(found, key=lambda path: path.name != name)
+    return None
 
 
 def read_metadata(
@@ -38,7 +56,7 @@ def read_metadata(
         DataError: if the file cannot be read.
     """
     examples = []
-    rows = _csv_rows if metadata.suffix == ".csv" else _json_rows
+    rows = _csv_rows if metadata.suffix.lower() == ".csv" else _json_rows
     for place, row in rows(metadata, refused):
         try:
             examples.append(_example(metadata, row, fallback, caption_column))
@@ -64,12 +82,28 @@ def _json_rows(metadata: Path, refused: list[Refused]) -> Iterator[Row]:
 def _csv_rows(metadata: Path, refused: list[Refused]) -> Iterator[Row]:
     reader = csv.DictReader(io.StringIO(read_text(metadata)), strict=True)
     try:
-        if "file_name" not in (reader.fieldnames or ()):
+        columns = list(reader.fieldnames or ())
+        if "file_name" not in columns:
             raise DataError(
                 f"{metadata} has no column file_name; its first line must name the columns: file_name,text."
             )
+        twice = [name for name in columns if columns.count(name) > 1]
+        if twice:
+            raise DataError(f"{metadata} has two columns {twice[0]!r}; rename one of them in the first line.")
         for row in reader:
-            yield f"{metadata} line {reader.line_num}", {key: value for key, value in row.items() if value}
+            place = f"{metadata} line {reader.line_num}"
+            if None in row:
+                # `DictReader` collects the fields without a column under None.
+                fields = len(columns) + len(row[None])
+                refused.append(
+                    Refused(
+                        place,
+                        f"has {fields} fields for {len(columns)} columns; "
+                        f'put a caption that contains commas in double quotes: a.png,"red, round"',
+                    )
+                )
+                continue
+            yield place, {key: value for key, value in row.items() if value}
     except csv.Error as error:
         # An unclosed quote invalidates the rest of the file.
         refused.append(Refused(f"{metadata} line {reader.line_num}", f"is not valid CSV ({error}), from here on"))
@@ -82,7 +116,10 @@ def _example(metadata: Path, row: object, fallback: Callable[[Path], str | None]
     path = _named_file(metadata, row["file_name"])
     caption = row.get(caption_column) or fallback(path)
     if not isinstance(caption, str) or not caption.strip():
-        raise DataError(f'has no caption; add "{caption_column}" to the row, or set one prompt for all images')
+        raise DataError(
+            f'has no caption; add "{caption_column}" to the row, set --caption-column to another of its columns, '
+            f"or set one prompt for all images"
+        )
     check_caption(caption)
     conditions = {key: _named_file(metadata, name) for key, name in _condition_names(row).items()}
     return Example(path, caption.strip(), conditions)
@@ -100,7 +137,9 @@ def _condition_names(row: Mapping[str, object]) -> dict[str | int, str]:
 
 
 def _named_file(metadata: Path, name: str) -> Path:
-    path = metadata.parent / name
-    if not is_file(path):
+    # Files written on Windows separate folders by a backslash.
+    choices = (metadata.parent / name, metadata.parent / name.replace("\\", "/"))
+    path = next((choice for choice in choices if is_file(choice)), None)
+    if path is None:
         raise DataError(f"names {name}, but there is no such file in {metadata.parent}")
     return path

@@ -21,10 +21,11 @@ from ..tuners import Features, Operation
 from ..tuners.tuner import Tuner
 from ..utils.errors import RestuneError, TunerNameError
 from .attached_tuner import AttachedTuner, Residual
+from .integrity import HookedModules
 from .mixing import ForwardContext, Layout, check_images
 from .operations import operation_input, show_operation
 from .text_encoders import EncoderHooks, attach_text, check_text
-from .weights import TunerWeight, Weight, as_weight
+from .weights import TunerWeight, Weight, as_weight, warn_of_large
 
 
 class TunerManager:
@@ -54,6 +55,7 @@ class TunerManager:
         self._operation_handles: dict[str, RemovableHandle] = {}
         self._handles: list[RemovableHandle]
         self._install(base)
+        self._hooked = HookedModules(base, self._handles, {})
 
     @classmethod
     def of(cls, base: nn.Module) -> TunerManager | None:
@@ -162,6 +164,7 @@ class TunerManager:
         factors = {name: self._tuners[name].site_factors(weight) for name, weight in checked.items()}
         for name, attached in self._tuners.items():
             if name in checked:
+                warn_of_large(name, checked[name])
                 attached.set_weight(checked[name], factors[name])
             else:
                 attached.set_weight(TunerWeight(0.0), dict.fromkeys(attached.sites, 1.0))
@@ -200,6 +203,12 @@ class TunerManager:
         for attached in self._tuners.values():
             if attached.acts:
                 check_images(attached.weight, images)
+
+    def check_modules(self) -> None:
+        """Raise `RestuneError` if an active tuner has no effect, because its modules were replaced or fused."""
+        active = [attached for attached in self._tuners.values() if attached.acts and self.enabled]
+        if active:
+            self._hooked.check({site for attached in active for site in attached.sites})
 
     def place(self, device: torch.device) -> None:
         """Move the active tuners to a device; a compiled graph cannot move them."""
@@ -242,6 +251,8 @@ class TunerManager:
             self._operation_handles[site] = self._structure.module(self._base, site).register_forward_hook(
                 partial(hook, site), with_kwargs=True
             )
+        linears = {site: self._structure.module_path(site) for site in wanted if site not in self.base_info.sites}
+        self._hooked = HookedModules(self._base, [*self._handles, *self._operation_handles.values()], linears)
 
     def _install(self, base: nn.Module) -> None:
         self._handles = [
@@ -267,6 +278,9 @@ class TunerManager:
             self._traced = True
         for attached in self._tuners.values():
             attached.begin(self._pass)
+        # A pipeline with `RestuneLoaderMixin` checks before each call instead of inside a compiled graph.
+        if not torch.compiler.is_compiling():
+            self.check_modules()
 
     def _end(self, module: nn.Module, args: Any, output: Any) -> None:
         self._features = Features()

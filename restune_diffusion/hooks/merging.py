@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ..backbones import describe_base, site_module
+from ..backbones import describe_base, is_fused, site_module, structure_of
 from ..tuners import ResLora
 from ..tuners.tuner import Tuner
 from ..utils.errors import RestuneError
@@ -23,6 +23,8 @@ class _Touched:
     weight: nn.Parameter
     original: torch.Tensor
     checksum: int
+    owner: nn.Module
+    """Module that calls the layer."""
 
 
 class MergedLora:
@@ -50,6 +52,7 @@ class MergedLora:
                     f"The weight at {touched.site} was changed after this tuner was merged; undo that change first, "
                     "for example by unmerging the tuner that was merged last."
                 )
+            _refuse_fused(touched.owner, touched.site)
         with torch.no_grad():
             for touched in self._touched:
                 touched.weight.copy_(touched.original)
@@ -71,7 +74,8 @@ def merge_lora(base: nn.Module, tuner: Tuner, weight: float = 1.0) -> MergedLora
         A handle that undoes the merge.
 
     Raises:
-        RestuneError: if the tuner cannot be merged, or a weight is quantized or offloaded; nothing is changed then.
+        RestuneError: if the tuner cannot be merged, or a weight is quantized, offloaded or fused with others; nothing
+            is changed then.
         BaseMismatchError: if the tuner is for a base of another structure.
     """
     tuner.base.check_fits(describe_base(base))
@@ -82,7 +86,8 @@ def merge_lora(base: nn.Module, tuner: Tuner, weight: float = 1.0) -> MergedLora
     if manager is not None and any(manager.tuner(name) is tuner for name in manager.names):
         raise RestuneError("This tuner is attached to the base and would act twice; detach it, then merge it.")
     weights = {site: _mergeable_weight(base, site) for site in loras}
-    return MergedLora([_add(site, weights[site], lora, weight) for site, lora in loras.items()])
+    owners = {site: _owner(base, site) for site in loras}
+    return MergedLora([_add(site, weights[site], owners[site], lora, weight) for site, lora in loras.items()])
 
 
 def _only_loras(tuner: Tuner) -> dict[str, ResLora]:
@@ -110,12 +115,27 @@ def _mergeable_weight(base: nn.Module, site: str) -> nn.Parameter:
     return weight
 
 
+def _owner(base: nn.Module, site: str) -> nn.Module:
+    """Return the module that calls the layer at a site; raise `RestuneError` if it calls a fused copy instead."""
+    owner = base.get_submodule(structure_of(base).module_path(site).rpartition(".")[0])
+    _refuse_fused(owner, site)
+    return owner
+
+
+def _refuse_fused(owner: nn.Module, site: str) -> None:
+    if is_fused(owner, site.rpartition(".")[2]):
+        raise RestuneError(
+            f"The base computes {site} in a fused projection, which would keep the old weight; call "
+            "pipe.unfuse_qkv_projections() first."
+        )
+
+
 @torch.no_grad()
-def _add(site: str, parameter: nn.Parameter, lora: ResLora, weight: float) -> _Touched:
+def _add(site: str, parameter: nn.Parameter, owner: nn.Module, lora: ResLora, weight: float) -> _Touched:
     original = parameter.detach().to("cpu", copy=True)
     delta = weight * lora.delta().to(parameter.device)
     parameter.copy_(parameter.to(torch.promote_types(parameter.dtype, delta.dtype)) + delta)
-    return _Touched(site, parameter, original, _checksum(parameter))
+    return _Touched(site, parameter, original, _checksum(parameter), owner)
 
 
 def _checksum(weight: torch.Tensor) -> int:

@@ -86,6 +86,14 @@ def contains_token(text: str, tokens: Sequence[str]) -> bool:
     return bool(_pattern(tokens).search(text))
 
 
+def split_tokens(text: str, tokens: Sequence[str]) -> tuple[str, list[str]]:
+    """Return a text without its placeholder tokens, and the tokens in lower case, each as often as it occurs."""
+    if not tokens:
+        return text, []
+    pattern = _pattern(tokens)
+    return pattern.sub(" ", text), [match[0].lower() for match in pattern.finditer(text)]
+
+
 def _pattern(tokens: Sequence[str] | dict[str, Any]) -> re.Pattern[str]:
     """Return a pattern for whole tokens, the longest first, ignoring case like CLIP's tokenizer."""
     ordered = sorted(tokens, key=len, reverse=True)

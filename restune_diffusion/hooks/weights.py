@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,7 +14,11 @@ import torch
 from ..backbones.site_names import SitePattern
 from ..utils.errors import RestuneError
 
+logger = logging.getLogger(__name__)
+
 _PIECE = re.compile(r"(?P<start>[\d.]+)\s*-\s*(?P<end>[\d.]+)\s*:\s*(?P<first>-?[\d.]+)(?:\s*>\s*(?P<last>-?[\d.]+))?")
+# Well above every weight that images survive, so that no extrapolation on purpose warns.
+_LARGE = 10.0
 ROUNDING = 1e-6
 """Tolerance with which a timestep at exactly a segment's start belongs to it, despite rounding of its progress."""
 
@@ -206,6 +211,17 @@ def as_weight(weight: Weight | str) -> TunerWeight:
     if isinstance(weight, Mapping):
         return TunerWeight(sites=dict(weight))
     return TunerWeight(float(weight)) if isinstance(weight, int | float) else TunerWeight(tuple(weight))
+
+
+def warn_of_large(name: str, weight: TunerWeight) -> None:
+    """Log a warning about a weight so large that images usually fall apart."""
+    largest = max(map(abs, weight.values))
+    if largest > _LARGE:
+        logger.warning(
+            "The weight %g of the tuner %s is far beyond the usual range from 0 to 2; images usually fall apart.",
+            largest,
+            name,
+        )
 
 
 def _check_mask(mask: torch.Tensor) -> None:

@@ -9,6 +9,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 _MARGIN = 8
 _INK, _FAINT, _PAPER = (30, 30, 30), (110, 110, 110), (255, 255, 255)
+_FRAME = (200, 200, 200)
 _FONT, _LINE = 14, 18
 _LABEL = 150
 _HEADLINES = 3
@@ -52,7 +53,7 @@ def labelled_grid(
         for offset, line in enumerate(_wrapped(text, font, label, max(1, height // _LINE))):
             draw.text((_MARGIN, top + down * row + _LINE * offset), line, fill=_INK, font=font)
         for column, image in enumerate(images):
-            sheet.paste(image, (left + across * column, top + down * row))
+            _paste_framed(sheet, image, (left + across * column, top + down * row))
     return sheet
 
 
@@ -82,13 +83,21 @@ def captioned_grid(
         for column, number in enumerate(row):
             left = _MARGIN + (cell + _MARGIN) * column
             image, (heading, caption) = fitted[number], captions[number]
-            sheet.paste(image, (left + (cell - image.width) // 2, bottom - image.height))
+            _paste_framed(sheet, image, (left + (cell - image.width) // 2, bottom - image.height))
             lines = [(heading, _FAINT), *((line, _INK) for line in _wrapped(caption, font, cell, _HEADLINES))]
             for offset, (line, color) in enumerate(lines):
                 place = (left + cell / 2, bottom + _MARGIN // 2 + _LINE * offset)
                 draw.text(place, line, fill=color, font=font, anchor="ma")
         bottom += text + _MARGIN
     return sheet
+
+
+def _paste_framed(sheet: Image.Image, image: Image.Image, place: tuple[int, int]) -> None:
+    """Paste an image, with a thin frame around it that shows where a white image ends."""
+    left, top = place
+    frame = (left - 1, top - 1, left + image.width, top + image.height)
+    ImageDraw.Draw(sheet).rectangle(frame, outline=_FRAME)
+    sheet.paste(image, place)
 
 
 def fitting_cell(rows: int, columns: int, side: int) -> int:

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 
 from ..utils.errors import RestuneError
+from .upright import decode_upright
 
 
 def mask_from_image(image: Image.Image) -> torch.Tensor:
@@ -37,8 +38,7 @@ def load_mask(path: str | os.PathLike[str]) -> torch.Tensor:
         RestuneError: if the file cannot be read as an image.
     """
     try:
-        with Image.open(Path(path).expanduser()) as image:
-            return mask_from_image(ImageOps.exif_transpose(image))
+        return mask_from_image(decode_upright(Path(path).expanduser().read_bytes()))
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise RestuneError(f"The mask {path} cannot be read as an image: {reason}") from error

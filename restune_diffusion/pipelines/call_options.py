@@ -74,6 +74,7 @@ def mixed(
         # A compiled graph can neither check the weights nor move a tuner.
         if layout is not None:
             manager.check_images(layout.images)
+        manager.check_modules()
         manager.place(device)
         yield
     finally:

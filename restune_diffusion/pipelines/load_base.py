@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import inspect
-import re
 import warnings
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,7 +17,9 @@ from diffusers import (
 )
 from safetensors import SafetensorError
 
+from ..storage.base_files.location import local_base
 from ..utils.errors import RestuneError, TrainingError
+from .single_file import load_single_file
 from .stable_diffusion import (
     RestuneStableDiffusionInpaintPipeline,
     RestuneStableDiffusionPipeline,
@@ -29,7 +29,6 @@ from .stable_diffusion import (
 
 PRECISIONS = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _PIPELINES: dict[str, Any] = {
     "StableDiffusionPipeline": RestuneStableDiffusionPipeline,
     "StableDiffusionInpaintPipeline": RestuneStableDiffusionInpaintPipeline,
@@ -41,20 +40,20 @@ _PIPELINES |= {pipeline_class.__name__: pipeline_class for pipeline_class in _PI
 
 
 def load_base(base: str, dtype: torch.dtype) -> Any:
-    """Load a Stable Diffusion checkpoint in diffusers' layout as a pipeline with `RestuneLoaderMixin`.
+    """Load a Stable Diffusion checkpoint as a pipeline with `RestuneLoaderMixin`.
 
     Args:
-        base: a directory, or a repository id on the Hub.
+        base: a directory in diffusers' layout, a single safetensors file in the original layout, or a repository id on
+            the Hub.
         dtype: dtype of all models.
 
     Raises:
-        RestuneError: if the checkpoint does not exist, its pipeline class is not supported, or a text encoder's file
-            lacks weights.
+        RestuneError: if the checkpoint does not exist, is not a supported base, or lacks weights.
     """
-    is_local = Path(base).expanduser().exists()
-    if not is_local and not _HUB_ID.fullmatch(base):
-        raise RestuneError(f"There is no base at {base}; give a checkpoint directory or a repository id on the Hub.")
-    source = str(Path(base).expanduser()) if is_local else base
+    path = local_base(base)
+    if path is not None and path.is_file():
+        return load_single_file(path, dtype)
+    source = base if path is None else str(path)
     try:
         index = DiffusionPipeline.load_config(source)
         class_name = index["_class_name"]

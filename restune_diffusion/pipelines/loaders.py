@@ -28,6 +28,7 @@ from ..tuners.tuner import Tuner
 from ..utils.errors import ConditionError, RestuneError, TunerFileError, TunerNameError
 from .call_options import MixPerImage, call_layout, listed, mix_of_call, mixed, named_weights, weights_by_name
 from .control_images import TunerImage, TunerScale, with_control_images
+from .prediction_check import warn_of_other_prediction
 from .prompt_encoding import converted_prompt, prompt_encoding
 from .saving import PlainConfigMixin
 from .signatures import adopt_signature
@@ -243,6 +244,7 @@ class RestuneLoaderMixin(PlainConfigMixin):
                 f"The tuner {name!r} has placeholder tokens, which a {type(self).__name__} does not support; use a "
                 "pipeline with TextualInversionLoaderMixin."
             )
+        warn_of_other_prediction(self, tuner, name)
         attach(self.unet, tuner, name, 1.0 if weight is None else weight, text=text_encoders(self))
         if self._tuner_hotswap:
             self._manager_of([name]).static = True

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..backbones import text_encoders
+from ..hooks.manager import TunerManager
 from ..hooks.placeholder_tokens import PlaceholderTokens
-from ..hooks.text_encoders import EncoderHooks
-
-if TYPE_CHECKING:
-    from ..hooks.manager import TunerManager
+from ..hooks.text_encoders import EncoderHooks, text_part
 
 
 @contextmanager
@@ -41,6 +39,12 @@ def prompt_encoding(pipeline: Any, manager: TunerManager | None) -> Iterator[Non
             stack.callback(state.update, before)
             stack.callback(state.pop, "_placeholder_tokens", None)
         yield
+
+
+def text_tuner_names(pipeline: Any) -> list[str]:
+    """Return the names of the loaded tuners with a `text` part, whose weight all branches of a prompt share."""
+    manager = TunerManager.of(pipeline.unet)
+    return [] if manager is None else [name for name in manager.names if text_part(manager.tuner(name)) is not None]
 
 
 def converted_prompt(prompt: str | list[str], tokenizer: Any, tokens: Sequence[PlaceholderTokens]) -> str | list[str]:

@@ -53,6 +53,15 @@ class TunerInfo:
     training: dict[str, Any]
     metadata: dict[str, str]
 
+    @property
+    def trigger_words(self) -> list[str]:
+        """Words that prompts need for the tuner to act as trained; placeholder tokens among them."""
+        words = self.training.get("trigger_words")
+        if isinstance(words, list) and words:
+            return [str(word) for word in words]
+        phrase = self.metadata.get("modelspec.trigger_phrase", "")
+        return [word for word in (part.strip() for part in phrase.split(",")) if word]
+
 
 def read_info(path: str | os.PathLike[str]) -> TunerInfo:
     """Read and check the header of a tuner file, without reading its tensors.

@@ -66,7 +66,7 @@ def _front_matter(info: TunerInfo, samples: Mapping[str, str], base: str | None,
         "base_model_relation": "adapter" if base else None,
         "tags": ["restune-diffusion", "res-tuning", "stable-diffusion", "template:diffusion-lora"]
         + [f"restune-{config.part}" for config in info.configs],
-        "instance_prompt": _prompt(info.training),
+        "instance_prompt": _phrase(info),
         "widget": [_widget(path, prompt) for path, prompt in samples.items()] or None,
     }
     return str(ModelCardData(**{key: value for key, value in facts.items() if value is not None}).to_yaml()).strip()
@@ -86,11 +86,12 @@ def _about(info: TunerInfo, base: str | None) -> str:
         "bit for bit."
     )
     prompt = _prompt(info.training)
-    return (
-        text
-        if prompt is None
-        else f"{text}\n\nIt was trained with the prompt `{_plain(prompt)}`; use this phrase in prompts."
-    )
+    if prompt is not None:
+        text += f"\n\nIt was trained with the prompt `{_plain(prompt)}`; use this phrase in prompts."
+    if info.trigger_words:
+        words = ", ".join(f"`{_code(word)}`" for word in info.trigger_words)
+        text += f"\n\nTrigger words: {words}. Use them in prompts."
+    return text
 
 
 def _usage(info: TunerInfo, repo_id: str, base: str | None, weight_name: str | None, prompt: str | None) -> str:
@@ -104,7 +105,7 @@ from restune_diffusion import {name}
 
 pipe = {name}.from_pretrained({base or "path/to/the/base"!r})
 pipe.load_tuner_weights({repo_id!r}{more})
-image = pipe({(prompt or _prompt(info.training) or "a prompt")!r}).images[0]
+image = pipe({(prompt or _phrase(info) or "a prompt")!r}).images[0]
 ```"""
 
 
@@ -127,6 +128,13 @@ def _prompt(training: Mapping[str, Any]) -> str | None:
     return " ".join(prompt.split()) or None if isinstance(prompt, str) else None
 
 
+def _phrase(info: TunerInfo) -> str | None:
+    """Return the prompt of the training, after the trigger words that it lacks."""
+    prompt = _prompt(info.training) or ""
+    words = [" ".join(word.split()) for word in info.trigger_words]
+    return ", ".join([*(word for word in words if word not in prompt), *([prompt] if prompt else [])]) or None
+
+
 def _what(config: PartConfig) -> str:
     return _PARTS.get(config.part) or f"{config.part}: {_plain(tuner_family(config.part).summary).rstrip('.')}"
 
@@ -140,6 +148,11 @@ def _settings(config: PartConfig) -> str:
 def _plain(text: str) -> str:
     """Remove line breaks and Markdown characters from untrusted text, so that it stays in its cell or code span."""
     return " ".join(re.sub(r"[`|<>]", " ", text).split())
+
+
+def _code(word: str) -> str:
+    """Return a trigger word for a code span, in which the angle brackets of a token are literal."""
+    return " ".join(word.replace("`", " ").split())
 
 
 def sample_paths(images: Sequence[object]) -> list[str]:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-import re
 from pathlib import Path
 
 from ..utils.errors import TunerFileError
+from .base_files.location import is_hub_id
 
 TUNER_WEIGHT_NAME = "pytorch_tuner_weights.safetensors"
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def tuner_file(
@@ -51,10 +50,14 @@ def local_tuner_file(
     if len(found) == 1:
         return found[0]
     raise TunerFileError(
-        f"{folder} contains {len(found)} safetensors files; select one with weight_name."
+        f"{folder} contains {len(found)} safetensors files{_listed(found)}; select one with weight_name."
         if weight_name is None
         else f"There is no {weight_name} in {folder}."
     )
+
+
+def _listed(paths: list[Path]) -> str:
+    return f" ({', '.join(path.name for path in paths)})" if paths else ""
 
 
 def _download(
@@ -67,7 +70,7 @@ def _download(
     local_files_only: bool | None,
 ) -> Path:
     # A mistyped local path must not cause a network call.
-    if not _HUB_ID.fullmatch(repository) or repository.endswith((".safetensors", ".bin", ".pt", ".ckpt")):
+    if not is_hub_id(repository):
         raise TunerFileError(f"There is no tuner file at {repository}.")
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError

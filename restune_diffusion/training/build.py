@@ -16,11 +16,13 @@ from ..utils.errors import TrainingError
 from ..utils.seeds import derived_seed
 from .callbacks.tracking import tracker_name
 from .checkpoint import latest_checkpoint, restore_checkpoint
+from .config.length.resolve import resolve_length, with_length
 from .config.loss import LossConfig
 from .config.noise import NoiseConfig
 from .config.optimizer import OptimizerConfig
 from .config.train_config import TrainConfig
 from .feature_cache.use import cached_feature_sampler
+from .initial_tuner import load_initial_tuner
 from .inputs import TrainingInputs
 from .latents.batches import Batches
 from .latents.cache import Cache
@@ -34,7 +36,7 @@ from .optimization.averaging import TunerAverage
 from .optimization.optimizers import make_optimizer
 from .optimization.parameter_groups import parameter_groups
 from .processes import check_distribution
-from .state import TrainState
+from .state import TrainState, images_per_step
 
 
 def build_accelerator(config: TrainConfig) -> Accelerator:
@@ -65,8 +67,16 @@ def build_accelerator(config: TrainConfig) -> Accelerator:
 def build_training_state(config: TrainConfig, accelerator: Accelerator, inputs: TrainingInputs) -> TrainState:
     """Build the training state, and restore it from the newest checkpoint if `resume` is set."""
     pipeline, cache = inputs.pipeline, inputs.cache
+    length = resolve_length(
+        config,
+        images=len(cache),
+        samples=sum(cache.repeats),
+        images_per_step=images_per_step(config, accelerator),
+    )
+    config = with_length(config, length)
     objective = _objective(config.loss, pipeline.scheduler)
     tuner = Tuner.for_pipeline(pipeline, *config.parts, generator=torch.Generator().manual_seed(config.seed))
+    initial = load_initial_tuner(config, tuner)
     tuner.to(accelerator.device)
     optimizer = make_optimizer(
         config.optimizer.name,
@@ -79,12 +89,13 @@ def build_training_state(config: TrainConfig, accelerator: Accelerator, inputs: 
     class_batches = partial(batches, seed=derived_seed(config.seed, "class"))
     run = TrainState(
         config=config,
+        length=length,
         accelerator=accelerator,
         pipeline=pipeline,
         tuner=tuner,
         # Only the optimizer is prepared, because the tuner runs in hooks and the schedule counts optimizer steps.
         optimizer=accelerator.prepare(optimizer),
-        lr_scheduler=_make_lr_scheduler(config.optimizer, optimizer, config.steps),
+        lr_scheduler=_make_lr_scheduler(config.optimizer, optimizer, length.steps),
         cache=cache,
         batches=batches(
             cache, seed=config.seed, sampler=cached_feature_sampler(config.feature_cache, cache, config.seed)
@@ -94,6 +105,7 @@ def build_training_state(config: TrainConfig, accelerator: Accelerator, inputs: 
         conditions=inputs.conditions,
         data=inputs.data,
         preservation=make_preservation(config.preservation.class_prompt, inputs.known_class, class_batches, encode),
+        initial=initial,
         average=TunerAverage(tuner, config.optimizer.ema_decay) if config.optimizer.ema_decay is not None else None,
     )
     checkpoint = latest_checkpoint(config.output) if config.checkpoints.resume else None
@@ -124,7 +136,7 @@ def _batches(
         dtype=pipeline.unet.dtype,
         noising=_noising(config.noise),
         encode=encode,
-        step_size=config.batch_size * config.gradient_accumulation_steps * accelerator.num_processes,
+        step_size=images_per_step(config, accelerator),
         unmasked_weight=config.data.unmasked_weight,
         inpainting=InpaintingInputs(pipeline.vae, cache.images) if cache.images else None,
         sampler=sampler,

@@ -24,7 +24,7 @@ from .config.train_config import current_names
 from .facts import library_versions, run_identity
 from .optimization.optimizer_state import flatten_state, unflatten_state
 from .optimization.parameter_groups import optimized_names
-from .state import StepReport, TrainState
+from .state import InitialTuner, StepReport, TrainState
 
 logger = logging.getLogger(__name__)
 
@@ -40,14 +40,15 @@ class Checkpoints(Callback):
             for pattern in (".checkpoint-*.tmp", ".sample-*.tmp"):
                 for leftover in run.config.output.glob(pattern):
                     shutil.rmtree(leftover)
-            for name in (run.config.file.name, METRICS_FILE, DATA_FILE, CONFIG_FILE):
+            step_files = f"{run.config.name}-*.safetensors"
+            for name in (run.config.file.name, step_files, METRICS_FILE, DATA_FILE, CONFIG_FILE):
                 for leftover in run.config.output.glob(f".{name}.*.tmp"):
                     leftover.unlink()
 
     def on_step(self, run: TrainState, report: StepReport) -> None:
         """Save a checkpoint every `checkpoints.every` steps and after the last step."""
         every = run.config.checkpoints.every
-        if every and (run.step % every == 0 or run.step == run.config.steps):
+        if every and (run.step % every == 0 or run.step == run.steps):
             self._save(run)
 
     def on_stop(self, run: TrainState) -> None:
@@ -131,11 +132,12 @@ def restore_checkpoint(run: TrainState, checkpoint: Path) -> None:
         raise TrainingError(
             f"{checkpoint} is damaged ({error}); delete it to resume from an older checkpoint."
         ) from error
+    if run.config.init_tuner is not None and run.initial is None and "initial tuner" in saved_run:
+        # The file is gone, and its weights are part of those of the checkpoint.
+        run.initial = InitialTuner(run.config.init_tuner.name, saved_run["initial tuner"])
     _check_same_run(checkpoint, saved_run, run_identity(run))
-    if step > run.config.steps:
-        raise TrainingError(
-            f"{checkpoint} is beyond the requested {run.config.steps} steps; set steps to {step} or more."
-        )
+    if step > run.steps:
+        raise TrainingError(f"{checkpoint} is beyond the requested {run.steps} steps; set steps to {step} or more.")
     if versions != library_versions():
         logger.warning("%s was made with %s; the result may differ in the last digits.", checkpoint, versions)
     run.tuner.load_state_dict(load_tuner(checkpoint / "tuner.safetensors").state_dict())
@@ -147,6 +149,7 @@ def restore_checkpoint(run: TrainState, checkpoint: Path) -> None:
     if run.accelerator.scaler is not None:
         run.accelerator.scaler.load_state_dict(state["grad_scaler"])
     run.step = step
+    run.resumed_from = checkpoint
 
 
 def _check_same_run(checkpoint: Path, saved: dict[str, Any], requested: dict[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from importlib.metadata import version
 from typing import Any
 
@@ -31,6 +32,8 @@ def run_identity(run: TrainState) -> dict[str, Any]:
     settings["images and captions"] = run.cache.data_hash
     if run.preservation is not None:
         settings["class images or prompt"] = run.preservation.identity
+    if run.initial is not None:
+        settings["initial tuner"] = run.initial.sha256
     settings["number of processes"] = run.accelerator.num_processes
     if run.config.optimizer.lr_scheduler not in _ENDLESS:
         settings["steps"] = steps
@@ -46,6 +49,7 @@ def training_facts(run: TrainState) -> dict[str, Any]:
         "data_hash": run.cache.data_hash,
         "resolution": run.resolution,
         "prediction_type": run.objective.prediction_type,
+        **({"initial_tuner": asdict(run.initial)} if run.initial is not None else {}),
         **({"trigger_words": triggers} if (triggers := trigger_words(run.config)) else {}),
         "versions": library_versions(),
         "config": run.config.recorded(),

@@ -27,6 +27,7 @@ from .callbacks.drift import DriftPrompt, encode_drift_prompts
 from .config.train_config import TrainConfig
 from .feature_cache.use import hash_of_models
 from .frozen_base import check_trainable, frozen, move_encoders
+from .initial_tuner import check_initial_tuner
 from .latents.cache import Cache, build_cache
 from .latents.cache_shards import build_together
 from .latents.text_conditioning import Conditioning
@@ -89,6 +90,7 @@ def prepared(
             # Before the move to the device, so that the device never holds the unquantized weights.
             quantize_base(pipeline.unet)
     check_trainable(pipeline)
+    check_initial_tuner(config, pipeline)
     inpainting = is_inpainting(pipeline)
     if config.memory.drop_encoders and inpainting:
         raise TrainingError("An inpainting base encodes masked images in each step; leave drop_encoders out.")
@@ -140,7 +142,9 @@ def _encode(
     sheet.add(gather_object([own]))
     sheet.check()
     assert cache is not None
-    sheet.count_tokens([encoder.tokenizer for encoder in text_encoders(pipeline).values()])
+    vectors = {token: getattr(part, "vectors_per_token", 1) for part in config.parts for token in part.new_words}
+    sheet.count_tokens([encoder.tokenizer for encoder in text_encoders(pipeline).values()], vectors)
+    sheet.hint(config.data, resolution)
     return cache
 
 

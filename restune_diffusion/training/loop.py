@@ -23,7 +23,7 @@ _MAX_SKIPPED_STEPS = 50
 
 
 def run_loop(run: TrainState, callbacks: Sequence[Callback], stop: StopRequest | None = None) -> None:
-    """Train until `config.steps` and run the callbacks; see `steps_of`."""
+    """Train until the run's last step and run the callbacks; see `steps_of`."""
     for _ in steps_of(run, callbacks, stop):
         pass
 
@@ -31,7 +31,7 @@ def run_loop(run: TrainState, callbacks: Sequence[Callback], stop: StopRequest |
 def steps_of(
     run: TrainState, callbacks: Sequence[Callback], stop: StopRequest | None = None
 ) -> Generator[int, None, None]:
-    """Train until `config.steps`, run the callbacks, and yield the number of each finished step.
+    """Train until the run's last step, run the callbacks, and yield the number of each finished step.
 
     Raises:
         TrainingError: if the loss or the gradient is not finite; the tuner keeps its last finite state.
@@ -41,7 +41,7 @@ def steps_of(
     try:
         for callback in callbacks:
             callback.on_start(run)
-        while run.step < run.config.steps:
+        while run.step < run.steps:
             if stop is not None and stop.agreed(run.accelerator):
                 raise _interrupted(run, callbacks)
             report = _step(run)
@@ -63,7 +63,7 @@ def _interrupted(run: TrainState, callbacks: Sequence[Callback]) -> TrainingInte
         callback.on_stop(run)
     saved = latest_checkpoint(run.config.output)
     return TrainingInterrupted(
-        f"Stopped after step {run.step} of {run.config.steps}, as requested; {saved} is saved. "
+        f"Stopped after step {run.step} of {run.steps}, as requested; {saved} is saved. "
         f"Run the same command with --resume to continue from it."
     )
 
@@ -97,7 +97,7 @@ def _step(run: TrainState) -> StepReport:
     run.step += 1
     return StepReport(
         step=run.step,
-        steps=config.steps,
+        steps=run.steps,
         loss=sum(losses) / len(losses),
         grad_norm=grad_norm,
         learning_rate=learning_rate,

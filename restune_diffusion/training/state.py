@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from accelerate import Accelerator
 from ..data.condition_source import ConditionSource
 from ..data.data_sheet import DataSheet
 from ..tuners.tuner import Tuner
+from .config.length.resolve import Length
 from .config.train_config import TrainConfig
 from .latents.batches import Batch, BatchSource
 from .latents.cache import Cache
@@ -48,11 +50,23 @@ class Preservation(ABC):
         """
 
 
+@dataclass(frozen=True)
+class InitialTuner:
+    """Name and SHA-256 of the tuner file that a run started from."""
+
+    file: str
+    sha256: str
+
+
 @dataclass
 class TrainState:
-    """State of one training run; `step` counts the finished optimizer steps."""
+    """State of one training run; `step` counts the finished optimizer steps.
+
+    `config` has the resolved number of steps, which `length` explains.
+    """
 
     config: TrainConfig
+    length: Length
     accelerator: Accelerator
     pipeline: Any
     tuner: Tuner
@@ -70,7 +84,11 @@ class TrainState:
     """Moving average of the tuner's weights, if enabled."""
     preservation: Preservation | None = None
     """Preservation loss, if enabled."""
+    initial: InitialTuner | None = None
+    """Tuner file that the run started from, if any."""
     step: int = 0
+    resumed_from: Path | None = None
+    """Checkpoint that the run continues from, if any."""
 
     def __post_init__(self) -> None:
         self.bands = BandLosses(self.objective.timesteps)
@@ -82,8 +100,17 @@ class TrainState:
     @property
     def images_per_step(self) -> int:
         """Images per optimizer step, over all processes."""
-        config = self.config
-        return config.batch_size * config.gradient_accumulation_steps * int(self.accelerator.num_processes)
+        return images_per_step(self.config, self.accelerator)
+
+    @property
+    def steps(self) -> int:
+        """Number of optimizer steps of the whole run."""
+        return self.length.steps
+
+
+def images_per_step(config: TrainConfig, accelerator: Accelerator) -> int:
+    """Return the number of images per optimizer step, over all processes."""
+    return config.batch_size * config.gradient_accumulation_steps * int(accelerator.num_processes)
 
 
 @dataclass(frozen=True)

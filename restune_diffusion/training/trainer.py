@@ -13,19 +13,20 @@ from tqdm.auto import tqdm
 
 from ..backbones import text_encoders
 from ..hooks.attachment import attach
-from ..storage.tuner_file import save_tuner
 from ..utils.errors import TrainingError
+from .advice import log_warnings
 from .build import build_accelerator, build_training_state
 from .callbacks.base import Callback, UpdateAverage
 from .callbacks.config_record import ConfigFile
 from .callbacks.drift import DriftProbe
 from .callbacks.reporting import MetricsLog, Progress, ProgressBar, SheetFile, describe_plan
 from .callbacks.tracking import start_trackers
+from .callbacks.tuner_files import FinalFile, StepFiles, step_files
 from .callbacks.validation import ValidationSamples
 from .checkpoint import Checkpoints, latest_checkpoint
 from .config.train_config import TrainConfig
-from .facts import training_facts, trigger_words
 from .feature_cache.use import use_feature_cache
+from .initial_tuner import check_initial_tuner
 from .inputs import TrainingInputs, prepared
 from .loop import run_loop
 from .memory import gradient_checkpointing
@@ -75,6 +76,7 @@ def train(
     if config.sweep is not None:
         raise TrainingError("The config has a sweep, which trains several tuners; call `sweep` instead of `train`.")
     check_output(config)
+    check_initial_tuner(config)
     accelerator = build_accelerator(config)
     with prepared(config, accelerator, pipeline, verbose=verbose) as inputs:
         try:
@@ -88,7 +90,8 @@ def train(
                 accelerator.print(describe_plan(run))
             else:
                 inputs.data.warn()
-            start_trackers(accelerator, config)
+                log_warnings(run)
+            start_trackers(accelerator, run.config)
             if config.feature_cache.draws is not None:
                 use_feature_cache([run], inputs.models, verbose)
             stop = StopRequest()
@@ -114,7 +117,8 @@ def run_callbacks(
     log = MetricsLog()
     drift = DriftProbe(inputs.drift_prompts, log.note, tqdm.write if verbose else None)
     # Checkpoints come last, so that a saved step implies that all files of its other callbacks are complete.
-    return [log, UpdateAverage(), ConfigFile(), SheetFile(), *shown, drift, FinalFile(), samples, Checkpoints()]
+    files = [ConfigFile(), SheetFile(), *shown, drift, FinalFile(), StepFiles(), samples, Checkpoints()]
+    return [log, UpdateAverage(), *files]
 
 
 @contextmanager
@@ -131,24 +135,11 @@ def acting(run: TrainState) -> Iterator[None]:
         yield
 
 
-class FinalFile(Callback):
-    """Callback that writes the file of the finished tuner."""
-
-    def on_end(self, run: TrainState) -> None:
-        """Write the tuner's file."""
-        if run.accelerator.is_main_process:
-            with run.released_weights():
-                triggers = trigger_words(run.config)
-                metadata = {"modelspec.trigger_phrase": ", ".join(triggers)} if triggers else {}
-                save_tuner(run.tuner, run.config.file, training=training_facts(run), metadata=metadata)
-        run.accelerator.wait_for_everyone()
-
-
 def check_output(config: TrainConfig) -> None:
     """Check the output folder.
 
     Raises:
-        TrainingError: if it lies inside the image folder, or contains a run that would be overwritten.
+        TrainingError: if it lies inside the image folder, or contains a run or a tuner that would be overwritten.
     """
     if config.output.resolve().is_relative_to(config.data.folder.resolve()):
         raise TrainingError(
@@ -160,4 +151,15 @@ def check_output(config: TrainConfig) -> None:
         raise TrainingError(
             f"{config.output} holds {found.name} of an earlier run; add --resume to continue it, "
             f"or choose another output folder."
+        )
+    if found is None and config.file.exists():
+        raise TrainingError(
+            f"{config.file} is a finished tuner without a checkpoint to resume, and this run would replace it; choose "
+            "another --output or --name, or move the file away."
+        )
+    saved = step_files(config)
+    if saved and not config.checkpoints.resume:
+        raise TrainingError(
+            f"{config.output} holds {saved[-1].name} of an earlier run, which this run could replace; "
+            f"choose another output folder or another name."
         )

@@ -12,8 +12,8 @@ from ..backbones import Site
 from .base import init_zero
 from .configs import ControlConfig
 
-# Width and stride of the convolutions of the stem, as published.
-_STEM = ((16, 1), (16, 1), (32, 2), (32, 1), (96, 2), (96, 1), (256, 2))
+# Width and stride of the convolutions of the stem before the last, as published.
+_STEM = ((16, 1), (16, 1), (32, 2), (32, 1), (96, 2), (96, 1))
 STEM_STRIDE = 8
 """Pixels of a condition image per position of the latent, along each side."""
 # 1 / E[SiLU(z)^2] for standard normal z: a weight variance of this over the fan-in preserves the scale of a signal.
@@ -39,7 +39,8 @@ class CascadeEncoder(nn.Module):
         super().__init__()
         self.stem = nn.ModuleList()
         width = config.channels
-        for channels, stride in _STEM:
+        stem = [(max(1, int(channels * config.stem_ratio)), stride) for channels, stride in _STEM]
+        for channels, stride in (*stem, (config.stem_channels, 2)):
             self.stem.append(nn.Conv2d(width, channels, 3, stride=stride, padding=1))
             width = channels
         self.levels = nn.ModuleList()

@@ -58,6 +58,9 @@ class PartConfig(BaseModel):
     """Whether the part acts on text encoders. Captions are then encoded again in each training step, and the part
     class is a `TextPart`."""
 
+    only_initial: ClassVar[frozenset[str]] = frozenset()
+    """Settings that affect only the initial parameters, so that training from a tuner file may differ in them."""
+
     part: str = ""
     """Name of the family; the default is the only allowed value."""
 

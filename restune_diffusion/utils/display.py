@@ -19,3 +19,8 @@ def printable(text: str, limit: int | None = None) -> str:
 def readable_size(size: float) -> str:
     """Format a number of bytes in MiB, or in GiB from 1 GiB upwards."""
     return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"
+
+
+def counted(number: int, noun: str) -> str:
+    """Return a number with its noun, plural unless the number is 1."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

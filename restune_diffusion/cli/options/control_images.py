@@ -8,7 +8,7 @@ from typing import Any
 
 
 def read_control_images(
-    pipeline: Any, images: Sequence[str], sources: Sequence[str], size: tuple[int | None, int | None]
+    pipeline: Any, images: Sequence[str], sources: Sequence[str], size: tuple[int, int]
 ) -> dict[str, Any] | None:
     """Read condition images, or compute them from source images.
 
@@ -16,7 +16,7 @@ def read_control_images(
         pipeline: pipeline with its tuners loaded.
         images: condition image files, `CONDITION=FILE`, or `FILE` if the tuners take only one condition.
         sources: image files in the same form, from which the named condition is computed.
-        size: width and height of the generated images; the base's native size where None.
+        size: width and height of the generated images.
 
     Returns:
         Condition images keyed by condition; None if no image is given.
@@ -25,21 +25,17 @@ def read_control_images(
         ConditionError: if the name of a condition is missing, or a condition cannot be computed.
         DataError: if a file cannot be read.
     """
-    from PIL import Image, ImageOps
-
     from ...imaging.conditions import make_condition
     from ...pipelines.control_images import condition_names
-    from ...pipelines.load_base import training_resolution
+    from .images import fitted_image, read_image
 
     if not images and not sources:
         return None
     names = condition_names(pipeline)
-    control_images = {name: _read(path) for name, path in (_split(entry, names) for entry in images)}
-    native = training_resolution(pipeline, None)
+    control_images = {name: read_image(path) for name, path in (_split(entry, names) for entry in images)}
     for name, path in (_split(entry, names) for entry in sources):
         # Computed at the generated size, as in training: edges of a large photo would fade when it is reduced.
-        fitted = ImageOps.fit(_read(path), (size[0] or native, size[1] or native), Image.Resampling.LANCZOS)
-        control_images[name] = make_condition(name, fitted)
+        control_images[name] = make_condition(name, fitted_image(read_image(path), size))
     return control_images
 
 
@@ -54,13 +50,3 @@ def _split(entry: str, names: Sequence[str]) -> tuple[str, Path]:
         known = ", ".join(names) or "none"
         raise ConditionError(f"{entry} has no condition; write CONDITION=FILE. The tuners take {known}.")
     return names[0], Path(entry)
-
-
-def _read(path: Path) -> Any:
-    from ...data.image_files import read_layer
-    from ...utils.errors import DataError
-
-    try:
-        return read_layer(path)[0]
-    except Exception as error:  # Pillow's decoders raise almost anything on a broken file
-        raise DataError(f"{path} cannot be read as an image ({error}).") from error

@@ -26,6 +26,9 @@ class MixOptions(BaseModel):
     tuner: tuple[str, ...] = ()
     """Tuner files, each optionally with its weight after a colon: `watercolor.safetensors:0.8`; the default weight is
     1."""
+    lora: tuple[str, ...] = ()
+    """LoRA files of diffusers or kohya's sd-scripts for the U-Net, each optionally with its weight after a colon:
+    `pixel.safetensors:0.7`. The options of tuners apply to them too."""
     tuner_sites: tuple[str, ...] = ()
     """Factors by site on the tuner's weight: `"skip.0-3=0.2, up.*=0"`, or `"watercolor: skip.0-3=0.2"` with several
     tuners. If several patterns match a site, the last one applies."""
@@ -38,6 +41,10 @@ class MixOptions(BaseModel):
     """Guidance branch that the tuner acts on: `both`, `cond` (conditional) or `uncond` (unconditional), after `NAME:`
     with several tuners."""
 
+    def files(self) -> list[tuple[str, float]]:
+        """Return the path and the weight of each tuner, then of each LoRA."""
+        return [split_weight(argument) for argument in (*self.tuner, *self.lora)]
+
     def weights(self) -> dict[str, tuple[str, TunerWeight]]:
         """Return the file and the weight of each tuner, keyed by name.
 
@@ -47,7 +54,7 @@ class MixOptions(BaseModel):
         from ...hooks.weights import TunerWeight, schedule
         from ...imaging.masks import load_mask
 
-        files = [split_weight(argument) for argument in self.tuner]
+        files = self.files()
         names = unique_names([path for path, _ in files])
         sites = _by_tuner("--tuner-sites", self.tuner_sites, names)
         steps = _by_tuner("--tuner-schedule", self.tuner_schedule, names)
@@ -68,11 +75,41 @@ class MixOptions(BaseModel):
         }
 
 
-def load_tuners(pipeline: Any, weights: dict[str, tuple[str, TunerWeight]]) -> None:
-    """Load the tuners of a command line into a pipeline and set their weights."""
-    for name, (path, _) in weights.items():
-        pipeline.load_tuner_weights(path, tuner_name=name)
+def distinct_labels(paths: list[str]) -> list[str]:
+    """Return names for people: the file names without extension, with the folder where two are equal.
+
+    The tuners of two checkpoints of a run are `step-000500/tuner` and `step-001000/tuner`.
+    """
+    places = [Path(path).with_suffix("").parts for path in paths]
+    return ["/".join(place[-_distinct_depth(place, places) :]) for place in places]
+
+
+def _distinct_depth(place: tuple[str, ...], places: list[tuple[str, ...]]) -> int:
+    """Return how many last parts of a path tell it from the others; 1 if a file is given twice."""
+    others = [other for other in places if other != place]
+    depths = range(1, len(place) + 1)
+    return next((depth for depth in depths if all(other[-depth:] != place[-depth:] for other in others)), 1)
+
+
+def load_tuners(pipeline: Any, weights: dict[str, tuple[str, TunerWeight]], loras: int = 0) -> None:
+    """Load the tuners of a command line into a pipeline and set their weights.
+
+    Args:
+        pipeline: pipeline with the base.
+        weights: file and weight of each tuner, by name.
+        loras: number of the last of them that are LoRA files of other programs.
+    """
+    for number, (name, (path, _)) in enumerate(weights.items()):
+        is_lora = number >= len(weights) - loras
+        pipeline.load_tuner_weights(_imported(pipeline, path) if is_lora else path, tuner_name=name)
     pipeline.set_tuners({name: weight for name, (_, weight) in weights.items()})
+
+
+def _imported(pipeline: Any, path: str) -> Any:
+    from ...backbones import describe_base
+    from ...conversion.formats import import_tuner
+
+    return import_tuner(Path(path).expanduser(), describe_base(pipeline.unet))
 
 
 def read_sites(text: str) -> dict[str, float]:

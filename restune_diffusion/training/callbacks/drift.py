@@ -119,7 +119,7 @@ class DriftProbe(Callback):
     def on_step(self, run: TrainState, report: StepReport) -> None:
         """Log the drift every `validation.every` steps."""
         every = run.config.validation.every
-        if every and run.step % every == 0 and run.step < run.config.steps:
+        if every and run.step % every == 0 and run.step < run.steps:
             self._report(run)
 
     def on_end(self, run: TrainState) -> None:

@@ -11,7 +11,8 @@ from typing import IO, Any
 from tqdm.auto import tqdm
 
 from ...utils.atomic_write import atomic_write
-from ...utils.display import readable_size
+from ...utils.display import counted, readable_size
+from ..advice import warnings_of
 from ..quantization import parameter_bytes
 from ..state import StepReport, TrainState
 from .base import Callback
@@ -26,23 +27,35 @@ def describe_plan(run: TrainState) -> str:
     """Return a summary of the run in a few lines: base, data, tuner, steps and memory."""
     config, cache = run.config, run.cache
     images = run.images_per_step
-    epochs = config.steps * images / sum(cache.repeats)
+    epochs = run.steps * images / sum(cache.repeats)
+    derived = f" ({run.length.origin})" if run.length.origin else ""
     precision = {"no": "fp32", "fp16": "fp16", "bf16": "bf16"}[config.memory.mixed_precision]
     # weight, gradient and two moments of Adam, four bytes each
     tuner_memory, base_memory = run.tuner.num_parameters() * 16, parameter_bytes(run.pipeline.unet)
+    started = f", from {run.initial.file}" if run.initial is not None else ""
     lines = [
         f"base        {config.base} ({run.objective.prediction_type}, {precision}, {run.accelerator.device})",
         *_describe_data(run),
-        f"tuner       {' + '.join(config.kinds)}, {run.tuner.num_parameters():,} parameters",
+        f"tuner       {' + '.join(config.kinds)}, {run.tuner.num_parameters():,} parameters{started}",
         *(["masks       random in every step"] if cache.images else []),
         *([f"control     {run.conditions.describe()}"] if run.conditions is not None else []),
         *([f"preserved   {run.preservation.describe()}"] if run.preservation is not None else []),
-        f"training    {config.steps} steps of {images} images = {epochs:.1f} epochs",
+        f"training    {counted(run.steps, 'step')} of {counted(images, 'image')} = {epochs:.1f} epochs{derived}",
         f"memory      U-Net {readable_size(base_memory)}, tuner and optimizer {readable_size(tuner_memory)}, "
         f"cached data {readable_size(cache.bytes)} (in main memory), and activations",
         f"output      {config.file}",
+        *_describe_start(run),
+        *(f"warning     {warning}" for warning in warnings_of(run)),
     ]
     return "\n".join(lines)
+
+
+def _describe_start(run: TrainState) -> list[str]:
+    if run.resumed_from is not None:
+        return [f"resumed     from {run.resumed_from}, after step {run.step}"]
+    if run.config.checkpoints.resume:
+        return [f"resumed     nothing: there is no checkpoint in {run.config.output}, so training starts anew"]
+    return []
 
 
 def _describe_data(run: TrainState) -> list[str]:
@@ -50,7 +63,9 @@ def _describe_data(run: TrainState) -> list[str]:
         return [f"images      {len(run.cache)} at {run.resolution} x {run.resolution}"]
     notes = run.data.notes()
     lines = [f"images      {run.data.images_line(run.resolution)}"]
-    return lines + [f"{'' if number else 'left out':<12}{note}" for number, note in enumerate(notes)]
+    for name, facts in (("left out", notes), ("hint", run.data.hints), ("not used", run.data.unused())):
+        lines += [f"{'' if number else name:<12}{fact}" for number, fact in enumerate(facts)]
+    return lines
 
 
 class SheetFile(Callback):
@@ -72,9 +87,7 @@ class ProgressBar(Callback):
     def on_start(self, run: TrainState) -> None:
         """Show the bar."""
         shown = run.accelerator.is_main_process
-        self._bar = tqdm(
-            total=run.config.steps, initial=run.step, unit="step", desc=run.config.name, disable=not shown
-        )
+        self._bar = tqdm(total=run.steps, initial=run.step, unit="step", desc=run.config.name, disable=not shown)
 
     def on_step(self, run: TrainState, report: StepReport) -> None:
         """Update the bar."""

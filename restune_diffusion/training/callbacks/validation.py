@@ -32,11 +32,15 @@ class ValidationSamples(Callback):
 
     Args:
         control_images: condition images of each prompt by name, for a control tuner.
+        start: samples of the first step, shared by runs that all start as the base; the first of them fills the list.
     """
 
-    def __init__(self, control_images: Sequence[Mapping[str, Image.Image]] = ()) -> None:
+    def __init__(
+        self, control_images: Sequence[Mapping[str, Image.Image]] = (), start: list[Image.Image] | None = None
+    ) -> None:
         self.folders: list[Path] = []
         self._control_images = control_images
+        self._start = start
 
     def on_start(self, run: TrainState) -> None:
         """Generate samples before the first step, unless the run is resumed."""
@@ -46,7 +50,7 @@ class ValidationSamples(Callback):
     def on_step(self, run: TrainState, report: StepReport) -> None:
         """Generate samples every `validation.every` steps."""
         every = run.config.validation.every
-        if every and run.step % every == 0 and run.step < run.config.steps:
+        if every and run.step % every == 0 and run.step < run.steps:
             self._sample_from_state(run)
 
     def on_end(self, run: TrainState) -> None:
@@ -54,7 +58,9 @@ class ValidationSamples(Callback):
         self._sample(run, run.config.file)
 
     def _sample_from_state(self, run: TrainState) -> None:
-        if run.config.validation.prompts and run.accelerator.is_main_process:
+        if run.step == 0 and self._start:
+            self._write(run, self._start)
+        elif run.config.validation.prompts and run.accelerator.is_main_process:
             with TemporaryDirectory(dir=run.config.output, prefix=".sample-", suffix=".tmp") as folder:
                 file = Path(folder) / "tuner.safetensors"
                 with run.released_weights():
@@ -71,6 +77,13 @@ class ValidationSamples(Callback):
         images = generate_samples(
             run.pipeline, file, validation, run.accelerator.device, self._control_images, changes, inpainting
         )
+        if run.step == 0 and self._start is not None:
+            self._start += images
+        self._write(run, images)
+
+    def _write(self, run: TrainState, images: Sequence[Image.Image]) -> None:
+        validation = run.config.validation
+        inpainting = validation_inputs(run.cache.images, len(validation.prompts), validation.seed)
         folder = run.config.output / "samples" / f"step-{run.step:06d}"
         folder.mkdir(parents=True, exist_ok=True)
         for number, image in enumerate(images):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,10 +13,11 @@ from ...utils.errors import SettingsError
 from ...utils.setting_groups import close_groups, first_refused_setting, open_groups
 from ...utils.settings_merge import Place, RefusedSetting, first_unknown, layered
 from ...utils.yaml_file import YamlFile, read_yaml, to_yaml
+from .length.precedence import without_replaced_length
 from .presets import PRESETS
 from .renamed import renamed, warn
 from .train_config import TrainConfig, checked_settings, current_names
-from .tuner_settings import with_families
+from .tuner_settings import with_families, without_aliases
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ def read_config(path: Path | str, **overrides: Any) -> TrainConfig:
     except RefusedSetting as refused:
         raise _error(None, refused) from refused
     try:
-        return TrainConfig(**layered(given.flat, over))
+        return TrainConfig(**layered(without_replaced_length(given.flat, over), over))
     except ValidationError as error:
         first = first_refused_setting(TrainConfig, error)
         overridden = bool(first.place) and first.place[0] in over
@@ -64,7 +65,10 @@ def read_config(path: Path | str, **overrides: Any) -> TrainConfig:
 
 
 def given_settings(
-    path: Path | None, preset: str | None = None, defaults: Mapping[str, Any] | None = None
+    path: Path | None,
+    preset: str | None = None,
+    defaults: Mapping[str, Any] | None = None,
+    tuner: Sequence[str] | None = None,
 ) -> dict[str, Any]:
     """Return the settings of a YAML file and a preset by flat name, converted to their types.
 
@@ -74,16 +78,19 @@ def given_settings(
         path: path of the YAML file, if there is one.
         preset: name of a preset; replaces the one that the file names.
         defaults: default settings of the calling script.
+        tuner: tuner families and aliases; they replace those of the file.
 
     Raises:
         SettingsError: if the file cannot be read or a setting in it is invalid; includes the line number.
     """
     given = _opened(read_yaml(path)) if path is not None else _Given({}, {}, {})
-    named = {"preset": preset} if preset is not None else {}
-    settings = layered(_flat(defaults or {}), given.flat, named)
+    named: dict[str, Any] = {"preset": preset} if preset is not None else {}
+    if tuner:
+        named["tuner"] = tuple(tuner) if len(tuner) > 1 else tuner[0]
+    settings = layered(without_replaced_length(_flat(defaults or {}), given.flat), given.flat, named)
     try:
         below = checked_settings({"preset": settings.get("preset")})["preset"]
-        return checked_settings(layered(PRESETS[below].settings if below else {}, settings))
+        return checked_settings(without_aliases(settings, PRESETS[below].settings if below else {}))
     except RefusedSetting as refused:
         raise given.refused(refused) from refused
 

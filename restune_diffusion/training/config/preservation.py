@@ -25,6 +25,8 @@ class PreservationConfig(SettingGroup):
     --validation.steps and --validation.guidance. Your own images in the folder are used as they are."""
     num_class_images: int | None = setting(None, affects="batches", gt=0)
     """Number of class images. If not set, the number of your own images in the folder, or 100 if it has none."""
+    class_batch_size: int = setting(4, affects="output", recorded=False, gt=0)
+    """Class images generated at once, in each process; lower it if they do not fit into memory."""
 
     @model_validator(mode="after")
     def _settings_are_of_the_method(self) -> PreservationConfig:

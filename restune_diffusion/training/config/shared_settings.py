@@ -17,7 +17,11 @@ OF_THE_TUNER = _names("tuner")
 """Settings that change what the tuner learns from a batch, but not the batch."""
 OF_THE_OUTPUT = _names("output")
 """Settings that change neither, so that a resumed run may change them."""
-SWEPT = frozenset(info.name for info in _RECORDED.values() if info.affects == "tuner" or info.swept) - {"bypass"}
+SWEPT = frozenset(
+    info.name
+    for info in SETTINGS.values()
+    if info.swept or (info.affects == "tuner" and info.record is not None and info.name != "bypass")
+)
 """Settings in which the tuners of a sweep may differ, in addition to those of their parts."""
 
 

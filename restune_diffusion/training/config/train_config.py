@@ -23,7 +23,7 @@ from ...utils.setting_groups import (
     open_groups,
     setting,
 )
-from ...utils.settings_merge import RefusedSetting, checked_fields, layered
+from ...utils.settings_merge import RefusedSetting, checked_fields
 from .checkpoints import CheckpointsConfig
 from .family_fields import FamilyFields
 from .feature_cache import FeatureCacheConfig
@@ -34,7 +34,7 @@ from .optimizer import OptimizerConfig
 from .preservation import PreservationConfig
 from .presets import PRESETS, PresetName
 from .renamed import RENAMED, renamed, sentence, warn
-from .tuner_settings import FamilyName, checked_families, with_families
+from .tuner_settings import FamilyName, checked_families, with_families, without_aliases
 from .validation import ValidationConfig
 
 
@@ -60,6 +60,9 @@ class TrainConfig(FamilyFields):
     res: ResConfig = ResConfig()
     bypass: BypassConfig = BypassConfig()
     text: TextConfig = TextConfig()
+    init_tuner: Path | None = setting(None, affects="tuner", recorded=False)
+    """Tuner file whose weights the run starts from. Families and settings of its parts must be those of the tuner to
+    train."""
     control_data: Path | None = setting(None, affects="batches", recorded=False)
     """Folder of condition images for a `control` tuner, with the same file names as the training images. For several
     conditions, a folder with one subfolder per condition, named after it. If not set, the files listed under
@@ -68,8 +71,10 @@ class TrainConfig(FamilyFields):
 
     preservation: PreservationConfig = PreservationConfig()
 
-    steps: int = setting(2000, affects="tuner", gt=0)
-    """Number of optimizer steps."""
+    steps: int | None = setting(None, affects="tuner", gt=0)
+    """Number of optimizer steps. If neither this nor --epochs is set: that of the preset, or 2000."""
+    epochs: float | None = setting(None, affects="tuner", recorded=False, swept=True, gt=0)
+    """Number of epochs, instead of --steps: how many times the training data is shown."""
     batch_size: int = setting(1, affects="order", swept=True, gt=0)
     """Images per forward pass and process."""
     gradient_accumulation_steps: int = setting(1, affects="order", gt=0)
@@ -138,7 +143,7 @@ class TrainConfig(FamilyFields):
         name = flat.get("preset")
         # The validation of the fields reports an unknown preset.
         below = PRESETS[name].settings if isinstance(name, str) and name in PRESETS else {}
-        return close_groups(with_families(cls), layered(below, flat))
+        return close_groups(with_families(cls), without_aliases(flat, below))
 
     @model_validator(mode="after")
     def _settings_fit_together(self) -> TrainConfig:
@@ -150,6 +155,8 @@ class TrainConfig(FamilyFields):
             if getattr(self, kind) != tuner_family(kind).config() and not self._is_from_preset(kind):
                 trained = " and ".join(self.kinds)
                 raise ValueError(f"settings of the {kind} tuner are given, but the tuner to train is {trained}")
+        if self.steps is not None and self.epochs is not None:
+            raise ValueError("steps and epochs are both set, but either gives the length of the run; keep one")
         self._check_control()
         self._check_preservation()
         self._check_text()

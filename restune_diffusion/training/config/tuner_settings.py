@@ -6,6 +6,8 @@ extra values of the config, validated here.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Annotated, Any, Literal, TypeAlias, TypeVar
 
@@ -13,9 +15,51 @@ from pydantic import AfterValidator, BaseModel, Field, create_model
 
 from ...tuners.registry import TunerFamily, tuner_families
 from ...utils.errors import SettingsError
-from ...utils.settings_merge import first_unknown
+from ...utils.settings_merge import first_unknown, layered
 
 Model = TypeVar("Model", bound=BaseModel)
+
+
+@dataclass(frozen=True)
+class TunerAlias:
+    """Name of a tuner that is a family with other defaults."""
+
+    family: str
+    settings: Mapping[str, Any]
+    summary: str
+
+
+TUNER_ALIASES: Mapping[str, TunerAlias] = {
+    "lora": TunerAlias(
+        "res",
+        {"self_attention": "lora", "cross_attention": "lora", "feed_forward": None},
+        "LoRA on the linear layers of attention, a `res` tuner that `restune convert` writes for other programs; "
+        "`--res.feed-forward lora` adds those of the feed-forward networks",
+    ),
+}
+"""Aliases by name; a run records the family and its settings."""
+
+
+def without_aliases(settings: Mapping[str, Any], *lower: Mapping[str, Any]) -> dict[str, Any]:
+    """Replace aliases in the setting `tuner` by their families, with the defaults of the aliases.
+
+    Args:
+        settings: settings by flat name, which override the defaults of the aliases.
+        lower: settings of lower precedence than the defaults of the aliases.
+    """
+    merged = layered(*lower, settings)
+    given = merged.get("tuner")
+    names = (given,) if isinstance(given, str) else given if isinstance(given, tuple | list) else ()
+    aliases = [TUNER_ALIASES[name] for name in names if isinstance(name, str) and name in TUNER_ALIASES]
+    if not aliases:
+        return merged
+    own = dict(settings)
+    for alias in aliases:
+        if isinstance(own.get(alias.family), BaseModel):
+            own[alias.family] = own[alias.family].model_dump(exclude_unset=True)
+    merged = layered(*lower, *({alias.family: dict(alias.settings)} for alias in aliases), own)
+    families = tuple(TUNER_ALIASES[name].family if name in TUNER_ALIASES else name for name in names)
+    return {**merged, "tuner": families[0] if isinstance(given, str) else families}
 
 
 def with_families(model: type[Model]) -> type[Model]:
@@ -97,8 +141,10 @@ def _extended(model: type[Model], families: tuple[TunerFamily, ...]) -> type[Mod
 
 @lru_cache(maxsize=8)
 def _command_line_class(model: type[Model], families: tuple[TunerFamily, ...]) -> type[Model]:
-    name = Literal[tuple(family.name for family in families)]  # type: ignore[valid-type]
-    described = " ".join(f"`{family.name}`: {family.summary.rstrip('.')}." for family in families)
+    name = Literal[(*(family.name for family in families), *TUNER_ALIASES)]  # type: ignore[valid-type]
+    summaries = {family.name: family.summary for family in families}
+    summaries |= {alias: found.summary for alias, found in TUNER_ALIASES.items()}
+    described = " ".join(f"`{alias}`: {summary.rstrip('.')}." for alias, summary in summaries.items())
     tuner: Any = (name | tuple[name, ...], Field(default="skip", description=f"{_TUNER} {described}"))  # type: ignore[valid-type]
     return create_model(model.__name__, __base__=model, __doc__=model.__doc__, tuner=tuner)
 

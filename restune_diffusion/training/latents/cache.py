@@ -12,7 +12,8 @@ import torch
 from ...data.image_files import SizeConditioning
 from ...data.loss_masks import latent_mask
 from ...data.training_images import Sample
-from ...utils.errors import NoImageError
+from ...utils.display import printable
+from ...utils.errors import NoImageError, TrainingError
 from .precision import in_fp32
 from .text_conditioning import Conditioning, encode_caption, encode_empty_caption
 
@@ -99,6 +100,7 @@ def build_cache(pipeline: Any, samples: Iterable[Sample], keep_images: bool = Fa
     with in_fp32(pipeline.vae):
         for sample in samples:
             latents.append(encode_image(pipeline.vae, sample.pixels))
+            _check_finite(latents[-1], sample.name)
             captions.append(sample.caption)
             size_conditionings.append(sample.size_conditioning)
             conditions.append(sample.conditions)
@@ -131,6 +133,14 @@ def build_cache(pipeline: Any, samples: Iterable[Sample], keep_images: bool = Fa
         repeats,
         images,
     )
+
+
+def _check_finite(latent: Latent, name: str) -> None:
+    if not (latent.mean.isfinite().all() and latent.std.isfinite().all()):
+        raise TrainingError(
+            f"The autoencoder (VAE) of the base gives NaN or infinite latents for the image {printable(name)}; its "
+            f"weights are damaged or do not fit the base. Use another copy of the base."
+        )
 
 
 def _digest(sample: Sample, mask: torch.Tensor | None) -> bytes:

@@ -29,7 +29,10 @@ _GENERATED = re.compile(r"class-\d{6}\.png")
 
 
 class Recipe(Settings):
-    """Generation settings of a folder's class images; image n depends only on these and on n."""
+    """Generation settings of a folder's class images; image n depends only on these and on n.
+
+    Images of one batch differ from those generated alone by rounding only.
+    """
 
     base: str
     prompt: str
@@ -39,18 +42,18 @@ class Recipe(Settings):
     guidance: float
     prediction_type: str | None = None
 
-    def generate(self, sampler: Any, number: int) -> Image.Image:
-        """Generate one class image with a pipeline of the base."""
-        seed = derived_seed(self.seed, "class image", number)
-        image: Image.Image = sampler(
-            self.prompt,
+    def generate(self, sampler: Any, numbers: Sequence[int]) -> list[Image.Image]:
+        """Generate class images with a pipeline of the base, in one batch."""
+        seeds = [derived_seed(self.seed, "class image", number) for number in numbers]
+        images: list[Image.Image] = sampler(
+            [self.prompt] * len(numbers),
             height=self.resolution,
             width=self.resolution,
             num_inference_steps=self.steps,
             guidance_scale=self.guidance,
-            generator=torch.Generator("cpu").manual_seed(seed),
-        ).images[0]
-        return image
+            generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds],
+        ).images
+        return images
 
 
 def class_examples(
@@ -84,13 +87,20 @@ def class_examples(
     wanted = config.preservation.num_class_images or (len(own) if own else DEFAULT_COUNT)
     numbers = range(max(0, wanted - len(own)))
     if numbers:
-        _generate_missing(folder, recipe, numbers, accelerator, pipeline, verbose)
+        size = config.preservation.class_batch_size
+        _generate_missing(folder, recipe, numbers, accelerator, pipeline, size, verbose)
     paths = own[:wanted] + [folder / _name(number) for number in numbers]
     return [Example(path, recipe.prompt) for path in paths]
 
 
 def _generate_missing(
-    folder: Path, recipe: Recipe, numbers: Sequence[int], accelerator: Accelerator, pipeline: Any, verbose: bool
+    folder: Path,
+    recipe: Recipe,
+    numbers: Sequence[int],
+    accelerator: Accelerator,
+    pipeline: Any,
+    batch_size: int,
+    verbose: bool,
 ) -> None:
     """Generate this process's share of the missing images, and wait for the other processes."""
     missing = [number for number in numbers if not (folder / _name(number)).is_file()]
@@ -108,9 +118,13 @@ def _generate_missing(
         sampler = sampling_pipeline(pipeline, scheduler_changes(recipe.prediction_type))
         share = missing[accelerator.process_index :: accelerator.num_processes]
         shown = verbose and accelerator.is_main_process
-        for number in tqdm(share, desc="class images", unit="image", disable=not shown):
-            with atomic_write(folder / _name(number)) as file:
-                recipe.generate(sampler, number).save(file, "PNG")
+        with tqdm(total=len(share), desc="class images", unit="image", disable=not shown) as bar:
+            for start in range(0, len(share), batch_size):
+                batch = share[start : start + batch_size]
+                for number, image in zip(batch, recipe.generate(sampler, batch), strict=True):
+                    with atomic_write(folder / _name(number)) as file:
+                        image.save(file, "PNG")
+                bar.update(len(batch))
     accelerator.wait_for_everyone()
 
 

@@ -99,7 +99,7 @@ def _facts(run: RunFolder) -> list[tuple[str, str]]:
             "Tuner",
             f"{facts[0][1]}, {tuner[1].num_parameters:,} parameters, {tuner[1].bytes / 2**20:.1f} MiB",
         )
-    facts.append(("Steps", f"{run.step:,} of {config.steps:,}"))
+    facts.append(("Steps", f"{run.step:,} of {run.steps:,}"))
     losses = [value for _, value in run.series.get("loss", [])]
     if losses:
         window = smoothing_window(len(losses))
@@ -111,8 +111,8 @@ def _facts(run: RunFolder) -> list[tuple[str, str]]:
     seconds = [value for _, value in run.series.get("seconds", [])]
     if seconds:
         facts.append(("Time in steps", _duration(sum(seconds))))
-        if run.step < config.steps:
-            facts.append(("Time left", f"about {_duration((config.steps - run.step) * median(seconds[-50:]))}"))
+        if run.step < run.steps:
+            facts.append(("Time left", f"about {_duration((run.steps - run.step) * median(seconds[-50:]))}"))
     memory = [value for _, value in run.series.get("peak_memory_mib", [])]
     if memory:
         facts.append(("Peak memory", f"{max(memory) / 1024:.2f} GiB"))

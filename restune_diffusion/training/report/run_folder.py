@@ -46,6 +46,11 @@ class RunFolder:
         """Last logged step."""
         return max((steps[-1][0] for steps in self.series.values()), default=0)
 
+    @property
+    def steps(self) -> int:
+        """Number of steps of the whole run; every run writes it to its settings."""
+        return self.step if self.config.steps is None else self.config.steps
+
     @cached_property
     def tuner(self) -> tuple[Path, TunerInfo, int] | None:
         """Path, file info and step of the finished tuner, or of the newest checkpoint's."""
@@ -63,7 +68,7 @@ class RunFolder:
     @property
     def finished(self) -> bool:
         """Whether the last step has finished and the tuner file exists."""
-        return self.step >= self.config.steps and (self.path / self.config.file.name).is_file()
+        return self.step >= self.steps and (self.path / self.config.file.name).is_file()
 
 
 def read_run_folder(path: Path) -> RunFolder:

@@ -14,6 +14,7 @@ from pydantic import ValidationError
 
 from ...utils.errors import TrainingError
 from ...utils.setting_groups import first_refused_setting
+from ..config.length.precedence import without_replaced_length
 from ..config.shared_settings import SWEPT
 from ..config.train_config import SETTINGS, TrainConfig
 
@@ -106,12 +107,12 @@ def _part_settings(config: TrainConfig) -> Iterator[tuple[str, str]]:
 
 def _variant(config: TrainConfig, paths: list[list[str]], settings: dict[str, str]) -> Variant:
     label = re.sub(r"[^\w.\-]", "_", "-".join(name.split(".")[-1] + value for name, value in settings.items()))
-    values: dict[str, Any] = config.model_dump()
+    values: dict[str, Any] = without_replaced_length(config.model_dump(), {path[0]: path for path in paths})
     for path, text in zip(paths, settings.values(), strict=True):
         place: dict[str, Any] = values
         for step in path[:-1]:
             place = place[step]
-        place[path[-1]] = _value(text, place[path[-1]])
+        place[path[-1]] = _value(text, place.get(path[-1]))
     name = f"{config.name}-{label}"
     values |= {"name": name, "output": config.output / name, "sweep": None}
     values["feature_cache"]["folder"] = config.feature_cache_folder

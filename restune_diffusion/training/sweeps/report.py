@@ -77,23 +77,22 @@ def write_summary(result: SweepResult) -> None:
         file.write(json.dumps([plain(row) for row in result.rows], indent=2).encode())
 
 
-def comparison(samples: Mapping[str, Sequence[Path]], prompts: Sequence[str], path: Path) -> Path | None:
-    """Write a contact sheet of the last samples of every tuner, with a row for each prompt.
+def comparison(columns: Mapping[str, Path], prompts: Sequence[str], path: Path) -> Path | None:
+    """Write a contact sheet of samples, with a row for each prompt.
 
     Args:
-        samples: sample folders of each tuner, by the tuner's name.
+        columns: sample folder of each column, by its title.
         prompts: prompts of the samples.
         path: path of the sheet.
 
     Returns:
         The path, or None if there are no samples.
     """
-    if not samples:
+    if not columns:
         return None
-    last = [folders[-1] for folders in samples.values()]
-    rows = [[_image(folder / f"{number:02d}.png") for folder in last] for number in range(len(prompts))]
+    rows = [[_image(folder / f"{number:02d}.png") for folder in columns.values()] for number in range(len(prompts))]
     with atomic_write(path) as file:
-        labelled_grid(rows, prompts, list(samples)).save(file, format="PNG")
+        labelled_grid(rows, prompts, list(columns)).save(file, format="PNG")
     return path
 
 

@@ -11,9 +11,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
 from tqdm.auto import tqdm
 
+from ...utils.display import counted
 from ...utils.errors import TrainingError, TrainingInterrupted
+from ..advice import warnings_of
 from ..build import build_accelerator, build_training_state
 from ..callbacks.base import Callback
 from ..callbacks.reporting import Progress, describe_plan
@@ -23,6 +26,7 @@ from ..config.shared_settings import batch_settings
 from ..config.train_config import TrainConfig
 from ..feature_cache.shared_pass import share_passes
 from ..feature_cache.use import use_feature_cache
+from ..initial_tuner import check_initial_tuner
 from ..inputs import TrainingInputs, prepared
 from ..loop import steps_of
 from ..state import StepReport, TrainState
@@ -77,22 +81,24 @@ def sweep(
     variants = parse_sweep(config)
     for variant in variants:
         check_output(variant.config)
+        check_initial_tuner(variant.config)
     accelerators = [build_accelerator(variant.config) for variant in variants]
     with prepared(config, accelerators[0], pipeline, verbose=verbose) as inputs, ExitStack() as stack:
         for accelerator in accelerators:
             stack.callback(accelerator.end_training)
+        start: list[Image.Image] | None = [] if starts_as_base(config) else None
         members = [
             _Member(
                 variant,
                 build_training_state(variant.config, accelerator, inputs),
-                ValidationSamples(inputs.control_images),
+                ValidationSamples(inputs.control_images, start),
             )
             for variant, accelerator in zip(variants, accelerators, strict=True)
         ]
         groups = _grouped(members)
         if verbose:
             accelerators[0].print(_plan(members, groups))
-        left = sum(member.run.config.steps - member.run.step for member in members)
+        left = sum(member.run.steps - member.run.step for member in members)
         shown = verbose and accelerators[0].is_main_process
         bar = stack.enter_context(tqdm(total=left, unit="step", desc=config.name, disable=not shown))
         for member in members:
@@ -113,6 +119,14 @@ def sweep(
     return _finished(config, members, result)
 
 
+def starts_as_base(config: TrainConfig) -> bool:
+    """Return whether all tuners generate the base's images before their first step.
+
+    New placeholder tokens change them, and so does a tuner file to start from.
+    """
+    return config.init_tuner is None and not config.learns_from_text
+
+
 def _grouped(members: Sequence[_Member]) -> list[list[_Member]]:
     """Group the tuners that can share all forward passes of the base."""
     groups: dict[str, list[_Member]] = {}
@@ -129,7 +143,11 @@ def _grouped(members: Sequence[_Member]) -> list[list[_Member]]:
 def _plan(members: Sequence[_Member], groups: Sequence[Sequence[_Member]]) -> str:
     sharing = [len(group) for group in groups if len(group) > 1]
     together = f", {' and '.join(map(str, sharing))} of them share the base's forward passes" if sharing else ""
-    lines = [f"sweep       {len(members)} tuners{together}; the first one:", describe_plan(members[0].run)]
+    lines = [f"sweep       {counted(len(members), 'tuner')}{together}; the first one:", describe_plan(members[0].run)]
+    of_first = set(warnings_of(members[0].run))
+    for member in members[1:]:
+        further = [warning for warning in warnings_of(member.run) if warning not in of_first]
+        lines += [f"warning     {member.run.config.name}: {warning}" for warning in further]
     return "\n".join(lines)
 
 
@@ -200,7 +218,11 @@ def _finished(config: TrainConfig, members: Sequence[_Member], result: SweepResu
     sheet: Path | None = None
     if accelerator.is_main_process:
         samples = {member.run.config.name: member.samples.folders for member in members if member.samples.folders}
-        sheet = comparison(samples, config.validation.prompts, config.output / "sweep.png")
+        columns = {name: folders[-1] for name, folders in samples.items()}
+        base = members[0].run.config.output / "samples" / "step-000000"
+        if columns and starts_as_base(config) and base.is_dir():
+            columns = {"base": base, **columns}
+        sheet = comparison(columns, config.validation.prompts, config.output / "sweep.png")
         write_summary(result)
     accelerator.wait_for_everyone()
     return result.with_sheet(sheet)

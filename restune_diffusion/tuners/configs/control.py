@@ -19,6 +19,11 @@ class ControlConfig(ConditionedConfig):
     part: Literal["control"] = "control"
     ratio: float = Field(default=1.0, gt=0, le=8)
     """Width of the bottleneck, as a multiple of the width of the skip feature."""
+    stem_ratio: float = Field(default=1.0, gt=0, le=16)
+    """Width of the first convolutions on a condition image, as a multiple of the published widths, 16 to 96. The
+    published tuners for SDXL have 2."""
+    stem_channels: int = Field(default=256, gt=0, le=4096)
+    """Width of the last of these convolutions. The published tuners for SDXL have 320."""
     level_kernel: Literal[1, 3] = 1
     """Kernel size of the convolutions that carry the condition from one skip to the next."""
     shortcut: bool = True

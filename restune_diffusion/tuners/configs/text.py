@@ -19,6 +19,7 @@ class TextConfig(PartConfig):
     """
 
     acts_on_text_encoders: ClassVar[bool] = True
+    only_initial: ClassVar[frozenset[str]] = frozenset({"initializers"})
 
     part: Literal["text"] = "text"
     tokens: tuple[Token, ...] = Field(default=(), max_length=64)

@@ -11,19 +11,8 @@ from PIL import Image
 
 from benchmarks.icon_style import character
 from restune_diffusion import read_info
-from restune_diffusion.cli.diffusers_flags import from_diffusers
 
 from ...conftest import TINY_BASE
-
-
-def test_flags_of_diffusers_are_read_as_ours() -> None:
-    theirs = ["--instance_prompt", "a sks dog", "--with_prior_preservation", "--max_train_steps=4", "--seed", "1"]
-    assert from_diffusers(theirs) == [
-        "--prompt", "a sks dog", "--preservation", "prior", "--steps=4", "--seed", "1",
-    ]  # fmt: skip
-    assert from_diffusers(["--report-to=tensorboard", "--use-8bit-adam"]) == [
-        "--log-with=tensorboard", "--optimizer", "adamw8bit",
-    ]  # fmt: skip
 
 
 def test_a_subject_is_trained(script: Callable[..., Any], tmp_path: Path) -> None:

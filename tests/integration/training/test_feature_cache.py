@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from restune_diffusion import BypassConfig
 from restune_diffusion.training import TrainConfig, train
 from restune_diffusion.training.callbacks.base import UpdateAverage
+from restune_diffusion.training.callbacks.tuner_files import FinalFile
 from restune_diffusion.training.feature_cache.cache import FeatureCache
 from restune_diffusion.training.feature_cache.layout import FeatureCacheLayout
 from restune_diffusion.training.feature_cache.tap_features import record_features
@@ -21,7 +22,7 @@ from restune_diffusion.training.feature_cache.use import cached_feature_sampler,
 from restune_diffusion.training.latents.batches import Batches
 from restune_diffusion.training.loop import run_loop
 from restune_diffusion.training.state import TrainState
-from restune_diffusion.training.trainer import FinalFile, acting, build_accelerator, build_training_state, prepared
+from restune_diffusion.training.trainer import acting, build_accelerator, build_training_state, prepared
 from restune_diffusion.utils.errors import TrainingError
 
 from ...tiny_training import sd_pipeline, sdxl_pipeline, write_images
@@ -321,6 +322,7 @@ def test_a_file_of_another_shape_is_not_taken_for_ours(bypass: MakeConfig) -> No
     file = shards(folder_of(settings))[0]
     good = file.read_bytes()
     save_file({"mid": torch.zeros(1, 2)}, file)
+    settings.file.unlink()
     train(settings, pipeline=pipeline, verbose=False)
     assert file.read_bytes() == good
 

@@ -53,7 +53,8 @@ def test_each_sample_has_its_own_sizes_and_text(odd_sizes: Path) -> None:
 def test_training_lowers_the_loss(config: MakeConfig, odd_sizes: Path, kind: str) -> None:
     losses = []
     for rate in (1e-12, 1e-2):
-        settings = config(data=odd_sizes, tuner=kind, steps=30, batch_size=3, learning_rate=rate)
+        name = f"tuner-{len(losses)}"
+        settings = config(data=odd_sizes, name=name, tuner=kind, steps=30, batch_size=3, learning_rate=rate)
         losses.append(train(settings, pipeline=tiny.sdxl_pipeline(), verbose=False).losses)
     idle, trained = losses
     assert trained[0] == idle[0], "the same draws"

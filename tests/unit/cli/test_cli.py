@@ -184,7 +184,10 @@ def test_bad_bases_and_folders_are_refused_in_one_sentence(restune: Restune, wor
     train = ("train", "--output", tmp_path / "out", "--cpu")
     cases = [
         ((*train, "--base", tmp_path / "gone", "--data", workplace / "images"), "There is no base at"),
-        ((*train, "--base", tmp_path / "empty", "--data", workplace / "images"), "cannot be loaded"),
+        (
+            (*train, "--base", tmp_path / "empty", "--data", workplace / "images"),
+            "is a folder without a `model_index.json`",
+        ),
         ((*train, "--base", tmp_path / "other", "--data", workplace / "images"), "is a FluxPipeline"),
         ((*train, "--base", workplace / "base", "--data", tmp_path / "empty"), "has no images"),
         ((*train, "--base", workplace / "base", "--data", tmp_path / "gone"), "does not exist"),
@@ -203,7 +206,7 @@ def test_bad_bases_and_folders_are_refused_in_one_sentence(restune: Restune, wor
         ("--steps=0", "greater than 0"),
         ("--steps=many", "invalid literal"),
         ("--skip.ratio=-1", "greater than 0"),
-        ("--tuner=lora", "invalid choice"),
+        ("--tuner=loha", "invalid choice"),
         ("--stepps=3", "Unrecognized"),
         ("--bypass.ratio=0.1", "settings of the bypass tuner are given"),
     ],

@@ -9,8 +9,19 @@ import pytest
 import torch
 from PIL import Image, ImageFont
 
-from restune_diffusion import RestuneStableDiffusionPipeline, TunerWeight
-from restune_diffusion.imaging.contact_sheet import _wrapped, fitting_cell, labelled_grid
+from restune_diffusion import (
+    RestuneStableDiffusionPipeline,
+    SkipConfig,
+    TextConfig,
+    Tuner,
+    TunerWeight,
+    save_tuner,
+)
+from restune_diffusion.backbones import text_encoders
+from restune_diffusion.imaging.contact_sheet import _wrapped, captioned_grid, fitting_cell, labelled_grid
+from restune_diffusion.imaging.generation_record import read_record
+
+from ...conftest import randomize
 
 Restune = Callable[..., tuple[int, str, str]]
 
@@ -61,7 +72,7 @@ def test_common_steps_make_one_composition(restune: Restune, workplace: Path, tm
         output = tmp_path / "sheet.png"
         code, _, errors = restune(
             "grid", "--base", workplace / "base", "--tuner", tuner, "--prompt", "a red disc", "--steps=3", "--output",
-            output, "--cell=64", "--device=cpu", *arguments,
+            output, "--overwrite", "--cell=64", "--device=cpu", *arguments,
         )  # fmt: skip
         assert code == 0, errors
         return cells(output, columns=2, rows=1, cell=64)[0]
@@ -125,3 +136,49 @@ def test_wide_images_leave_no_gaps() -> None:
     red = sum(count for count, color in sheet.getcolors() or [] if color == (255, 0, 0))
     assert red == 4 * 128 * 32
     assert sheet.height < 100
+
+
+def test_columns_of_different_text_are_generated_apart(restune: Restune, workplace: Path, tmp_path: Path) -> None:
+    pipeline = RestuneStableDiffusionPipeline.from_pretrained(workplace / "base")
+    for seed, name in enumerate(("dog", "cat")):
+        config = TextConfig(tokens=(f"<{name}>",), initializers=("a",))
+        word = Tuner.for_base(pipeline.unet, SkipConfig(ratio=0.5), config, text=text_encoders(pipeline))
+        randomize(word, seed, std=0.3)
+        (tmp_path / name).mkdir()
+        save_tuner(word, tmp_path / name / "tuner.safetensors")
+        pipeline.load_tuner_weights(word, name, weight=0.0)
+    files = [tmp_path / name / "tuner.safetensors" for name in ("dog", "cat")]
+    code, _, errors = restune(
+        "grid", "--base", workplace / "base", "--tuner", *files, "--weights", "0.5", "1", "--mix",
+        "--prompt", "a <dog> <cat>", "--steps=2", "--output", tmp_path / "sheet.png", "--cell=64", "--json",
+        "--device=cpu",
+    )  # fmt: skip
+    assert code == 0, errors
+    columns = json.loads((tmp_path / "sheet.json").read_text())["columns"]
+    labels = [column["label"] for column in columns]
+    assert labels == ["base", "dog/tuner 0.5", "dog/tuner 1", "cat/tuner 0.5", "cat/tuner 1", "mix"]
+    record = read_record(tmp_path / "sheet.png")
+    assert record.facts["grid"]["columns"] == columns
+    assert record.text.startswith("a <dog> <cat>\nSteps: 2, Sampler: DDIM")
+    (drawn,) = cells(tmp_path / "sheet.png", columns=6, rows=1, cell=64)
+    mixes = [{}, {"dog": 0.5}, {"dog": 1.0}, {"cat": 0.5}, {"cat": 1.0}, {"dog": 1.0, "cat": 1.0}]
+    for image, mix in zip(drawn, mixes, strict=True):
+        pipeline.set_tuners(mix)
+        generator = torch.Generator("cpu").manual_seed(0)
+        expected = pipeline("a <dog> <cat>", num_inference_steps=2, generator=generator).images[0]
+        assert abs(image - enlarged(expected, 64)).max() <= 1, mix
+    shared = ("grid", "--base", workplace / "base", "--tuner", *files, "--prompt", "x", "--steps=2", "--share-steps=1")
+    code, _, errors = restune(*shared, "--output", tmp_path / "shared.png", "--device=cpu")
+    assert code == 0, errors
+
+
+def test_white_images_have_a_frame() -> None:
+    white = Image.new("RGB", (64, 64), "white")
+    for sheet in (
+        labelled_grid([[white] * 2], [""], cell=64),
+        captioned_grid([white] * 2, [("", "")] * 2, columns=2, cell=64),
+    ):
+        colors = {color: count for count, color in sheet.getcolors() or []}
+        assert colors.pop((255, 255, 255)) > 0
+        # A frame of one pixel around each image, and nothing else
+        assert list(colors.values()) == [2 * 4 * 65]

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import runpy
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,7 @@ from restune_diffusion.cli.train import parse_train_options
 from restune_diffusion.storage.tuner_file import load_tuner, save_tuner
 from restune_diffusion.training import TrainConfig, read_config
 from restune_diffusion.training.config.presets import PRESETS
+from restune_diffusion.tuners.configs import ResConfig
 from restune_diffusion.utils.errors import SettingsError
 
 Restune = Callable[..., tuple[int, str, str]]
@@ -56,6 +58,42 @@ def test_flags_and_file_say_the_same(tmp_path: Path) -> None:
     assert parse(*flags, "--validation.every=10", "--validation.prompts", "a fox", "a hen") == read_config(path)
 
 
+LORA = ("--base=b", "--data=d", "--output=o")
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (["--tuner", "lora"], {}),
+        (["--tuner=lora"], {}),
+        (["--tuner", "lora", "--res.feed-forward", "lora"], {"feed_forward": "lora"}),
+        (["--tuner", "lora", "--res.width", "4", "--res.alpha", "2"], {"width": 4, "alpha": 2.0}),
+        (["--preset", "lora"], {}),
+        (["--preset", "lora", "--res.width", "8"], {"width": 8}),
+        (["--preset", "style", "--tuner", "lora"], {"width": 64, "grad_depth": 3}),
+    ],
+)
+def test_the_tuner_lora_is_a_res_tuner_of_lora(flags: list[str], expected: dict[str, object]) -> None:
+    config = parse(*LORA, *flags)
+    plain = {"self_attention": "lora", "cross_attention": "lora", "feed_forward": None}
+    assert config.parts == (ResConfig(**{**plain, **expected}),)
+    # The run records what the alias stands for.
+    assert config.tuner == "res"
+
+
+def test_the_tuner_lora_in_a_file_and_in_python(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("base: b\ndata: d\noutput: o\ntuner: [lora, text]\nres: {cross_attention: prefix}\n")
+    expected = ResConfig(self_attention="lora", cross_attention="prefix", feed_forward=None)
+    assert parse("--config", str(path)).parts[0] == read_config(path).parts[0] == expected
+    assert read_config(path).tuner == ("res", "text")
+    settings = {"base": "b", "data": Path("d"), "output": Path("o"), "tuner": "lora"}
+    (part,) = TrainConfig(**settings, res=ResConfig(width=3)).parts
+    assert part == ResConfig(self_attention="lora", cross_attention="lora", feed_forward=None, width=3)
+    with pytest.raises(ValueError, match="name one or more tuner families, each once"):
+        TrainConfig(**{**settings, "tuner": ("res", "lora")})
+
+
 def test_a_scripts_own_default_lies_between_preset_and_file(tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
     path.write_text("base: b\ndata: d\noutput: o\npreset: style\n")
@@ -85,7 +123,7 @@ def test_bad_files_and_flags_end_in_one_sentence(restune: Restune, tmp_path: Pat
         (("--config", path), "Missing from restune train"),
         (("--config",), "--config"),
         (("--preset", "styel"), "invalid choice 'styel'"),
-        (("--base=b", "--data=d", "--output=o", "--stepps=3"), "Perhaps you meant: --steps INT"),
+        (("--base=b", "--data=d", "--output=o", "--stepps=3"), "Perhaps you meant: --steps {None}|INT"),
     ]:
         code, _, errors = restune("train", *arguments)
         shown = " ".join(errors.replace("│", " ").split())
@@ -147,3 +185,51 @@ def test_scripts_take_files(workplace: Path, tmp_path: Path, monkeypatch: pytest
         runpy.run_path(str(script), run_name="__main__")
     assert exited.value.code == 0
     assert (tmp_path / "out" / "edges.safetensors").is_file()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--text-learning-rate=1",), "a text learning rate is given, but the tuner to train has no text part"),
+        (("--steps=0",), "steps: input should be greater than 0"),
+        (("--lr-warmup-steps=3",), "a constant learning rate has no warm-up"),
+        (("--name=../x",), "name: "),
+    ],
+)
+def test_no_message_of_a_flag_has_the_wording_of_pydantic(
+    restune: Restune, flags: tuple[str, ...], message: str
+) -> None:
+    code, _, errors = restune("train", "--base=b", "--data=d", "--output=o", *flags)
+    shown = " ".join(errors.replace("│", " ").split())
+    assert (code, message in shown) == (2, True), errors
+    assert not [word for word in ("validation error", "type=", "input_value", "Value error, ") if word in shown], (
+        errors
+    )
+
+
+@pytest.mark.parametrize(
+    ("data", "output", "message"),
+    [
+        ("missing", "out", "The image folder missing does not exist; give the path of a folder of images."),
+        (
+            ".",
+            "file/out",
+            "The output folder file/out cannot be created, because {folder}/file is a file; choose another.",
+        ),
+    ],
+)
+def test_wrong_folders_are_refused_before_torch_is_imported(
+    tmp_path: Path, data: str, output: str, message: str
+) -> None:
+    (tmp_path / "file").touch()
+    code = (
+        "import sys\nfrom restune_diffusion.cli import main\ntry:\n    main(sys.argv[1:])\nfinally:\n"
+        "    print([name for name in ('torch', 'diffusers', 'transformers') if name in sys.modules])"
+    )
+    arguments = ["train", "--base=b", f"--data={data}", f"--output={output}"]
+    process = subprocess.run(
+        [sys.executable, "-c", code, *arguments], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert process.returncode == 1
+    assert process.stderr == f"restune: {message.format(folder=tmp_path)}\n"
+    assert process.stdout == "[]\n"

@@ -35,7 +35,7 @@ def test_metadata_decides_which_images_are_used(tmp_path: Path, caplog: pytest.L
     write_metadata(tmp_path, '{"file_name": "a.png", "text": "a"}')
     with caplog.at_level(logging.WARNING):
         assert len(find_examples(tmp_path)) == 1
-    assert "1 images" in caplog.text
+    assert "1 image, first" in caplog.text
 
 
 def test_sidecar_captions_win_over_the_prompt(tmp_path: Path) -> None:

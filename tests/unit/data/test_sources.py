@@ -41,7 +41,7 @@ def test_a_csv_file_is_read_as_the_json_lines(tmp_path: Path) -> None:
         writer.writerows([["text", "file_name"], ['a "disc", red\nand round', "sub/b.png"], ["", "a.png"]])
     found, refused = read(tmp_path, prompt="for all")
     assert found == [("sub/b.png", 'a "disc", red\nand round', 1), ("a.png", "for all", 1)]
-    assert refused == ["c.png is not named in metadata.csv."]
+    assert refused == ["c.png has no usable row in metadata.csv."]
     assert [example.caption for example in find_examples(tmp_path, "p")] == ['a "disc", red\nand round', "p"]
 
 
@@ -116,8 +116,7 @@ def test_trigger_and_template(caption: str, trigger: str | None, template: str |
     [
         ({"caption_template": "{captoin}"}, r"unknown field \{captoin\}; use \{trigger\} and \{caption\}"),
         ({"caption_template": "{trigger}"}, "there is no trigger_word"),
-        ({"mask_data": "m"}, "need each other"),
-        ({"masked_loss": "files"}, "need each other"),
+        ({"mask_data": Path("masks")}, "masked_loss is not files"),
         ({"bucket_no_upscale": True}, "settings of bucketing"),
         ({"crop_variants": 3}, "for random crops"),
         ({"unmasked_weight": 0.5}, "not masked"),
@@ -201,10 +200,27 @@ def test_the_plan_lists_what_is_left_out(
         file.write('{"file_name": "gone.png", "text": "x"}\n{"fil')
     train(config(data=folder, steps=1))
     shown = capsys.readouterr().out
-    assert "images      1 at 16 x 16, 1 captions" in shown
+    assert "images      1 at 16 x 16, 1 caption\n" in shown
     assert "left out    metadata.jsonl line 3 names gone.png" in shown
     assert "            metadata.jsonl line 4 is not valid JSON" in shown
     assert "            red.png is not an image of a known format." in shown
     (folder / "blue.png").write_bytes(b"no image")
     with pytest.raises(DataError, match=r"None of the images in .* can be used: .* 3 more are left out too"):
         train(config(data=folder, steps=1, output=tmp_path / "other"))
+
+
+def test_the_plan_has_a_line_for_each_kind_of_file_that_is_not_used(
+    config: MakeConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = write_images(tmp_path / "2_discs", ["red"])
+    for name in ("a.jxl", "b.jxl"):
+        (folder / name).write_bytes(b"?")
+    save(folder, "c.png")
+    train(config(data=folder, steps=1))
+    shown = capsys.readouterr().out.splitlines()
+    assert (
+        "hint        The folder 2_discs is named as kohya's scripts expect; set --folder-repeats to repeat its "
+        in "".join(shown)
+    )
+    assert "not used    3 files, a.jxl first: each has no usable row in metadata.jsonl" in shown
+    assert "training    1 step of 2 images = 2.0 epochs" in shown

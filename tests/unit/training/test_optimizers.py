@@ -146,7 +146,7 @@ def test_a_resumed_run_equals_the_uninterrupted(config: MakeConfig, case: str) -
 def test_the_course_of_the_rate_is_the_one_asked_for(config: MakeConfig) -> None:
     rates: dict[str, list[float]] = {}
     for name, settings in {"steps": CASES["steps"], "power": CASES["power"]}.items():
-        made = config(steps=5, **{**settings, "gradient_checkpointing": False})
+        made = config(name=name, steps=5, **{**settings, "gradient_checkpointing": False})
         seen: list[float] = []
         train(made, verbose=False, on_progress=lambda report, seen=seen: seen.append(report.learning_rate))
         rates[name] = seen

@@ -165,6 +165,14 @@ def test_the_plan_says_what_will_happen(config: MakeConfig, capsys: pytest.Captu
     assert "images/s" in shown.err
 
 
+def test_the_plan_says_what_is_resumed(config: MakeConfig, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    train(config(steps=1, checkpoint_every=1, resume=True))
+    nothing = f"resumed     nothing: there is no checkpoint in {tmp_path / 'out'}, so training starts anew"
+    assert nothing in capsys.readouterr().out
+    train(config(steps=2, checkpoint_every=1, resume=True))
+    assert f"resumed     from {tmp_path / 'out' / 'checkpoint-000001'}, after step 1" in capsys.readouterr().out
+
+
 def test_bases_and_sizes_that_cannot_be_trained_are_refused(config: MakeConfig, base: Path) -> None:
     with pytest.raises(TrainingError, match="use a multiple of 16, for example 16"):
         train(config(resolution=20), verbose=False)

@@ -257,7 +257,7 @@ def test_the_command_line_shows_and_trains_it(base: Path, images: Path, tmp_path
     assert run("train", "--help") == 0
     shown = re.sub(r"[│\s]+", " ", capsys.readouterr().out)
     assert f"`scale`: {SUMMARY}" in shown
-    assert "{bypass,control,res,skip,text,scale}" in shown
+    assert "{bypass,control,res,skip,text,scale,lora}" in shown
     assert "--scale.sites" in shown
     assert "Patterns of the skip connections, for instance `skip.0-3`." in shown
     wanted = ["train", "--base", base, "--data", images, "--output", tmp_path, "--steps=2", "--cpu"]

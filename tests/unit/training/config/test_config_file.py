@@ -12,6 +12,7 @@ from restune_diffusion.training import TrainConfig, ValidationConfig, read_confi
 from restune_diffusion.training.config.config_file import config_yaml, given_settings
 from restune_diffusion.training.config.presets import PRESETS
 from restune_diffusion.training.config.train_config import SETTINGS
+from restune_diffusion.training.config.tuner_settings import without_aliases
 from restune_diffusion.tuners.configs import TextConfig
 from restune_diffusion.utils.errors import SettingsError
 
@@ -43,7 +44,7 @@ def refusal(folder: Path, text: str | bytes) -> str:
         ("validation:\n  prompts:\n  - a fox\n  - 3", ", line 7: validation.prompts.1: expected text"),
         ("validation:\n  prompts: a fox", ", line 5: validation.prompts: expected a list"),
         ("skip: 3", ", line 4: skip: expected a group of named settings"),
-        ("tuner: lora", ", line 4: tuner: input should be 'bypass', 'control'"),
+        ("tuner: lokr", ", line 4: tuner: input should be 'bypass', 'control'"),
         ("preset: speed", ", line 4: preset: input should be 'style', 'subject'"),
         ("steps: 3\nsteps: 4", ", line 5: duplicate setting steps, first set in line 4; keep one"),
         ("skip:\n  ratio: 1\n  ratio: 2", ", line 6: duplicate setting skip.ratio, first set in line 5"),
@@ -99,7 +100,7 @@ def test_later_layers_win_name_by_name(tmp_path: Path) -> None:
     preset = PRESETS["low-memory"].settings
     assert (config.tuner, config.gradient_accumulation_steps) == ("bypass", preset["gradient_accumulation_steps"])
     assert config.optimizer.learning_rate == 5e-4 != preset["learning_rate"]
-    assert config.steps == 7 != preset["steps"]
+    assert config.steps == 7 != PRESETS["low-memory"].length
     assert config.bypass.ratio == 0.5
     assert config.validation == ValidationConfig(prompts=("a",), every=4)
 
@@ -112,7 +113,7 @@ def test_a_preset_is_the_same_from_python_file_and_layers(name: Any, tmp_path: P
     assert read_config(path) == here
     assert TrainConfig(**given_settings(None, name, {"base": "b", "data": "d", "output": "o"})) == here
     assert TrainConfig(**here.model_dump()) == here, "applied twice it does nothing more"
-    for key, value in PRESETS[name].settings.items():
+    for key, value in without_aliases({}, PRESETS[name].settings).items():
         own = SETTINGS[key].of(here)
         assert (own.model_dump(include=set(value)) if isinstance(value, dict) else own) == value, key
 

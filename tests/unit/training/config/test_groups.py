@@ -91,11 +91,12 @@ def test_the_annotations_give_the_lists_that_were_kept_by_hand() -> None:
         "gradient_checkpointing",
     } == OF_THE_OUTPUT  # fmt: skip
     assert (OF_THE_TUNER - {"bypass"}) | {
-        "seed", "batch_size", "caption_dropout", "noise_offset", "input_perturbation", "timestep_sampling",
+        "epochs", "seed", "batch_size", "caption_dropout", "noise_offset", "input_perturbation", "timestep_sampling",
         "logit_mean", "logit_std", "min_timestep", "max_timestep",
     } == SWEPT  # fmt: skip
     assert {name for name, info in SETTINGS.items() if info.record is None} == {
         "data", "mask_data", "output", "control_data", "class_data", "feature_cache_dir", "sweep", "resume", "cpu",
+        "class_batch_size", "epochs", "init_tuner", "save_every", "keep_last",
     }  # fmt: skip
     assert {name for name, info in SETTINGS.items() if info.affects in ("order", "content")} == {
         "base", "prompt", "batch_size", "gradient_accumulation_steps",

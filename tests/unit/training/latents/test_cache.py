@@ -2,11 +2,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
 
 from restune_diffusion.data.captions import find_examples
 from restune_diffusion.data.training_images import load_samples
 from restune_diffusion.training.latents.cache import build_cache, encode_image
+from restune_diffusion.utils.errors import TrainingError
 
 from ....tiny_training import sd_pipeline, write_images
 
@@ -51,3 +53,12 @@ def test_the_hash_follows_content_and_captions_only(tmp_path: Path) -> None:
     text = (other / "metadata.jsonl").read_text()
     (other / "metadata.jsonl").write_text(text.replace("a blue", "one blue"))
     assert digest(one) == digest(same) != digest(other)
+
+
+def test_latents_that_are_not_finite_name_the_autoencoder_and_the_image(images: Path) -> None:
+    pipeline = sd_pipeline()
+    with torch.no_grad():
+        pipeline.vae.quant_conv.weight.fill_(float("nan"))
+    first = find_examples(images)[0].path.name
+    with pytest.raises(TrainingError, match=rf"autoencoder \(VAE\).* the image .*{first}"):
+        build_cache(pipeline, load_samples(find_examples(images), 16))

@@ -36,6 +36,7 @@ def generated(config: MakeConfig, pipeline: Any, tmp_path: Path) -> Callable[...
             "preservation": "prior",
             "class_prompt": "a disc",
             "class_data": tmp_path / "class",
+            "class_batch_size": 1,
             "validation": {"steps": 1, "guidance": 2.0},
             **changes,
         }
@@ -53,11 +54,11 @@ def test_an_image_depends_on_its_number_and_interrupted_generation_is_continued(
     assert len(set(whole)) == 4
     generate, numbers = module.Recipe.generate, []
 
-    def dying(recipe: module.Recipe, sampler: Any, number: int) -> Image.Image:
-        numbers.append(number)
+    def dying(recipe: module.Recipe, sampler: Any, batch: list[int]) -> list[Image.Image]:
+        numbers.extend(batch)
         if len(numbers) == 3:
             raise KeyboardInterrupt
-        return generate(recipe, sampler, number)
+        return generate(recipe, sampler, batch)
 
     monkeypatch.setattr(module.Recipe, "generate", dying)
     with pytest.raises(KeyboardInterrupt):
@@ -124,3 +125,21 @@ def test_class_images_among_the_training_images_are_refused(
     for folder in (images / "class", images, images.parent):
         with pytest.raises(DataError, match="overlap; use two folders"):
             generated(class_data=folder)
+
+
+def test_images_of_a_batch_are_those_generated_alone(
+    generated: Callable[..., list[Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alone = generated(num_class_images=5)
+    generate, batches = module.Recipe.generate, []
+
+    def watched(recipe: module.Recipe, sampler: Any, batch: list[int]) -> list[Image.Image]:
+        batches.append(list(batch))
+        return generate(recipe, sampler, batch)
+
+    monkeypatch.setattr(module.Recipe, "generate", watched)
+    together = generated(num_class_images=5, class_data=tmp_path / "batched", class_batch_size=2)
+    assert batches == [[0, 1], [2, 3], [4]]
+    for one, other in zip(alone, together, strict=True):
+        pixels = [np.asarray(Image.open(path)).astype(int) for path in (one, other)]
+        assert np.abs(pixels[0] - pixels[1]).max() <= 1

@@ -1,0 +1,1 @@
+"""Flags of the training scripts of diffusers and kohya: translated, refused or ignored with a notice."""

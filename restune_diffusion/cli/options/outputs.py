@@ -1,0 +1,58 @@
+"""Output paths of the command line: nothing that exists is replaced without `--overwrite`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from pydantic import BaseModel
+
+from ...utils.errors import RestuneError
+from ...utils.same_file import is_same_file
+
+_NUMBER = re.compile(r"(\d+)-seed\d+")
+
+
+class OverwriteOption(BaseModel):
+    """Option that allows existing output files to be replaced."""
+
+    overwrite: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Replace existing output files."""
+
+    def check_outputs(self, *outputs: Path, inputs: Iterable[str | Path] = ()) -> None:
+        """Check the output files before the work.
+
+        Args:
+            outputs: the files that a command will write.
+            inputs: files that it reads.
+
+        Raises:
+            RestuneError: if an output is one of the inputs, or exists and may not be replaced.
+        """
+        read = [Path(path) for path in inputs]
+        for output in outputs:
+            if any(is_same_file(output, path) for path in read):
+                raise RestuneError(
+                    f"The output {output} is also an input, which would be lost; choose another output."
+                )
+            # A folder counts if there is something in it.
+            if not self.overwrite and (any(output.iterdir()) if output.is_dir() else output.exists()):
+                raise RestuneError(f"{output} exists; choose another output, or add --overwrite to replace it.")
+
+
+def free_path(path: Path) -> Path:
+    """Return a path that does not exist: the given one, or the same with a number, as in `grid-2.png`."""
+    number, free = 1, path
+    while free.exists():
+        number += 1
+        free = path.with_stem(f"{path.stem}-{number}")
+    return free
+
+
+def next_number(folder: Path) -> int:
+    """Return the first number for new images in a folder, after those of its images `00-seed0.png`, `01-seed0.png`."""
+    names = (path.name for path in folder.glob("*.png"))
+    return 1 + max((int(match[1]) for name in names if (match := _NUMBER.match(name))), default=-1)

@@ -1,0 +1,1 @@
+"""Conventions of data folders: suffixes, caption files, masks beside images, partner files."""

@@ -1,0 +1,55 @@
+"""Callbacks that write finished tuner files: one at the end, and one every N steps."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from ...storage.tuner_file import save_tuner
+from ..config.train_config import TrainConfig
+from ..facts import training_facts, trigger_words
+from ..state import StepReport, TrainState
+from .base import Callback
+
+
+class FinalFile(Callback):
+    """Callback that writes the file of the finished tuner."""
+
+    def on_end(self, run: TrainState) -> None:
+        """Write the tuner's file."""
+        _write(run, run.config.file)
+
+
+class StepFiles(Callback):
+    """Callback that writes a finished tuner file every `save_every` steps, and keeps the last ones.
+
+    Place it before `Checkpoints`: a saved step then implies that its file exists, so a resumed run misses none. A file
+    of a step that is repeated is replaced by the same tuner.
+    """
+
+    def on_step(self, run: TrainState, report: StepReport) -> None:
+        """Write the file of the step, except of the last one, whose file is the finished tuner."""
+        config = run.config
+        every, kept = config.checkpoints.save_every, config.checkpoints.keep_last
+        if every and run.step % every == 0 and run.step < run.steps:
+            _write(run, config.output / f"{config.name}-{run.step:06d}.safetensors")
+            if kept is not None and run.accelerator.is_main_process:
+                for old in step_files(config)[:-kept]:
+                    old.unlink(missing_ok=True)
+
+
+def step_files(config: TrainConfig) -> list[Path]:
+    """Return the tuner files of single steps in a run's output folder, in the order of their steps."""
+    name = re.compile(rf"{re.escape(config.name)}-(\d{{6,}})\.safetensors")
+    found = [(int(match[1]), path) for path in config.output.glob("*") if (match := name.fullmatch(path.name))]
+    return [path for _, path in sorted(found)]
+
+
+def _write(run: TrainState, path: Path) -> None:
+    """Write the tuner with its released weights and the facts of its training, in the main process."""
+    if run.accelerator.is_main_process:
+        with run.released_weights():
+            triggers = trigger_words(run.config)
+            metadata = {"modelspec.trigger_phrase": ", ".join(triggers)} if triggers else {}
+            save_tuner(run.tuner, path, training=training_facts(run), metadata=metadata)
+    run.accelerator.wait_for_everyone()
