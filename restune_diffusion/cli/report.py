@@ -1,4 +1,4 @@
-"""`restune report`: HTML page about a training run."""
+"""`restune report`: HTML page about a training run or a sweep."""
 
 from __future__ import annotations
 
@@ -14,13 +14,14 @@ from .options.outputs import OverwriteOption
 class ReportOptions(OverwriteOption):
     """Write a self-contained HTML page about a training run: curves, samples over time, data, settings, usage.
 
-    The command also works during the run. Example: restune report ./out
+    Of a sweep's folder it shows the tuners side by side. The command also works during the run.
+    Example: restune report ./out
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     folder: Annotated[Path, tyro.conf.Positional]
-    """Output folder of the training run."""
+    """Output folder of the training run or the sweep."""
     output: Path | None = None
     """Output file; report.html in the run's folder if not given."""
 

@@ -160,17 +160,19 @@ class DataSheet:
         return line + (f", {views} views" if views != len(self.entries) else "")
 
     def notes(self) -> list[str]:
-        """Return the warnings about the data, one line each."""
+        """Return the files that are left out, one line each."""
         notes = [str(each) for each in self.faults[:_LISTED]]
         if len(self.faults) > _LISTED:
             notes.append(f"And {len(self.faults) - _LISTED} more; {FILE_NAME} lists them.")
-        if self.beyond_limit:
-            longest = max(self.beyond_limit.values())
-            notes.append(
-                f"{counted(len(self.beyond_limit), 'caption')} of up to {longest} tokens; the text encoder truncates "
-                f"captions to its token limit."
-            )
         return notes
+
+    def truncated(self) -> list[str]:
+        """Return one line about the captions that exceed the token limit, or nothing."""
+        if not self.beyond_limit:
+            return []
+        longest = max(self.beyond_limit.values())
+        count = counted(len(self.beyond_limit), "caption")
+        return [f"{count} of up to {longest} tokens; the text encoder reads a caption up to its token limit."]
 
     def unused(self) -> list[str]:
         """Return the files that are not used, one line for each reason."""
@@ -190,7 +192,7 @@ class DataSheet:
 
     def warn(self) -> None:
         """Log the warnings about the data, for runs that print nothing."""
-        for note in self.notes() + self.hints + self.unused():
+        for note in self.notes() + self.truncated() + self.hints + self.unused():
             logger.warning("%s", note)
 
     def as_json(self) -> dict[str, Any]:

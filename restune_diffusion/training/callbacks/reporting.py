@@ -61,9 +61,14 @@ def _describe_start(run: TrainState) -> list[str]:
 def _describe_data(run: TrainState) -> list[str]:
     if run.data is None:
         return [f"images      {len(run.cache)} at {run.resolution} x {run.resolution}"]
-    notes = run.data.notes()
-    lines = [f"images      {run.data.images_line(run.resolution)}"]
-    for name, facts in (("left out", notes), ("hint", run.data.hints), ("not used", run.data.unused())):
+    data = run.data
+    lines = [f"images      {data.images_line(run.resolution)}"]
+    for name, facts in (
+        ("left out", data.notes()),
+        ("truncated", data.truncated()),
+        ("hint", data.hints),
+        ("not used", data.unused()),
+    ):
         lines += [f"{'' if number else name:<12}{fact}" for number, fact in enumerate(facts)]
     return lines
 

@@ -1,5 +1,5 @@
-"""HTML report of a training run: `write_report("out")`."""
+"""HTML report of a training run or a sweep: `write_report("out")`."""
 
-from .page import write_report
+from .write import write_report
 
 __all__ = ["write_report"]

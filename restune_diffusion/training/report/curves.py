@@ -65,8 +65,11 @@ def plain(series: Series, label: str) -> str:
     return figure.svg
 
 
-def several(series: Mapping[str, Series], label: str) -> str:
-    """Draw the running means of several metrics, with colors from dark to bright in their order."""
+def several(series: Mapping[str, Series], label: str, *, columns: int | None = None) -> str:
+    """Draw the running means of several metrics, with colors from dark to bright in their order.
+
+    The legend has one row, or `columns` columns.
+    """
     import_matplotlib()
     from matplotlib import colormaps
 
@@ -78,7 +81,7 @@ def several(series: Mapping[str, Series], label: str) -> str:
             shown.append(running_mean(values, smoothing_window(len(values))))
             figure.line(steps, shown[-1], color=color, linewidth=1.5, label=name)
         figure.limit(np.concatenate(shown))
-        figure.legend(len(series))
+        figure.legend(columns or len(series))
     return figure.svg
 
 

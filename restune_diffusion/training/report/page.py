@@ -1,4 +1,4 @@
-"""HTML page of a report."""
+"""HTML page about one training run."""
 
 from __future__ import annotations
 
@@ -9,17 +9,16 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from ...utils.atomic_write import atomic_write
 from ...utils.settings_merge import flat
 from ..callbacks.metrics_file import Series
 from ..config.config_file import recorded_yaml
 from ..config.train_config import TrainConfig, current_names
-from .curves import import_matplotlib, plain, raw_and_smooth, several, smoothing_window
+from .curves import plain, raw_and_smooth, several, smoothing_window
 from .images import chosen_steps, data_url
-from .run_folder import RunFolder, read_run_folder
+from .run_folder import RunFolder
+from .templates import template
 from .usage import command_example, example_prompt, python_example
 
 _MOST_STEPS = 6
@@ -46,39 +45,10 @@ class Strip:
     images: list[tuple[int, str | None]]
 
 
-def write_report(folder: Path | str, output: Path | None = None) -> Path:
-    """Write a self-contained HTML report of a training run.
-
-    Args:
-        folder: output folder of the run, which may be unfinished.
-        output: path of the page; `report.html` in the folder by default.
-
-    Returns:
-        The path of the page.
-
-    Raises:
-        RestuneError: if the folder is not the output folder of a run, or matplotlib is not installed.
-        TunerFileError: if the page cannot be written.
-    """
-    import_matplotlib()
-    run = read_run_folder(Path(folder))
-    path = output if output is not None else run.path / "report.html"
-    with atomic_write(path) as file:
-        file.write(render(run).encode())
-    return path
-
-
 def render(run: RunFolder) -> str:
     """Return the HTML page; all text from users is escaped."""
-    environment = Environment(
-        loader=PackageLoader(__name__.rpartition(".")[0], "templates"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     steps = chosen_steps(list(run.samples), _MOST_STEPS)
-    return environment.get_template("page.html.j2").render(
+    return template("page.html.j2").render(
         run=run,
         config=run.config,
         facts=_facts(run),

@@ -80,9 +80,7 @@ def read_run_folder(path: Path) -> RunFolder:
     if not path.is_dir():
         raise RestuneError(f"There is no folder {path}; give the output folder of a training run.")
     if not (path / CONFIG_FILE).is_file():
-        raise RestuneError(
-            f"{path} has no {CONFIG_FILE}; give the output folder of a training run, which contains one."
-        )
+        raise RestuneError(f"{path} has no {CONFIG_FILE}; give the output folder of a training run or a sweep.")
     metrics = path / METRICS_FILE
     logged = datetime.fromtimestamp(metrics.stat().st_mtime, UTC) if metrics.is_file() else None
     return RunFolder(
