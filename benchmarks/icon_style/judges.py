@@ -22,7 +22,8 @@ from .style_features import StyleFeatures
 RIDGE = 0.01
 """Chosen among 0.003, 0.01, 0.03 and 0.2 by the accuracy on true images of 160 held-out concepts."""
 
-FAST_BFLOAT16: bool = getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16", False)  # torch 2.11 has none
+# torch 2.11 cannot tell.
+FAST_BFLOAT16 = not hasattr(torch.cpu, "get_capabilities") or bool(torch.cpu.get_capabilities().get("avx512_bf16"))
 """A processor without these instructions imitates bfloat16 and is many times slower with it than with float32."""
 
 
