@@ -73,9 +73,10 @@ def _prompts(values: Sequence[str]) -> list[str]:
 
 _OPTIMIZERS = {"": "adamw"} | {name: name for name in ("adamw", "adamw8bit", "prodigy", "adafactor", "lion")}
 _TAGS = "captions are encoded once, so tags are not shuffled or dropped; use --caption-dropout"
+_CAPTIONS = "captions are read from .txt and .caption files; rename them"
 _HUGGING_FACE = "call `push_to_hub` in Python after training"
 _DEEPSPEED = "DeepSpeed is not supported; use --mixed-precision and --gradient-checkpointing"
-_EPOCHS = "--checkpoint-every N counts steps"
+_EPOCHS = "--save-every N counts steps"
 _VALIDATION = "`restune evaluate --data HELD_OUT` measures a tuner on held-out images"
 _HUBER = "the loss is the squared error; leave the flag out"
 _MEMORY = "memory is managed here by --drop-encoders and --gradient-checkpointing"
@@ -99,7 +100,7 @@ KOHYA: tuple[ForeignFlag, ...] = (
     same("network_alpha", "--res.alpha", "1", "kohya's default of 1 is written out"),
     only("network_dropout", "0 0.0", "LoRA has no dropout; use --caption-dropout"),
     refused("network_args", "--res.sites and --res.linears select layers", "values"),
-    refused("network_weights", "--resume continues a run; a tuner file cannot start one yet"),
+    same("network_weights", "--init-tuner", "f", "a tuner file; `restune convert` makes one of a LoRA"),
     refused("dim_from_weights", "give the rank as --res.width", "nothing"),
     switch("network_train_unet_only", "--tuner res", "kohya trains the text encoders without this flag"),
     switch("network_train_text_encoder_only", "--tuner text"),
@@ -128,7 +129,7 @@ KOHYA: tuple[ForeignFlag, ...] = (
     refused("lr_scheduler_min_lr_ratio", "choose a schedule of --lr-scheduler"),
     *ignored("fused_backward_pass", "only the tuner has gradients", "nothing"),
     same("max_train_steps", "--steps", "5"),
-    refused("max_train_epochs", "give --steps = epochs x images x repeats / (batch size x accumulation)"),
+    same("max_train_epochs", "--epochs", "5", "takes precedence over `--max_train_steps`, as there"),
     same("train_batch_size", "--batch-size", "2"),
     same("gradient_accumulation_steps", "--gradient-accumulation-steps", "2"),
     same("seed", "--seed", "1"),
@@ -160,8 +161,8 @@ KOHYA: tuple[ForeignFlag, ...] = (
         "nothing",
     ),
     *ignored("disable_mmap_load_safetensors", "files are read as safetensors does it", "nothing"),
-    only("caption_extension", ".txt", "captions are read from .txt files; rename them"),
-    only("caption_extention", ".txt", "captions are read from .txt files; rename them"),
+    only("caption_extension", ".txt .caption", _CAPTIONS),
+    only("caption_extention", ".txt .caption", _CAPTIONS),
     only("caption_separator", ",", _TAGS),
     refused("shuffle_caption", _TAGS, "nothing"),
     only("keep_tokens", "0", _TAGS),
@@ -198,11 +199,11 @@ KOHYA: tuple[ForeignFlag, ...] = (
     refused("v_pred_like_loss", "use --snr-gamma"),
     only("loss_type", "l2", _HUBER),
     *ignored("huber_schedule huber_c huber_scale", "the loss is the squared error"),
-    same("save_every_n_steps", "--checkpoint-every", "5"),
+    same("save_every_n_steps", "--save-every", "5", "finished tuner files; --checkpoint-every N saves the state"),
     *ignored("save_every_n_epochs save_n_epoch_ratio", _EPOCHS),
     *ignored(
         "save_last_n_epochs save_last_n_epochs_state save_last_n_steps save_last_n_steps_state",
-        "--checkpoints-kept N counts checkpoints",
+        "--keep-last K counts tuner files, --checkpoints-kept K checkpoints",
     ),
     *ignored("save_state save_state_on_train_end", "each checkpoint holds the state", "nothing"),
     *ignored("save_precision", "tuners are saved in fp32; `restune convert` changes formats"),

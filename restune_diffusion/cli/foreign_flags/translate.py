@@ -84,7 +84,9 @@ def _together(program: Program, ours: list[str], seen: Mapping[str, list[str]], 
     if "unet_lr" in seen and "learning_rate" in seen:
         ours = _without(ours, "--learning-rate", 1)
         ours += ["--learning-rate", *seen["unet_lr"]]
-    ours = _warmup(ours, seen, notices)
+    ours = _warmup(_one_length(program, ours, seen), seen, notices)
+    if program == "diffusers" and "center_crop" not in seen and "--crop" not in ours:
+        notices.append("Images are cropped at the center; the script crops at random: add --crop random.")
     if "text_encoder_lr" in seen and not _trains_text(program, seen, ours):
         ours = _without(ours, "--text-learning-rate", 1)
         notices.append("--text_encoder_lr is ignored: the text encoders are not trained.")
@@ -126,6 +128,15 @@ def _trains_text(program: Program, seen: Mapping[str, list[str]], ours: Sequence
     lora = program == "kohya" and {"network_module", "network_dim"} & seen.keys()
     own = any(argument.partition("=")[0] in ("--tuner", "--preset") for argument in ours)
     return bool("train_text_encoder" in seen or lora or own)
+
+
+def _one_length(program: Program, ours: list[str], seen: Mapping[str, list[str]]) -> list[str]:
+    """Return our arguments with one length: steps go before epochs in diffusers, epochs before steps in kohya."""
+    if program == "kohya" and "max_train_epochs" in seen:
+        return _without(ours, "--steps", 1)
+    if program == "diffusers" and "max_train_steps" in seen:
+        return _without(ours, "--epochs", 1)
+    return ours
 
 
 def _warmup(ours: list[str], seen: Mapping[str, list[str]], notices: list[str]) -> list[str]:

@@ -83,7 +83,8 @@ def test_translated_flags_are_valid_settings(program: str, tmp_path: Path) -> No
     together = [word for name, line in lines.items() if name not in APART for word in line]
     settings = config(*together)
     assert (settings.optimizer.lr_scheduler, settings.optimizer.lr_warmup_steps) == ("cosine", 5)
-    assert (settings.noise.noise_offset, settings.loss.snr_gamma, settings.steps) == (0.1, 5.0, 5)
+    assert (settings.noise.noise_offset, settings.loss.snr_gamma) == (0.1, 5.0)
+    assert (settings.steps, settings.epochs) == ((None, 5) if program == "kohya" else (5, None))
     if program == "kohya":
         assert settings.validation.prompts == ("a fox", "a hen")
     for name in APART & lines.keys():
@@ -191,3 +192,27 @@ def test_our_own_command_lines_stay_as_they_are() -> None:
 
 def test_the_page_of_flags_is_current() -> None:
     assert (ROOT / "docs" / "flags.md").read_text("utf-8") == page(), "run the command at its top"
+
+
+@pytest.mark.parametrize(
+    ("flags", "length"),
+    [
+        (("--instance_data_dir=d", "--num_train_epochs=3"), (None, 3)),
+        (("--instance_data_dir=d", "--num_train_epochs=3", "--max_train_steps=5"), (5, None)),
+        (("--train_data_dir=d", "--output_name=x", "--max_train_epochs=3", "--max_train_steps=5"), (None, 3)),
+    ],
+)
+def test_epochs_are_taken_and_one_length_wins_as_in_the_script(
+    flags: tuple[str, ...], length: tuple[int | None, int | None]
+) -> None:
+    settings = config("--pretrained_model_name_or_path=b", "--output_dir=o", *flags)
+    assert (settings.steps, settings.epochs) == length
+
+
+def test_a_random_crop_that_the_script_makes_by_default_is_mentioned() -> None:
+    own = {"base", "data"}
+    line = ["--pretrained_model_name_or_path=b", "--instance_data_dir=d"]
+    notice = "Images are cropped at the center; the script crops at random: add --crop random."
+    assert notice in translate(line, own).notices
+    assert notice not in translate([*line, "--center_crop"], own).notices
+    assert notice not in translate([*line, "--crop", "random"], own).notices
