@@ -9,6 +9,7 @@ import json
 import re
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save
@@ -19,12 +20,21 @@ from ..utils.atomic_write import atomic_write
 from ..utils.errors import TunerFileError
 from .foreign import ForeignFile
 from .names import skip_readers
+from .reading.peft_settings import check_settings
 from .scepter import TENSORS, layer_at
 from .skip_layers import WIDTHS_KEY, fit_ratio, skip_layers, skip_tuner, without_padding
 
 _KEY = re.compile(r"(?P<module>.+)\.scetuner_(?P<adapter>[^.]+)\.tuner_op\.(?P<tensor>ln[12]\.(?:weight|bias))")
 _LSC = re.compile(r"lsc_identity\.(\d+)")
 _ADAPTER = "default"
+# Widths and sites follow from the tensors; `tuner_mode` is read with the site.
+_PLAIN = frozenset({"model_key_mapping", "dims", "target_modules", "down_ratio", "tuner_mode"})
+# A hint module would be a second input of the tuner.
+_LIMITED: dict[str, tuple[Any, ...]] = {
+    "swift_type": ("SCETuning",),
+    "tuner_op": ("SCEAdapter",),
+    "hint_modules": ([], ""),
+}
 
 
 def recognizes(keys: Iterable[str]) -> bool:
@@ -36,8 +46,9 @@ def read(file: ForeignFile, base: BaseInfo) -> Tuner:
     """Convert an SCETuning file to a skip tuner.
 
     Raises:
-        TunerFileError: if the file contains other tensors, or is for a base of another structure.
+        TunerFileError: if the file contains other tensors or settings, or is for a base of another structure.
     """
+    check_settings(file.settings, str(file.path), _PLAIN, _LIMITED)
     matches = {key: match for key in file.tensors if (match := _KEY.fullmatch(key))}
     file.refuse_others(matches, "a file of ms-swift's SCETuning")
     adapters = sorted({match["adapter"] for match in matches.values()})

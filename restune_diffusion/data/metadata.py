@@ -8,6 +8,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
+from ..utils.display import counted
 from ..utils.errors import DataError
 from .example import Example, check_caption
 from .files import is_file, read_text
@@ -18,6 +19,9 @@ METADATA_CSV = "metadata.csv"
 
 # Folder of the training split in the layout of `datasets` (imagefolder).
 _SPLIT = "train"
+
+# Columns that have a meaning of their own.
+_NOT_TEXT = {"file_name", "condition", "conditions"}
 
 Row = tuple[str, object]
 """Position of a row in its file, and its value."""
@@ -56,13 +60,30 @@ def read_metadata(
         DataError: if the file cannot be read.
     """
     examples = []
+    unread: dict[str, int] = {}
     rows = _csv_rows if metadata.suffix.lower() == ".csv" else _json_rows
     for place, row in rows(metadata, refused):
         try:
             examples.append(_example(metadata, row, fallback, caption_column))
         except DataError as error:
             refused.append(Refused(place, str(error)))
+            continue
+        for column in _other_texts(row, caption_column):
+            unread[column] = unread.get(column, 0) + 1
+    for column, count in unread.items():
+        reason = (
+            f"has {counted(count, 'row')} without a caption in `{caption_column}`, but with text in `{column}`, which "
+            f"is not read; set --caption-column {column} to train on it"
+        )
+        refused.append(Refused(str(metadata), reason, fault=False))
     return examples
+
+
+def _other_texts(row: object, caption_column: str) -> list[str]:
+    """Return the columns of text in a row whose caption column is empty."""
+    if not isinstance(row, dict) or row.get(caption_column):
+        return []
+    return [name for name, value in row.items() if name not in _NOT_TEXT and isinstance(value, str) and value.strip()]
 
 
 def _json_rows(metadata: Path, refused: list[Refused]) -> Iterator[Row]:

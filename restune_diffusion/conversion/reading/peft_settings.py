@@ -6,7 +6,7 @@ Source: PEFT 0.21.2 (`tuners/lora/config.py`, `tuners/loha/config.py`, `tuners/l
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 from typing import Any
 
 import regex
@@ -50,18 +50,30 @@ _LONGEST_PATTERN = 1000
 _SECONDS = 1.0
 
 
-def check_settings(settings: Mapping[str, Any], source: str) -> None:
-    """Raise `TunerFileError` for the first setting that is unknown or that no tuner family computes."""
+def check_settings(
+    settings: Mapping[str, Any],
+    source: str,
+    plain: Set[str] = UNDERSTOOD | HARMLESS,
+    limited: Mapping[str, tuple[Any, ...]] = LIMITED,
+) -> None:
+    """Raise `TunerFileError` for the first setting that is unknown or that no tuner family computes.
+
+    Args:
+        settings: settings of the file.
+        source: the file, for the message.
+        plain: settings of which every value is computed, or changes nothing.
+        limited: settings with the values that are supported.
+    """
     for key, value in settings.items():
-        if value is None or key in UNDERSTOOD or key in HARMLESS:
+        if value is None or key in plain:
             continue
-        if key not in LIMITED:
+        if key not in limited:
             raise TunerFileError(
                 f"{source} has the unknown setting {key[:80]} = {repr(value)[:40]}, which may change what the adapter "
                 "computes."
             )
         # In Python, 1 == True.
-        if not any(type(value) is type(one) and value == one for one in LIMITED[key]):
+        if not any(type(value) is type(one) and value == one for one in limited[key]):
             raise TunerFileError(
                 f"{source} was trained with {key} = {repr(value)[:40]}, which no tuner family supports."
                 + _remedy(key, value)

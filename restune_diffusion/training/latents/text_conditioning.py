@@ -9,6 +9,8 @@ from typing import Any
 import torch
 
 from ...data.image_files import SizeConditioning
+from ...utils.display import printable
+from ...utils.errors import TrainingError
 
 
 @dataclass(frozen=True)
@@ -20,7 +22,11 @@ class Conditioning:
 
 
 def encode_caption(pipeline: Any, caption: str) -> Conditioning:
-    """Encode a caption as the pipeline does for generation."""
+    """Encode a caption as the pipeline does for generation.
+
+    Raises:
+        TrainingError: if the text encoder gives NaN or infinite embeddings.
+    """
     with torch.no_grad():
         encoded = pipeline.encode_prompt(
             prompt=caption,
@@ -30,7 +36,13 @@ def encode_caption(pipeline: Any, caption: str) -> Conditioning:
         )
     # SD 1.x and 2.x return (positive, negative), SDXL (positive, negative, pooled, negative pooled).
     pooled = encoded[2][0].cpu() if len(encoded) == 4 else None
-    return Conditioning(encoded[0][0].cpu(), pooled)
+    states = encoded[0][0].cpu()
+    if not (states.isfinite().all() and (pooled is None or pooled.isfinite().all())):
+        raise TrainingError(
+            f"The text encoder of the base gives NaN or infinite embeddings for the caption {printable(caption)!r}; "
+            f"its weights are damaged. Use another copy of the base."
+        )
+    return Conditioning(states, pooled)
 
 
 class LiveEncoder:

@@ -174,6 +174,17 @@ def test_what_is_no_skip_tuner_is_refused(base, tmp_path):
         import_tuner(tmp_path / "h.safetensors", base)
 
 
+@pytest.mark.parametrize(
+    ("setting", "value"), [("hint_modules", ["mid_block"]), ("tuner_op", "Other"), ("of_a_later_version", 1)]
+)
+def test_a_setting_that_changes_the_tuner_or_is_unknown_is_refused(base, tmp_path, setting, value):
+    folder = write_swift(tmp_path / "in", swift_tensors(base, 0.5, torch.float32))
+    settings = next(folder.rglob("adapter_config.json"))
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {setting: value}))
+    with pytest.raises(TunerFileError, match=setting):
+        import_tuner(folder, base)
+
+
 def test_pickles_are_refused_unopened_with_the_way_to_convert_them(base, tmp_path):
     class Bomb:
         def __reduce__(self):

@@ -330,3 +330,19 @@ def test_hints_name_numbered_folders_and_bucketing_without_effect(tmp_path: Path
         inspect_data(DataConfig(data=tmp_path, prompt="x", **settings), frame, sheet)
         assert len(sheet.hints) == len(expected)
         assert all(hint.startswith(start) for hint, start in zip(sheet.hints, expected, strict=True))
+
+
+@pytest.mark.parametrize("name", ["metadata.jsonl", "metadata.csv"])
+def test_text_in_another_column_than_that_of_the_captions_is_named(tmp_path: Path, name: str) -> None:
+    save(tmp_path / "a.png", tmp_path / "b.png")
+    csv = "file_name,text,caption\na.png,,red\nb.png,blue,ignored\n"
+    lines = '{"file_name": "a.png", "caption": "red"}\n{"file_name": "b.png", "text": "blue", "caption": "ignored"}\n'
+    (tmp_path / name).write_text(csv if name.endswith("csv") else lines)
+    found, sheet = read(tmp_path, prompt="sks")
+    assert found == {"a.png": "sks", "b.png": "blue"}
+    assert sheet.unused() == [
+        f"{name} has 1 row without a caption in `text`, but with text in `caption`, which is not read; "
+        f"set --caption-column caption to train on it"
+    ]
+    found, sheet = read(tmp_path, prompt="sks", caption_column="caption")
+    assert (found, sheet.unused()) == ({"a.png": "red", "b.png": "ignored"}, [])

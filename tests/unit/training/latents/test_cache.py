@@ -62,3 +62,12 @@ def test_latents_that_are_not_finite_name_the_autoencoder_and_the_image(images: 
     first = find_examples(images)[0].path.name
     with pytest.raises(TrainingError, match=rf"autoencoder \(VAE\).* the image .*{first}"):
         build_cache(pipeline, load_samples(find_examples(images), 16))
+
+
+def test_embeddings_that_are_not_finite_name_the_text_encoder_and_the_caption(images: Path) -> None:
+    pipeline = sd_pipeline()
+    with torch.no_grad():
+        pipeline.text_encoder.get_input_embeddings().weight.fill_(float("nan"))
+    first = find_examples(images)[0].caption
+    with pytest.raises(TrainingError, match=f"text encoder.* the caption '{first}'"):
+        build_cache(pipeline, load_samples(find_examples(images), 16))
