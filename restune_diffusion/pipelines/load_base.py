@@ -10,10 +10,12 @@ from typing import Any
 import torch
 import transformers
 from diffusers import (
+    AutoencoderKL,
     DDIMScheduler,
     DiffusionPipeline,
     StableDiffusionXLInpaintPipeline,
     StableDiffusionXLPipeline,
+    UNet2DConditionModel,
 )
 from safetensors import SafetensorError
 
@@ -26,6 +28,7 @@ from .stable_diffusion import (
     RestuneStableDiffusionXLInpaintPipeline,
     RestuneStableDiffusionXLPipeline,
 )
+from .vae import load_vae
 
 PRECISIONS = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -39,20 +42,21 @@ _PIPELINES: dict[str, Any] = {
 _PIPELINES |= {pipeline_class.__name__: pipeline_class for pipeline_class in _PIPELINES.values()}
 
 
-def load_base(base: str, dtype: torch.dtype) -> Any:
+def load_base(base: str, dtype: torch.dtype, vae: str | None = None) -> Any:
     """Load a Stable Diffusion checkpoint as a pipeline with `RestuneLoaderMixin`.
 
     Args:
         base: a directory in diffusers' layout, a single safetensors file in the original layout, or a repository id on
             the Hub.
         dtype: dtype of all models.
+        vae: VAE that replaces that of the checkpoint: a folder, a safetensors file, or a repository id.
 
     Raises:
         RestuneError: if the checkpoint does not exist, is not a supported base, or lacks weights.
     """
     path = local_base(base)
     if path is not None and path.is_file():
-        return load_single_file(path, dtype)
+        return load_single_file(path, dtype, vae)
     source = base if path is None else str(path)
     try:
         index = DiffusionPipeline.load_config(source)
@@ -65,11 +69,20 @@ def load_base(base: str, dtype: torch.dtype) -> Any:
         with warnings.catch_warnings():
             # The latest diffusers names the argument `dtype`, older versions only accept `torch_dtype`.
             warnings.filterwarnings("ignore", ".*torch_dtype.*", FutureWarning)
-            encoders = _load_text_encoders(source, index, dtype)
-            return pipeline_class.from_pretrained(source, torch_dtype=dtype, **encoders)
+            parts = _load_text_encoders(source, index, dtype)
+            if vae is not None:
+                parts["vae"] = _load_other_vae(vae, source, dtype)
+            return pipeline_class.from_pretrained(source, torch_dtype=dtype, **parts)
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0]
         raise RestuneError(f"The base {base} cannot be loaded: {reason}") from error
+
+
+def _load_other_vae(vae: str, source: str, dtype: torch.dtype) -> Any:
+    own = AutoencoderKL.load_config(source, subfolder="vae")
+    # The U-Net of an inpainting model has more inputs than latent channels, but as many outputs.
+    channels = UNet2DConditionModel.load_config(source, subfolder="unet")["out_channels"]
+    return load_vae(vae, dtype, replaced=own, channels=channels)
 
 
 def _load_text_encoders(source: str, index: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
