@@ -25,6 +25,9 @@ class EvaluateOptions(OverwriteOption):
 
     base: str
     """Stable Diffusion checkpoint in diffusers' layout: a directory, or a hub repository id."""
+    vae: str | None = None
+    """Autoencoder (VAE) instead of the base's own: a folder of an AutoencoderKL, a safetensors file, or a hub
+    repository id."""
     tuner: str
     """Tuner file, optionally with its weight after a colon: `ink.safetensors:0.8`; the default weight is 1."""
     data: Path
@@ -67,7 +70,7 @@ class EvaluateOptions(OverwriteOption):
         from .options.mix import split_weight
         from .options.placement import load_placed
 
-        pipeline = load_placed(self.base, self.device, self.dtype)
+        pipeline = load_placed(self.base, self.device, self.dtype, self.vae)
         pipeline.set_progress_bar_config(disable=True)
         tuner, weight = split_weight(self.tuner)
         return evaluate_tuner(
@@ -83,4 +86,5 @@ class EvaluateOptions(OverwriteOption):
             seed=self.seed,
             limit=self.limit,
             batch_size=self.batch_size,
+            vae=self.vae,
         )

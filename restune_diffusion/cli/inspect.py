@@ -107,6 +107,8 @@ def as_text(info: TunerInfo) -> str:
         ("parameters", f"{info.num_parameters:,} ({info.dtype})"),
         ("base", f"{config.get('base') or info.base.name or 'unnamed'} ({info.base.denoiser}, widths {widths})"),
     ]
+    if config.get("vae"):
+        facts.append(("vae", config["vae"]))
     if words := info.trigger_words:
         facts.append(("trigger", ", ".join(words)))
     # A tuner saved from Python may have other training facts, or none; `--json` shows all of them.

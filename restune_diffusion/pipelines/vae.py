@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
 import tempfile
-import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL
-from diffusers.utils import logging
+from diffusers.utils import logging as diffusers_logging
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
@@ -20,6 +20,8 @@ from ..storage.base_files.tensor_header import TensorHeader
 from ..storage.base_files.vae_config import is_diffusers_layout, vae_file_config
 from ..storage.base_files.vae_location import check_vae_class, locate_vae
 from ..utils.errors import RestuneError
+
+logger = logging.getLogger(__name__)
 
 # Names of the attention layers in files of diffusers before 0.18, such as those of stabilityai/sd-vae-ft-mse.
 _OLD_ATTENTION = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
@@ -70,11 +72,12 @@ def _check_fits(vae: str, config: Mapping[str, Any], replaced: Mapping[str, Any]
         )
     expected, found = replaced.get("scaling_factor", _SCALING), config.get("scaling_factor", _SCALING)
     if expected != found:
-        warnings.warn(
-            f"The VAE {vae} scales latents by {found}, that of the base by {expected}. It may be made for another "
-            "model family; then images are wrong in color and detail.",
-            UserWarning,
-            stacklevel=3,
+        logger.warning(
+            "The VAE %s scales latents by %s, that of the base by %s. It may be made for another model family; then "
+            "images are wrong in color and detail.",
+            vae,
+            found,
+            expected,
         )
 
 
@@ -119,12 +122,12 @@ def _check_complete(vae: str, missing: list[str]) -> None:
 @contextmanager
 def quiet_loading() -> Iterator[None]:
     """Context manager without diffusers' progress bars and its warnings about empty lists of modules."""
-    enabled, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
+    enabled, level = diffusers_logging.is_progress_bar_enabled(), diffusers_logging.get_verbosity()
+    diffusers_logging.disable_progress_bar()
+    diffusers_logging.set_verbosity_error()
     try:
         yield
     finally:
-        logging.set_verbosity(level)
+        diffusers_logging.set_verbosity(level)
         if enabled:
-            logging.enable_progress_bar()
+            diffusers_logging.enable_progress_bar()

@@ -17,6 +17,9 @@ class SamplingOptions(OverwriteOption, MixOptions):
 
     base: str
     """Stable Diffusion checkpoint in diffusers' layout: a directory, or a hub repository id."""
+    vae: str | None = None
+    """Autoencoder (VAE) instead of the base's own: a folder of an AutoencoderKL, a safetensors file, or a hub
+    repository id."""
     prompt: tuple[str, ...] = Field(min_length=1)
     """One or more prompts."""
     negative_prompt: str | None = None
@@ -80,7 +83,7 @@ class SamplingOptions(OverwriteOption, MixOptions):
             raise RestuneError("--strength needs an image to start from; give one with --init-image.")
         if self.init_image is not None:
             read_image(self.init_image)
-        pipeline = load_placed(self.base, self.device, self.dtype)
+        pipeline = load_placed(self.base, self.device, self.dtype, self.vae)
         if self.scheduler is not None:
             pipeline.scheduler = named_scheduler(self.scheduler, pipeline.scheduler)
         pipeline = pipeline_for(pipeline, from_image=self.init_image is not None)

@@ -102,6 +102,8 @@ def config_yaml(config: TrainConfig) -> str:
     settings = _plain(settings)
     if Path(config.base).expanduser().exists():
         settings["base"] = str(Path(config.base).expanduser().absolute())
+    if config.vae is not None and Path(config.vae).expanduser().exists():
+        settings["vae"] = str(Path(config.vae).expanduser().absolute())
     return to_yaml(_without_part_names(settings))
 
 

@@ -12,6 +12,7 @@ from pydantic import model_validator
 
 from ...data.config import DataConfig
 from ...hooks.placeholder_tokens import contains_token
+from ...storage.base_files.location import public_name
 from ...tuners.configs import BypassConfig, ControlConfig, PartConfig, ResConfig, SkipConfig, TextConfig
 from ...tuners.registry import ConditionedConfig, tuner_families, tuner_family
 from ...utils.setting_groups import (
@@ -45,6 +46,9 @@ class TrainConfig(FamilyFields):
     base: str = setting(affects="content")
     """Stable Diffusion checkpoint in diffusers format: a local folder or the ID of a repository on the Hugging Face
     Hub."""
+    vae: str | None = setting(None, affects="content")
+    """Autoencoder (VAE) instead of the base's own: a folder of an AutoencoderKL, a safetensors file, or the ID of a
+    repository on the Hub."""
     output: Path = setting(affects="output", recorded=False)
     """Output folder for the tuner, the checkpoints, the samples and `metrics.jsonl`. Called OUTPUT below."""
     name: str = setting("tuner", affects="output", pattern=r"^[\w][\w.\- ]*$")
@@ -292,6 +296,10 @@ class TrainConfig(FamilyFields):
         recorded["validation"] = {info.record: validation[name] for name, info in _VALIDATION.items() if info.record}
         if Path(self.base).exists():
             recorded["base"] = Path(self.base).resolve().name
+        # Left out without a value, so that the records of earlier releases hold.
+        del recorded["vae"]
+        if self.vae is not None:
+            recorded["vae"] = public_name(self.vae)
         return recorded
 
 

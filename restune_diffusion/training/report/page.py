@@ -12,6 +12,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from ...storage.base_files.location import public_name
 from ...utils.atomic_write import atomic_write
 from ...utils.settings_merge import flat
 from ..callbacks.metrics_file import Series
@@ -94,6 +95,8 @@ def render(run: RunFolder) -> str:
 def _facts(run: RunFolder) -> list[tuple[str, str]]:
     config, tuner = run.config, run.tuner
     facts = [("Tuner", " + ".join(config.kinds)), ("Base", Path(config.base).name or config.base)]
+    if config.vae is not None:
+        facts.append(("VAE", public_name(config.vae)))
     if tuner is not None:
         facts[0] = (
             "Tuner",
