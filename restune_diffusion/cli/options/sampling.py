@@ -69,7 +69,7 @@ class SamplingOptions(OverwriteOption, MixOptions):
 
     def load(self) -> Any:
         """Return the pipeline with the tuners loaded and their weights set."""
-        from ...pipelines.image_size import image_size
+        from ...pipelines.load_base import image_size
         from ...pipelines.schedulers import check_scheduler_name, named_scheduler
         from .images import read_image
         from .mix import load_tuners
@@ -100,7 +100,7 @@ class SamplingOptions(OverwriteOption, MixOptions):
         import inspect
 
         from ...pipelines.clip_skip import clip_skip_arguments
-        from ...pipelines.image_size import image_size
+        from ...pipelines.load_base import image_size
         from .control_images import read_control_images
         from .images import fitted_image, read_image
 
