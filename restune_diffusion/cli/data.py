@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 from ..data.config import DataConfig
+from ..storage.base_files.check import check_base
 from ..utils.errors import DataError, RestuneError
 from ..utils.settings import Settings
+from .options.early_checks import check_data
 from .options.outputs import OverwriteOption
 from .quiet import quiet_libraries
 
@@ -53,6 +55,9 @@ class DataOptions(DataConfig, _Action):
         Raises:
             DataError: if no image can be used.
         """
+        check_data(self.folder)
+        if self.base is not None:
+            check_base(self.base)
         if self.sheet is not None:
             image_format(self.sheet)
             self.check_outputs(self.sheet)

@@ -7,7 +7,10 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import ConfigDict, Field
 
+from ..storage.base_files.check import check_base
+from .options.early_checks import check_data, check_device, check_tuners
 from .options.interruption import stoppable
+from .options.mix import split_weight
 from .options.outputs import OverwriteOption
 
 if TYPE_CHECKING:
@@ -57,17 +60,25 @@ class EvaluateOptions(OverwriteOption):
         """Run the evaluation, write the report and print its table."""
         outputs = [self.output / name for name in ("report.md", "report.json", "grid.png")]
         with stoppable(lambda: f"no report is written to {self.output}"):
+            self._check()
             self.check_outputs(*outputs)
             print(self._evaluate().table())
         for path in outputs:
             print(path)
+
+    def _check(self) -> None:
+        check_base(self.base, self.vae)
+        check_tuners([split_weight(self.tuner)[0]])
+        check_data(self.data)
+        if self.training_images is not None:
+            check_data(self.training_images, "folder of training images")
+        check_device(self.device)
 
     def _evaluate(self) -> Evaluation:
         from .quiet import quiet_libraries
 
         quiet_libraries()
         from ..evaluation import evaluate_tuner
-        from .options.mix import split_weight
         from .options.placement import load_placed
 
         pipeline = load_placed(self.base, self.device, self.dtype, self.vae)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 from pydantic import ValidationError
 
+from ..storage.base_files.check import check_base
 from ..training.config.config_file import given_settings
 from ..training.config.length.precedence import LENGTHS, without_replaced_length
 from ..training.config.presets import PRESETS
@@ -20,7 +21,7 @@ from ..training.config.tuner_settings import TUNER_ALIASES, command_line_class, 
 from ..utils.display import counted
 from ..utils.setting_groups import close_groups, first_refused_setting
 from .foreign_flags.translate import translate
-from .options.early_checks import check_folders
+from .options.early_checks import check_data, check_precision, check_writable
 from .options.setting_flags import current_flags, old_names_on_stderr, unchecked, with_flat_flags
 from .quiet import quiet_libraries
 
@@ -64,7 +65,10 @@ class TrainOptions(_Flags):
     def run(self) -> None:
         """Train a tuner, or the tuners of a sweep, and print their paths."""
         config = self.settings()
-        check_folders(config.data.folder, config.output)
+        check_data(config.data.folder)
+        check_base(config.base, config.vae)
+        check_writable(config.output)
+        check_precision(config.memory.mixed_precision, cpu=config.memory.cpu)
         quiet_libraries()  # before the imports below, which emit warnings
         from ..training import sweep, train
 

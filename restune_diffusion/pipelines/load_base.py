@@ -20,6 +20,7 @@ from diffusers import (
 )
 from safetensors import SafetensorError
 
+from ..storage.base_files.check import check_class
 from ..storage.base_files.location import local_base
 from ..utils.errors import RestuneError, TrainingError
 from .single_file import load_single_file
@@ -63,11 +64,8 @@ def load_base(base: str, dtype: torch.dtype, vae: str | None = None) -> Any:
     try:
         index = DiffusionPipeline.load_config(source)
         class_name = index["_class_name"]
-        pipeline_class = _PIPELINES.get(class_name)
-        if pipeline_class is None:
-            raise RestuneError(
-                f"The base {base} is a {class_name}; supported are Stable Diffusion and Stable Diffusion XL."
-            )
+        check_class(base, class_name)
+        pipeline_class = _PIPELINES[class_name]
         with warnings.catch_warnings():
             # The latest diffusers names the argument `dtype`, older versions only accept `torch_dtype`.
             warnings.filterwarnings("ignore", ".*torch_dtype.*", FutureWarning)

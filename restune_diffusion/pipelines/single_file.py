@@ -15,6 +15,7 @@ from diffusers import DDIMScheduler, EulerDiscreteScheduler, PNDMScheduler
 from torch import nn
 from transformers import CLIPTokenizer
 
+from ..storage.base_files.check import check_suffix
 from ..storage.base_files.configs import ModelConfigs, model_configs, native_pixels, own_vae_config
 from ..storage.base_files.contents import UNET, Family, family_of
 from ..storage.base_files.prediction import Prediction, read_prediction
@@ -49,11 +50,7 @@ def load_single_file(path: Path, dtype: torch.dtype, vae: str | None = None) -> 
     Raises:
         RestuneError: if the file is something else, incomplete, or a pickle.
     """
-    if path.suffix.lower() != ".safetensors":
-        raise RestuneError(
-            f"The base {path} is not a safetensors file; a {path.suffix or 'file of this type'} can run code when it "
-            "is read. Convert it to safetensors with a program that you trust."
-        )
+    check_suffix(path)
     header = read_tensor_header(path)
     family = family_of(header, has_vae=vae is not None)
     prediction = read_prediction(header, family)

@@ -7,7 +7,9 @@ from typing import Any, Literal
 
 from pydantic import Field
 
+from ...storage.base_files.check import check_base
 from ...utils.errors import RestuneError
+from .early_checks import check_device, check_tuners
 from .mix import MixOptions
 from .outputs import OverwriteOption
 
@@ -66,6 +68,16 @@ class SamplingOptions(OverwriteOption, MixOptions):
     def seeds(self) -> range:
         """Seeds of the images of each prompt."""
         return range(self.seed, self.seed + self.images)
+
+    def check_inputs(self) -> None:
+        """Check base, VAE, tuner files and device, before the libraries are imported.
+
+        Raises:
+            RestuneError: if one of them does not exist.
+        """
+        check_base(self.base, self.vae)
+        check_tuners(path for path, _ in self.files())
+        check_device(self.device)
 
     def load(self) -> Any:
         """Return the pipeline with the tuners loaded and their weights set."""
