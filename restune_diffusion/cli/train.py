@@ -22,6 +22,7 @@ from ..utils.display import counted
 from ..utils.setting_groups import close_groups, first_refused_setting
 from .foreign_flags.translate import translate
 from .options.early_checks import check_data, check_precision, check_writable
+from .options.interruption import stoppable
 from .options.setting_flags import current_flags, old_names_on_stderr, unchecked, with_flat_flags
 from .quiet import quiet_libraries
 
@@ -69,6 +70,10 @@ class TrainOptions(_Flags):
         check_base(config.base, config.vae)
         check_writable(config.output)
         check_precision(config.memory.mixed_precision, cpu=config.memory.cpu)
+        with stoppable(lambda: "--resume continues a training run from its newest checkpoint"):
+            self._train(config)
+
+    def _train(self, config: TrainConfig) -> None:
         quiet_libraries()  # before the imports below, which emit warnings
         from ..training import sweep, train
 

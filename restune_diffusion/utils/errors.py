@@ -42,4 +42,12 @@ class TrainingError(RestuneError):
 
 
 class TrainingInterrupted(RestuneError):
-    """Training was stopped on request after saving its state; not a failure."""
+    """Training was stopped on request after saving its state; not a failure.
+
+    Attributes:
+        by_ctrl_c: whether the request was a Ctrl-C, and not a signal to end, such as that of a scheduler.
+    """
+
+    def __init__(self, message: str, *, by_ctrl_c: bool = False) -> None:
+        super().__init__(message)
+        self.by_ctrl_c = by_ctrl_c

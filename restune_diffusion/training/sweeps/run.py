@@ -193,7 +193,8 @@ def _take_turns(group: Sequence[_Member], stop: StopRequest) -> None:
         output = group[0].run.config.output.parent
         raise TrainingInterrupted(
             f"Stopped by a signal. The state of every started tuner is saved in {output}; "
-            f"run the same command with --resume to continue."
+            f"run the same command with --resume to continue.",
+            by_ctrl_c=interrupted.by_ctrl_c,
         ) from interrupted
 
 
