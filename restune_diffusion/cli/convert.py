@@ -50,7 +50,7 @@ class ConvertOptions(OverwriteOption):
 
         with stoppable(lambda: f"{self.output} is not written"):
             if not self.source.exists():
-                raise TunerFileError(f"There is no file at {self.source}; give a tuner or LoRA file, or its folder.")
+                raise TunerFileError(f"There is no file or folder {self.source}; give a tuner or LoRA file.")
             if self.base is not None:
                 local_base(self.base, needs_index=False)
             self.check_outputs(self.output, inputs=[self.source])

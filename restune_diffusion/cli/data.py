@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
+from pydantic import ValidationError
 
 from ..data.config import DataConfig
 from ..storage.base_files.check import check_base
-from ..utils.errors import DataError, RestuneError
+from ..utils.errors import DataError, RestuneError, UsageError
 from ..utils.settings import Settings
+from ..utils.settings_merge import first_refused
 from .options.early_checks import check_data
 from .options.outputs import OverwriteOption
 from .quiet import quiet_libraries
@@ -48,6 +50,13 @@ class DataOptions(DataConfig, _Action):
     """Contact sheet to write: cropped images of each size with their captions."""
     json_output: Annotated[bool, tyro.conf.arg(name="json"), tyro.conf.FlagCreatePairsOff] = False
     """Print JSON in the format of a training run's `data.json`."""
+
+    def __init__(self, **values: Any) -> None:
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            # Not a ValueError, which tyro would show in a box.
+            raise UsageError(f"{first_refused(error, type(self)).sentence()}.") from error
 
     def run(self) -> None:
         """Print the data report and write the contact sheet.

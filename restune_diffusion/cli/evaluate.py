@@ -60,8 +60,8 @@ class EvaluateOptions(OverwriteOption):
         """Run the evaluation, write the report and print its table."""
         outputs = [self.output / name for name in ("report.md", "report.json", "grid.png")]
         with stoppable(lambda: f"no report is written to {self.output}"):
-            self._check()
             self.check_outputs(*outputs)
+            self._check()
             print(self._evaluate().table())
         for path in outputs:
             print(path)

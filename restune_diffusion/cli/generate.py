@@ -32,8 +32,8 @@ class GenerateOptions(SamplingOptions):
         written: list[Path] = []
         total = len(self.prompt) * self.images
         with stoppable(lambda: f"{len(written)} of {total} images are written to {self.output}"):
-            self.check_inputs()
             check_writable(self.output)
+            self.check_inputs()
             quiet_libraries()
             pipeline = self.load()
             arguments = self.arguments(pipeline)

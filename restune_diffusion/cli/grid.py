@@ -69,9 +69,9 @@ class GridOptions(SamplingOptions):
             raise RestuneError(
                 f"--share-steps {self.share_steps} is more than --steps {self.steps}; use at most {self.steps}."
             )
-        self.check_inputs()
         inputs = [path for path, _ in self.files()]
         self.check_outputs(output, *([output.with_suffix(".json")] if self.json_output else []), inputs=inputs)
+        self.check_inputs()
 
     def _write(self, output: Path) -> None:
         from tqdm import tqdm

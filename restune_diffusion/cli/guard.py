@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 
 from ..utils.display import printable
-from ..utils.errors import RestuneError, TrainingInterrupted
+from ..utils.errors import RestuneError, TrainingInterrupted, UsageError
 
 
 def run_guarded(action: Callable[[], object]) -> int:
@@ -33,7 +33,7 @@ def run_guarded(action: Callable[[], object]) -> int:
     except (RestuneError, OSError) as error:
         # Messages of other libraries can have several lines.
         print("restune:", printable(" ".join(str(error).split())), file=sys.stderr)
-        return 1
+        return 2 if isinstance(error, UsageError) else 1
     except RuntimeError as error:
         if type(error).__name__ != "OutOfMemoryError":
             raise

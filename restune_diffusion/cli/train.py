@@ -19,9 +19,11 @@ from ..training.config.presets import PRESETS
 from ..training.config.train_config import SETTINGS, TrainConfig
 from ..training.config.tuner_settings import TUNER_ALIASES, command_line_class, with_families
 from ..utils.display import counted
+from ..utils.errors import UsageError
 from ..utils.setting_groups import close_groups, first_refused_setting
 from .foreign_flags.translate import translate
 from .options.early_checks import check_data, check_precision, check_writable
+from .options.flag_check import check_flags
 from .options.interruption import stoppable
 from .options.setting_flags import current_flags, old_names_on_stderr, unchecked, with_flat_flags
 from .quiet import quiet_libraries
@@ -55,9 +57,8 @@ class TrainOptions(_Flags):
         try:
             super().__init__(**values)
         except ValidationError as error:
-            # tyro shows the message of a ValueError; that of pydantic names its own types.
-            refused = first_refused_setting(type(self), error)
-            raise ValueError(": ".join([*map(str, refused.place), refused.reason])) from error
+            # Not a ValueError, which tyro would show in a box.
+            raise UsageError(f"{first_refused_setting(type(self), error).sentence()}.") from error
 
     def settings(self) -> TrainConfig:
         """Return the settings of the run."""
@@ -67,8 +68,8 @@ class TrainOptions(_Flags):
         """Train a tuner, or the tuners of a sweep, and print their paths."""
         config = self.settings()
         check_data(config.data.folder)
-        check_base(config.base, config.vae)
         check_writable(config.output)
+        check_base(config.base, config.vae)
         check_precision(config.memory.mixed_precision, cpu=config.memory.cpu)
         with stoppable(lambda: "--resume continues a training run from its newest checkpoint"):
             self._train(config)
@@ -125,6 +126,7 @@ def parse_train_options(
     settings = without_replaced_length(settings, vars(known))
     required = {name: tyro.MISSING for name, info in SETTINGS.items() if info.field.is_required()}
     options = command_line_class(TrainOptions)
+    check_flags("train", options, args, present=settings)
     return tyro.cli(
         options,
         prog=prog,

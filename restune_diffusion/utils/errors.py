@@ -29,6 +29,10 @@ class SettingsError(RestuneError, ValueError):
     """A setting is unknown, or its value is not allowed."""
 
 
+class UsageError(RestuneError):
+    """A command line is malformed."""
+
+
 class DataError(RestuneError):
     """Training images or captions cannot be used."""
 

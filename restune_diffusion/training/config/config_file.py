@@ -57,7 +57,7 @@ def read_config(path: Path | str, **overrides: Any) -> TrainConfig:
     except RefusedSetting as refused:
         raise _error(None, refused) from refused
     try:
-        return TrainConfig(**layered(without_replaced_length(given.flat, over), over))
+        return TrainConfig.model_validate(layered(without_replaced_length(given.flat, over), over))
     except ValidationError as error:
         first = first_refused_setting(TrainConfig, error)
         overridden = bool(first.place) and first.place[0] in over
@@ -138,7 +138,7 @@ def _flat(values: Mapping[str, Any]) -> dict[str, Any]:
 def _error(file: YamlFile | None, refused: RefusedSetting) -> SettingsError:
     if file is not None:
         return file.refused(refused.place, refused.reason)
-    return SettingsError(f"{'.'.join(map(str, refused.place))}: {refused.reason}" if refused.place else refused.reason)
+    return SettingsError(refused.sentence())
 
 
 def _plain(value: Any) -> Any:

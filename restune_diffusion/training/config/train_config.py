@@ -8,7 +8,7 @@ from operator import getitem
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import model_validator
+from pydantic import ValidationError, model_validator
 
 from ...data.config import DataConfig
 from ...hooks.placeholder_tokens import contains_token
@@ -21,6 +21,7 @@ from ...utils.setting_groups import (
     SettingInfo,
     all_settings,
     close_groups,
+    first_refused_setting,
     open_groups,
     setting,
 )
@@ -38,6 +39,8 @@ from .renamed import RENAMED, renamed, sentence, warn
 from .tuner_settings import FamilyName, checked_families, with_families, without_aliases
 from .validation import ValidationConfig
 
+_NAME = "letters, digits, `.`, `_`, `-` and spaces, with a letter or digit first"
+
 
 class TrainConfig(FamilyFields):
     """All settings of a training run. The defaults are the published SCEdit recipe."""
@@ -51,7 +54,7 @@ class TrainConfig(FamilyFields):
     repository on the Hub."""
     output: Path = setting(affects="output", recorded=False)
     """Output folder for the tuner, the checkpoints, the samples and `metrics.jsonl`. Called OUTPUT below."""
-    name: str = setting("tuner", affects="output", pattern=r"^[\w][\w.\- ]*$")
+    name: str = setting("tuner", affects="output", pattern=r"^[\w][\w.\- ]*$", expected=_NAME)
     """Name of the tuner, which is written to OUTPUT/NAME.safetensors."""
     preset: PresetName | None = setting(None, affects="output")
     """Named set of settings for one purpose, listed above and in docs/training.md. The settings in --config and flags
@@ -117,6 +120,11 @@ class TrainConfig(FamilyFields):
                 return super().__getattr__(name)
             warn(sentence(f"config.{name}", f"config.{'.'.join(info.place)}"))
             return info.of(self)
+
+    @classmethod
+    def refused(cls, error: ValidationError) -> RefusedSetting:
+        """Return the first invalid setting of a validation error, under its flat name."""
+        return first_refused_setting(cls, error)
 
     def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> TrainConfig:
         """Return a copy with changed settings, by flat name or whole groups; not validated, as in pydantic."""

@@ -119,9 +119,7 @@ def _variant(config: TrainConfig, paths: list[list[str]], settings: dict[str, st
     try:
         return Variant(TrainConfig.model_validate(values), settings)
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first_refused_setting(TrainConfig, error).place))
-        reason = " ".join([where, first["msg"].removeprefix("Value error, ")]).strip()
+        reason = first_refused_setting(TrainConfig, error).sentence()
         raise TrainingError(f"The sweep's tuner {name} has invalid settings: {reason}.") from error
 
 
