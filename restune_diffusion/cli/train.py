@@ -13,11 +13,13 @@ import tyro
 from pydantic import ValidationError
 
 from ..storage.base_files.check import check_base
+from ..training.callbacks.tracker_names import check_tracker
 from ..training.config.config_file import given_settings
 from ..training.config.length.precedence import LENGTHS, without_replaced_length
 from ..training.config.presets import PRESETS
 from ..training.config.train_config import SETTINGS, TrainConfig
 from ..training.config.tuner_settings import TUNER_ALIASES, command_line_class, with_families
+from ..training.output_folder import check_output
 from ..utils.display import counted
 from ..utils.errors import UsageError
 from ..utils.setting_groups import close_groups, first_refused_setting
@@ -69,6 +71,9 @@ class TrainOptions(_Flags):
         config = self.settings()
         check_data(config.data.folder)
         check_writable(config.output)
+        if config.sweep is None:
+            check_output(config)
+        check_tracker(config.log_with)
         check_base(config.base, config.vae)
         check_precision(config.memory.mixed_precision, cpu=config.memory.cpu)
         with stoppable(lambda: "--resume continues a training run from its newest checkpoint"):

@@ -10,10 +10,10 @@ import torch
 
 from ..utils.errors import TrainingError, TrainingInterrupted
 from .callbacks.base import Callback
-from .checkpoint import latest_checkpoint
 from .latents.batches import Batch
 from .losses.prediction import predict
 from .optimization.optimizers import effective_learning_rate
+from .output_folder import latest_checkpoint
 from .processes import average_gradients
 from .state import StepReport, TrainState
 from .stopping import StopRequest

@@ -9,7 +9,9 @@ from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from ...storage.base_files.contents import kind_of
 from ...storage.base_files.location import is_hub_id
+from ...storage.base_files.tensor_header import read_tensor_header
 from ...utils.errors import DataError, RestuneError, TrainingError, TunerFileError
 
 _CUDA_LIBRARY = "libcuda.so.1"
@@ -43,13 +45,33 @@ def check_writable(folder: Path) -> None:
         ) from error
 
 
-def check_tuners(paths: Iterable[str]) -> None:
-    """Raise `TunerFileError` if a tuner file does not exist; an id on the Hub is not looked up."""
+def check_exists(paths: Iterable[str], what: str = "tuner") -> None:
+    """Raise `TunerFileError` if a file does not exist; an id on the Hub is not looked up."""
     for path in paths:
         if not Path(path).expanduser().exists() and not is_hub_id(path):
             raise TunerFileError(
-                f"There is no tuner at {path}; give a safetensors file, its folder, or a repository id on the Hub."
+                f"There is no {what} at {path}; give a safetensors file, its folder, or a repository id on the Hub."
             )
+
+
+def check_tuners(paths: Iterable[str]) -> None:
+    """Raise `TunerFileError` if a file does not exist, or is something else than a tuner of this package.
+
+    Damaged files are left to the reader of tuner files.
+    """
+    for path in paths:
+        check_exists([path])
+        file = Path(path).expanduser()
+        if not file.is_file():
+            continue
+        try:
+            header = read_tensor_header(file)
+        except RestuneError:
+            continue
+        if "restune.format_version" not in header.metadata:
+            kind = kind_of(header)
+            remedy = "convert it first: restune convert" if kind.startswith("a L") else "give a file of restune train"
+            raise TunerFileError(f"{path} is {kind}, not a tuner of restune-diffusion; {remedy}.")
 
 
 def check_device(device: str) -> None:

@@ -95,18 +95,25 @@ def check_flags(command: str, model: type[BaseModel], arguments: Sequence[str], 
     given |= {f"--{name}" for name in present}
     required = [name for name, flag in flags.items() if flag.field.is_required() and not flag.is_switch]
     if missing := [name for name in required if name not in given]:
-        raise UsageError(f"restune {command} needs {' and '.join(missing)}.")
+        raise UsageError(f"{listed(missing)} {'is' if len(missing) == 1 else 'are'} required.")
     arguments_of = [(name, field) for name, field in model.model_fields.items() if _is_positional(field)]
     needed = [name for name, field in arguments_of if field.is_required()]
     if places < len(needed):
-        raise UsageError(f"restune {command} needs {' and '.join(name.upper() for name in needed)} as arguments.")
+        plural = "s" if len(needed) > 1 else ""
+        verb = "are" if plural else "is"
+        raise UsageError(f"The argument{plural} {listed([name.upper() for name in needed])} {verb} required.")
+
+
+def listed(names: Sequence[str]) -> str:
+    """Return names as they are listed in a sentence."""
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
 
 
 def _unknown(command: str, name: str, flags: Mapping[str, _Flag]) -> str:
     ours = name_here(command, name.lstrip("-").replace("_", "-"))
     if ours is not None:
         return f"{name} is not an option of restune {command}; give {ours}."
-    near = get_close_matches(name.replace("_", "-"), flags, n=1)
+    near = get_close_matches(name.replace("_", "-"), flags, n=1, cutoff=0.7)
     hint = f"did you mean {near[0]}?" if near else f"restune {command} --help lists all options."
     return f"{name} is not an option of restune {command}; {hint}"
 

@@ -9,8 +9,8 @@ from pydantic import Field
 
 from ...storage.base_files.check import check_base
 from ...utils.errors import RestuneError
-from .early_checks import check_device, check_tuners
-from .mix import MixOptions
+from .early_checks import check_device, check_exists, check_tuners
+from .mix import MixOptions, split_weight
 from .outputs import OverwriteOption
 
 
@@ -76,7 +76,8 @@ class SamplingOptions(OverwriteOption, MixOptions):
             RestuneError: if one of them does not exist.
         """
         check_base(self.base, self.vae)
-        check_tuners(path for path, _ in self.files())
+        check_tuners(split_weight(argument)[0] for argument in self.tuner)
+        check_exists((split_weight(argument)[0] for argument in self.lora), "LoRA")
         check_device(self.device)
 
     def load(self) -> Any:

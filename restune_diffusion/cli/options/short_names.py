@@ -36,7 +36,33 @@ _SAMPLING: Mapping[str, str] = {
     "--dtype fp16": "fp16 half",
     "--dtype bf16": "bf16",
 }
+# Flags of the training scripts of diffusers and kohya are translated instead (`foreign_flags`).
+_TRAINING: Mapping[str, str] = {
+    "--base": "model model-id model-path model-name ckpt ckpt-path checkpoint m",
+    "--data": "data-dir dataset dataset-dir images image-folder train-data d",
+    "--output": "out outdir out-dir output-path save-dir save-path save-to o",
+    "--learning-rate": "lr rate l-r",
+    "--steps": "num-steps n-steps max-steps train-steps num-train-steps iterations iters",
+    "--epochs": "num-epochs epochs-num n-epochs epoch max-epochs",
+    "--batch-size": "batch bs b train-batch",
+    "--gradient-accumulation-steps": "grad-accum gradient-accumulation grad-accumulation accum",
+    "--resolution": "size res image-size",
+    "--prompt": "caption p",
+    "--trigger-word": "trigger token keyword",
+    "--validation.prompts": "val-prompt val-prompts sample-prompt",
+    "--mixed-precision": "precision dtype",
+    "--mixed-precision fp16": "fp16 half",
+    "--mixed-precision bf16": "bf16",
+    "--cpu": "use-cpu no-cuda",
+    "--res.width": "dim r lora-rank lora-dim",
+    "--lr-scheduler": "scheduler schedule",
+    "--lr-warmup-steps": "warmup warmup-steps",
+    "--seed": "random-seed",
+    "--name": "run-name exp-name",
+    "--resume": "continue restart",
+}
 _OF_COMMAND: Mapping[str, Mapping[str, str]] = {
+    "train": _TRAINING,
     "generate": _SAMPLING,
     "grid": {
         **_SAMPLING,

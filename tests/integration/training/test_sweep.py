@@ -12,7 +12,7 @@ from PIL import Image
 
 from restune_diffusion.cli import main
 from restune_diffusion.training import StepReport, TrainConfig, sweep, train
-from restune_diffusion.training.checkpoint import latest_checkpoint
+from restune_diffusion.training.output_folder import latest_checkpoint
 from restune_diffusion.training.sweeps.grid import parse_sweep
 from restune_diffusion.utils.errors import TrainingError, TrainingInterrupted
 

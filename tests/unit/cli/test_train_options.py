@@ -120,7 +120,7 @@ def test_bad_files_and_flags_end_in_one_sentence(restune: Restune, tmp_path: Pat
     path.write_text("lr_warmup_steps: 3\n")
     for arguments, message in [
         (("--config", path, "--base=b", "--data=d", "--output=o"), "a constant learning rate has no warm-up"),
-        (("--config", path), "restune train needs --data and --base and --output."),
+        (("--config", path), "--data, --base and --output are required."),
         (("--config",), "--config needs a value; use a path."),
         (("--preset", "styel"), "--preset styel is not valid; use style, subject,"),
         (

@@ -12,6 +12,7 @@ import yaml
 from pydantic import BaseModel
 
 from restune_diffusion import ResConfig
+from restune_diffusion.cli.foreign_flags.translate import TABLES
 from restune_diffusion.cli.options.flag_check import _flags, check_flags
 from restune_diffusion.cli.options.short_names import _OF_COMMAND, name_here
 from restune_diffusion.cli.train import TrainOptions
@@ -149,15 +150,15 @@ def test_python_names_setting_value_and_what_is_allowed() -> None:
         (("generate", "-n", "3"), "-n is not an option of restune generate; give --images."),
         (("generate", "--model", "x"), "--model is not an option of restune generate; give --base."),
         (("generate", "--guidnce", "3"), "--guidnce is not an option of restune generate; did you mean --guidance?"),
-        (("generate", "--prompt", "x"), "restune generate needs --base."),
-        (("generate", "--base", "x"), "restune generate needs --prompt."),
+        (("generate", "--prompt", "x"), "restune: --base is required."),
+        (("generate", "--base", "x"), "restune: --prompt is required."),
         (("grid", "--batch-size", "3"), "give --columns-at-once."),
         (("evaluate", "--lora", "x"), "--lora is not an option of restune evaluate; give --tuner."),
         (("evaluate", "--n", "3"), "give --limit."),
         (("convert", "a", "b", "--format", "kohya"), "--format is not an option of restune convert; give --to."),
         (("convert", "--in", "a"), "--in is not an option of restune convert; give the input as the first argument."),
-        (("convert", "a", "--to", "kohya"), "restune convert needs SOURCE and OUTPUT as arguments."),
-        (("convert", "a", "b"), "restune convert needs --to."),
+        (("convert", "a", "--to", "kohya"), "The arguments SOURCE and OUTPUT are required."),
+        (("convert", "a", "b"), "restune: --to is required."),
         (
             ("convert", "a", "b", "--to", "lycoris"),
             "--to lycoris is not valid; use restune, diffusers, kohya or swift.",
@@ -168,6 +169,9 @@ def test_python_names_setting_value_and_what_is_allowed() -> None:
         (("generate", "--device", "cuda:0"), "--device cuda:0 is not valid; use auto, cpu, cuda or mps."),
         (("data", "inspect", "x", "--resolution", "0"), "--resolution 0 is not valid; use a whole number above 0."),
         (("data", "inspect", "x", "--crop-variants", "5"), "crop_variants is for random crops; set crop to random."),
+        (("train", "--lr", "1"), "--lr is not an option of restune train; give --learning-rate."),
+        (("train", "--epochs-num", "1"), "--epochs-num is not an option of restune train; give --epochs."),
+        (("train", "--base", "x"), "--data and --output are required."),
         (("trian",), "there is no command trian; did you mean train?"),
     ],
 )
@@ -179,15 +183,18 @@ def test_mistakes_of_other_commands_are_one_sentence(
     assert errors.rstrip("\n").endswith(message), errors
 
 
-def test_no_name_of_another_program_is_one_of_ours() -> None:
+def test_no_name_of_another_program_is_one_of_ours_or_translated() -> None:
     from restune_diffusion.cli.app import _COMMANDS
 
+    commands = {**_COMMANDS, "train": TrainOptions}
     for command, names in _OF_COMMAND.items():
-        own = {name[2:] for name, _ in _flags(_COMMANDS[command])}
+        own = {name[2:] for name, _ in _flags(commands[command])}
         for ours, theirs in names.items():
             assert not own & set(theirs.split()) or ours.startswith("the "), (command, ours)
             assert len(set(theirs.split())) == len(theirs.split())
             if ours.startswith("--"):
                 flags = {part.lstrip("-") for part in ours.split() if part.startswith("--")}
                 assert flags <= own, (command, ours)
+    translated = {name.replace("_", "-") for table in TABLES.values() for name in table}
+    assert not translated & {name for theirs in _OF_COMMAND["train"].values() for name in theirs.split()}
     assert name_here("generate", "steps") is None
