@@ -26,14 +26,15 @@ from ..utils.setting_groups import close_groups, first_refused_setting
 from .foreign_flags.translate import translate
 from .options.early_checks import check_data, check_precision, check_writable
 from .options.flag_check import check_flags
+from .options.help_page import help_page
 from .options.interruption import stoppable
 from .options.setting_flags import current_flags, old_names_on_stderr, unchecked, with_flat_flags
 from .quiet import quiet_libraries
 
 TRAIN_HELP = """Train a tuner on a folder of images.
 
-The settings --base, --data and --output are required, as flags or in the YAML file of --config. All others have
-defaults.
+--base, --data and --output are required, as flags or in the YAML file of --config. All other settings have defaults. A
+switch such as --flip is turned off by --no-flip.
 
 Example: restune train --base ./stable-diffusion-v1-5 --data ./watercolors --output ./out
 --steps 2000 --mixed-precision fp16 --validation.prompts "a fox" "a lighthouse"
@@ -131,11 +132,14 @@ def parse_train_options(
     settings = without_replaced_length(settings, vars(known))
     required = {name: tyro.MISSING for name, info in SETTINGS.items() if info.field.is_required()}
     options = command_line_class(TrainOptions)
+    if {"-h", "--help"} & {*args}:
+        print(help_page(prog or Path(sys.argv[0]).name, description or "", options, settings))
+        sys.exit(0)
     check_flags("train", options, args, present=settings)
     return tyro.cli(
         options,
         prog=prog,
-        description="\n\n".join([description or "", _presets_help()]),
+        description=description,
         args=args,
         default=unchecked(options, close_groups(with_families(TrainConfig), {**required, **settings})),
     )
@@ -151,7 +155,3 @@ def _translated(args: Sequence[str]) -> list[str]:
         command = shlex.join(["restune", "train", *translation.arguments])
         print(f"restune: flags of {translation.program}, translated: {command}", file=sys.stderr)
     return translation.arguments
-
-
-def _presets_help() -> str:
-    return "\n\n".join(["Presets:", *(f"{name}, for {preset.describe()}" for name, preset in PRESETS.items())])

@@ -96,3 +96,12 @@ def _range(metadata: Sequence[Any]) -> str:
 
 def _has(constraint: Any, name: str) -> bool:
     return getattr(constraint, name, None) is not None
+
+
+def alternatives(annotation: Any) -> tuple[Any, ...]:
+    """Return the alternatives of a type, without None."""
+    if get_origin(annotation) is Annotated:
+        return alternatives(get_args(annotation)[0])
+    if get_origin(annotation) in (Union, types.UnionType):
+        return tuple(kind for each in get_args(annotation) if each is not type(None) for kind in alternatives(each))
+    return (annotation,)

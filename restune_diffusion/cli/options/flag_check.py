@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import re
-import types
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
-from typing import Annotated, Any, Union, get_args, get_origin
+from typing import Annotated, Any, get_args, get_origin
 
 import tyro
 from pydantic import BaseModel, TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
 from ...utils.errors import UsageError
-from ...utils.expected import NOT_VALID, expected, not_valid
+from ...utils.expected import NOT_VALID, alternatives, expected, not_valid
 from ...utils.settings_merge import first_refused
 from .short_names import name_here
 
@@ -25,18 +24,20 @@ _ANSWERS = ("true", "false", "yes", "no", "1", "0")
 
 
 @dataclass(frozen=True)
-class _Flag:
+class Flag:
     """Flag of a command: its field, and whether it takes no, one or several values."""
 
     field: FieldInfo
 
     @property
     def is_switch(self) -> bool:
-        return _alternatives(self.field.annotation) == (bool,)
+        """Whether the flag takes no value."""
+        return alternatives(self.field.annotation) == (bool,)
 
     @property
     def takes_several(self) -> bool:
-        return any(get_origin(each) is tuple for each in _alternatives(self.field.annotation))
+        """Whether the flag takes any number of values."""
+        return any(get_origin(each) is tuple for each in alternatives(self.field.annotation))
 
     def check(self, name: str, values: Sequence[str]) -> None:
         """Raise `UsageError` if the values are not allowed."""
@@ -44,7 +45,7 @@ class _Flag:
             raise UsageError(f"{name} needs a value; use {expected(self.field)}.")
         if type(None) in get_args(self.field.annotation) and list(values) == ["None"]:
             return
-        several = [get_origin(each) is tuple for each in _alternatives(self.field.annotation)]
+        several = [get_origin(each) is tuple for each in alternatives(self.field.annotation)]
         given: Any = values[0] if len(values) == 1 and not all(several) else tuple(values)
         adapter: TypeAdapter[Any] = TypeAdapter(Annotated[self.field.annotation, self.field])  # type: ignore[arg-type]
         try:
@@ -71,7 +72,7 @@ def check_flags(command: str, model: type[BaseModel], arguments: Sequence[str], 
     """
     if {"-h", "--help"} & {*arguments}:
         return
-    flags = dict(_flags(model))
+    flags = dict(flags_of(model))
     given: set[str] = set()
     places = 0
     rest = list(arguments)
@@ -109,7 +110,7 @@ def listed(names: Sequence[str]) -> str:
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
 
 
-def _unknown(command: str, name: str, flags: Mapping[str, _Flag]) -> str:
+def _unknown(command: str, name: str, flags: Mapping[str, Flag]) -> str:
     ours = name_here(command, name.lstrip("-").replace("_", "-"))
     if ours is not None:
         return f"{name} is not an option of restune {command}; give {ours}."
@@ -118,7 +119,8 @@ def _unknown(command: str, name: str, flags: Mapping[str, _Flag]) -> str:
     return f"{name} is not an option of restune {command}; {hint}"
 
 
-def _flags(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, _Flag]]:
+def flags_of(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, Flag]]:
+    """Yield the flags of a command with their names, also those that turn a switch off."""
     for name, field in model.model_fields.items():
         if _is_positional(field):
             continue
@@ -126,25 +128,16 @@ def _flags(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, _Fla
         flag = next((each.name for each in settings if each.name), name).replace("_", "-")
         inner = field.annotation
         if isinstance(inner, type) and issubclass(inner, BaseModel):
-            yield from _flags(inner, f"{prefix}{flag}.")
+            yield from flags_of(inner, f"{prefix}{flag}.")
             continue
         bare = any(each.prefix_name is False for each in settings)
-        yield f"--{'' if bare else prefix}{flag}", _Flag(field)
-        if _Flag(field).is_switch:
-            yield f"--{'' if bare else prefix}no-{flag}", _Flag(field)
+        yield f"--{'' if bare else prefix}{flag}", Flag(field)
+        if Flag(field).is_switch:
+            yield f"--{'' if bare else prefix}no-{flag}", Flag(field)
 
 
 def _is_positional(field: FieldInfo) -> bool:
     return tyro.conf.Positional in field.metadata
-
-
-def _alternatives(annotation: Any) -> tuple[Any, ...]:
-    """Return the alternatives of a type, without None."""
-    if get_origin(annotation) is Annotated:
-        return _alternatives(get_args(annotation)[0])
-    if get_origin(annotation) in (Union, types.UnionType):
-        return tuple(kind for each in get_args(annotation) if each is not type(None) for kind in _alternatives(each))
-    return (annotation,)
 
 
 def _is_flag(argument: str) -> bool:

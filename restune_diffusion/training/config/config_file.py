@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from ...utils.errors import SettingsError
-from ...utils.setting_groups import close_groups, first_refused_setting, open_groups
+from ...utils.setting_groups import close_groups, open_groups
 from ...utils.settings_merge import Place, RefusedSetting, first_unknown, layered
 from ...utils.yaml_file import YamlFile, read_yaml, to_yaml
 from .length.precedence import without_replaced_length
@@ -59,7 +59,7 @@ def read_config(path: Path | str, **overrides: Any) -> TrainConfig:
     try:
         return TrainConfig.model_validate(layered(without_replaced_length(given.flat, over), over))
     except ValidationError as error:
-        first = first_refused_setting(TrainConfig, error)
+        first = TrainConfig.refused(error)
         overridden = bool(first.place) and first.place[0] in over
         raise (_error(None, first) if overridden else given.refused(first)) from error
 

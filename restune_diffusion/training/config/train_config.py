@@ -124,7 +124,7 @@ class TrainConfig(FamilyFields):
     @classmethod
     def refused(cls, error: ValidationError) -> RefusedSetting:
         """Return the first invalid setting of a validation error, under its flat name."""
-        return first_refused_setting(cls, error)
+        return first_refused_setting(with_families(cls), error)
 
     def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> TrainConfig:
         """Return a copy with changed settings, by flat name or whole groups; not validated, as in pydantic."""

@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Annotated, Any, Literal, TypeAlias, TypeVar
 
-from pydantic import AfterValidator, BaseModel, Field, ValidationError, create_model
+from pydantic import AfterValidator, BaseModel, Field, create_model
 
 from ...tuners.registry import TunerFamily, tuner_families
 from ...utils.errors import SettingsError
 from ...utils.expected import shown
-from ...utils.settings_merge import first_refused, first_unknown, layered
+from ...utils.settings_merge import first_unknown, layered
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -88,7 +88,7 @@ def checked_families(model: type[BaseModel], values: dict[str, Any]) -> dict[str
 
     Raises:
         SettingsError: if a setting is unknown.
-        ValueError: if a setting of a family of another package is invalid.
+        ValidationError: if a setting of a family of another package is invalid.
     """
     unknown = first_unknown(with_families(model), values)
     if unknown is not None:
@@ -99,11 +99,7 @@ def checked_families(model: type[BaseModel], values: dict[str, Any]) -> dict[str
     tuner = values.get("tuner", ())
     trained = (tuner,) if isinstance(tuner, str) else tuner if isinstance(tuner, tuple | list) else ()
     chosen = [family.name for family in further if family.name in values or family.name in trained]
-    extended = _extended(BaseModel, further)
-    try:
-        checked = extended.model_validate({name: values[name] for name in chosen if name in values})
-    except ValidationError as error:
-        raise ValueError(first_refused(error, extended).sentence()) from error
+    checked = _extended(BaseModel, further).model_validate({name: values[name] for name in chosen if name in values})
     return {**values, **{name: getattr(checked, name) for name in chosen}}
 
 

@@ -13,7 +13,7 @@ from pydantic import BaseModel
 
 from restune_diffusion import ResConfig
 from restune_diffusion.cli.foreign_flags.translate import TABLES
-from restune_diffusion.cli.options.flag_check import _flags, check_flags
+from restune_diffusion.cli.options.flag_check import check_flags, flags_of
 from restune_diffusion.cli.options.short_names import _OF_COMMAND, name_here
 from restune_diffusion.cli.train import TrainOptions
 from restune_diffusion.data.config import DataConfig
@@ -188,7 +188,7 @@ def test_no_name_of_another_program_is_one_of_ours_or_translated() -> None:
 
     commands = {**_COMMANDS, "train": TrainOptions}
     for command, names in _OF_COMMAND.items():
-        own = {name[2:] for name, _ in _flags(commands[command])}
+        own = {name[2:] for name, _ in flags_of(commands[command])}
         for ours, theirs in names.items():
             assert not own & set(theirs.split()) or ours.startswith("the "), (command, ours)
             assert len(set(theirs.split())) == len(theirs.split())

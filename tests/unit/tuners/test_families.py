@@ -293,7 +293,7 @@ def test_it_is_a_group_of_a_configs_settings(config: MakeConfig, tmp_path: Path)
         config(scale=ScaleConfig(sites=("skip.1",)))
     lines = "base: b\ndata: d\noutput: o\ntuner: scale\nscale:\n"
     for line, message in {
-        "  sites: skip.1": "line 6: scale.sites: expected a list",
+        "  sites: skip.1": "line 6: scale.sites: skip.1 is not valid; use a list of texts",
         "  sits: []": "line 6: in scale there is no setting sits; did you mean sites?",
     }.items():
         path.write_text(lines + line)
