@@ -8,7 +8,10 @@ from collections.abc import Sequence
 from typing import Annotated, TypeAlias
 
 import tyro
+from pydantic import BaseModel
 
+from ..utils.errors import UsageError
+from ..utils.settings_merge import unknown_name
 from ..utils.version import __version__
 from .convert import ConvertOptions
 from .data import DataOptions
@@ -19,6 +22,7 @@ from .grid import GridOptions
 from .guard import run_guarded
 from .inspect import InspectOptions
 from .merge import MergeOptions
+from .options.flag_check import check_flags
 from .report import ReportOptions
 from .train import TRAIN_HELP, TrainOptions, parse_train_options
 
@@ -39,6 +43,19 @@ Command: TypeAlias = (
 )
 
 
+_COMMANDS: dict[str, type[BaseModel]] = {
+    "generate": GenerateOptions,
+    "grid": GridOptions,
+    "evaluate": EvaluateOptions,
+    "report": ReportOptions,
+    "data": DataOptions,
+    "inspect": InspectOptions,
+    "convert": ConvertOptions,
+    "merge": MergeOptions,
+    "demo": DemoOptions,
+}
+
+
 def main(args: Sequence[str] | None = None) -> None:
     """Run the command line and exit.
 
@@ -56,6 +73,10 @@ def parse(args: Sequence[str]) -> Command:
     """Return the options of the chosen command; `train` also accepts a YAML file of settings."""
     if args[:1] == ["train"]:
         return parse_train_options(TRAIN_HELP, args[1:], prog="restune train")
+    if args and args[0] in _COMMANDS:
+        check_flags(args[0], _COMMANDS[args[0]], args[1:])
+    elif args and args[0] not in ("-h", "--help"):
+        raise UsageError(unknown_name(args[0], ["train", *_COMMANDS]).replace("setting", "command", 1))
     return tyro.cli(
         Command,
         prog="restune",

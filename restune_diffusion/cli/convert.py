@@ -8,6 +8,8 @@ from typing import Annotated, Literal
 import tyro
 from pydantic import ConfigDict
 
+from ..storage.base_files.location import local_base
+from ..utils.errors import TunerFileError
 from .options.interruption import stoppable
 from .options.outputs import OverwriteOption
 
@@ -47,6 +49,10 @@ class ConvertOptions(OverwriteOption):
         from .quiet import quiet_libraries
 
         with stoppable(lambda: f"{self.output} is not written"):
+            if not self.source.exists():
+                raise TunerFileError(f"There is no file or folder {self.source}; give a tuner or LoRA file.")
+            if self.base is not None:
+                local_base(self.base, needs_index=False)
             self.check_outputs(self.output, inputs=[self.source])
             quiet_libraries()
             from ..conversion import convert

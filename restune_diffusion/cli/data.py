@@ -5,13 +5,17 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
+from pydantic import ValidationError
 
 from ..data.config import DataConfig
-from ..utils.errors import DataError, RestuneError
+from ..storage.base_files.check import check_base
+from ..utils.errors import DataError, RestuneError, UsageError
 from ..utils.settings import Settings
+from ..utils.settings_merge import first_refused
+from .options.early_checks import check_data
 from .options.outputs import OverwriteOption
 from .quiet import quiet_libraries
 
@@ -47,12 +51,22 @@ class DataOptions(DataConfig, _Action):
     json_output: Annotated[bool, tyro.conf.arg(name="json"), tyro.conf.FlagCreatePairsOff] = False
     """Print JSON in the format of a training run's `data.json`."""
 
+    def __init__(self, **values: Any) -> None:
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            # Not a ValueError, which tyro would show in a box.
+            raise UsageError(f"{first_refused(error, type(self)).sentence()}.") from error
+
     def run(self) -> None:
         """Print the data report and write the contact sheet.
 
         Raises:
             DataError: if no image can be used.
         """
+        check_data(self.folder)
+        if self.base is not None:
+            check_base(self.base)
         if self.sheet is not None:
             image_format(self.sheet)
             self.check_outputs(self.sheet)

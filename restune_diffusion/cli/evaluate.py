@@ -7,7 +7,10 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import ConfigDict, Field
 
+from ..storage.base_files.check import check_base
+from .options.early_checks import check_data, check_device, check_tuners
 from .options.interruption import stoppable
+from .options.mix import split_weight
 from .options.outputs import OverwriteOption
 
 if TYPE_CHECKING:
@@ -25,6 +28,9 @@ class EvaluateOptions(OverwriteOption):
 
     base: str
     """Stable Diffusion checkpoint in diffusers' layout: a directory, or a hub repository id."""
+    vae: str | None = None
+    """Autoencoder (VAE) instead of the base's own: a folder of an AutoencoderKL, a safetensors file, or a hub
+    repository id."""
     tuner: str
     """Tuner file, optionally with its weight after a colon: `ink.safetensors:0.8`; the default weight is 1."""
     data: Path
@@ -55,19 +61,27 @@ class EvaluateOptions(OverwriteOption):
         outputs = [self.output / name for name in ("report.md", "report.json", "grid.png")]
         with stoppable(lambda: f"no report is written to {self.output}"):
             self.check_outputs(*outputs)
+            self._check()
             print(self._evaluate().table())
         for path in outputs:
             print(path)
+
+    def _check(self) -> None:
+        check_base(self.base, self.vae)
+        check_tuners([split_weight(self.tuner)[0]])
+        check_data(self.data)
+        if self.training_images is not None:
+            check_data(self.training_images, "folder of training images")
+        check_device(self.device)
 
     def _evaluate(self) -> Evaluation:
         from .quiet import quiet_libraries
 
         quiet_libraries()
         from ..evaluation import evaluate_tuner
-        from .options.mix import split_weight
         from .options.placement import load_placed
 
-        pipeline = load_placed(self.base, self.device, self.dtype)
+        pipeline = load_placed(self.base, self.device, self.dtype, self.vae)
         pipeline.set_progress_bar_config(disable=True)
         tuner, weight = split_weight(self.tuner)
         return evaluate_tuner(
@@ -83,4 +97,5 @@ class EvaluateOptions(OverwriteOption):
             seed=self.seed,
             limit=self.limit,
             batch_size=self.batch_size,
+            vae=self.vae,
         )

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from .options.early_checks import check_writable
 from .options.interruption import stoppable
 from .options.outputs import next_number
 from .options.sampling import SamplingOptions, generator
@@ -31,6 +32,8 @@ class GenerateOptions(SamplingOptions):
         written: list[Path] = []
         total = len(self.prompt) * self.images
         with stoppable(lambda: f"{len(written)} of {total} images are written to {self.output}"):
+            check_writable(self.output)
+            self.check_inputs()
             quiet_libraries()
             pipeline = self.load()
             arguments = self.arguments(pipeline)

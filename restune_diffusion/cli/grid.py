@@ -71,6 +71,7 @@ class GridOptions(SamplingOptions):
             )
         inputs = [path for path, _ in self.files()]
         self.check_outputs(output, *([output.with_suffix(".json")] if self.json_output else []), inputs=inputs)
+        self.check_inputs()
 
     def _write(self, output: Path) -> None:
         from tqdm import tqdm

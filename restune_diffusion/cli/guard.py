@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 
 from ..utils.display import printable
-from ..utils.errors import RestuneError, TrainingInterrupted
+from ..utils.errors import RestuneError, TrainingInterrupted, UsageError
 
 
 def run_guarded(action: Callable[[], object]) -> int:
@@ -19,10 +19,11 @@ def run_guarded(action: Callable[[], object]) -> int:
         # With torchrun and accelerate only the process of rank 0 prints the message.
         if os.environ.get("RANK", "0") == "0":
             print("restune:", printable(str(stopped)), file=sys.stderr)
-        return 0
+        # A launcher of several processes takes any other code than 0 for a failure.
+        return 130 if stopped.by_ctrl_c and int(os.environ.get("WORLD_SIZE", "1")) == 1 else 0
     except KeyboardInterrupt as stopped:
         # The message of a command in `stoppable` names what is written.
-        message = str(stopped) or "stopped; --resume continues a training run from its newest checkpoint."
+        message = str(stopped) or "stopped."
         print("restune:", printable(message), file=sys.stderr)
         return 130
     except BrokenPipeError:
@@ -32,7 +33,7 @@ def run_guarded(action: Callable[[], object]) -> int:
     except (RestuneError, OSError) as error:
         # Messages of other libraries can have several lines.
         print("restune:", printable(" ".join(str(error).split())), file=sys.stderr)
-        return 1
+        return 2 if isinstance(error, UsageError) else 1
     except RuntimeError as error:
         if type(error).__name__ != "OutOfMemoryError":
             raise

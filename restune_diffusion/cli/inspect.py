@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict
 from ..training.config.config_file import recorded_yaml
 from ..utils.display import printable
 from ..utils.errors import TunerFileError
+from .options.early_checks import check_exists
 
 if TYPE_CHECKING:
     from ..storage.tuner_file import TunerInfo
@@ -38,6 +39,7 @@ class InspectOptions(BaseModel):
 
     def run(self) -> None:
         """Print the header, or the image's record, in the chosen format."""
+        check_exists([str(self.file)], "tuner file")
         text = self._of_image() if is_image(self.file) else self._of_tuner()
         encoding = sys.stdout.encoding or "utf-8"
         print(text.encode(encoding, "backslashreplace").decode(encoding))
@@ -107,6 +109,8 @@ def as_text(info: TunerInfo) -> str:
         ("parameters", f"{info.num_parameters:,} ({info.dtype})"),
         ("base", f"{config.get('base') or info.base.name or 'unnamed'} ({info.base.denoiser}, widths {widths})"),
     ]
+    if config.get("vae"):
+        facts.append(("vae", config["vae"]))
     if words := info.trigger_words:
         facts.append(("trigger", ", ".join(words)))
     # A tuner saved from Python may have other training facts, or none; `--json` shows all of them.

@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 import tyro
 from pydantic import ConfigDict, Field
 
+from .options.early_checks import check_tuners
 from .options.interruption import stoppable
 from .options.outputs import OverwriteOption
 
@@ -42,6 +43,7 @@ class MergeOptions(OverwriteOption):
 
         sources = [split_weight(tuner) for tuner in self.tuners]
         with stoppable(lambda: f"{self.output} is not written"):
+            check_tuners(path for path, _ in sources)
             self.check_outputs(self.output, inputs=[path for path, _ in sources])
             self._merge(sources)
         print(self.output)

@@ -8,6 +8,7 @@ from typing import Annotated
 import tyro
 from pydantic import ConfigDict
 
+from ..utils.errors import RestuneError
 from .options.outputs import OverwriteOption
 
 
@@ -27,6 +28,8 @@ class ReportOptions(OverwriteOption):
 
     def run(self) -> None:
         """Write the page and print its path."""
+        if not self.folder.is_dir():
+            raise RestuneError(f"There is no folder {self.folder}; give the output folder of a training run.")
         # The page in the run's own folder is written again as the run advances.
         self.check_outputs(*([] if self.output is None else [self.output]))
         from .quiet import quiet_libraries

@@ -12,22 +12,29 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 from pydantic import ValidationError
 
+from ..storage.base_files.check import check_base
+from ..training.callbacks.tracker_names import check_tracker
 from ..training.config.config_file import given_settings
 from ..training.config.length.precedence import LENGTHS, without_replaced_length
 from ..training.config.presets import PRESETS
 from ..training.config.train_config import SETTINGS, TrainConfig
 from ..training.config.tuner_settings import TUNER_ALIASES, command_line_class, with_families
+from ..training.output_folder import check_output
 from ..utils.display import counted
+from ..utils.errors import UsageError
 from ..utils.setting_groups import close_groups, first_refused_setting
 from .foreign_flags.translate import translate
-from .options.early_checks import check_folders
+from .options.early_checks import check_data, check_precision, check_writable
+from .options.flag_check import check_flags
+from .options.help_page import help_page
+from .options.interruption import stoppable
 from .options.setting_flags import current_flags, old_names_on_stderr, unchecked, with_flat_flags
 from .quiet import quiet_libraries
 
 TRAIN_HELP = """Train a tuner on a folder of images.
 
-The settings --base, --data and --output are required, as flags or in the YAML file of --config. All others have
-defaults.
+--base, --data and --output are required, as flags or in the YAML file of --config. All other settings have defaults. A
+switch such as --flip is turned off by --no-flip.
 
 Example: restune train --base ./stable-diffusion-v1-5 --data ./watercolors --output ./out
 --steps 2000 --mixed-precision fp16 --validation.prompts "a fox" "a lighthouse"
@@ -53,9 +60,8 @@ class TrainOptions(_Flags):
         try:
             super().__init__(**values)
         except ValidationError as error:
-            # tyro shows the message of a ValueError; that of pydantic names its own types.
-            refused = first_refused_setting(type(self), error)
-            raise ValueError(": ".join([*map(str, refused.place), refused.reason])) from error
+            # Not a ValueError, which tyro would show in a box.
+            raise UsageError(f"{first_refused_setting(type(self), error).sentence()}.") from error
 
     def settings(self) -> TrainConfig:
         """Return the settings of the run."""
@@ -64,7 +70,17 @@ class TrainOptions(_Flags):
     def run(self) -> None:
         """Train a tuner, or the tuners of a sweep, and print their paths."""
         config = self.settings()
-        check_folders(config.data.folder, config.output)
+        check_data(config.data.folder)
+        check_writable(config.output)
+        if config.sweep is None:
+            check_output(config)
+        check_tracker(config.log_with)
+        check_base(config.base, config.vae)
+        check_precision(config.memory.mixed_precision, cpu=config.memory.cpu)
+        with stoppable(lambda: "--resume continues a training run from its newest checkpoint"):
+            self._train(config)
+
+    def _train(self, config: TrainConfig) -> None:
         quiet_libraries()  # before the imports below, which emit warnings
         from ..training import sweep, train
 
@@ -116,10 +132,14 @@ def parse_train_options(
     settings = without_replaced_length(settings, vars(known))
     required = {name: tyro.MISSING for name, info in SETTINGS.items() if info.field.is_required()}
     options = command_line_class(TrainOptions)
+    if {"-h", "--help"} & {*args}:
+        print(help_page(prog or Path(sys.argv[0]).name, description or "", options, settings))
+        sys.exit(0)
+    check_flags("train", options, args, present=settings)
     return tyro.cli(
         options,
         prog=prog,
-        description="\n\n".join([description or "", _presets_help()]),
+        description=description,
         args=args,
         default=unchecked(options, close_groups(with_families(TrainConfig), {**required, **settings})),
     )
@@ -135,7 +155,3 @@ def _translated(args: Sequence[str]) -> list[str]:
         command = shlex.join(["restune", "train", *translation.arguments])
         print(f"restune: flags of {translation.program}, translated: {command}", file=sys.stderr)
     return translation.arguments
-
-
-def _presets_help() -> str:
-    return "\n\n".join(["Presets:", *(f"{name}, for {preset.describe()}" for name, preset in PRESETS.items())])

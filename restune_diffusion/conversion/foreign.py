@@ -14,6 +14,7 @@ from pydantic import BaseModel, ValidationError
 from safetensors import SafetensorError, safe_open
 
 from ..utils.errors import TunerFileError
+from ..utils.settings_merge import first_refused
 from .reading.candidates import PICKLES, weights_file
 from .reading.key_kinds import described
 
@@ -142,8 +143,7 @@ def foreign_metadata(file: ForeignFile) -> dict[str, str]:
 def make_config(kind: type[Config], source: str, **settings: Any) -> Config:
     """Create a part's config from the settings of a file; raise `TunerFileError` if they are not valid."""
     try:
-        return kind(**settings)
+        return kind.model_validate(settings)
     except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(map(str, first["loc"])) or "its settings"
-        raise TunerFileError(f"{source} has no equivalent tuner: {place}, {first['msg']}.") from error
+        reason = first_refused(error, kind).sentence()
+        raise TunerFileError(f"{source} has no equivalent tuner: {reason}.") from error

@@ -18,6 +18,7 @@ from ..data.captions import find_examples
 from ..data.training_images import Sample, load_samples
 from ..hooks.manager import TunerManager
 from ..pipelines.load_base import training_resolution
+from ..storage.base_files.location import public_name
 from ..storage.tuner_file import read_info
 from ..utils.errors import DataError, RestuneError
 from .features import InceptionFeatures
@@ -55,6 +56,7 @@ def evaluate_tuner(
     seed: int = 0,
     limit: int | None = None,
     batch_size: int = 16,
+    vae: str | None = None,
 ) -> Evaluation:
     """Evaluate a tuner on held-out images of its style, and write report.json, report.md and grid.png.
 
@@ -74,6 +76,7 @@ def evaluate_tuner(
         seed: seed of the first image; image i uses seed + i.
         limit: maximum number of images; the first ones are used.
         batch_size: number of images generated in one batch.
+        vae: VAE with which the pipeline was loaded instead of the base's own, for the report.
 
     Returns:
         The measured numbers and the settings.
@@ -116,6 +119,7 @@ def evaluate_tuner(
         rows=rows,
         settings={
             "base": Path(pipeline.name_or_path).name,
+            **({"vae": public_name(vae)} if vae is not None else {}),
             "tuner": Path(tuner).name,
             "tuner_sha256": _digest(tuner),
             "weight": weight,

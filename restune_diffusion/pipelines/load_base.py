@@ -1,8 +1,9 @@
-"""Load a Stable Diffusion checkpoint as a pipeline with tuners; its training resolution and sampling pipeline."""
+"""Load a Stable Diffusion checkpoint as a pipeline with tuners; its image sizes and sampling pipeline."""
 
 from __future__ import annotations
 
 import inspect
+import math
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -10,13 +11,16 @@ from typing import Any
 import torch
 import transformers
 from diffusers import (
+    AutoencoderKL,
     DDIMScheduler,
     DiffusionPipeline,
     StableDiffusionXLInpaintPipeline,
     StableDiffusionXLPipeline,
+    UNet2DConditionModel,
 )
 from safetensors import SafetensorError
 
+from ..storage.base_files.check import check_class
 from ..storage.base_files.location import local_base
 from ..utils.errors import RestuneError, TrainingError
 from .single_file import load_single_file
@@ -26,6 +30,7 @@ from .stable_diffusion import (
     RestuneStableDiffusionXLInpaintPipeline,
     RestuneStableDiffusionXLPipeline,
 )
+from .vae import load_vae
 
 PRECISIONS = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -35,41 +40,49 @@ _PIPELINES: dict[str, Any] = {
     "StableDiffusionXLPipeline": RestuneStableDiffusionXLPipeline,
     "StableDiffusionXLInpaintPipeline": RestuneStableDiffusionXLInpaintPipeline,
 }
+_STEP = 8  # diffusers' pipelines refuse other sizes, whatever the autoencoder
 # Checkpoints may also have been saved from one of our own classes.
 _PIPELINES |= {pipeline_class.__name__: pipeline_class for pipeline_class in _PIPELINES.values()}
 
 
-def load_base(base: str, dtype: torch.dtype) -> Any:
+def load_base(base: str, dtype: torch.dtype, vae: str | None = None) -> Any:
     """Load a Stable Diffusion checkpoint as a pipeline with `RestuneLoaderMixin`.
 
     Args:
         base: a directory in diffusers' layout, a single safetensors file in the original layout, or a repository id on
             the Hub.
         dtype: dtype of all models.
+        vae: VAE that replaces that of the checkpoint: a folder, a safetensors file, or a repository id.
 
     Raises:
         RestuneError: if the checkpoint does not exist, is not a supported base, or lacks weights.
     """
     path = local_base(base)
     if path is not None and path.is_file():
-        return load_single_file(path, dtype)
+        return load_single_file(path, dtype, vae)
     source = base if path is None else str(path)
     try:
         index = DiffusionPipeline.load_config(source)
         class_name = index["_class_name"]
-        pipeline_class = _PIPELINES.get(class_name)
-        if pipeline_class is None:
-            raise RestuneError(
-                f"The base {base} is a {class_name}; supported are Stable Diffusion and Stable Diffusion XL."
-            )
+        check_class(base, class_name)
+        pipeline_class = _PIPELINES[class_name]
         with warnings.catch_warnings():
             # The latest diffusers names the argument `dtype`, older versions only accept `torch_dtype`.
             warnings.filterwarnings("ignore", ".*torch_dtype.*", FutureWarning)
-            encoders = _load_text_encoders(source, index, dtype)
-            return pipeline_class.from_pretrained(source, torch_dtype=dtype, **encoders)
+            parts = _load_text_encoders(source, index, dtype)
+            if vae is not None:
+                parts["vae"] = _load_other_vae(vae, source, dtype)
+            return pipeline_class.from_pretrained(source, torch_dtype=dtype, **parts)
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0]
         raise RestuneError(f"The base {base} cannot be loaded: {reason}") from error
+
+
+def _load_other_vae(vae: str, source: str, dtype: torch.dtype) -> Any:
+    own = AutoencoderKL.load_config(source, subfolder="vae")
+    # The U-Net of an inpainting model has more inputs than latent channels, but as many outputs.
+    channels = UNet2DConditionModel.load_config(source, subfolder="unet")["out_channels"]
+    return load_vae(vae, dtype, replaced=own, channels=channels)
 
 
 def _load_text_encoders(source: str, index: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
@@ -117,6 +130,29 @@ def training_resolution(pipeline: Any, asked: int | None) -> int:
             f"A resolution of {resolution} does not fit this base; use a multiple of {stride}, for example {nearest}."
         )
     return resolution
+
+
+def image_size(pipeline: Any, width: int | None, height: int | None) -> tuple[int, int]:
+    """Return width and height of the images in pixels; a side that is not given has the base's native size.
+
+    A call of diffusers' pipelines with only one side ignores it and uses the native size for both.
+
+    Raises:
+        RestuneError: if a side is not a multiple of what pipeline and autoencoder require.
+    """
+    native = pipeline.unet.config.sample_size
+    native_height, native_width = (native, native) if isinstance(native, int) else native
+    scale = pipeline.vae_scale_factor
+    sides = {"width": width or native_width * scale, "height": height or native_height * scale}
+    factor = math.lcm(_STEP, scale)
+    for name, side in sides.items():
+        if side % factor:
+            below = side // factor * factor
+            nearest = f"{below} or {below + factor}" if below else str(factor)
+            raise RestuneError(
+                f"A {name} of {side} does not fit this base; use a multiple of {factor}, for example {nearest}."
+            )
+    return sides["width"], sides["height"]
 
 
 def sampling_pipeline(pipeline: Any, scheduler_changes: Mapping[str, Any] | None = None) -> Any:

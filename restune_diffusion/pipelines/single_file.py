@@ -12,14 +12,14 @@ from typing import Any
 
 import torch
 from diffusers import DDIMScheduler, EulerDiscreteScheduler, PNDMScheduler
-from diffusers.utils import logging
 from torch import nn
 from transformers import CLIPTokenizer
 
-from ..storage.base_files.configs import ModelConfigs, model_configs
-from ..storage.base_files.contents import Family, family_of
+from ..storage.base_files.check import check_suffix
+from ..storage.base_files.configs import ModelConfigs, model_configs, native_pixels, own_vae_config
+from ..storage.base_files.contents import UNET, Family, family_of
 from ..storage.base_files.prediction import Prediction, read_prediction
-from ..storage.base_files.tensor_header import read_tensor_header
+from ..storage.base_files.tensor_header import TensorHeader, read_tensor_header
 from ..utils.errors import RestuneError
 from .stable_diffusion import (
     RestuneStableDiffusionInpaintPipeline,
@@ -27,6 +27,7 @@ from .stable_diffusion import (
     RestuneStableDiffusionXLInpaintPipeline,
     RestuneStableDiffusionXLPipeline,
 )
+from .vae import load_vae, quiet_loading
 
 _TOKENIZER = files("restune_diffusion") / "assets" / "restune-tiny" / "tokenizer"
 """CLIP's tokenizer, which all Stable Diffusion models share."""
@@ -35,7 +36,7 @@ _PAD_FIRST, _PAD_OPEN_CLIP = "<|endoftext|>", "!"
 _SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
 
 
-def load_single_file(path: Path, dtype: torch.dtype) -> Any:
+def load_single_file(path: Path, dtype: torch.dtype, vae: str | None = None) -> Any:
     """Load a checkpoint file as a pipeline with `RestuneLoaderMixin`.
 
     The model configs come from the shapes in the file, the prediction type from the marks that other programs leave
@@ -44,20 +45,23 @@ def load_single_file(path: Path, dtype: torch.dtype) -> Any:
     Args:
         path: a safetensors file of SD 1.x, 2.x or XL, or of an inpainting variant.
         dtype: dtype of all models.
+        vae: VAE that replaces that of the file.
 
     Raises:
         RestuneError: if the file is something else, incomplete, or a pickle.
     """
-    if path.suffix.lower() != ".safetensors":
-        raise RestuneError(
-            f"The base {path} is not a safetensors file; a {path.suffix or 'file of this type'} can run code when it "
-            "is read. Convert it to safetensors with a program that you trust."
-        )
+    check_suffix(path)
     header = read_tensor_header(path)
-    family = family_of(header)
+    family = family_of(header, has_vae=vae is not None)
     prediction = read_prediction(header, family)
-    configs = model_configs(header, family, v_prediction=prediction.v_prediction)
-    with _config_folder(configs) as folder, _quiet():
+    other = None if vae is None else _other_vae(vae, dtype, header, family, prediction)
+    configs = model_configs(
+        header,
+        family,
+        v_prediction=prediction.v_prediction,
+        vae=None if other is None else {**other.config, "_class_name": "AutoencoderKL"},
+    )
+    with _config_folder(configs) as folder, quiet_loading():
         try:
             pipeline = _pipeline_class(configs).from_single_file(
                 str(path),
@@ -66,6 +70,7 @@ def load_single_file(path: Path, dtype: torch.dtype) -> Any:
                 local_files_only=True,
                 scheduler=_scheduler(family, prediction),
                 **_tokenizers(family),
+                **({} if other is None else {"vae": other}),
             )
         except NotImplementedError as error:
             # diffusers places a model whose weights are not all in the file, which torch refuses.
@@ -74,6 +79,12 @@ def load_single_file(path: Path, dtype: torch.dtype) -> Any:
             ) from error
     _check_complete(path, pipeline)
     return pipeline
+
+
+def _other_vae(vae: str, dtype: torch.dtype, header: TensorHeader, family: Family, prediction: Prediction) -> Any:
+    own = own_vae_config(header, family, native_pixels(family, v_prediction=prediction.v_prediction))
+    channels = header.shapes.get(f"{UNET}out.2.weight", (0,))[0]
+    return load_vae(vae, dtype, replaced=own, channels=channels)
 
 
 def _pipeline_class(configs: ModelConfigs) -> Any:
@@ -135,20 +146,6 @@ def _config_folder(configs: ModelConfigs) -> Iterator[Path]:
 def _write(path: Path, values: Mapping[str, Any]) -> None:
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(values), encoding="utf-8")
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    enabled, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
-    logging.disable_progress_bar()
-    # A warning about an empty list of modules that stay in float32 would come with every model.
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if enabled:
-            logging.enable_progress_bar()
 
 
 def _check_complete(path: Path, pipeline: Any) -> None:

@@ -23,6 +23,7 @@ from ..tuners.registry import PartConfig, parts_from_json
 from ..tuners.tuner import Tuner
 from ..utils.display import printable
 from ..utils.errors import RestuneError, TunerFileError, UnknownFamilyError
+from ..utils.settings_merge import first_refused
 
 FORMAT_VERSION = 1
 VERSION_KEY = "restune.format_version"
@@ -140,9 +141,9 @@ def parse_metadata(metadata: Mapping[str, str]) -> tuple[tuple[PartConfig, ...],
         configs = parts_from_json(metadata[CONFIG_KEY])
         base = BaseInfo.model_validate(_read_json(metadata, BASE_KEY))
     except ValidationError as error:
-        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-        place = ".".join(map(str, first["loc"]))
-        raise ValueError(printable(f"{BASE_KEY} is not valid at {place}: {first['msg']}", 200)) from error
+        first = first_refused(error, BaseInfo)
+        place = ".".join(map(str, first.place))
+        raise ValueError(printable(f"{BASE_KEY} is not valid at {place}: {first.reason}", 200)) from error
     except UnknownFamilyError:
         raise
     except RestuneError as error:

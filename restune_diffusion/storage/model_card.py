@@ -116,6 +116,7 @@ def _training(training: Mapping[str, Any]) -> str:
         "steps": training.get("steps"),
         "images": training.get("images"),
         "resolution": training.get("resolution"),
+        "VAE": recipe.get("vae"),
         **{key.replace("_", " "): recipe.get(key) for key in _RECIPE},
     }
     rows = [f"| {name} | {_plain(str(value))} |" for name, value in facts.items() if value is not None]

@@ -15,7 +15,7 @@ from ..tuners.tuner import Tuner
 from ..utils.errors import TrainingError
 from ..utils.seeds import derived_seed
 from .callbacks.tracking import tracker_name
-from .checkpoint import latest_checkpoint, restore_checkpoint
+from .checkpoint import restore_checkpoint
 from .config.length.resolve import resolve_length, with_length
 from .config.loss import LossConfig
 from .config.noise import NoiseConfig
@@ -35,6 +35,7 @@ from .losses.preservation import make_preservation
 from .optimization.averaging import TunerAverage
 from .optimization.optimizers import make_optimizer
 from .optimization.parameter_groups import parameter_groups
+from .output_folder import latest_checkpoint
 from .processes import check_distribution
 from .state import TrainState, images_per_step
 
@@ -106,6 +107,7 @@ def build_training_state(config: TrainConfig, accelerator: Accelerator, inputs: 
         data=inputs.data,
         preservation=make_preservation(config.preservation.class_prompt, inputs.known_class, class_batches, encode),
         initial=initial,
+        vae=inputs.vae,
         average=TunerAverage(tuner, config.optimizer.ema_decay) if config.optimizer.ema_decay is not None else None,
     )
     checkpoint = latest_checkpoint(config.output) if config.checkpoints.resume else None

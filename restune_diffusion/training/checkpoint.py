@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -24,11 +23,10 @@ from .config.train_config import current_names
 from .facts import library_versions, run_identity
 from .optimization.optimizer_state import flatten_state, unflatten_state
 from .optimization.parameter_groups import optimized_names
+from .output_folder import list_checkpoints
 from .state import InitialTuner, StepReport, TrainState
 
 logger = logging.getLogger(__name__)
-
-_NAME = re.compile(r"checkpoint-(\d{6,})")
 
 
 class Checkpoints(Callback):
@@ -61,17 +59,6 @@ class Checkpoints(Callback):
                 save_checkpoint(run)
             _prune(run.config.output, run.config.checkpoints.kept)
         run.accelerator.wait_for_everyone()
-
-
-def list_checkpoints(output: Path) -> list[Path]:
-    """Return the complete checkpoints of a run, oldest first."""
-    found = [(int(match[1]), path) for path in output.glob("checkpoint-*") if (match := _NAME.fullmatch(path.name))]
-    return [path for _, path in sorted(found)]
-
-
-def latest_checkpoint(output: Path) -> Path | None:
-    """Return the newest complete checkpoint of a run, or None."""
-    return next(reversed(list_checkpoints(output)), None)
 
 
 def checkpoint_folder(run: TrainState) -> Path:

@@ -34,6 +34,8 @@ def run_identity(run: TrainState) -> dict[str, Any]:
         settings["class images or prompt"] = run.preservation.identity
     if run.initial is not None:
         settings["initial tuner"] = run.initial.sha256
+    if run.vae is not None:
+        settings["VAE weights"] = run.vae
     settings["number of processes"] = run.accelerator.num_processes
     if run.config.optimizer.lr_scheduler not in _ENDLESS:
         settings["steps"] = steps
@@ -51,6 +53,7 @@ def training_facts(run: TrainState) -> dict[str, Any]:
         "prediction_type": run.objective.prediction_type,
         **({"initial_tuner": asdict(run.initial)} if run.initial is not None else {}),
         **({"trigger_words": triggers} if (triggers := trigger_words(run.config)) else {}),
+        **({"vae_sha256": run.vae} if run.vae is not None else {}),
         "versions": library_versions(),
         "config": run.config.recorded(),
     }

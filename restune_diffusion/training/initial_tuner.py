@@ -14,8 +14,8 @@ from ..storage.tuner_file import TunerInfo, load_tuner, read_info
 from ..tuners.registry import PartConfig
 from ..tuners.tuner import Tuner
 from ..utils.errors import BaseMismatchError, TrainingError
-from .checkpoint import latest_checkpoint
 from .config.train_config import TrainConfig
+from .output_folder import latest_checkpoint
 from .state import InitialTuner
 
 

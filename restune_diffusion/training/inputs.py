@@ -25,7 +25,7 @@ from ..pipelines.load_base import PRECISIONS, is_inpainting, load_base, training
 from ..utils.errors import NoImageError, TrainingError
 from .callbacks.drift import DriftPrompt, encode_drift_prompts
 from .config.train_config import TrainConfig
-from .feature_cache.use import hash_of_models
+from .feature_cache.use import hash_of_models, hash_of_vae
 from .frozen_base import check_trainable, frozen, move_encoders
 from .initial_tuner import check_initial_tuner
 from .latents.cache import Cache, build_cache
@@ -54,6 +54,8 @@ class TrainingInputs:
     """Prompts on which the drift is measured, with the samples of the base."""
     models: str | None
     """Hash of the models, if a feature cache is used."""
+    vae: str | None = None
+    """Hash of the VAE that replaces that of the base, if one does."""
 
 
 @contextmanager
@@ -78,6 +80,8 @@ def prepared(
         )
     if config.memory.base_quantization is not None and pipeline is not None:
         raise TrainingError("A pipeline passed as an argument is not quantized; leave base_quantization out.")
+    if config.vae is not None and pipeline is not None:
+        raise TrainingError("A pipeline passed as an argument has its own VAE; leave vae out, or set pipeline.vae.")
     sheet = DataSheet(config.data.folder, [])
     examples = read_examples(config.data, sheet.refused)
     _check_placeholder_tokens(config, examples)
@@ -85,7 +89,7 @@ def prepared(
     if conditions is not None:
         examples = conditions.paired(examples, config.data.folder)
     if pipeline is None:
-        pipeline = load_base(config.base, PRECISIONS[config.memory.mixed_precision])
+        pipeline = load_base(config.base, PRECISIONS[config.memory.mixed_precision], config.vae)
         if config.memory.base_quantization is not None:
             # Before the move to the device, so that the device never holds the unquantized weights.
             quantize_base(pipeline.unet)
@@ -102,13 +106,14 @@ def prepared(
         known = encode_class(config, accelerator, pipeline, resolution, verbose=verbose)
         drift_prompts = _drift_prompts(config, pipeline, resolution) if accelerator.is_main_process else []
         models = hash_of_models(pipeline) if config.feature_cache.draws is not None else None
+        vae = hash_of_vae(pipeline.vae) if config.vae is not None else None
         if config.memory.drop_encoders:
             drop_encoders(pipeline)
         kept = (*(text_encoders(pipeline) if config.learns_from_text else ()), *(["vae"] if inpainting else ()))
         move_encoders(pipeline, torch.device("cpu"), keep=kept)
         try:
             yield TrainingInputs(
-                pipeline, cache, sheet, resolution, conditions, control_images, known, drift_prompts, models
+                pipeline, cache, sheet, resolution, conditions, control_images, known, drift_prompts, models, vae
             )
         finally:
             move_encoders(pipeline, accelerator.device)

@@ -10,10 +10,10 @@ import torch
 
 from ..utils.errors import TrainingError, TrainingInterrupted
 from .callbacks.base import Callback
-from .checkpoint import latest_checkpoint
 from .latents.batches import Batch
 from .losses.prediction import predict
 from .optimization.optimizers import effective_learning_rate
+from .output_folder import latest_checkpoint
 from .processes import average_gradients
 from .state import StepReport, TrainState
 from .stopping import StopRequest
@@ -43,7 +43,7 @@ def steps_of(
             callback.on_start(run)
         while run.step < run.steps:
             if stop is not None and stop.agreed(run.accelerator):
-                raise _interrupted(run, callbacks)
+                raise _interrupted(run, callbacks, stop)
             report = _step(run)
             skipped = skipped + 1 if run.optimizer.step_was_skipped else 0
             if skipped > _MAX_SKIPPED_STEPS:
@@ -58,13 +58,14 @@ def steps_of(
             callback.close()
 
 
-def _interrupted(run: TrainState, callbacks: Sequence[Callback]) -> TrainingInterrupted:
+def _interrupted(run: TrainState, callbacks: Sequence[Callback], stop: StopRequest) -> TrainingInterrupted:
     for callback in callbacks:
         callback.on_stop(run)
     saved = latest_checkpoint(run.config.output)
     return TrainingInterrupted(
         f"Stopped after step {run.step} of {run.steps}, as requested; {saved} is saved. "
-        f"Run the same command with --resume to continue from it."
+        f"Run the same command with --resume to continue from it.",
+        by_ctrl_c=stop.by_ctrl_c,
     )
 
 

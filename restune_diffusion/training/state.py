@@ -86,6 +86,8 @@ class TrainState:
     """Preservation loss, if enabled."""
     initial: InitialTuner | None = None
     """Tuner file that the run started from, if any."""
+    vae: str | None = None
+    """Hash of the VAE that replaces that of the base, if one does."""
     step: int = 0
     resumed_from: Path | None = None
     """Checkpoint that the run continues from, if any."""

@@ -23,6 +23,8 @@ class StopRequest:
 
     def __init__(self) -> None:
         self._requested = False
+        self.by_ctrl_c = False
+        """Whether this process received a Ctrl-C."""
 
     @contextmanager
     def listening(self) -> Iterator[None]:
@@ -53,6 +55,7 @@ class StopRequest:
     def _request(self, number: int, frame: FrameType | None) -> None:
         self._requested = True
         if number == signal.SIGINT:
+            self.by_ctrl_c = True
             signal.signal(signal.SIGINT, signal.SIG_DFL)
             # os.write instead of print, which is not reentrant: the signal may interrupt a progress bar's print.
             os.write(2, _NOTICE)

@@ -21,15 +21,16 @@ from .callbacks.config_record import ConfigFile
 from .callbacks.drift import DriftProbe
 from .callbacks.reporting import MetricsLog, Progress, ProgressBar, SheetFile, describe_plan
 from .callbacks.tracking import start_trackers
-from .callbacks.tuner_files import FinalFile, StepFiles, step_files
+from .callbacks.tuner_files import FinalFile, StepFiles
 from .callbacks.validation import ValidationSamples
-from .checkpoint import Checkpoints, latest_checkpoint
+from .checkpoint import Checkpoints
 from .config.train_config import TrainConfig
 from .feature_cache.use import use_feature_cache
 from .initial_tuner import check_initial_tuner
 from .inputs import TrainingInputs, prepared
 from .loop import run_loop
 from .memory import gradient_checkpointing
+from .output_folder import check_output
 from .state import ATTACHED_NAME, StepReport, TrainState
 from .stopping import StopRequest
 
@@ -133,33 +134,3 @@ def acting(run: TrainState) -> Iterator[None]:
         gradient_checkpointing(unet, config.memory.gradient_checkpointing),
     ):
         yield
-
-
-def check_output(config: TrainConfig) -> None:
-    """Check the output folder.
-
-    Raises:
-        TrainingError: if it lies inside the image folder, or contains a run or a tuner that would be overwritten.
-    """
-    if config.output.resolve().is_relative_to(config.data.folder.resolve()):
-        raise TrainingError(
-            f"{config.output} lies inside the image folder, where the samples would become training images; "
-            f"choose another output folder."
-        )
-    found = latest_checkpoint(config.output)
-    if found is not None and not config.checkpoints.resume:
-        raise TrainingError(
-            f"{config.output} holds {found.name} of an earlier run; add --resume to continue it, "
-            f"or choose another output folder."
-        )
-    if found is None and config.file.exists():
-        raise TrainingError(
-            f"{config.file} is a finished tuner without a checkpoint to resume, and this run would replace it; choose "
-            "another --output or --name, or move the file away."
-        )
-    saved = step_files(config)
-    if saved and not config.checkpoints.resume:
-        raise TrainingError(
-            f"{config.output} holds {saved[-1].name} of an earlier run, which this run could replace; "
-            f"choose another output folder or another name."
-        )

@@ -21,7 +21,9 @@ from pydantic_core import from_json
 
 from ..utils.display import printable
 from ..utils.errors import RestuneError, UnknownFamilyError
-from ..utils.settings import unwrap_help_texts
+from ..utils.expected import Expected
+from ..utils.settings import SettingsType, unwrap_help_texts
+from ..utils.settings_merge import first_refused
 
 if TYPE_CHECKING:
     from ..backbones import BaseInfo
@@ -36,7 +38,7 @@ PartClass = TypeVar("PartClass", bound="type[Part]")
 _NAME = re.compile(r"[a-z][a-z0-9_]{0,31}", re.ASCII)
 
 
-class PartConfig(BaseModel):
+class PartConfig(BaseModel, metaclass=SettingsType):
     """Base class of the settings of a part, which the tuner's file stores as JSON.
 
     A subclass declares `part: Literal["<name>"] = "<name>"`, where `<name>` is the name of the family, and settings
@@ -70,7 +72,11 @@ class PartConfig(BaseModel):
         return ()
 
 
-ConditionName: TypeAlias = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$")]
+ConditionName: TypeAlias = Annotated[
+    str,
+    StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$"),
+    Expected("names of letters, digits, `_` and `-`"),
+]
 
 
 class ConditionedConfig(PartConfig):
@@ -267,19 +273,19 @@ def parts_from_json(text: str) -> tuple[PartConfig, ...]:
     except ValueError as error:
         raise _invalid("the list", f"Invalid JSON: {error}") from error
     if not isinstance(values, list):
-        raise _invalid("the list", "Input should be a valid array")
+        raise _invalid("the list", "it is not a list")
     return tuple(_part_from_json(number, value) for number, value in enumerate(values))
 
 
 def _part_from_json(number: int, value: Any) -> PartConfig:
     name = value.get("part") if isinstance(value, dict) else None
     if not isinstance(name, str):
-        raise _invalid(str(number), "Input should be an object that names its `part`")
+        raise _invalid(str(number), "it is not an object that names its `part`")
     try:
         return tuner_family(name).config.model_validate(value)
     except ValidationError as error:
-        first = error.errors()[0]
-        raise _invalid(".".join(map(str, (number, name, *first["loc"]))), first["msg"]) from error
+        first = first_refused(error, tuner_family(name).config)
+        raise _invalid(".".join(map(str, (number, name, *first.place))), first.reason) from error
 
 
 def _invalid(place: str, reason: str) -> RestuneError:

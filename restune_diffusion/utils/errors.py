@@ -29,6 +29,10 @@ class SettingsError(RestuneError, ValueError):
     """A setting is unknown, or its value is not allowed."""
 
 
+class UsageError(RestuneError):
+    """A command line is malformed."""
+
+
 class DataError(RestuneError):
     """Training images or captions cannot be used."""
 
@@ -42,4 +46,12 @@ class TrainingError(RestuneError):
 
 
 class TrainingInterrupted(RestuneError):
-    """Training was stopped on request after saving its state; not a failure."""
+    """Training was stopped on request after saving its state; not a failure.
+
+    Attributes:
+        by_ctrl_c: whether the request was a Ctrl-C, and not a signal to end, such as that of a scheduler.
+    """
+
+    def __init__(self, message: str, *, by_ctrl_c: bool = False) -> None:
+        super().__init__(message)
+        self.by_ctrl_c = by_ctrl_c

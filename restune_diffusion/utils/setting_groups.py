@@ -69,6 +69,7 @@ def setting(
     flat: str | None = None,
     recorded: bool | str = True,
     swept: bool = False,
+    expected: str | None = None,
     **constraints: Any,
 ) -> Any:
     """Define a field with its effect, as a pydantic `Field`.
@@ -79,9 +80,11 @@ def setting(
         flat: flat name, if it differs from the name of the field.
         recorded: whether the tuner's file records the setting, or the name under which it does.
         swept: whether the tuners of a sweep may differ in it; settings that affect only the tuner always may.
+        expected: description of the allowed values for error messages, if their type does not tell it.
         constraints: arguments of pydantic's `Field`.
     """
     annotation: dict[str, Any] = {"affects": affects, "flat": flat, "recorded": recorded, "swept": swept}
+    annotation["expected"] = expected
     return Field(default, json_schema_extra={_KEY: annotation}, **constraints)
 
 
@@ -182,7 +185,7 @@ def first_refused_setting(
     model: type[BaseModel], error: ValidationError, places: Mapping[str, Place] | None = None
 ) -> RefusedSetting:
     """Return the first error that pydantic reports, with the path of the setting as given, or else its flat name."""
-    refused = first_refused(error)
+    refused = first_refused(error, model)
     place = tuple(refused.place)
     group = group_of(model.model_fields[place[0]]) if place and place[0] in model.model_fields else None
     if group is None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
-from .settings_merge import first_unknown
+from .errors import SettingsError
+from .settings_merge import RefusedSetting, first_refused, first_unknown
 
 
 def unwrap_help_texts(model: type[BaseModel]) -> None:
@@ -16,7 +17,32 @@ def unwrap_help_texts(model: type[BaseModel]) -> None:
             field.description = " ".join(field.description.split())
 
 
-class Settings(BaseModel):
+if TYPE_CHECKING:
+    from pydantic._internal._model_construction import ModelMetaclass as ModelType
+else:
+    ModelType = type(BaseModel)
+
+
+class SettingsType(ModelType):
+    """Metaclass of settings whose constructor raises one sentence; pydantic's own error lists its types."""
+
+    def __call__(cls, *args: Any, **values: Any) -> Any:
+        """Return an instance.
+
+        Raises:
+            SettingsError: if a setting is unknown, missing or invalid.
+        """
+        try:
+            return super().__call__(*args, **values)
+        except ValidationError as error:
+            raise SettingsError(cls.refused(error).sentence()) from error
+
+    def refused(cls, error: ValidationError) -> RefusedSetting:
+        """Return the first invalid setting of a validation error; a class may define its own."""
+        return first_refused(error, cls)  # type: ignore[arg-type]
+
+
+class Settings(BaseModel, metaclass=SettingsType):
     """Frozen pydantic model that rejects unknown names and suggests the closest valid one."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True, use_attribute_docstrings=True)

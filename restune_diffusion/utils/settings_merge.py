@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Mapping
 from difflib import get_close_matches
 from typing import Annotated, Any, TypeAlias
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
+
+from .expected import NOT_VALID, not_valid
 
 Place: TypeAlias = tuple[Any, ...]
 """Path of a setting: the names of its groups, its own name, and indices into its value."""
@@ -20,6 +23,16 @@ class RefusedSetting(ValueError):
         super().__init__(reason)
         self.place = place
         self.reason = reason
+
+    def sentence(self) -> str:
+        """Return the reason after the name of the setting, unless it names the setting itself."""
+        name = ".".join(map(str, self.place))
+        return self.reason if not name or names_setting(self.reason, self.place[-1]) else f"{name}: {self.reason}"
+
+
+def names_setting(reason: str, name: object) -> bool:
+    """Return whether a reason names the setting itself; that of an invalid value never does."""
+    return NOT_VALID not in reason and str(name) in re.findall(r"[\w-]+", reason)
 
 
 def layered(*layers: Mapping[str, Any]) -> dict[str, Any]:
@@ -68,16 +81,46 @@ def checked_fields(fields: Mapping[str, FieldInfo], values: Mapping[str, Any]) -
         try:
             checked[name] = adapter.validate_python(value)
         except ValidationError as error:
-            refused = first_refused(error)
+            refused = first_refused(error, field)
             raise RefusedSetting((name, *refused.place), refused.reason) from error
     return checked
 
 
-def first_refused(error: ValidationError) -> RefusedSetting:
-    """Return the first error that pydantic reports."""
-    first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-    reason = _REASONS.get(first["type"]) or first["msg"].removeprefix("Value error, ").rstrip(".")
-    return RefusedSetting(first["loc"], f"{reason[0].lower()}{reason[1:]}")
+def first_refused(error: ValidationError, model: type[BaseModel] | FieldInfo | None = None) -> RefusedSetting:
+    """Return the first error that pydantic reports, with the value and what its setting allows.
+
+    Args:
+        error: the error.
+        model: model or field that was validated; without it, the reason is the message of a validator.
+    """
+    first = error.errors(include_url=False, include_context=False)[0]
+    place = first["loc"]
+    if first["type"] == "extra_forbidden":
+        return RefusedSetting(place, "there is no such setting")
+    field, depth = _field_at(model, place)
+    if first["type"] == "missing" and depth >= len(place) - (field is None):
+        return RefusedSetting(place, "this setting is required")
+    if first["type"] == "value_error" or field is None:
+        reason = first["msg"].removeprefix("Value error, ").rstrip(".")
+        return RefusedSetting(place, f"{reason[0].lower()}{reason[1:]}")
+    # Further parts are the alternatives of a type, which a person does not know.
+    if first["type"] == "missing":
+        place = place[:depth]
+    kept = next((end for end in range(depth, len(place)) if not isinstance(place[end], int)), len(place))
+    return RefusedSetting(place[:kept], not_valid(first["input"], field))
+
+
+def _field_at(model: type[BaseModel] | FieldInfo | None, place: Place) -> tuple[FieldInfo | None, int]:
+    """Return the innermost field on a path, and the number of parts of the path that lead to it."""
+    found, depth = (model, 0) if isinstance(model, FieldInfo) else (None, 0)
+    inside = model.annotation if isinstance(model, FieldInfo) else model
+    for name in place:
+        fields = inside.model_fields if isinstance(inside, type) and issubclass(inside, BaseModel) else {}
+        if name not in fields:
+            break
+        found, depth = fields[name], depth + 1
+        inside = found.annotation
+    return found, depth
 
 
 def unknown_name(name: object, known: Collection[str]) -> str:
@@ -93,10 +136,3 @@ def unknown_name(name: object, known: Collection[str]) -> str:
 
 # Longest list of names in an error message.
 _LISTED = 20
-# Replacements for pydantic messages that name Python types.
-_REASONS = {
-    "missing": "this setting is required",
-    "tuple_type": "expected a list",
-    "string_type": "expected text; put it in quotes",
-    "model_type": "expected a group of named settings",
-}

@@ -11,7 +11,7 @@ import yaml
 
 from .display import printable
 from .errors import SettingsError
-from .settings_merge import Place
+from .settings_merge import Place, names_setting
 
 # Far more than a handwritten file has, and little for a parser.
 _MOST_BYTES = 1 << 20
@@ -31,7 +31,7 @@ class YamlFile:
         # pydantic appends the types that it tried to the path; a merged key (`<<`) has no line of its own.
         place = tuple(map(str, place))
         known = next((place[:end] for end in range(len(place), 0, -1) if place[:end] in self.lines), place[:1])
-        named = reason if not known or known[-1] in reason else f"{'.'.join(known)}: {reason}"
+        named = reason if not known or names_setting(reason, known[-1]) else f"{'.'.join(known)}: {reason}"
         return _error(self.path, named, self.lines.get(known))
 
 

@@ -21,7 +21,7 @@ _DEFAULT_BETAS = "the betas and epsilon of the optimizer are fixed to 0.9, 0.999
 
 DIFFUSERS: tuple[ForeignFlag, ...] = (
     same("pretrained_model_name_or_path", "--base", "b"),
-    refused("pretrained_vae_model_name_or_path", "the VAE is that of --base"),
+    same("pretrained_vae_model_name_or_path", "--vae", "v"),
     refused("revision", "download the revision and give its folder as --base"),
     refused("variant", "give the folder of the variant as --base; --mixed-precision sets the precision"),
     refused("tokenizer_name", "the tokenizer is that of --base"),

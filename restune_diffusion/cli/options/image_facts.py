@@ -42,6 +42,8 @@ def _own_facts(facts: dict[str, Any]) -> list[tuple[str, object]]:
         ("scheduler", scheduler.get("class")),
         ("base", f"{base.get('name')} (sha256 {str(base.get('sha256'))[:_SHORT]})"),
     ]
+    if vae := _mapping(facts.get("vae")):
+        shown.append(("vae", f"{vae.get('name')} (sha256 {str(vae.get('sha256'))[:_SHORT]})"))
     tuners = facts.get("tuners")
     for tuner in map(_mapping, tuners if isinstance(tuners, list) else []):
         hashed = str(tuner.get("sha256"))[:_SHORT]

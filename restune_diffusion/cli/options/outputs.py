@@ -12,6 +12,7 @@ from pydantic import BaseModel
 
 from ...utils.errors import RestuneError
 from ...utils.same_file import is_same_file
+from .early_checks import check_writable
 
 _NUMBER = re.compile(r"(\d+)-seed\d+")
 
@@ -30,7 +31,7 @@ class OverwriteOption(BaseModel):
             inputs: files that it reads.
 
         Raises:
-            RestuneError: if an output is one of the inputs, or exists and may not be replaced.
+            RestuneError: if an output is one of the inputs, exists and may not be replaced, or cannot be written.
         """
         read = [Path(path) for path in inputs]
         for output in outputs:
@@ -41,6 +42,7 @@ class OverwriteOption(BaseModel):
             # A folder counts if there is something in it.
             if not self.overwrite and (any(output.iterdir()) if output.is_dir() else output.exists()):
                 raise RestuneError(f"{output} exists; choose another output, or add --overwrite to replace it.")
+            check_writable(output.parent)
 
 
 def free_path(path: Path) -> Path:

@@ -11,6 +11,7 @@ def load_placed(
     base: str,
     device: Literal["auto", "cpu", "cuda", "mps"],
     dtype: Literal["auto", "fp32", "fp16", "bf16"],
+    vae: str | None = None,
 ) -> Any:
     """Load a base as a pipeline that supports tuners.
 
@@ -18,6 +19,7 @@ def load_placed(
         base: a directory, or a hub repository id.
         device: compute device; `auto` uses a GPU if there is one.
         dtype: precision; `auto` is fp16 on a GPU and fp32 on the CPU.
+        vae: VAE that replaces that of the base.
 
     Raises:
         RestuneError: if the base or the device does not exist.
@@ -32,4 +34,4 @@ def load_placed(
         raise RestuneError("No CUDA device is available; use --device cpu.")
     automatic = torch.float32 if device == "cpu" else torch.float16
     dtypes = {"auto": automatic, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-    return load_base(base, dtypes[dtype]).to(device)
+    return load_base(base, dtypes[dtype], vae).to(device)

@@ -9,6 +9,7 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ...storage.base_files.location import public_name
 from ...utils.version import __version__
 from .mix import split_weight, unique_names
 
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 _SHORT = 10  # hexadecimal digits of a model's hash in A1111
 _SHORT_LORA = 12
 # Options that are recorded for each image, or do not change it.
-_APART = {"base", "prompt", "seed", "images", "output", "overwrite", "tuner", "lora"}
+_APART = {"base", "vae", "prompt", "seed", "images", "output", "overwrite", "tuner", "lora"}
 _FILES = {"tuner_mask", "init_image", "control_image", "control_from"}
 
 
@@ -52,6 +53,7 @@ class RunRecord:
             "restune_diffusion": __version__,
             "versions": {"torch": str(torch.__version__), "diffusers": diffusers.__version__},
             "base": {"name": _public(options.base), "sha256": _sha256(_weights_of_base(options.base, pipeline))},
+            **({"vae": _vae_record(options.vae, pipeline)} if options.vae is not None else {}),
             "tuners": self._tuners,
             "images": _image_hashes(options),
             "scheduler": {"class": type(scheduler).__name__, "config": _plain(scheduler.config)},
@@ -86,7 +88,7 @@ class RunRecord:
     def _pairs(self, seed: int, size: tuple[int, int]) -> dict[str, object]:
         from .sampling import DEFAULT_STRENGTH
 
-        options, base = self._options, self._common["base"]
+        options, base, vae = self._options, self._common["base"], self._common.get("vae", {})
         hashed = {tuner["name"]: tuner["sha256"][:_SHORT] for tuner in self._tuners if tuner["kind"] == "tuner"}
         weights = {tuner["name"]: f"{tuner['weight']:g}" for tuner in self._tuners}
         strength = None if options.init_image is None else options.strength or DEFAULT_STRENGTH
@@ -99,6 +101,8 @@ class RunRecord:
             "Size": f"{size[0]}x{size[1]}",
             "Model hash": base["sha256"][:_SHORT] or None,
             "Model": base["name"],
+            "VAE hash": vae.get("sha256", "")[:_SHORT] or None,
+            "VAE": vae.get("name"),
             "Denoising strength": strength,
             "Clip skip": options.clip_skip,
             "CFG Rescale": options.guidance_rescale or None,
@@ -113,6 +117,7 @@ class RunRecord:
         """Return the flags of a command for this image alone."""
         options = self._options
         flags = [f"--base={_public(options.base)}", f"--prompt={prompt}", f"--seed={seed}"]
+        flags += [f"--vae={public_name(options.vae)}"] if options.vae is not None else []
         for name in ("tuner", "lora"):
             files = [split_weight(argument) for argument in getattr(options, name)]
             flags += [f"--{name}", *(f"{Path(path).name}:{weight:g}" for path, weight in files)] if files else []
@@ -185,6 +190,13 @@ def _weights_of_base(base: str, pipeline: Any) -> list[Path]:
         if files := sorted(folder.glob(pattern)):
             return files
     return []
+
+
+def _vae_record(vae: str, pipeline: Any) -> dict[str, str]:
+    path = Path(vae).expanduser()
+    folder = path if path.is_dir() else Path(str(pipeline.vae.config.get("_name_or_path", "")))
+    files = [path] if path.is_file() else sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
+    return {"name": public_name(vae), "sha256": _sha256(files)}
 
 
 def _image_hashes(options: SamplingOptions) -> dict[str, str]:

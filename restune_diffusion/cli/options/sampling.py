@@ -7,8 +7,10 @@ from typing import Any, Literal
 
 from pydantic import Field
 
+from ...storage.base_files.check import check_base
 from ...utils.errors import RestuneError
-from .mix import MixOptions
+from .early_checks import check_device, check_exists, check_tuners
+from .mix import MixOptions, split_weight
 from .outputs import OverwriteOption
 
 
@@ -17,6 +19,9 @@ class SamplingOptions(OverwriteOption, MixOptions):
 
     base: str
     """Stable Diffusion checkpoint in diffusers' layout: a directory, or a hub repository id."""
+    vae: str | None = None
+    """Autoencoder (VAE) instead of the base's own: a folder of an AutoencoderKL, a safetensors file, or a hub
+    repository id."""
     prompt: tuple[str, ...] = Field(min_length=1)
     """One or more prompts."""
     negative_prompt: str | None = None
@@ -64,9 +69,20 @@ class SamplingOptions(OverwriteOption, MixOptions):
         """Seeds of the images of each prompt."""
         return range(self.seed, self.seed + self.images)
 
+    def check_inputs(self) -> None:
+        """Check base, VAE, tuner files and device, before the libraries are imported.
+
+        Raises:
+            RestuneError: if one of them does not exist.
+        """
+        check_base(self.base, self.vae)
+        check_tuners(split_weight(argument)[0] for argument in self.tuner)
+        check_exists((split_weight(argument)[0] for argument in self.lora), "LoRA")
+        check_device(self.device)
+
     def load(self) -> Any:
         """Return the pipeline with the tuners loaded and their weights set."""
-        from ...pipelines.image_size import image_size
+        from ...pipelines.load_base import image_size
         from ...pipelines.schedulers import check_scheduler_name, named_scheduler
         from .images import read_image
         from .mix import load_tuners
@@ -80,7 +96,7 @@ class SamplingOptions(OverwriteOption, MixOptions):
             raise RestuneError("--strength needs an image to start from; give one with --init-image.")
         if self.init_image is not None:
             read_image(self.init_image)
-        pipeline = load_placed(self.base, self.device, self.dtype)
+        pipeline = load_placed(self.base, self.device, self.dtype, self.vae)
         if self.scheduler is not None:
             pipeline.scheduler = named_scheduler(self.scheduler, pipeline.scheduler)
         pipeline = pipeline_for(pipeline, from_image=self.init_image is not None)
@@ -97,7 +113,7 @@ class SamplingOptions(OverwriteOption, MixOptions):
         import inspect
 
         from ...pipelines.clip_skip import clip_skip_arguments
-        from ...pipelines.image_size import image_size
+        from ...pipelines.load_base import image_size
         from .control_images import read_control_images
         from .images import fitted_image, read_image
 

@@ -13,6 +13,7 @@ import tyro
 from pydantic import BaseModel, ValidationError, create_model
 
 from ...training.config.renamed import RENAMED, RenamedSettingWarning, sentence
+from ...utils.errors import UsageError
 from ...utils.setting_groups import SettingGroup, first_refused_setting, flat_name, group_of
 
 Model = TypeVar("Model", bound=BaseModel)
@@ -70,16 +71,15 @@ def _group_flags(group: type[SettingGroup]) -> type[SettingGroup]:
         try:
             super(flags, self).__init__(**values)
         except ValidationError as error:
-            # tyro shows the message of a ValueError.
-            refused = first_refused_setting(group, error)
-            raise ValueError(": ".join([*map(str, refused.place), refused.reason])) from error
+            # Not a ValueError, which tyro would show in a box.
+            raise UsageError(f"{first_refused_setting(group, error).sentence()}.") from error
 
     fields: dict[str, Any] = {}
     for name, field in group.model_fields.items():
         flag = tyro.conf.arg(name=flat_name(name, field).replace("_", "-"), prefix_name=False)
         fields[name] = (Annotated[field.annotation, flag], copy.copy(field))
     flags = create_model(group.__name__, __base__=group, __module__=group.__module__, __doc__=group.__doc__, **fields)
-    flags.__init__ = check  # type: ignore[method-assign]
+    flags.__init__ = check  # type: ignore[method-assign,assignment]
     return flags
 
 

@@ -6,7 +6,6 @@ head in SD 2.x and SDXL), noise schedule, scaling factor of the latents, and nat
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 from ...utils.errors import RestuneError
 from .contents import CLIP, CLIP_G, CLIP_L, OPEN_CLIP, UNET, VAE, Family
 from .tensor_header import TensorHeader
+from .vae_config import count_modules, ldm_structure
 
 _SCALING = {"sd1": 0.18215, "sd2": 0.18215, "sdxl": 0.13025}
 _PIXELS = {"sd1": 512, "sd2": 512, "sdxl": 1024}
@@ -36,20 +36,28 @@ class ModelConfigs:
         return bool(self.models["unet"]["in_channels"] == 2 * latents + 1)
 
 
-def model_configs(header: TensorHeader, family: Family, *, v_prediction: bool) -> ModelConfigs:
+def native_pixels(family: Family, *, v_prediction: bool) -> int:
+    """Return the side of the images that a family is made for; SD 2.x with v-prediction has a larger one."""
+    return _PIXELS_V2 if family == "sd2" and v_prediction else _PIXELS[family]
+
+
+def model_configs(
+    header: TensorHeader, family: Family, *, v_prediction: bool, vae: Mapping[str, Any] | None = None
+) -> ModelConfigs:
     """Return the configs of the U-Net, the VAE and the text encoders.
 
     Args:
         header: header of the checkpoint.
         family: its model family.
         v_prediction: whether the base predicts velocity; SD 2.x with it is made for 768 pixels.
+        vae: config of another VAE that replaces that of the checkpoint.
 
     Raises:
         RestuneError: if tensors are missing that tell the structure.
     """
     try:
-        pixels = _PIXELS_V2 if family == "sd2" and v_prediction else _PIXELS[family]
-        vae = _vae(header, family, pixels)
+        pixels = native_pixels(family, v_prediction=v_prediction)
+        vae = own_vae_config(header, family, pixels) if vae is None else dict(vae)
         texts = _text_encoders(header, family)
         unet = _unet(header, family, pixels // 2 ** (len(vae["block_out_channels"]) - 1), texts)
     except (KeyError, IndexError, ValueError) as error:
@@ -60,18 +68,12 @@ def model_configs(header: TensorHeader, family: Family, *, v_prediction: bool) -
     return ModelConfigs(family, {"unet": unet, "vae": vae, **texts})
 
 
-def _count(header: TensorHeader, prefix: str) -> int:
-    """Return the number of numbered modules below a prefix."""
-    pattern = re.compile(re.escape(prefix) + r"(\d+)\.")
-    return 1 + max((int(found[1]) for name in header.shapes if (found := pattern.match(name))), default=-1)
-
-
 def _unet(header: TensorHeader, family: Family, side: int, texts: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
     shapes = header.shapes
     levels: list[dict[str, int]] = [{}]
     context = 0
     linear = False
-    for index in range(1, _count(header, f"{UNET}input_blocks.")):
+    for index in range(1, count_modules(header, f"{UNET}input_blocks.")):
         block = f"{UNET}input_blocks.{index}"
         if f"{block}.0.op.weight" in shapes:
             levels.append({})
@@ -79,14 +81,14 @@ def _unet(header: TensorHeader, family: Family, side: int, texts: Mapping[str, d
         level = levels[-1]
         level["channels"] = shapes[f"{block}.0.out_layers.3.weight"][0]
         level["layers"] = level.get("layers", 0) + 1
-        level["transformers"] = _count(header, f"{block}.1.transformer_blocks.")
+        level["transformers"] = count_modules(header, f"{block}.1.transformer_blocks.")
         if level["transformers"]:
             context = shapes[f"{block}.1.transformer_blocks.0.attn2.to_k.weight"][1]
             linear = len(shapes[f"{block}.1.proj_in.weight"]) == 2
     channels = [level["channels"] for level in levels]
     depths = [max(1, level["transformers"]) for level in levels]
     # The middle block has its own depth in the file; diffusers takes that of the last level.
-    depths[-1] = max(1, _count(header, f"{UNET}middle_block.1.transformer_blocks."))
+    depths[-1] = max(1, count_modules(header, f"{UNET}middle_block.1.transformer_blocks."))
     attends = [level["transformers"] > 0 for level in levels]
     config: dict[str, Any] = {
         "_class_name": "UNet2DConditionModel",
@@ -115,24 +117,16 @@ def _unet(header: TensorHeader, family: Family, side: int, texts: Mapping[str, d
     return config
 
 
-def _vae(header: TensorHeader, family: Family, pixels: int) -> dict[str, Any]:
-    shapes = header.shapes
-    levels = _count(header, f"{VAE}encoder.down.")
-    channels = [shapes[f"{VAE}encoder.down.{level}.block.0.conv2.weight"][0] for level in range(levels)]
-    config: dict[str, Any] = {
-        "_class_name": "AutoencoderKL",
-        "in_channels": shapes[f"{VAE}encoder.conv_in.weight"][1],
-        "out_channels": shapes[f"{VAE}decoder.conv_out.weight"][0],
-        "latent_channels": shapes[f"{VAE}post_quant_conv.weight"][0],
-        "block_out_channels": channels,
-        "layers_per_block": _count(header, f"{VAE}encoder.down.0.block."),
-        "down_block_types": ["DownEncoderBlock2D"] * levels,
-        "up_block_types": ["UpDecoderBlock2D"] * levels,
+def own_vae_config(header: TensorHeader, family: Family, pixels: int) -> dict[str, Any]:
+    """Return the config of the VAE in a checkpoint; without the structure, if the checkpoint has no VAE."""
+    structure = ldm_structure(header, VAE) if header.has(VAE) else {}
+    # SDXL's own autoencoder overflows in fp16 (the reason for madebyollin/sdxl-vae-fp16-fix).
+    return {
+        **structure,
         "sample_size": pixels,
         "scaling_factor": _SCALING[family],
+        "force_upcast": family == "sdxl",
     }
-    # SDXL's own autoencoder overflows in fp16 (the reason for madebyollin/sdxl-vae-fp16-fix).
-    return config | {"force_upcast": family == "sdxl"}
 
 
 def _text_encoders(header: TensorHeader, family: Family) -> dict[str, dict[str, Any]]:
@@ -167,7 +161,7 @@ def _clip(header: TensorHeader, prefix: str) -> dict[str, Any]:
     shapes = header.shapes
     return _text_config(
         shapes[f"{prefix}embeddings.token_embedding.weight"],
-        _count(header, f"{prefix}encoder.layers."),
+        count_modules(header, f"{prefix}encoder.layers."),
         shapes[f"{prefix}encoder.layers.0.mlp.fc1.weight"][0],
         shapes[f"{prefix}embeddings.position_embedding.weight"][0],
         architectures=["CLIPTextModel"],
@@ -179,7 +173,7 @@ def _open_clip(header: TensorHeader, prefix: str, model: str, *, omitted: int = 
     shapes = header.shapes
     config = _text_config(
         shapes[f"{prefix}token_embedding.weight"],
-        _count(header, f"{prefix}transformer.resblocks.") - omitted,
+        count_modules(header, f"{prefix}transformer.resblocks.") - omitted,
         shapes[f"{prefix}transformer.resblocks.0.mlp.c_fc.weight"][0],
         shapes[f"{prefix}positional_embedding"][0],
         architectures=[model],

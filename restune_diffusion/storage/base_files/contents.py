@@ -43,6 +43,8 @@ _OTHERS: tuple[tuple[str, Callable[[TensorHeader], bool]], ...] = (
     ("Playground v2.5, an EDM model", _starts("edm_mean")),
     ("Stable Cascade", _starts("clip_txt_mapper.", "down_blocks.1.0.channelwise.")),
     ("PixArt", _starts("caption_projection.", "y_embedder.")),
+    ("a TAESD autoencoder", _starts("encoder.layers.", "decoder.layers.", "taesd_")),
+    ("a VQ autoencoder", _starts("quantize.embedding.")),
 )
 _PARTS: tuple[tuple[str, Callable[[TensorHeader], bool]], ...] = (
     ("a U-Net alone in diffusers' format", _starts("down_blocks.0.resnets.", "conv_in.")),
@@ -54,18 +56,39 @@ _PARTS: tuple[tuple[str, Callable[[TensorHeader], bool]], ...] = (
 )
 
 
-def family_of(header: TensorHeader) -> Family:
+def kind_of(header: TensorHeader) -> str:
+    """Return what a safetensors file is, as a noun for messages."""
+    for name, fits in _OTHERS:
+        if fits(header):
+            return name
+    if header.has(f"{UNET}input_blocks."):
+        return "a complete Stable Diffusion checkpoint"
+    return next((name for name, fits in _PARTS if fits(header)), "not a model known here")
+
+
+def check_is_vae(header: TensorHeader) -> None:
+    """Raise `RestuneError` that names the content of a file, if it is not an autoencoder for images alone."""
+    kind = kind_of(header)
+    if kind == "a VAE":
+        sides = {len(shape) for name, shape in header.shapes.items() if name.endswith("conv_in.weight")}
+        if sides == {4}:
+            return
+        kind = "an autoencoder for video"
+    raise RestuneError(f"The VAE {header.path} is {kind}; give an AutoencoderKL of Stable Diffusion.")
+
+
+def family_of(header: TensorHeader, *, has_vae: bool = False) -> Family:
     """Return the model family of a single-file checkpoint in the original LDM layout.
+
+    Args:
+        header: header of the file.
+        has_vae: whether another VAE replaces that of the file, which it may then lack.
 
     Raises:
         RestuneError: if the file is something else; the message names it.
     """
-    for name, fits in _OTHERS:
-        if fits(header):
-            raise RestuneError(f"The base {header.path} is {name}; give {SUPPORTED}.")
-    if not header.has(f"{UNET}input_blocks."):
-        name = next((name for name, fits in _PARTS if fits(header)), "not a model known here")
-        raise RestuneError(f"The base {header.path} is {name}; give {SUPPORTED}.")
+    if any(fits(header) for _, fits in _OTHERS) or not header.has(f"{UNET}input_blocks."):
+        raise RestuneError(f"The base {header.path} is {kind_of(header)}; give {SUPPORTED}.")
     families: dict[Family, str] = {"sdxl": "conditioner.", "sd2": OPEN_CLIP, "sd1": "cond_stage_model."}
     family = next((family for family, prefix in families.items() if header.has(prefix)), None)
     if family is None:
@@ -75,6 +98,7 @@ def family_of(header: TensorHeader) -> Family:
         )
     required = {"its VAE": VAE, **{f"the text encoder `{prefix[:-1]}`": prefix for prefix in _TEXT_ENCODERS[family]}}
     for what, prefix in required.items():
-        if not header.has(prefix):
-            raise RestuneError(f"The base {header.path} lacks {what}; give the complete checkpoint.")
+        if not header.has(prefix) and not (prefix == VAE and has_vae):
+            other = ", or a VAE with --vae" if prefix == VAE else ""
+            raise RestuneError(f"The base {header.path} lacks {what}; give the complete checkpoint{other}.")
     return family

@@ -63,3 +63,15 @@ def _why_not_a_base(base: str, path: Path) -> str:
     if found:
         return f"{start}; name one of its files as the base: {', '.join(found[:5])}."
     return f"{start}; give a folder in diffusers' format."
+
+
+def public_name(source: str) -> str:
+    """Return an id on the Hub, or the last part of a path: files that are shared must not reveal private paths.
+
+    The folder of a component, such as `sd/vae`, has the name of its pipeline too.
+    """
+    path = Path(source).expanduser()
+    if not path.exists():
+        return source
+    path = path.resolve()
+    return f"{path.parent.name}/{path.name}" if path.name == "vae" and path.parent.name else path.name

@@ -35,6 +35,7 @@ def describe_plan(run: TrainState) -> str:
     started = f", from {run.initial.file}" if run.initial is not None else ""
     lines = [
         f"base        {config.base} ({run.objective.prediction_type}, {precision}, {run.accelerator.device})",
+        *([f"vae         {config.vae}"] if config.vae is not None else []),
         *_describe_data(run),
         f"tuner       {' + '.join(config.kinds)}, {run.tuner.num_parameters():,} parameters{started}",
         *(["masks       random in every step"] if cache.images else []),

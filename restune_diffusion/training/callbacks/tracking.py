@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 from accelerate import Accelerator
-from accelerate.utils import is_tensorboard_available, is_wandb_available
+from accelerate.utils import is_tensorboard_available
 
-from ...utils.errors import TrainingError
 from ..config.train_config import TrainConfig
-
-_AVAILABLE = {"tensorboard": is_tensorboard_available, "wandb": is_wandb_available}
-_TITLES = {"tensorboard": "TensorBoard", "wandb": "Weights & Biases"}
+from .tracker_names import check_tracker
 
 
 def tracker_name(log_with: str) -> str | None:
@@ -22,11 +19,7 @@ def tracker_name(log_with: str) -> str | None:
         return "tensorboard" if is_tensorboard_available() else None
     if log_with == "none":
         return None
-    if not _AVAILABLE[log_with]():
-        raise TrainingError(
-            f"{_TITLES[log_with]} is not installed; run pip install 'restune-diffusion[{log_with}]', "
-            f"or omit --log-with."
-        )
+    check_tracker(log_with)
     return log_with
 
 

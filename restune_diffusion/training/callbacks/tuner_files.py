@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 from ...storage.tuner_file import save_tuner
-from ..config.train_config import TrainConfig
 from ..facts import training_facts, trigger_words
+from ..output_folder import step_files
 from ..state import StepReport, TrainState
 from .base import Callback
 
@@ -36,13 +35,6 @@ class StepFiles(Callback):
             if kept is not None and run.accelerator.is_main_process:
                 for old in step_files(config)[:-kept]:
                     old.unlink(missing_ok=True)
-
-
-def step_files(config: TrainConfig) -> list[Path]:
-    """Return the tuner files of single steps in a run's output folder, in the order of their steps."""
-    name = re.compile(rf"{re.escape(config.name)}-(\d{{6,}})\.safetensors")
-    found = [(int(match[1]), path) for path in config.output.glob("*") if (match := name.fullmatch(path.name))]
-    return [path for _, path in sorted(found)]
 
 
 def _write(run: TrainState, path: Path) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from ...utils.errors import SettingsError
-from ...utils.setting_groups import close_groups, first_refused_setting, open_groups
+from ...utils.setting_groups import close_groups, open_groups
 from ...utils.settings_merge import Place, RefusedSetting, first_unknown, layered
 from ...utils.yaml_file import YamlFile, read_yaml, to_yaml
 from .length.precedence import without_replaced_length
@@ -57,9 +57,9 @@ def read_config(path: Path | str, **overrides: Any) -> TrainConfig:
     except RefusedSetting as refused:
         raise _error(None, refused) from refused
     try:
-        return TrainConfig(**layered(without_replaced_length(given.flat, over), over))
+        return TrainConfig.model_validate(layered(without_replaced_length(given.flat, over), over))
     except ValidationError as error:
-        first = first_refused_setting(TrainConfig, error)
+        first = TrainConfig.refused(error)
         overridden = bool(first.place) and first.place[0] in over
         raise (_error(None, first) if overridden else given.refused(first)) from error
 
@@ -102,6 +102,8 @@ def config_yaml(config: TrainConfig) -> str:
     settings = _plain(settings)
     if Path(config.base).expanduser().exists():
         settings["base"] = str(Path(config.base).expanduser().absolute())
+    if config.vae is not None and Path(config.vae).expanduser().exists():
+        settings["vae"] = str(Path(config.vae).expanduser().absolute())
     return to_yaml(_without_part_names(settings))
 
 
@@ -136,7 +138,7 @@ def _flat(values: Mapping[str, Any]) -> dict[str, Any]:
 def _error(file: YamlFile | None, refused: RefusedSetting) -> SettingsError:
     if file is not None:
         return file.refused(refused.place, refused.reason)
-    return SettingsError(f"{'.'.join(map(str, refused.place))}: {refused.reason}" if refused.place else refused.reason)
+    return SettingsError(refused.sentence())
 
 
 def _plain(value: Any) -> Any:

@@ -11,7 +11,8 @@ class MemoryConfig(SettingGroup):
     """Precision of the base, options that save memory, and the device."""
 
     mixed_precision: Literal["no", "fp16", "bf16"] = setting("no", affects="batches")
-    """Precision of the base. The tuner's weights and the VAE stay in fp32. fp16 is usual on a GPU."""
+    """Precision of the base. The tuner's weights stay in fp32. The VAE encodes in fp32 too, unless its config
+    declares that fp16 is safe. fp16 is usual on a GPU."""
     base_quantization: Literal["int8"] | None = setting(None, affects="batches")
     """Quantize the linear layers of the base to 8 bits; the tuner stays in fp32. Needs
     pip install 'restune-diffusion[quantization]'."""

@@ -39,7 +39,12 @@ class OptimizerConfig(SettingGroup):
     """Number of cycles of `cosine_with_restarts`."""
     lr_power: float = setting(1.0, affects="tuner", gt=0)
     """Power of the `polynomial` schedule."""
-    lr_step_rules: str | None = setting(None, affects="tuner", pattern=r"^([\d.]+:\d+,)*[\d.]+$")
+    lr_step_rules: str | None = setting(
+        None,
+        affects="tuner",
+        pattern=r"^([\d.]+:\d+,)*[\d.]+$",
+        expected="factors with the steps at which they end, and a last factor, such as 1:500,0.1:800,0.01",
+    )
     """Factors on the learning rate for `piecewise_constant`, each with the step at which it ends, for instance
     `1:500,0.1:800,0.01`."""
     ema_decay: float | None = setting(None, affects="tuner", gt=0, lt=1)

@@ -8,10 +8,11 @@ from operator import getitem
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import model_validator
+from pydantic import ValidationError, model_validator
 
 from ...data.config import DataConfig
 from ...hooks.placeholder_tokens import contains_token
+from ...storage.base_files.location import public_name
 from ...tuners.configs import BypassConfig, ControlConfig, PartConfig, ResConfig, SkipConfig, TextConfig
 from ...tuners.registry import ConditionedConfig, tuner_families, tuner_family
 from ...utils.setting_groups import (
@@ -20,6 +21,7 @@ from ...utils.setting_groups import (
     SettingInfo,
     all_settings,
     close_groups,
+    first_refused_setting,
     open_groups,
     setting,
 )
@@ -37,6 +39,8 @@ from .renamed import RENAMED, renamed, sentence, warn
 from .tuner_settings import FamilyName, checked_families, with_families, without_aliases
 from .validation import ValidationConfig
 
+_NAME = "letters, digits, `.`, `_`, `-` and spaces, with a letter or digit first"
+
 
 class TrainConfig(FamilyFields):
     """All settings of a training run. The defaults are the published SCEdit recipe."""
@@ -45,9 +49,12 @@ class TrainConfig(FamilyFields):
     base: str = setting(affects="content")
     """Stable Diffusion checkpoint in diffusers format: a local folder or the ID of a repository on the Hugging Face
     Hub."""
+    vae: str | None = setting(None, affects="content")
+    """Autoencoder (VAE) instead of the base's own: a folder of an AutoencoderKL, a safetensors file, or the ID of a
+    repository on the Hub."""
     output: Path = setting(affects="output", recorded=False)
     """Output folder for the tuner, the checkpoints, the samples and `metrics.jsonl`. Called OUTPUT below."""
-    name: str = setting("tuner", affects="output", pattern=r"^[\w][\w.\- ]*$")
+    name: str = setting("tuner", affects="output", pattern=r"^[\w][\w.\- ]*$", expected=_NAME)
     """Name of the tuner, which is written to OUTPUT/NAME.safetensors."""
     preset: PresetName | None = setting(None, affects="output")
     """Named set of settings for one purpose, listed above and in docs/training.md. The settings in --config and flags
@@ -113,6 +120,11 @@ class TrainConfig(FamilyFields):
                 return super().__getattr__(name)
             warn(sentence(f"config.{name}", f"config.{'.'.join(info.place)}"))
             return info.of(self)
+
+    @classmethod
+    def refused(cls, error: ValidationError) -> RefusedSetting:
+        """Return the first invalid setting of a validation error, under its flat name."""
+        return first_refused_setting(with_families(cls), error)
 
     def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> TrainConfig:
         """Return a copy with changed settings, by flat name or whole groups; not validated, as in pydantic."""
@@ -292,6 +304,10 @@ class TrainConfig(FamilyFields):
         recorded["validation"] = {info.record: validation[name] for name, info in _VALIDATION.items() if info.record}
         if Path(self.base).exists():
             recorded["base"] = Path(self.base).resolve().name
+        # Left out without a value, so that the records of earlier releases hold.
+        del recorded["vae"]
+        if self.vae is not None:
+            recorded["vae"] = public_name(self.vae)
         return recorded
 
 

@@ -15,6 +15,7 @@ from pydantic import AfterValidator, BaseModel, Field, create_model
 
 from ...tuners.registry import TunerFamily, tuner_families
 from ...utils.errors import SettingsError
+from ...utils.expected import shown
 from ...utils.settings_merge import first_unknown, layered
 
 Model = TypeVar("Model", bound=BaseModel)
@@ -106,8 +107,8 @@ def _known(name: str) -> str:
     names = [family.name for family in tuner_families()]
     if name not in names:
         raise ValueError(
-            f"input should be {', '.join(map(repr, names[:-1]))} or {names[-1]!r}; install the package that provides "
-            f"{name!r}"
+            f"{shown(name)} is not valid; use {', '.join(names[:-1])} or {names[-1]}, or install the package that "
+            "provides it"
         )
     return name
 

@@ -34,6 +34,12 @@ def hash_of_models(pipeline: Any) -> str:
     return models_hash(model for _, model in sorted(pipeline.components.items()) if isinstance(model, nn.Module))
 
 
+def hash_of_vae(vae: Any) -> str:
+    """Return a hash of a VAE's weights and of the settings that scale its latents."""
+    scaling = [vae.config.get(name) for name in ("scaling_factor", "shift_factor", "force_upcast")]
+    return hashlib.sha256(f"{models_hash([vae])} {scaling}".encode()).hexdigest()
+
+
 def use_feature_cache(runs: Sequence[TrainState], models: str | None, verbose: bool = True) -> FeatureCache:
     """Complete the feature cache of runs that have the same batches, and make the runs train from it.
 
@@ -83,6 +89,8 @@ def _open_feature_cache(run: TrainState, taps: set[str], models: str | None) -> 
         "noise levels": hashlib.sha256(noise_levels).hexdigest(),
         "taps": layout.taps,
         "settings": batch_settings(config, order=False),
+        # The hash of the models lacks the scaling factor, which another VAE may change too.
+        **({"vae": run.vae} if run.vae is not None else {}),
     }
     return FeatureCache(config.feature_cache_folder, layout, identity)
 

@@ -14,7 +14,7 @@ from ...data.loss_masks import latent_mask
 from ...data.training_images import Sample
 from ...utils.display import printable
 from ...utils.errors import NoImageError, TrainingError
-from .precision import in_fp32
+from .precision import encoding_precision
 from .text_conditioning import Conditioning, encode_caption, encode_empty_caption
 
 
@@ -97,7 +97,7 @@ def build_cache(pipeline: Any, samples: Iterable[Sample], keep_images: bool = Fa
     views: list[list[int]] = []
     repeats: list[int] = []
     digests, images = [], []
-    with in_fp32(pipeline.vae):
+    with encoding_precision(pipeline.vae):
         for sample in samples:
             latents.append(encode_image(pipeline.vae, sample.pixels))
             _check_finite(latents[-1], sample.name)
@@ -139,7 +139,7 @@ def _check_finite(latent: Latent, name: str) -> None:
     if not (latent.mean.isfinite().all() and latent.std.isfinite().all()):
         raise TrainingError(
             f"The autoencoder (VAE) of the base gives NaN or infinite latents for the image {printable(name)}; its "
-            f"weights are damaged or do not fit the base. Use another copy of the base."
+            f"weights are damaged, do not fit the base, or overflow in fp16. Use another VAE with --vae."
         )
 
 
@@ -160,6 +160,6 @@ def encode_image(vae: Any, pixels: torch.Tensor) -> Latent:
         vae: the base's VAE.
         pixels: the image, `(3, height, width)` in [-1, 1].
     """
-    posterior = vae.encode(pixels[None].to(vae.device)).latent_dist
+    posterior = vae.encode(pixels[None].to(vae.device, vae.dtype)).latent_dist
     shift, scale = vae.config.get("shift_factor") or 0.0, vae.config.scaling_factor
-    return Latent(((posterior.mean[0] - shift) * scale).cpu(), (posterior.std[0] * scale).cpu())
+    return Latent(((posterior.mean[0].float() - shift) * scale).cpu(), (posterior.std[0].float() * scale).cpu())

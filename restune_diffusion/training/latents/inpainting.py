@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from .precision import in_fp32
+from .precision import encoding_precision
 
 WHOLE = 0.25
 """Fraction of the masks that cover the whole image, as in the training of Stable Diffusion's inpainting checkpoints
@@ -75,10 +75,10 @@ class InpaintingInputs:
 
     @torch.no_grad()
     def _encode(self, pixels: torch.Tensor, generators: Sequence[torch.Generator]) -> torch.Tensor:
-        with in_fp32(self._vae):
-            posterior = self._vae.encode(pixels.to(self._vae.device)).latent_dist
+        with encoding_precision(self._vae):
+            posterior = self._vae.encode(pixels.to(self._vae.device, self._vae.dtype)).latent_dist
         noise = torch.stack([torch.randn(posterior.mean.shape[1:], generator=each) for each in generators])
-        latents = posterior.mean + posterior.std * noise.to(posterior.mean.device)
+        latents = posterior.mean.float() + posterior.std.float() * noise.to(posterior.mean.device)
         # No shift_factor, because the pipelines do not apply it to masked latents.
         return latents * self._vae.config.scaling_factor
 

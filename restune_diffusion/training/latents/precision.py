@@ -10,10 +10,14 @@ import torch
 
 
 @contextmanager
-def in_fp32(vae: Any) -> Iterator[None]:
-    """Context manager that runs a VAE in fp32: SDXL's, and some of SD 1.5's, overflow to black images in fp16."""
+def encoding_precision(vae: Any) -> Iterator[None]:
+    """Context manager that runs a VAE in fp32, or in fp16 if its config declares that fp16 is safe.
+
+    SDXL's own VAE, and some of SD 1.5, overflow in fp16. `force_upcast` in the config marks them, and is true by
+    default, as in diffusers. bf16 does not overflow, but its eight bits are too few for latents.
+    """
     dtype = vae.dtype
-    if dtype == torch.float32:
+    if dtype == torch.float32 or (dtype == torch.float16 and not vae.config.get("force_upcast", True)):
         yield
         return
     vae.to(torch.float32)

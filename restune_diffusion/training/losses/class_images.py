@@ -35,6 +35,7 @@ class Recipe(Settings):
     """
 
     base: str
+    vae: str | None = None
     prompt: str
     resolution: int
     seed: int
@@ -132,6 +133,7 @@ def _recipe(config: TrainConfig, resolution: int) -> Recipe:
     assert config.preservation.class_prompt is not None
     return Recipe(
         base=config.recorded()["base"],
+        vae=config.recorded().get("vae"),
         prompt=config.preservation.class_prompt,
         resolution=resolution,
         seed=config.seed,
@@ -156,7 +158,7 @@ def _kept_recipe(folder: Path) -> Recipe | None:
 
 def _check_same(folder: Path, kept: Recipe, requested: Recipe) -> None:
     # Other seeds, steps and guidance are allowed.
-    for name in ("base", "prompt", "resolution", "prediction_type"):
+    for name in ("base", "vae", "prompt", "resolution", "prediction_type"):
         before, now = getattr(kept, name), getattr(requested, name)
         if before != now:
             raise DataError(

@@ -11,6 +11,7 @@ from typing import Any
 
 from markupsafe import Markup
 
+from ...storage.base_files.location import public_name
 from ...utils.settings_merge import flat
 from ..callbacks.metrics_file import Series
 from ..config.config_file import recorded_yaml
@@ -64,6 +65,8 @@ def render(run: RunFolder) -> str:
 def _facts(run: RunFolder) -> list[tuple[str, str]]:
     config, tuner = run.config, run.tuner
     facts = [("Tuner", " + ".join(config.kinds)), ("Base", Path(config.base).name or config.base)]
+    if config.vae is not None:
+        facts.append(("VAE", public_name(config.vae)))
     if tuner is not None:
         facts[0] = (
             "Tuner",

@@ -20,12 +20,24 @@ def python_example(config: TrainConfig, tuner: Path, prompt: str) -> str:
     changes = scheduler_changes(config.loss.prediction_type, config.loss.rescale_betas_zero_snr)
     conditions = config.conditioned.conditions if config.conditioned else ()
     control_images = ", ".join(f"{name!r}: Image.open({f'{name}.png'!r})" for name in conditions)
+    imports = ["DDIMScheduler"] if changes else []
+    # diffusers reads a VAE in one file only with a config, and a pipeline in one file only by another method.
+    of_package = config.vae is not None or Path(config.base).is_file()
+    if of_package:
+        vae = "" if config.vae is None else f", {config.vae!r}"
+        loading = f"pipe = load_base({config.base!r}, torch.float32{vae})"
+    else:
+        imports.append("DiffusionPipeline")
+        loading = f"pipe = enable_restune(DiffusionPipeline.from_pretrained({config.base!r}))"
     lines = [
-        f"from diffusers import {'DDIMScheduler, ' if changes else ''}DiffusionPipeline",
+        *(["import torch"] if of_package else []),
+        *([f"from diffusers import {', '.join(imports)}"] if imports else []),
         *(["from PIL import Image"] if conditions else []),
-        "from restune_diffusion import enable_restune",
+        "from restune_diffusion.pipelines.load_base import load_base"
+        if of_package
+        else "from restune_diffusion import enable_restune",
         "",
-        f"pipe = enable_restune(DiffusionPipeline.from_pretrained({config.base!r}))",
+        loading,
     ]
     if changes:
         settings = ", ".join(f"{name}={value!r}" for name, value in changes.items())
@@ -43,7 +55,8 @@ def command_example(config: TrainConfig, tuner: Path, prompt: str) -> str | None
     """Return the command that generates an image of the prompt, or None if the tuner needs a changed scheduler."""
     if scheduler_changes(config.loss.prediction_type, config.loss.rescale_betas_zero_snr):
         return None
-    arguments = ["restune", "generate", "--base", config.base, "--tuner", str(tuner), "--prompt", prompt]
+    vae = [] if config.vae is None else ["--vae", config.vae]
+    arguments = ["restune", "generate", "--base", config.base, *vae, "--tuner", str(tuner), "--prompt", prompt]
     if config.conditioned:
         arguments += ["--control-image", *(f"{name}={name}.png" for name in config.conditioned.conditions)]
     return shlex.join(arguments)

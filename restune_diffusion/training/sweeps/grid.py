@@ -13,7 +13,6 @@ from typing import Any
 from pydantic import ValidationError
 
 from ...utils.errors import TrainingError
-from ...utils.setting_groups import first_refused_setting
 from ..config.length.precedence import without_replaced_length
 from ..config.shared_settings import SWEPT
 from ..config.train_config import SETTINGS, TrainConfig
@@ -119,9 +118,7 @@ def _variant(config: TrainConfig, paths: list[list[str]], settings: dict[str, st
     try:
         return Variant(TrainConfig.model_validate(values), settings)
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first_refused_setting(TrainConfig, error).place))
-        reason = " ".join([where, first["msg"].removeprefix("Value error, ")]).strip()
+        reason = TrainConfig.refused(error).sentence()
         raise TrainingError(f"The sweep's tuner {name} has invalid settings: {reason}.") from error
 
 

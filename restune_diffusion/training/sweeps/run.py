@@ -29,9 +29,10 @@ from ..feature_cache.use import use_feature_cache
 from ..initial_tuner import check_initial_tuner
 from ..inputs import TrainingInputs, prepared
 from ..loop import steps_of
+from ..output_folder import check_output
 from ..state import StepReport, TrainState
 from ..stopping import StopRequest
-from ..trainer import acting, check_output, run_callbacks
+from ..trainer import acting, run_callbacks
 from .grid import Variant, parse_sweep
 from .report import SweepResult, SweepRow, comparison, final_loss, write_summary
 
@@ -193,7 +194,8 @@ def _take_turns(group: Sequence[_Member], stop: StopRequest) -> None:
         output = group[0].run.config.output.parent
         raise TrainingInterrupted(
             f"Stopped by a signal. The state of every started tuner is saved in {output}; "
-            f"run the same command with --resume to continue."
+            f"run the same command with --resume to continue.",
+            by_ctrl_c=interrupted.by_ctrl_c,
         ) from interrupted
 
 

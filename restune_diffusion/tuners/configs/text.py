@@ -6,9 +6,12 @@ from typing import Annotated, ClassVar, Literal, TypeAlias
 
 from pydantic import Field, StringConstraints, model_validator
 
+from ...utils.expected import Expected
 from ..registry import PartConfig, register_lazy_tuner_family
 
-Token: TypeAlias = Annotated[str, StringConstraints(pattern=r"^\S{1,64}$")]
+Token: TypeAlias = Annotated[
+    str, StringConstraints(pattern=r"^\S{1,64}$"), Expected("words without spaces, up to 64 letters")
+]
 
 
 class TextConfig(PartConfig):

@@ -16,7 +16,7 @@ import pytest
 
 from restune_diffusion.storage.tuner_file import load_tuner
 from restune_diffusion.training import TrainConfig, train
-from restune_diffusion.training.checkpoint import list_checkpoints
+from restune_diffusion.training.output_folder import list_checkpoints
 from restune_diffusion.training.stopping import StopRequest
 from restune_diffusion.utils.errors import TrainingInterrupted
 
@@ -60,7 +60,7 @@ def wait_for_steps(config: TrainConfig, process: subprocess.Popen[str], steps: i
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_the_first_signal_saves_a_checkpoint_and_exits_with_zero(
+def test_the_first_signal_saves_a_checkpoint(
     config: MakeConfig, tmp_path: Path, script: Script, number: signal.Signals
 ) -> None:
     settings = {"lr_scheduler": "constant_with_warmup", "lr_warmup_steps": 5, "ema_decay": 0.9, "noise_offset": 0.1}
@@ -69,7 +69,8 @@ def test_the_first_signal_saves_a_checkpoint_and_exits_with_zero(
     wait_for_steps(stopped, process, 2)
     process.send_signal(number)
     _, errors = process.communicate(timeout=120)
-    assert process.returncode == 0, errors
+    # A scheduler's signal is no failure, and Ctrl-C ends every command with 130.
+    assert process.returncode == (130 if number == signal.SIGINT else 0), errors
     (checkpoint,) = list_checkpoints(stopped.output)
     step = int(checkpoint.name[-6:])
     last = errors.strip().splitlines()[-1]

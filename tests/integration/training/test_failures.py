@@ -11,7 +11,7 @@ import torch
 
 from restune_diffusion.storage.tuner_file import load_tuner
 from restune_diffusion.training import TrainConfig, train
-from restune_diffusion.training.checkpoint import list_checkpoints
+from restune_diffusion.training.output_folder import list_checkpoints
 from restune_diffusion.utils.errors import DataError, TrainingError
 
 from ...tiny_training import write_images

@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
-from pydantic import ValidationError
 
 from restune_diffusion import ResConfig, TextConfig, Tuner, text_encoders
 from restune_diffusion.data.captions import find_examples
@@ -30,7 +29,7 @@ from restune_diffusion.training.latents.text_conditioning import LiveEncoder, en
 from restune_diffusion.training.losses.objective import Objective
 from restune_diffusion.training.losses.preservation import OutputPreservation
 from restune_diffusion.training.state import ATTACHED_NAME
-from restune_diffusion.utils.errors import TrainingError
+from restune_diffusion.utils.errors import SettingsError, TrainingError
 from restune_diffusion.utils.seeds import derived_seed
 
 from ... import tiny_training as tiny
@@ -287,5 +286,5 @@ def test_two_processes_share_the_generation_and_train_as_one(
 def test_settings_that_do_not_go_together_are_refused(
     subject: MakeConfig, changes: dict[str, Any], message: str
 ) -> None:
-    with pytest.raises(ValidationError, match=message):
+    with pytest.raises(SettingsError, match=message):
         subject(**changes)

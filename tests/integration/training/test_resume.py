@@ -10,7 +10,7 @@ import pytest
 
 from restune_diffusion.storage.tuner_file import load_tuner
 from restune_diffusion.training import TrainConfig, train
-from restune_diffusion.training.checkpoint import latest_checkpoint, list_checkpoints
+from restune_diffusion.training.output_folder import latest_checkpoint, list_checkpoints
 from restune_diffusion.utils.errors import TrainingError
 
 from ...tiny_training import write_images

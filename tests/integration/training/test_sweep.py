@@ -12,7 +12,7 @@ from PIL import Image
 
 from restune_diffusion.cli import main
 from restune_diffusion.training import StepReport, TrainConfig, sweep, train
-from restune_diffusion.training.checkpoint import latest_checkpoint
+from restune_diffusion.training.output_folder import latest_checkpoint
 from restune_diffusion.training.sweeps.grid import parse_sweep
 from restune_diffusion.utils.errors import TrainingError, TrainingInterrupted
 
@@ -242,9 +242,9 @@ def test_the_text_is_parsed_into_a_grid_of_configs(config: MakeConfig) -> None:
         ("ratio=,", "names no values"),
         (
             "ratio=big",
-            "The sweep's tuner tuner-ratiobig has invalid settings: skip.ratio Input should be a valid number",
+            "The sweep's tuner tuner-ratiobig has invalid settings: skip.ratio: big is not valid; use a number",
         ),
-        ("ratio=9", "skip.ratio Input should be less than or equal to 8"),
+        ("ratio=9", "skip.ratio: 9 is not valid; use a number above 0, up to 8"),
         ("lr_warmup_steps=5", "a constant learning rate has no warm-up"),
         ('ratio="0.1', "cannot be read: No closing quotation"),
     ],

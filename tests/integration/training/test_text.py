@@ -9,14 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from pydantic import ValidationError
 from safetensors.torch import load_file
 
 from benchmarks.icon_style import character
 from restune_diffusion import RestuneStableDiffusionPipeline, TextConfig, Tuner, load_tuner, read_info, text_encoders
 from restune_diffusion.hooks.text_encoders import EncoderHooks
 from restune_diffusion.training import TrainConfig, train
-from restune_diffusion.utils.errors import TrainingError
+from restune_diffusion.utils.errors import SettingsError, TrainingError
 
 from ... import tiny_training as tiny
 from ...conftest import TINY_BASE
@@ -119,9 +118,9 @@ def test_learning_rates_differ(config: MakeConfig, zorps: Path) -> None:
 def test_what_cannot_be_is_refused(config: MakeConfig, zorps: Path) -> None:
     with pytest.raises(TrainingError, match="No caption contains the placeholder token <zorp>"):
         train(config(tuner="text", text=TEXT), verbose=False)
-    with pytest.raises(ValidationError, match="a text learning rate is given, but the tuner"):
+    with pytest.raises(SettingsError, match="a text learning rate is given, but the tuner"):
         config(text_learning_rate=1e-3)
-    with pytest.raises(ValidationError, match="settings of the text tuner are given"):
+    with pytest.raises(SettingsError, match="settings of the text tuner are given"):
         config(text=TEXT)
 
 

@@ -203,11 +203,11 @@ def test_bad_bases_and_folders_are_refused_in_one_sentence(restune: Restune, wor
 @pytest.mark.parametrize(
     ("flag", "message"),
     [
-        ("--steps=0", "greater than 0"),
-        ("--steps=many", "invalid literal"),
-        ("--skip.ratio=-1", "greater than 0"),
-        ("--tuner=loha", "invalid choice"),
-        ("--stepps=3", "Unrecognized"),
+        ("--steps=0", "--steps 0 is not valid; use a whole number above 0."),
+        ("--steps=many", "--steps many is not valid; use a whole number above 0."),
+        ("--skip.ratio=-1", "--skip.ratio -1 is not valid; use a number above 0, up to 8."),
+        ("--tuner=loha", "--tuner loha is not valid; use one or several of bypass, control,"),
+        ("--stepps=3", "--stepps is not an option of restune train; did you mean --steps?"),
         ("--bypass.ratio=0.1", "settings of the bypass tuner are given"),
     ],
 )

@@ -83,13 +83,20 @@ def test_common_steps_make_one_composition(restune: Restune, workplace: Path, tm
     assert abs(close[0] - close[1]).mean() < abs(apart[0] - apart[1]).mean()
 
 
-def test_bad_settings_are_named_before_the_base_is_read(restune: Restune, tmp_path: Path) -> None:
+def test_bad_settings_are_named_before_the_base_is_read(
+    restune: Restune, workplace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(*given: object) -> None:
+        raise AssertionError("the base is loaded")
+
+    monkeypatch.setattr("restune_diffusion.cli.options.placement.load_placed", load)
+    tuner = workplace / "trained" / "disc.safetensors"
     for arguments, message in (
         (("--output", "sheet.jpg"), "PNG"),
         (("--share-steps=9", "--steps=3"), "--share-steps 9 is more than --steps 3"),
-        (("--tuner", "a.safetensors", "--tuner-schedule", "x"), "Invalid schedule segment `x`"),
+        (("--tuner", tuner, "--tuner-schedule", "x"), "Invalid schedule segment `x`"),
     ):
-        code, _, errors = restune("grid", "--base", tmp_path / "gone", "--prompt", "x", *arguments)
+        code, _, errors = restune("grid", "--base", workplace / "base", "--device=cpu", "--prompt", "x", *arguments)
         assert code == 1
         assert message in errors
         assert errors.count("\n") == 1

@@ -13,7 +13,7 @@ from restune_diffusion import ResConfig, RestuneError, Tuner, load_tuner, save_t
 from restune_diffusion.cli.options.outputs import free_path, next_number
 from restune_diffusion.conversion import convert
 from restune_diffusion.training import TrainConfig
-from restune_diffusion.training.trainer import check_output
+from restune_diffusion.training.output_folder import check_output
 from restune_diffusion.utils.errors import TrainingError
 
 from ...conftest import make_unet, randomize

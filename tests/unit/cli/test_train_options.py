@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 import runpy
 import subprocess
 import sys
@@ -120,10 +121,13 @@ def test_bad_files_and_flags_end_in_one_sentence(restune: Restune, tmp_path: Pat
     path.write_text("lr_warmup_steps: 3\n")
     for arguments, message in [
         (("--config", path, "--base=b", "--data=d", "--output=o"), "a constant learning rate has no warm-up"),
-        (("--config", path), "Missing from restune train"),
-        (("--config",), "--config"),
-        (("--preset", "styel"), "invalid choice 'styel'"),
-        (("--base=b", "--data=d", "--output=o", "--stepps=3"), "Perhaps you meant: --steps {None}|INT"),
+        (("--config", path), "--data, --base and --output are required."),
+        (("--config",), "--config needs a value; use a path."),
+        (("--preset", "styel"), "--preset styel is not valid; use style, subject,"),
+        (
+            ("--base=b", "--data=d", "--output=o", "--stepps=3"),
+            "--stepps is not an option of restune train; did",
+        ),
     ]:
         code, _, errors = restune("train", *arguments)
         shown = " ".join(errors.replace("│", " ").split())
@@ -134,9 +138,31 @@ def test_bad_files_and_flags_end_in_one_sentence(restune: Restune, tmp_path: Pat
 
 def test_help_lists_what_presets_set(restune: Restune) -> None:
     _, output, _ = restune("train", "--help")
-    for preset in PRESETS.values():
-        assert preset.describe() in output
-    assert "--config YAML" in output
+    shown = " ".join(output.split())
+    for name, preset in PRESETS.items():
+        assert f"{name}: {preset.describe()}" in shown
+    assert "--config PATH" in output
+
+
+def test_help_begins_with_the_most_used_flags_and_shows_each_flag_once(restune: Restune) -> None:
+    _, output, _ = restune("train", "--help")
+    flags = re.findall(r"^    --([\w.-]+)", output, re.MULTILINE)
+    used = "base data output preset tuner steps epochs resolution batch-size learning-rate prompt trigger-word"
+    assert flags[:16] == [*used.split(), "validation.prompts", "seed", "resume", "config"]
+    assert len(set(flags)) == len(flags) > 90
+    titles = re.findall(r"^(\w.*)\n-+$", output, re.MULTILINE)
+    assert [title for title in titles if not title.startswith("Tuner `")] == [
+        *("Most used", "Presets", "Base and data", "Tuner", "Optimization", "Loss and noise"),
+        *("Preservation of the class", "Precision and memory", "Validation", "Output, checkpoints and logging"),
+    ]
+    assert output.startswith("usage: restune train --base BASE --data FOLDER --output FOLDER [OPTIONS]\n")
+    # A preset changes the defaults that the page shows.
+    assert "    --batch-size N\n        Images per forward pass and process. (default: 1)" in output
+    with_preset = restune("train", "--preset", "style", "--help")[1]
+    assert "process. (default: 4)" in with_preset
+    assert "(default: 64)" in with_preset
+    for words in ("{None}", "Annotated", "typing.", "default: None", "default: False"):
+        assert words not in output
 
 
 def test_help_texts_wrap_at_the_width_of_the_terminal(restune: Restune, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -144,7 +170,8 @@ def test_help_texts_wrap_at_the_width_of_the_terminal(restune: Restune, monkeypa
     lines = [line.strip("│ ") for line in restune("train", "--help")[1].splitlines()]
     for flag in ("--control-data", "--bucketing", "--skip.grad-depth", "--class-data"):
         (start,) = [number for number, line in enumerate(lines) if line.startswith(flag)]
-        end = next(number for number in range(start, len(lines)) if "(default:" in lines[number])
+        after = range(start + 1, len(lines))
+        end = next(number for number in after if not lines[number] or lines[number].startswith("--")) - 1
         assert end > start + 1, "several lines"
         for line, following in zip(lines[start + 1 : end], lines[start + 2 : end + 1], strict=True):
             assert len(f"{line} {following.split()[0]}") > 95, "a line is filled before the next one begins"
@@ -191,9 +218,9 @@ def test_scripts_take_files(workplace: Path, tmp_path: Path, monkeypatch: pytest
     ("flags", "message"),
     [
         (("--text-learning-rate=1",), "a text learning rate is given, but the tuner to train has no text part"),
-        (("--steps=0",), "steps: input should be greater than 0"),
+        (("--steps=0",), "--steps 0 is not valid; use a whole number above 0."),
         (("--lr-warmup-steps=3",), "a constant learning rate has no warm-up"),
-        (("--name=../x",), "name: "),
+        (("--name=../x",), "--name ../x is not valid; use letters, digits,"),
     ],
 )
 def test_no_message_of_a_flag_has_the_wording_of_pydantic(
@@ -201,7 +228,7 @@ def test_no_message_of_a_flag_has_the_wording_of_pydantic(
 ) -> None:
     code, _, errors = restune("train", "--base=b", "--data=d", "--output=o", *flags)
     shown = " ".join(errors.replace("│", " ").split())
-    assert (code, message in shown) == (2, True), errors
+    assert (code, message in shown, errors.count("\n")) == (2, True, 1), errors
     assert not [word for word in ("validation error", "type=", "input_value", "Value error, ") if word in shown], (
         errors
     )

@@ -10,7 +10,6 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 from peft import LoraConfig, get_peft_model
-from pydantic import ValidationError
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from restune_diffusion import (
@@ -29,6 +28,7 @@ from restune_diffusion import (
     schedule,
     text_encoders,
 )
+from restune_diffusion.utils.errors import SettingsError
 
 from ...conftest import randomize
 from ...tiny_pipelines import KINDS_BY_NAME as KINDS
@@ -352,7 +352,7 @@ def test_another_encoder_is_refused_by_name(parts: dict[str, Any], pipe: Any, xl
     ],
 )
 def test_settings_that_cannot_be_are_refused(settings: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValidationError, match=message):
+    with pytest.raises(SettingsError, match=message):
         TextConfig(**settings)
 
 

@@ -10,7 +10,6 @@ from typing import Any, ClassVar, Literal
 
 import pytest
 import torch
-from pydantic import ValidationError
 from torch import nn
 
 from restune_diffusion import (
@@ -162,7 +161,7 @@ def scale() -> Iterator[None]:
     with registered(ScaleConfig, ScalePart, SUMMARY):
         yield
     assert tuner_families() == before
-    with pytest.raises(ValidationError, match="there is no setting scale"):
+    with pytest.raises(SettingsError, match="there is no setting scale"):
         TrainConfig(base="b", data=Path("d"), output=Path("o"), scale=ScaleConfig())
 
 
@@ -290,11 +289,11 @@ def test_it_is_a_group_of_a_configs_settings(config: MakeConfig, tmp_path: Path)
         ScaleConfig(sites=("skip.0",)),
         ScaleConfig(sites=("skip.1", "skip.2")),
     ]
-    with pytest.raises(ValidationError, match="settings of the scale tuner are given, but the tuner to train is skip"):
+    with pytest.raises(SettingsError, match="settings of the scale tuner are given, but the tuner to train is skip"):
         config(scale=ScaleConfig(sites=("skip.1",)))
     lines = "base: b\ndata: d\noutput: o\ntuner: scale\nscale:\n"
     for line, message in {
-        "  sites: skip.1": "line 6: scale.sites: expected a list",
+        "  sites: skip.1": "line 6: scale.sites: skip.1 is not valid; use a list of texts",
         "  sits: []": "line 6: in scale there is no setting sits; did you mean sites?",
     }.items():
         path.write_text(lines + line)
@@ -317,7 +316,7 @@ def test_a_family_that_writes_at_out_alone_trains_from_a_feature_cache(config: M
         randomize(tuner)
         with torch.no_grad():
             assert torch.equal(predict_from_features(unet, tuner, features), predicted(tuner))
-    with registered(ScaleConfig, ScalePart), pytest.raises(ValidationError, match="a feature cache is for"):
+    with registered(ScaleConfig, ScalePart), pytest.raises(SettingsError, match="a feature cache is for"):
         config(tuner="scale", feature_cache=2)
 
 
@@ -334,7 +333,7 @@ def test_a_family_may_act_on_text_encoders(config: MakeConfig) -> None:
         # AdamW's first step is the learning rate, here that of the text, and not that of the skip tuner.
         assert moved == pytest.approx(0.5, rel=0.02)
         assert read_info(result.path).training["trigger_words"] == ["<dog>"]
-        with pytest.raises(ValidationError, match="drop_encoders"):
+        with pytest.raises(SettingsError, match="drop_encoders"):
             config(tuner="words", words=words, drop_encoders=True)
         with pytest.raises(RestuneError, match="acts on text encoders, but got text and words; use one"):
             Tuner.for_pipeline(tiny.sd_pipeline(), TextConfig(), WordsConfig())
