@@ -1,4 +1,4 @@
-"""Check of a command line before tyro parses it, so that each mistake is told in one sentence."""
+"""Check of a command line before tyro parses it, so that each mistake gives one sentence."""
 
 from __future__ import annotations
 

@@ -47,7 +47,12 @@ def help_page(prog: str, description: str, model: type[BaseModel], defaults: Map
     """
     flags = {name[2:]: flag for name, flag in flags_of(model) if not name.rpartition(".")[2].startswith("--no-")}
     flags = {name: flag for name, flag in flags.items() if not _is_hidden(name, flags)}
-    lines = [f"usage: {prog} --base BASE --data FOLDER --output FOLDER [OPTIONS]", "", description.strip(), ""]
+    lines = [
+        f"usage: {prog} [--help] --base BASE --data FOLDER --output FOLDER [OPTIONS]",
+        "",
+        description.strip(),
+        "",
+    ]
     lines += _section("Most used", _MOST_USED, flags, defaults)
     lines += ["", "Presets", "-------"]
     lines += [line for name, preset in PRESETS.items() for line in _wrapped(f"{name}: {preset.describe()}", _FIRST)]

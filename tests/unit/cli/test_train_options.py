@@ -155,7 +155,7 @@ def test_help_begins_with_the_most_used_flags_and_shows_each_flag_once(restune: 
         *("Most used", "Presets", "Base and data", "Tuner", "Optimization", "Loss and noise"),
         *("Preservation of the class", "Precision and memory", "Validation", "Output, checkpoints and logging"),
     ]
-    assert output.startswith("usage: restune train --base BASE --data FOLDER --output FOLDER [OPTIONS]\n")
+    assert output.startswith("usage: restune train [--help] --base BASE --data FOLDER --output FOLDER [OPTIONS]\n")
     # A preset changes the defaults that the page shows.
     assert "    --batch-size N\n        Images per forward pass and process. (default: 1)" in output
     with_preset = restune("train", "--preset", "style", "--help")[1]
