@@ -2,9 +2,9 @@
 
     python -m benchmarks.host_time --output benchmarks/results/host_time
 
-The U-Net has the blocks of Stable Diffusion 1.5 at width 32 and 8x8 latents, where the arithmetic takes little time. All
-variants run in turn. Times are processor times. The number of function calls is counted, so it is the same on every
-machine for the same versions.
+The U-Net has the blocks of Stable Diffusion 1.5 at width 32 and 8x8 latents, where the arithmetic takes little time.
+All variants run in turn. Times are processor times. The number of function calls is counted, so it is the same on
+every machine for the same versions.
 """
 
 from __future__ import annotations
