@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, TypeAlias
 
 import torch
 
@@ -19,12 +19,8 @@ from .mixing import ActiveRows, ForwardContext, mask_at, row_factors
 from .weight_buffers import WeightBuffers
 from .weights import TunerWeight
 
-
-class Residual(NamedTuple):
-    """Residual that a tuner adds to a feature, for all rows of the batch (`rows` is None) or for the given rows."""
-
-    value: torch.Tensor
-    rows: torch.Tensor | None
+Residual: TypeAlias = tuple[torch.Tensor, torch.Tensor | None]
+"""Residual that a tuner adds to a feature, and the rows of the batch that it is for; None for all rows."""
 
 
 class AttachedTuner:
@@ -50,6 +46,7 @@ class AttachedTuner:
         self._features = ConditionFeatures()
         self.weight_buffers = WeightBuffers(self.sites, tuner.device)
         self._device: torch.device | None = None
+        """Device of the tuner, as far as this forward pass has checked it."""
         self.set_weight(weight, self.site_factors(weight))
         tuner.add_follower(self)
 
@@ -128,10 +125,9 @@ class AttachedTuner:
 
     def place(self, device: torch.device) -> None:
         """Move the tuner, and the tensors from which a compiled graph reads its weight, to a device."""
-        if self._device != device:
-            if self.tuner.device != device:
-                self.tuner.to(device)
-            self._device = device
+        if self.tuner.device != device:
+            self.tuner.to(device)
+        self._device = device
 
     def tuner_moved(self) -> None:
         """Move the tensors of the weight to the tuner; called by the tuner after `Tuner.to`."""
@@ -163,7 +159,8 @@ class AttachedTuner:
             features: other features of the forward pass.
             this: context of the forward pass.
         """
-        self.place(x.device)
+        if x.device != self._device:
+            self.place(x.device)
         if part.conditions:
             features = self._with_conditions(part, site, features, this)
         rows, masked = self._rows, self.weight.mask is not None
@@ -172,21 +169,21 @@ class AttachedTuner:
             if masked:
                 residual = residual * self._mask(site, residual, this)
             scale = self._scale * factor
-            return Residual(residual if scale == 1 else residual * scale, None)
+            return residual if scale == 1 else residual * scale, None
         residual = part(site, x[rows.numbers], features.rows(rows.numbers))
         if masked:
             mask = self._mask(site, residual, this)
             residual = residual * (mask[rows.numbers] if len(mask) > 1 else mask)
-        return Residual(residual * rows.factors(factor, residual.dim()), rows.numbers)
+        return residual * rows.factors(factor, residual.dim()), rows.numbers
 
     def traced_residual(
         self, part: Part, site: str, x: torch.Tensor, features: Features, this: ForwardContext
-    ) -> Residual:
+    ) -> torch.Tensor:
         """Return the weighted residual of a part on all rows, with factors that a compiled graph reads from a tensor.
 
         A graph can neither move the tuner nor select rows.
         """
-        residual = part(site, x, self._with_conditions(part, site, features, this))
+        residual: torch.Tensor = part(site, x, self._with_conditions(part, site, features, this))
         factors = (
             self.weight_buffers.factors(site, self.weight, this).to(x.device).view(-1, *[1] * (residual.dim() - 1))
         )
@@ -194,7 +191,7 @@ class AttachedTuner:
         mask = self.weight_buffers.mask
         if mask is not None:
             residual = residual * mask_at(self.weight, mask.to(x.device), self._strides[site], residual, this)
-        return Residual(residual, None)
+        return residual
 
     def _mask(self, site: str, residual: torch.Tensor, this: ForwardContext) -> torch.Tensor:
         """Return the mask at a site, which is resized once for all sites of a size, and all passes."""

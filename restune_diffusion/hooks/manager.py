@@ -20,7 +20,7 @@ from ..backbones import TextEncoder, describe_base, structure_of
 from ..tuners import Features
 from ..tuners.tuner import Tuner
 from ..utils.errors import TunerNameError
-from .attached_tuner import AttachedTuner, Residual
+from .attached_tuner import AttachedTuner
 from .compiled import is_compiled, refuse_if, uncompiled
 from .integrity import HookedModules
 from .mixing import ForwardContext, HostTimesteps, Layout, check_images
@@ -215,7 +215,7 @@ class TunerManager:
         """Raise `RestuneError` if an active tuner has no effect, because its modules were replaced or fused."""
         active = [attached for attached in self._tuners.values() if attached.acts and self.enabled]
         if active:
-            self._hooked.check({site for attached in active for site in attached.sites})
+            self._hooked.check(site for attached in active for site in attached.sites)
 
     def place(self, device: torch.device) -> None:
         """Move the active tuners to a device; a compiled graph cannot move them."""
@@ -370,7 +370,7 @@ class TunerManager:
         if torch.compiler.is_compiling():
             # The graph depends on the tuners alone and reads the factors of the sites from tensors.
             active = self._active()
-            return [Writer(attached, part, 1.0) for attached in active for part in attached.parts_at.get(site, ())]
+            return [Writer(attached, part, None) for attached in active for part in attached.parts_at.get(site, ())]
         return self._writers.at(site) if self.enabled else ()
 
     def _summed(
@@ -380,19 +380,18 @@ class TunerManager:
         this = self._pass
         if this is None:
             return total
-        some: list[Residual] = []
+        some, rows = [], []
         for attached, part, factor in writers:
-            if torch.compiler.is_compiling():
-                residual = attached.traced_residual(part, site, x, features, this)
-            else:
-                residual = attached.residual(part, site, factor, x, features, this)
-            if residual.rows is None:
-                total = total + residual.value.to(total.dtype)
+            if factor is None:
+                total = total + attached.traced_residual(part, site, x, features, this).to(total.dtype)
+                continue
+            residual, acting = attached.residual(part, site, factor, x, features, this)
+            if acting is None:
+                total = total + residual.to(total.dtype)
             else:
                 some.append(residual)
+                rows.append(acting)
         if not some:
             return total
         # A single addition: each one copies the whole batch, and there may be one tuner per image.
-        rows = torch.cat([residual.rows for residual in some if residual.rows is not None])
-        values = torch.cat([residual.value for residual in some])
-        return total.index_add(0, rows, values.to(total.dtype))
+        return total.index_add(0, torch.cat(rows), torch.cat(some).to(total.dtype))

@@ -10,11 +10,11 @@ from .attached_tuner import AttachedTuner
 
 
 class Writer(NamedTuple):
-    """Part of a tuner that writes to a site, and the tuner's factor of the site."""
+    """Part of a tuner that writes to a site, and the tuner's factor of the site; None in a compiled graph."""
 
     attached: AttachedTuner
     part: Part
-    factor: float
+    factor: float | None
 
 
 class SiteWriters:
