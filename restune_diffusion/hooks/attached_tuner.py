@@ -129,6 +129,17 @@ class AttachedTuner:
             self.tuner.to(device)
         self._device = device
 
+    def follow(self, device: torch.device) -> None:
+        """Move the tuner to a device, unless this forward pass has already done so."""
+        if device != self._device:
+            self.place(device)
+
+    def factors_at(self, site_factor: float | None) -> tuple[float, ...]:
+        """Return the factor of each row at a site in this forward pass, or a single one if all are equal."""
+        assert site_factor is not None
+        assert self._mix is not None
+        return tuple(factor * site_factor for factor in self._mix[0])
+
     def tuner_moved(self) -> None:
         """Move the tensors of the weight to the tuner; called by the tuner after `Tuner.to`."""
         self._device = None
@@ -159,8 +170,7 @@ class AttachedTuner:
             features: other features of the forward pass.
             this: context of the forward pass.
         """
-        if x.device != self._device:
-            self.place(x.device)
+        self.follow(x.device)
         if part.conditions:
             features = self._with_conditions(part, site, features, this)
         rows, masked = self._rows, self.weight.mask is not None

@@ -380,6 +380,8 @@ class TunerManager:
         this = self._pass
         if this is None:
             return total
+        if len(writers) > 1 and not torch.compiler.is_compiling():
+            total, writers = self._writers.add_stacked(site, x, total)
         some, rows = [], []
         for attached, part, factor in writers:
             if factor is None:
