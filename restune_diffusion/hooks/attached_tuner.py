@@ -66,6 +66,7 @@ class AttachedTuner:
         self.weight_buffers.set(weight, factors)
         self._masks: dict[tuple[Any, ...], torch.Tensor] = {}
         self._mix: tuple[tuple[float, ...], torch.device] | None = None
+        self._row_factors: dict[float, tuple[float, ...]] = {}
         self._rows: ActiveRows | None = None
         self._scale = weight.values[0]
         # A compiled graph depends on this flag and not on the weight, which would recompile it for each value.
@@ -90,6 +91,7 @@ class AttachedTuner:
             with torch.inference_mode(False):
                 self._rows = ActiveRows(factors, this.device) if len(factors) > 1 else None
             self._mix = factors, this.device
+            self._row_factors.clear()
 
     def end(self) -> None:
         """Release the features that belong to this forward pass."""
@@ -137,8 +139,11 @@ class AttachedTuner:
     def factors_at(self, site_factor: float | None) -> tuple[float, ...]:
         """Return the factor of each row at a site in this forward pass, or a single one if all are equal."""
         assert site_factor is not None
-        assert self._mix is not None
-        return tuple(factor * site_factor for factor in self._mix[0])
+        found = self._row_factors.get(site_factor)
+        if found is None:
+            assert self._mix is not None
+            found = self._row_factors[site_factor] = tuple(factor * site_factor for factor in self._mix[0])
+        return found
 
     def tuner_moved(self) -> None:
         """Move the tensors of the weight to the tuner; called by the tuner after `Tuner.to`."""

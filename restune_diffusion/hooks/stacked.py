@@ -29,6 +29,7 @@ class StackedBottlenecks:
     def __init__(self, layers: Sequence[Bottleneck]) -> None:
         self._layers = tuple(layers)
         self._parameters = [parameter for layer in layers for parameter in layer.parameters]
+        self._versioned = not any(parameter.is_inference() for parameter in self._parameters)
         self._key: Any = None
         self._weights: _Weights | None = None
 
@@ -44,20 +45,17 @@ class StackedBottlenecks:
             return None
         if x.dim() != (4 if self._layers[0].channels_first else 3):
             return None
-        # A parameter that an optimizer or `Tuner.to` has changed has another version or another address.
-        key = factors, [_state(parameter) for parameter in parameters]
-        if key != self._key:
+        # A parameter that an optimizer has changed has another version, one that `Tuner.to` has moved another address.
+        addresses = [parameter.data_ptr() for parameter in parameters]
+        versions = [parameter._version for parameter in parameters] if self._versioned else []
+        if (factors, addresses, versions) != self._key:
             with torch.inference_mode(False), torch.no_grad():
                 self._weights = _stacked(self._layers, factors)
-            self._key = key
+            self._key = factors, addresses, versions
         weights = self._weights
         if weights is None or (weights.rows is not None and weights.rows != len(x)):
             return None
         return weights(x)
-
-
-def _state(parameter: torch.Tensor) -> tuple[int, int]:
-    return parameter.data_ptr(), 0 if parameter.is_inference() else parameter._version
 
 
 class _Weights:
