@@ -4,7 +4,7 @@ from .bases import describe_base, site_module, structure_of
 from .description import BaseInfo, Site, TextInfo
 from .structure import Call, SiteHooks, Structure
 from .text import TextEncoder, describe_text, text_encoders, text_stack
-from .transformer_block import is_fused
+from .transformer_block import has_fused, is_fused
 from .unet import late_skips, module_path, text_states
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "TextInfo",
     "describe_base",
     "describe_text",
+    "has_fused",
     "is_fused",
     "late_skips",
     "module_path",

@@ -71,11 +71,15 @@ def linear_layers(module: nn.Module, path: str = "") -> Iterator[tuple[str, tupl
             yield from linear_layers(child, f"{path}.{name}" if path else name)
 
 
+def has_fused(attention: Any) -> bool:
+    """Return whether an attention module computes any projection in a fused layer."""
+    # Only diffusers' attention modules have a processor.
+    return type(getattr(attention, "processor", None)).__name__.startswith("Fused")
+
+
 def is_fused(attention: Any, projection: str) -> bool:
     """Return whether an attention module computes a projection, for example `to_q`, in a fused layer."""
-    # Only diffusers' attention modules have a processor.
-    processor = type(getattr(attention, "processor", None)).__name__
-    return processor.startswith("Fused") and any(
+    return has_fused(attention) and any(
         projection in projections for layer, projections in _FUSED.items() if hasattr(attention, layer)
     )
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, TypeAlias
 
 import torch
 
@@ -13,44 +12,15 @@ from ..backbones import BaseInfo, Site
 from ..backbones.site_names import SiteName
 from ..tuners import Features, Part
 from ..tuners.tuner import Tuner
+from ..utils.devices import overwrite_all
 from ..utils.errors import ConditionError, RestuneError
-from .mixing import ForwardContext, WeightBuffers, mask_at, row_factors
+from .conditions import ConditionFeatures, Conditions
+from .mixing import ActiveRows, ForwardContext, mask_at, row_factors
+from .weight_buffers import WeightBuffers
 from .weights import TunerWeight
 
-
-@dataclass
-class Conditions:
-    """Condition images of a tuner, and their encoded features."""
-
-    images: list[torch.Tensor | None]
-    weights: tuple[float, ...]
-    encoded: tuple[dict[str, torch.Tensor], ...] | None = None
-    """Features by site for each condition: computed in the first forward pass and reused for the same latent size; in
-    training computed in every forward pass."""
-    size: tuple[int, int] | None = None
-    """Height and width of the latent for which the images were encoded."""
-    of_one_pass: bool = False
-    """Whether the features are valid for a single forward pass, because they require gradients."""
-
-
-class Residual(NamedTuple):
-    """Residual that a tuner adds to a feature, for all rows of the batch (`rows` is None) or for the given rows."""
-
-    value: torch.Tensor
-    rows: torch.Tensor | None
-
-    @staticmethod
-    def add(total: torch.Tensor, residuals: Sequence[Residual]) -> torch.Tensor:
-        """Add residuals to a feature."""
-        for residual in residuals:
-            if residual.rows is None:
-                total = total + residual.value.to(total.dtype)
-        some = [(residual.rows, residual.value) for residual in residuals if residual.rows is not None]
-        if not some:
-            return total
-        # A single addition: each one copies the whole batch, and there may be one tuner per image.
-        rows, values = torch.cat([rows for rows, _ in some]), torch.cat([value for _, value in some])
-        return total.index_add(0, rows, values.to(total.dtype))
+Residual: TypeAlias = tuple[torch.Tensor, torch.Tensor | None]
+"""Residual that a tuner adds to a feature, and the rows of the batch that it is for; None for all rows."""
 
 
 class AttachedTuner:
@@ -63,12 +33,27 @@ class AttachedTuner:
 
     def __init__(self, tuner: Tuner, weight: TunerWeight) -> None:
         self.tuner = tuner
-        self.sites = tuple(dict.fromkeys(site for part in tuner.parts() for site in part.writes))
+        self.parts_at: dict[str, tuple[Part, ...]] = {}
+        """Parts that write to a site, by site."""
+        for part in tuner.parts():
+            for site in dict.fromkeys(part.writes):
+                self.parts_at[site] = (*self.parts_at.get(site, ()), part)
+        self.sites = tuple(self.parts_at)
         self.taps = frozenset(site for part in tuner.parts() for site in part.taps)
-        self._described = {site: _described(site, tuner.base) for site in self.sites}
+        # Numbers, because dynamo of torch 2.11 cannot trace the look-up in a pydantic model.
+        self._strides = {site: _described(site, tuner.base).stride for site in self.sites}
         self.conditions: Conditions | None = None
+        self._features = ConditionFeatures()
         self.weight_buffers = WeightBuffers(self.sites, tuner.device)
+        self._device: torch.device | None = None
+        """Device of the tuner, as far as this forward pass has checked it."""
         self.set_weight(weight, self.site_factors(weight))
+        tuner.add_follower(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # A copied tuner does not know who follows the original.
+        self.__dict__.update(state)
+        self.tuner.add_follower(self)
 
     def site_factors(self, weight: TunerWeight) -> dict[str, float]:
         """Return the factor of each site that the tuner writes to; raise `RestuneError` for an unknown pattern."""
@@ -79,8 +64,11 @@ class AttachedTuner:
         self.weight = weight
         self.factors = factors
         self.weight_buffers.set(weight, factors)
-        self._rows: torch.Tensor | None = None
-        self._scale: float | torch.Tensor = weight.values[0]
+        self._masks: dict[tuple[Any, ...], torch.Tensor] = {}
+        self._mix: tuple[tuple[float, ...], torch.device] | None = None
+        self._row_factors: dict[float, tuple[float, ...]] = {}
+        self._rows: ActiveRows | None = None
+        self._scale = weight.values[0]
         # A compiled graph depends on this flag and not on the weight, which would recompile it for each value.
         self.acts = weight.acts
         self._acts_now = weight.acts
@@ -94,13 +82,16 @@ class AttachedTuner:
         """Compute the active rows and their factors, once per forward pass."""
         if torch.compiler.is_compiling():
             return
+        self._device = None
         factors = row_factors(self.weight, this) if self.weight.acts else (0.0,)
         self._acts_now = any(factors)
-        self._rows, self._scale = None, factors[0]
-        if len(factors) > 1:
-            rows = [row for row, factor in enumerate(factors) if factor]
-            self._rows = torch.tensor(rows, device=this.device)
-            self._scale = torch.tensor([factors[row] for row in rows], device=this.device)
+        self._scale = factors[0]
+        if (factors, this.device) != self._mix:
+            # Kept from pass to pass, because every tensor here is a copy from the host.
+            with torch.inference_mode(False):
+                self._rows = ActiveRows(factors, this.device) if len(factors) > 1 else None
+            self._mix = factors, this.device
+            self._row_factors.clear()
 
     def end(self) -> None:
         """Release the features that belong to this forward pass."""
@@ -129,9 +120,7 @@ class AttachedTuner:
         _check_same_config(tuner, self.tuner)
         tuner.base.check_fits(self.tuner.base)
         tuner.base.check_text_fits(self.tuner.base.text)
-        with torch.no_grad():
-            for mine, other in zip(self.tuner.parameters(), tuner.parameters(), strict=True):
-                mine.copy_(other)
+        overwrite_all(zip(self.tuner.parameters(), tuner.parameters(), strict=True))
         self.tuner.metadata = dict(tuner.metadata)
         if self.conditions is not None and self.conditions.size is not None:
             self.encode_conditions(self.conditions.size)
@@ -140,7 +129,27 @@ class AttachedTuner:
         """Move the tuner, and the tensors from which a compiled graph reads its weight, to a device."""
         if self.tuner.device != device:
             self.tuner.to(device)
-            self.weight_buffers.to(device)
+        self._device = device
+
+    def follow(self, device: torch.device) -> None:
+        """Move the tuner to a device, unless this forward pass has already done so."""
+        if device != self._device:
+            self.place(device)
+
+    def factors_at(self, site_factor: float | None) -> tuple[float, ...]:
+        """Return the factor of each row at a site in this forward pass, or a single one if all are equal."""
+        assert site_factor is not None
+        found = self._row_factors.get(site_factor)
+        if found is None:
+            assert self._mix is not None
+            found = self._row_factors[site_factor] = tuple(factor * site_factor for factor in self._mix[0])
+        return found
+
+    def tuner_moved(self) -> None:
+        """Move the tensors of the weight to the tuner; called by the tuner after `Tuner.to`."""
+        self._device = None
+        self._masks.clear()
+        self.weight_buffers.to(self.tuner.device)
 
     @torch.no_grad()
     def encode_conditions(self, size: tuple[int, int]) -> None:
@@ -149,55 +158,66 @@ class AttachedTuner:
         if self.conditions is not None and part is not None:
             device = self.tuner.device
             images = [None if image is None else image.to(device) for image in self.conditions.images]
-            self.conditions.encoded, self.conditions.size = part.encode(images, size), size
+            self._features.store(self.conditions, part.encode(images, size))
+            self.conditions.size = size
             self.conditions.of_one_pass = False
 
-    def residuals(self, site: str, x: torch.Tensor, features: Features, this: ForwardContext) -> list[Residual]:
-        """Return the weighted residuals of the tuner's parts for the feature `x`."""
-        compiling = torch.compiler.is_compiling()
-        if not compiling and self.factors[site] == 0:
-            return []
-        self.place(x.device)
-        made = self._on_all_rows if compiling else self._on_acting_rows
-        return [
-            made(part, site, x, self._with_conditions(part, site, features, this), this)
-            for part in self.tuner.parts()
-            if site in part.writes
-        ]
-
-    def _on_all_rows(
-        self, part: Part, site: str, x: torch.Tensor, features: Features, this: ForwardContext
+    def residual(
+        self, part: Part, site: str, factor: float, x: torch.Tensor, features: Features, this: ForwardContext
     ) -> Residual:
-        """Run a part on all rows, with factors that a compiled graph reads from a tensor."""
-        residual = part(site, x, features)
+        """Return the weighted residual of a part for the feature `x`, of the active rows only.
+
+        Args:
+            part: one of `parts_at` the site.
+            site: name of the site.
+            factor: factor of the site.
+            x: the feature.
+            features: other features of the forward pass.
+            this: context of the forward pass.
+        """
+        self.follow(x.device)
+        if part.conditions:
+            features = self._with_conditions(part, site, features, this)
+        rows, masked = self._rows, self.weight.mask is not None
+        if rows is None:
+            residual = part(site, x, features)
+            if masked:
+                residual = residual * self._mask(site, residual, this)
+            scale = self._scale * factor
+            return residual if scale == 1 else residual * scale, None
+        residual = part(site, x[rows.numbers], features.rows(rows.numbers))
+        if masked:
+            mask = self._mask(site, residual, this)
+            residual = residual * (mask[rows.numbers] if len(mask) > 1 else mask)
+        return residual * rows.factors(factor, residual.dim()), rows.numbers
+
+    def traced_residual(
+        self, part: Part, site: str, x: torch.Tensor, features: Features, this: ForwardContext
+    ) -> torch.Tensor:
+        """Return the weighted residual of a part on all rows, with factors that a compiled graph reads from a tensor.
+
+        A graph can neither move the tuner nor select rows.
+        """
+        residual: torch.Tensor = part(site, x, self._with_conditions(part, site, features, this))
         factors = (
             self.weight_buffers.factors(site, self.weight, this).to(x.device).view(-1, *[1] * (residual.dim() - 1))
         )
-        return Residual(self._masked(site, residual * factors, this), None)
+        residual = residual * factors
+        mask = self.weight_buffers.mask
+        if mask is not None:
+            residual = residual * mask_at(self.weight, mask.to(x.device), self._strides[site], residual, this)
+        return residual
 
-    def _on_acting_rows(
-        self, part: Part, site: str, x: torch.Tensor, features: Features, this: ForwardContext
-    ) -> Residual:
-        """Run a part on the active rows only."""
-        factor, rows = self.factors[site], self._rows
-        if rows is None:
-            residual = self._masked(site, part(site, x, features), this)
-            assert isinstance(self._scale, float)
-            scale = self._scale * factor
-            return Residual(residual if scale == 1 else residual * scale, None)
-        assert isinstance(self._scale, torch.Tensor)
-        residual = part(site, x[rows], features.rows(rows))
-        scales = (self._scale * factor).view(-1, *[1] * (residual.dim() - 1))
-        return Residual(self._masked(site, residual, this, rows) * scales, rows)
-
-    def _masked(
-        self, site: str, residual: torch.Tensor, this: ForwardContext, rows: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        if self.weight.mask is None:
-            return residual
-        mask = mask_at(self.weight, self._described[site], residual, this)
+    def _mask(self, site: str, residual: torch.Tensor, this: ForwardContext) -> torch.Tensor:
+        """Return the mask at a site, which is resized once for all sites of a size, and all passes."""
+        stride, mask = self._strides[site], self.weight_buffers.mask
         assert mask is not None
-        return residual * (mask[rows] if rows is not None and len(mask) > 1 else mask)
+        grid = residual.shape[2:] if residual.dim() == 4 else (*this.size, stride, residual.shape[1])
+        key = grid, residual.device, this.rows, this.frames, this.layout
+        if key not in self._masks:
+            with torch.inference_mode(False):
+                self._masks[key] = mask_at(self.weight, mask.to(residual.device), stride, residual, this)
+        return self._masks[key]
 
     @property
     def _control(self) -> Part | None:

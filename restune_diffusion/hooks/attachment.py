@@ -10,7 +10,8 @@ from torch import nn
 from ..backbones import TextEncoder, describe_base
 from ..tuners.tuner import Tuner
 from ..utils.errors import TunerNameError
-from .manager import TunerManager, is_compiled, refuse_if, uncompiled
+from .compiled import is_compiled, refuse_if, uncompiled
+from .manager import TunerManager
 from .weights import Weight
 
 

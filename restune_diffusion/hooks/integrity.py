@@ -6,13 +6,13 @@ hook on a module that is no longer called has no effect.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple
 
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from ..backbones import is_fused
+from ..backbones import has_fused, is_fused
 from ..utils.errors import RestuneError
 
 # Attributes under which wrappers of torch.compile and PEFT keep the wrapped module.
@@ -43,16 +43,17 @@ class HookedModules:
             if {id(module._forward_hooks), id(module._forward_pre_hooks)} & hooked
         ]
         self._links = list({link[:2]: link for path in paths for link in _links(base, path)}.values())
-        self._projections: dict[str, tuple[Any, str]] = {}
+        by_owner: dict[str, dict[str, str]] = {}
         for site, path in linears.items():
             owner, _, name = path.rpartition(".")
-            self._projections[site] = (base.get_submodule(owner), name)
+            by_owner.setdefault(owner, {})[site] = name
+        self._projections = [(base.get_submodule(owner), names) for owner, names in by_owner.items()]
 
-    def check(self, sites: Collection[str]) -> None:
+    def check(self, sites: Iterable[str]) -> None:
         """Check the modules before a forward pass.
 
         Args:
-            sites: sites that the active tuners write to.
+            sites: sites that the active tuners write to; read only if a projection is fused.
 
         Raises:
             RestuneError: if a module was replaced, or one of the sites is a projection that is fused with others.
@@ -64,8 +65,15 @@ class HookedModules:
                     f"The module {path} of the base was replaced after a tuner was loaded, and the tuner would have "
                     "no effect there; load the tuner after the replacement."
                 )
-        for site, (attention, name) in self._projections.items():
-            if is_fused(attention, name) and site in sites:
+        fused = {
+            site
+            for attention, names in self._projections
+            if has_fused(attention)
+            for site, name in names.items()
+            if is_fused(attention, name)
+        }
+        for site in sites if fused else ():
+            if site in fused:
                 raise RestuneError(
                     f"The projections of the base are fused, so a tuner on {site} would have no effect; call "
                     "pipe.unfuse_qkv_projections() to use this tuner."

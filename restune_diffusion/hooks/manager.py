@@ -17,13 +17,15 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from ..backbones import TextEncoder, describe_base, structure_of
-from ..tuners import Features, Operation
+from ..tuners import Features
 from ..tuners.tuner import Tuner
-from ..utils.errors import RestuneError, TunerNameError
-from .attached_tuner import AttachedTuner, Residual
+from ..utils.errors import TunerNameError
+from .attached_tuner import AttachedTuner
+from .compiled import is_compiled, refuse_if, uncompiled
 from .integrity import HookedModules
-from .mixing import ForwardContext, Layout, check_images
+from .mixing import ForwardContext, HostTimesteps, Layout, check_images
 from .operations import operation_input, show_operation
+from .site_writers import SiteWriters, Writer
 from .text_encoders import EncoderHooks, attach_text, check_text
 from .weights import TunerWeight, Weight, as_weight, warn_of_large
 
@@ -42,12 +44,15 @@ class TunerManager:
         """Layout of the batch; a pipeline with `RestuneLoaderMixin` sets it for each call."""
         self.num_train_timesteps = 1000
         """Number of training timesteps of the base, from which schedules compute the progress of denoising."""
+        self.timesteps: HostTimesteps | None = None
+        """Timesteps of the scheduler; a pipeline with `RestuneLoaderMixin` sets them for each call. Without them a
+        schedule waits for the device in each forward pass."""
         self.static = False
         """In a compiled graph, compute every tuner even with weight zero, so that no change of weights recompiles."""
         self._base = base
         self._tuners: dict[str, AttachedTuner] = {}
         self._text: dict[str, list[EncoderHooks]] = {}
-        self._writers: dict[str, list[AttachedTuner]] = {}
+        self._writers = SiteWriters([])
         self._features = Features()
         self._pass: ForwardContext | None = None
         self._quiet = False
@@ -144,6 +149,7 @@ class TunerManager:
         factors = attached.site_factors(checked)
         attached.swap(tuner)
         attached.set_weight(checked, factors)
+        self._resolve()
 
     def check_known(self, names: Iterable[str]) -> None:
         """Raise `TunerNameError` if one of the names is not attached."""
@@ -168,6 +174,7 @@ class TunerManager:
                 attached.set_weight(checked[name], factors[name])
             else:
                 attached.set_weight(TunerWeight(0.0), dict.fromkeys(attached.sites, 1.0))
+        self._resolve()
 
     def set_conditions(
         self, name: str, images: Sequence[torch.Tensor | None], weights: Sequence[float] | None = None
@@ -208,7 +215,7 @@ class TunerManager:
         """Raise `RestuneError` if an active tuner has no effect, because its modules were replaced or fused."""
         active = [attached for attached in self._tuners.values() if attached.acts and self.enabled]
         if active:
-            self._hooked.check({site for attached in active for site in attached.sites})
+            self._hooked.check(site for attached in active for site in attached.sites)
 
     def place(self, device: torch.device) -> None:
         """Move the active tuners to a device; a compiled graph cannot move them."""
@@ -237,20 +244,20 @@ class TunerManager:
                 attached.conditions = before.get(name)
 
     def _refresh(self) -> None:
-        """Update the hooks on transformer blocks and the table of writers to the attached tuners."""
-        self._writers = {}
-        for attached in self._tuners.values():
-            for site in attached.sites:
-                self._writers.setdefault(site, []).append(attached)
-        wanted = {site for site in self._writers if site not in self.base_info.stations}
+        """Update the hooks on transformer blocks and the writers of the sites to the attached tuners."""
+        self._resolve()
+        written = {site for attached in self._tuners.values() for site in attached.sites}
+        wanted = written.difference(self.base_info.stations)
         for site in self._operation_handles.keys() - wanted:
             self._operation_handles.pop(site).remove()
         for site in sorted(wanted - self._operation_handles.keys()):
             # A tuner may write to a site of the base, or to a linear layer inside one.
-            hook = self._after_operation if site in self.base_info.sites else self._after_linear
-            self._operation_handles[site] = self._structure.module(self._base, site).register_forward_hook(
-                partial(hook, site), with_kwargs=True
-            )
+            module = self._structure.module(self._base, site)
+            if site in self.base_info.sites:
+                handle = module.register_forward_hook(partial(self._after_operation, site), with_kwargs=True)
+            else:
+                handle = module.register_forward_hook(partial(self._after_linear, site))
+            self._operation_handles[site] = handle
         linears = {site: self._structure.module_path(site) for site in wanted if site not in self.base_info.sites}
         self._hooked = HookedModules(self._base, [*self._handles, *self._operation_handles.values()], linears)
 
@@ -272,6 +279,7 @@ class TunerManager:
             num_train_timesteps=self.num_train_timesteps,
             layout=self.layout,
             frames=call.frames,
+            timesteps=self.timesteps,
         )
         self._features.size = call.size
         if torch.compiler.is_compiling():
@@ -280,6 +288,8 @@ class TunerManager:
             attached.begin(self._pass)
         # A pipeline with `RestuneLoaderMixin` checks before each call instead of inside a compiled graph.
         if not torch.compiler.is_compiling():
+            if self._taking_part() != self._writers.tuners:
+                self._resolve()
             self.check_modules()
 
     def _end(self, module: nn.Module, args: Any, output: Any) -> None:
@@ -289,17 +299,23 @@ class TunerManager:
 
     def active(self) -> bool:
         """Return whether any tuner is active in this forward pass; called by the base's hooks."""
-        return bool(self._active())
+        # Dynamo of torch 2.11 cannot trace `bool` of a list.
+        return len(self._active()) > 0
 
     def tap(self, site: str, x: torch.Tensor) -> None:
         """Store a feature until the end of this forward pass, if an active tuner taps the site."""
-        if any(site in attached.taps for attached in self._active()):
+        if torch.compiler.is_compiling():
+            tapped = any(site in attached.taps for attached in self._active())
+        else:
+            tapped = self.enabled and site in self._writers.taps
+        if tapped:
             self._features.by_site[site] = x
 
     def tuned(self, site: str, x: torch.Tensor) -> torch.Tensor:
         """Add the active residuals to a feature; each is computed from the base's unmodified feature."""
         self.tap(site, x)
-        return self._summed(site, x, x)
+        writers = self._writers_at(site)
+        return self._summed(writers, site, x, x, self._features) if writers else x
 
     def see(self, *, time: torch.Tensor | None = None, text: torch.Tensor | None = None) -> None:
         """Store the time embedding or the text states until the end of this forward pass."""
@@ -309,21 +325,21 @@ class TunerManager:
             self._features.text = text
 
     def _after_operation(self, site: str, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
-        if not self._active():
+        writers = self._writers_at(site)
+        if not writers:
             return None
-        operation = show_operation(module, args, kwargs, self._silence)
         x = operation_input(args, kwargs)
+        features = self._features.beside(show_operation(module, args, kwargs, self._silence))
         # Attention modules of transformers return a tuple of output and attention weights.
         if isinstance(output, tuple):
-            return self._summed(site, x, output[0], operation), *output[1:]
-        return self._summed(site, x, output, operation)
+            return self._summed(writers, site, x, output[0], features), *output[1:]
+        return self._summed(writers, site, x, output, features)
 
-    def _after_linear(
-        self, site: str, module: nn.Module, args: Any, kwargs: dict[str, Any], output: torch.Tensor
-    ) -> torch.Tensor | None:
-        if self._quiet or not self._active():
+    def _after_linear(self, site: str, module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor | None:
+        if self._quiet:
             return None
-        return self._summed(site, args[0], output)
+        writers = self._writers_at(site)
+        return self._summed(writers, site, args[0], output, self._features) if writers else None
 
     @contextlib.contextmanager
     def _silence(self) -> Iterator[None]:
@@ -334,39 +350,50 @@ class TunerManager:
         finally:
             self._quiet = before
 
-    def _active(self) -> list[AttachedTuner]:
-        """Return the tuners that are active in this forward pass; a tuner with weight zero has no cost."""
-        if not self.enabled:
-            return []
-        if self.static and torch.compiler.is_compiling():
-            return list(self._tuners.values())
+    def _resolve(self) -> None:
+        """Find the parts that write to each site, for all passes until the mix of tuners changes."""
+        self._writers = SiteWriters(self._taking_part())
+
+    def _taking_part(self) -> list[AttachedTuner]:
         return [attached for attached in self._tuners.values() if attached.takes_part]
 
+    def _active(self) -> Sequence[AttachedTuner]:
+        """Return the tuners that are active in this forward pass; a tuner with weight zero has no cost."""
+        if not self.enabled:
+            return ()
+        if not torch.compiler.is_compiling():
+            return self._writers.tuners
+        return list(self._tuners.values()) if self.static else self._taking_part()
+
+    def _writers_at(self, site: str) -> Sequence[Writer]:
+        """Return the parts that write to a site in this forward pass."""
+        if torch.compiler.is_compiling():
+            # The graph depends on the tuners alone and reads the factors of the sites from tensors.
+            active = self._active()
+            return [Writer(attached, part, None) for attached in active for part in attached.parts_at.get(site, ())]
+        return self._writers.at(site) if self.enabled else ()
+
     def _summed(
-        self, site: str, x: torch.Tensor, total: torch.Tensor, operation: Operation | None = None
+        self, writers: Sequence[Writer], site: str, x: torch.Tensor, total: torch.Tensor, features: Features
     ) -> torch.Tensor:
         """Add the residuals of the active tuners for the feature `x` to `total`."""
-        writers = [attached for attached in self._active() if attached in self._writers.get(site, ())]
-        if not writers or self._pass is None:
+        this = self._pass
+        if this is None:
             return total
-        features = self._features.beside(operation)
-        each = [attached.residuals(site, x, features, self._pass) for attached in writers]
-        return Residual.add(total, [residual for residuals in each for residual in residuals])
-
-
-def uncompiled(base: nn.Module) -> nn.Module:
-    """Return the module inside a `torch.compile` wrapper, or the module itself."""
-    module: nn.Module = getattr(base, "_orig_mod", base)
-    return module
-
-
-def is_compiled(module: nn.Module) -> bool:
-    """Return whether a module is compiled, in place or by a wrapper."""
-    return hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
-
-
-def refuse_if(compiled: bool) -> None:
-    """Raise `RestuneError` if the model is compiled."""
-    # A graph that was compiled without the hooks would silently ignore them.
-    if compiled:
-        raise RestuneError("This model is already compiled; attach the tuners first, then call torch.compile.")
+        if len(writers) > 1 and not torch.compiler.is_compiling():
+            total, writers = self._writers.add_stacked(site, x, total)
+        some, rows = [], []
+        for attached, part, factor in writers:
+            if factor is None:
+                total = total + attached.traced_residual(part, site, x, features, this).to(total.dtype)
+                continue
+            residual, acting = attached.residual(part, site, factor, x, features, this)
+            if acting is None:
+                total = total + residual.to(total.dtype)
+            else:
+                some.append(residual)
+                rows.append(acting)
+        if not some:
+            return total
+        # A single addition: each one copies the whole batch, and there may be one tuner per image.
+        return total.index_add(0, torch.cat(rows), torch.cat(some).to(total.dtype))

@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from ..backbones import Site
+from ..utils.devices import sent
 from ..utils.errors import RestuneError
-from .weights import Schedule, TunerWeight, Value, piece_factor, piece_holds, row_factor
-
-# Capacity of the tensors that a compiled graph reads; exceeding it recompiles once.
-_IMAGES = 64
-_PIECES = 16
-_ALWAYS = Schedule(((0.0, 1.0, 1.0, 1.0),))
-# Larger than any progress, so that the segment never applies.
-_UNUSED = 2.0
+from .weights import TunerWeight, row_factor
 
 
 @dataclass(frozen=True)
@@ -35,6 +28,32 @@ class Layout:
     prompts: int = 1
 
 
+class HostTimesteps:
+    """Copy of a scheduler's timesteps in host memory, so that the host need not wait for each timestep.
+
+    Args:
+        scheduler: the scheduler of a pipeline; its timesteps are copied once after each `set_timesteps`.
+    """
+
+    def __init__(self, scheduler: Any) -> None:
+        self._scheduler = scheduler
+        self._copied: torch.Tensor | None = None
+        self._values = torch.empty(0)
+
+    def read(self, timestep: torch.Tensor) -> torch.Tensor | None:
+        """Return the value of a timestep in host memory, or None if it is not an element of the scheduler's list."""
+        listed = self._scheduler.timesteps
+        varies = any(step for size, step in zip(timestep.shape, timestep.stride(), strict=True) if size > 1)
+        if varies or not isinstance(listed, torch.Tensor) or listed.dim() != 1:
+            return None
+        if timestep.untyped_storage().data_ptr() != listed.untyped_storage().data_ptr():
+            return None
+        if self._copied is not listed:
+            self._copied, self._values = listed, listed.cpu()
+        index, rest = divmod(int(timestep.storage_offset() - listed.storage_offset()), listed.stride(0))
+        return self._values[index] if not rest and 0 <= index < len(listed) else None
+
+
 @dataclass
 class ForwardContext:
     """Batch, timestep and layout of one forward pass of the base."""
@@ -50,12 +69,22 @@ class ForwardContext:
     layout: Layout | None
     frames: int = 1
     """Number of adjacent rows at the sites for each row of the batch: the frames of a video."""
+    timesteps: HostTimesteps | None = field(default=None, repr=False)
+    """Timesteps of the scheduler of the current call, if it is known."""
 
     @property
     def progress(self) -> torch.Tensor:
         """Progress of denoising, from 0 to 1: one number, or one per row; see `Schedule`."""
-        step = self.timestep if isinstance(self.timestep, torch.Tensor) else torch.tensor(self.timestep)
-        return (1 - (step.float() + 1) / self.num_train_timesteps).clamp(0, 1)
+        return self._progress_of(self.timestep)
+
+    def progress_on_host(self) -> list[float]:
+        """Return the progress as numbers; it waits for the device only for a timestep of unknown origin."""
+        timestep = self.timestep
+        if isinstance(timestep, torch.Tensor) and timestep.device.type != "cpu" and self.timesteps is not None:
+            known = self.timesteps.read(timestep)
+            timestep = timestep if known is None else known
+        progress: list[float] = self._progress_of(timestep).flatten().tolist()
+        return progress
 
     def images(self, weight: TunerWeight) -> int:
         """Return the number of images in the batch.
@@ -75,6 +104,36 @@ class ForwardContext:
                 "rows; give one weight per image."
             )
         return images
+
+    def guided(self, images: int) -> bool:
+        """Return whether the first copy of the images is the unconditional branch of classifier-free guidance."""
+        return self.layout.guided if self.layout is not None else self.rows > images
+
+    def _progress_of(self, timestep: torch.Tensor | float) -> torch.Tensor:
+        step = timestep if isinstance(timestep, torch.Tensor) else torch.tensor(timestep)
+        return (1 - (step.float() + 1) / self.num_train_timesteps).clamp(0, 1)
+
+
+class ActiveRows:
+    """Rows of a batch on which a tuner acts, and their factors, as tensors on a device.
+
+    Args:
+        factors: factor of each row.
+        device: device of the base.
+    """
+
+    def __init__(self, factors: tuple[float, ...], device: torch.device) -> None:
+        numbers = [row for row, factor in enumerate(factors) if factor]
+        self.numbers = sent(torch.tensor(numbers), device)
+        self._factors = sent(torch.tensor([factors[row] for row in numbers]), device)
+        self._at: dict[tuple[float, int], torch.Tensor] = {}
+
+    def factors(self, site_factor: float, dims: int) -> torch.Tensor:
+        """Return the factors at a site, for broadcasting over a residual with `dims` dimensions."""
+        key = site_factor, dims
+        if key not in self._at:
+            self._at[key] = (self._factors * site_factor).view(-1, *[1] * (dims - 1))
+        return self._at[key]
 
 
 def check_images(weight: TunerWeight, images: int) -> None:
@@ -106,9 +165,12 @@ def row_factors(weight: TunerWeight, this: ForwardContext) -> tuple[float, ...]:
     if len(values) > 1 or weight.on != "both":
         images = this.images(weight)
         if weight.on != "both":
-            halves = [half for half in _halves(weight.on, this, images) for _ in range(images)]
+            guided = this.guided(images)
+            # The first copy of the images is the unconditional branch.
+            copies = [(weight.on == "uncond") == (guided and copy == 0) for copy in range(this.rows // images)]
+            halves = [float(acts) for acts in copies for _ in range(images)]
     if weight.steps is not None:
-        steps = [weight.steps.at(progress) for progress in this.progress.flatten().tolist()]
+        steps = [weight.steps.at(progress) for progress in this.progress_on_host()]
     count = this.rows if max(len(values), len(halves), len(steps)) > 1 else 1
     factors = [
         row_factor(values[row % len(values)], halves[row % len(halves)], steps[row % len(steps)])
@@ -119,95 +181,31 @@ def row_factors(weight: TunerWeight, this: ForwardContext) -> tuple[float, ...]:
     return tuple(factor for factor in factors for _ in range(this.frames))
 
 
-def _halves(on: str, this: ForwardContext, images: int) -> list[float]:
-    """Return 1 for each copy of the images in the guidance branch that a tuner acts on, 0 for the others."""
-    guided = this.layout.guided if this.layout is not None else this.rows > images
-    return [float((on == "uncond") == (guided and copy == 0)) for copy in range(this.rows // images)]
-
-
-def mask_at(weight: TunerWeight, site: Site, x: torch.Tensor, this: ForwardContext) -> torch.Tensor | None:
-    """Return a tuner's mask, resized to a site and broadcastable to its feature `x`; None if there is no mask.
+def mask_at(
+    weight: TunerWeight, mask: torch.Tensor, stride: int, x: torch.Tensor, this: ForwardContext
+) -> torch.Tensor:
+    """Return a tuner's mask, resized to a site and broadcastable to its feature `x`.
 
     Args:
         weight: the tuner's weight.
-        site: the site of `x`.
+        mask: its mask in fp32, on the device of `x`.
+        stride: stride of the site.
         x: feature `(rows, channels, height, width)` or `(rows, tokens, channels)`.
         this: context of the forward pass.
 
     Raises:
         RestuneError: if the tokens of `x` do not form the grid of the site.
     """
-    if weight.mask is None:
-        return None
     if x.dim() == 4:
         size = (x.shape[-2], x.shape[-1])
     else:
-        size = (-(-this.size[0] // site.stride), -(-this.size[1] // site.stride))
+        size = (-(-this.size[0] // stride), -(-this.size[1] // stride))
         if size[0] * size[1] != x.shape[1]:
             raise RestuneError(
                 f"A mask needs a feature with a {size[0]}x{size[1]} grid of tokens, but this site has {x.shape[1]} "
                 "tokens; remove the mask from this tuner's weight."
             )
-    mask = weight.mask.to(x.device, torch.float32)
     mask = F.interpolate(mask.reshape(-1, 1, *mask.shape[-2:]), size=size, mode="area")
     if len(mask) > 1:
         mask = mask.repeat(this.rows // this.images(weight), 1, 1, 1).repeat_interleave(this.frames, 0)
     return mask if x.dim() == 4 else mask.flatten(2).transpose(1, 2)
-
-
-class WeightBuffers:
-    """Tensors from which a compiled graph reads a tuner's weight; they are updated in place.
-
-    Args:
-        sites: the sites that the tuner writes to.
-        device: device of the tuner.
-    """
-
-    def __init__(self, sites: Sequence[str], device: torch.device) -> None:
-        self.place = {site: index for index, site in enumerate(sites)}
-        self.values = torch.zeros(_IMAGES, device=device)
-        self.count = torch.ones((), dtype=torch.long, device=device)
-        self.sites = torch.ones(len(sites), device=device)
-        self.curve = torch.full((_PIECES, 6), _UNUSED, device=device)
-
-    def set(self, weight: TunerWeight, factors: dict[str, float]) -> None:
-        """Write a weight and its factors by site to the tensors."""
-        values = torch.tensor(weight.values)
-        if len(values) > len(self.values):
-            self.values = torch.zeros(len(values), device=self.values.device)
-        self.values[: len(values)] = values.to(self.values.device)
-        self.count.fill_(len(values))
-        self.sites.copy_(torch.tensor([factors[site] for site in self.place]))
-        # Without a schedule the factor is one throughout, so that setting a schedule later reuses the same graph.
-        pieces = (weight.steps or _ALWAYS).disjoint()
-        if len(pieces) > len(self.curve):
-            self.curve = torch.full((len(pieces), 6), _UNUSED, device=self.curve.device)
-        self.curve.fill_(_UNUSED)
-        if pieces:
-            self.curve[: len(pieces)] = torch.tensor(pieces, device=self.curve.device)
-
-    def to(self, device: torch.device) -> None:
-        """Move the tensors to a device."""
-        self.values, self.count = self.values.to(device), self.count.to(device)
-        self.sites, self.curve = self.sites.to(device), self.curve.to(device)
-
-    def factors(self, site: str, weight: TunerWeight, this: ForwardContext) -> torch.Tensor:
-        """Return the factor of every row at a site, `(rows * frames,)`, without reading a tensor's value.
-
-        It does not check that the batch size is a multiple of the number of values, which the graph cannot read.
-        """
-        rows = torch.arange(this.rows, device=self.values.device)
-        value, step = self.values[rows % self.count], self._step(this.progress.to(rows.device))
-        half: Value = 1.0
-        if weight.on != "both":
-            images = this.images(weight)
-            half = torch.tensor(_halves(weight.on, this, images), device=rows.device).repeat_interleave(images)
-        factors: torch.Tensor = row_factor(value, half, step) * self.sites[self.place[site]]
-        return factors if this.frames == 1 else factors.repeat_interleave(this.frames)
-
-    def _step(self, progress: torch.Tensor) -> torch.Tensor:
-        """Evaluate `Schedule.at` for a tensor of progresses."""
-        begin, end, start, length, first, last = self.curve.unbind(1)
-        progress = progress[..., None]
-        factors = piece_factor(progress, start, length, first, last)
-        return torch.where(piece_holds(progress, begin, end), factors, 0).sum(-1)

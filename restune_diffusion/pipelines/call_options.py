@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 import torch
 
 from ..hooks.manager import TunerManager
-from ..hooks.mixing import Layout
+from ..hooks.mixing import HostTimesteps, Layout
 from ..hooks.weights import TunerWeight, Weight, as_weight
 from ..utils.errors import RestuneError
 
@@ -49,7 +49,7 @@ def mixed(
     tuners: MixPerImage | None,
     layout: Layout | None,
     device: torch.device,
-    num_train_timesteps: int,
+    scheduler: Any,
 ) -> Iterator[None]:
     """Context manager that applies the tuner weights of one call and restores the previous weights afterwards.
 
@@ -58,7 +58,7 @@ def mixed(
         tuners: tuners of each prompt; None keeps the current weights.
         layout: layout of the batch, if known.
         device: device of the base.
-        num_train_timesteps: number of training timesteps of the scheduler.
+        scheduler: the pipeline's scheduler.
 
     Raises:
         TunerNameError: if a name is unknown.
@@ -67,7 +67,8 @@ def mixed(
     """
     before = manager.weights
     manager.layout = layout
-    manager.num_train_timesteps = num_train_timesteps
+    manager.num_train_timesteps = scheduler.config.num_train_timesteps
+    manager.timesteps = HostTimesteps(scheduler)
     try:
         if tuners is not None:
             manager.set_weights(mix_of_call(tuners, layout, before))
@@ -78,7 +79,7 @@ def mixed(
         manager.place(device)
         yield
     finally:
-        manager.layout = None
+        manager.layout = manager.timesteps = None
         if tuners is not None:
             # Tuners that a callback has deleted during the call are not restored.
             manager.set_weights({name: before[name] for name in manager.names if name in before})

@@ -16,7 +16,8 @@ from torch import nn
 
 from ..backbones import text_encoders
 from ..hooks.attachment import attach
-from ..hooks.manager import TunerManager, is_compiled, uncompiled
+from ..hooks.compiled import is_compiled, uncompiled
+from ..hooks.manager import TunerManager
 from ..hooks.mixing import Layout
 from ..hooks.placeholder_tokens import PlaceholderTokens
 from ..hooks.text_encoders import text_part
@@ -375,8 +376,7 @@ class RestuneLoaderMixin(PlainConfigMixin):
     def _mixed(
         self, manager: TunerManager, tuners: MixPerImage | None, layout: Layout | None
     ) -> contextlib.AbstractContextManager[None]:
-        timesteps = self.scheduler.config.num_train_timesteps
-        return mixed(manager, tuners, layout, self._execution_device, timesteps)
+        return mixed(manager, tuners, layout, self._execution_device, self.scheduler)
 
     def _manager_of(self, names: Iterable[str]) -> TunerManager:
         """Return the manager of the base's tuners; raise `TunerNameError` if one of the names is not loaded."""

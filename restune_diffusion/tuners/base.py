@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..backbones import TextEncoder
+from .bottleneck import Bottleneck
 from .lora import ResLora
 
 
@@ -128,6 +129,13 @@ class Part(nn.Module):
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """Initialize the parameters; the residual is zero afterwards."""
         raise NotImplementedError
+
+    def bottleneck(self, site: str) -> Bottleneck | None:
+        """Return the layer at one of `writes` if `forward` computes just this layer, or None.
+
+        Bottlenecks of several tuners are computed as one.
+        """
+        return None
 
     def initialize_from(self, encoders: Mapping[str, TextEncoder]) -> None:
         """Initialize parameters that depend on the weights of text encoders; called after `reset_parameters`.

@@ -28,7 +28,9 @@ class ResLora(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map the layer's input `(..., in_channels)` to `(..., out_channels)`, in the tuner's dtype."""
-        return self.factor * self.up(self.down(x.to(self.down.weight.dtype)))
+        down = self.down
+        y: torch.Tensor = self.up(down(x.to(down.weight.dtype)))
+        return y if self.factor == 1 else self.factor * y
 
     @torch.no_grad()
     def delta(self) -> torch.Tensor:

@@ -13,6 +13,7 @@ from ..utils.errors import RestuneError
 from .adapter import ResAdapter
 from .attention import PlainAttention, ResAttention
 from .base import Features, Operation, Part
+from .bottleneck import Bottleneck
 from .configs import ResConfig, ResKind
 from .gate import most_heads
 from .lora import ResLora
@@ -67,6 +68,15 @@ class ResPart(Part):
         if isinstance(tuner, ResAdapter | ResLora):
             return tuner(x)
         return tuner(x, features.operation or Operation())
+
+    def bottleneck(self, site: str) -> Bottleneck | None:
+        """Return the layer of an adapter or a LoRA, or None for the other types."""
+        tuner = self._tuners[site]
+        if isinstance(tuner, ResLora):
+            return Bottleneck(tuner.down, tuner.up, gelu=False, scale=tuner.factor)
+        return (
+            Bottleneck(tuner.down, tuner.up, gelu=True, scale=tuner.scale) if isinstance(tuner, ResAdapter) else None
+        )
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """Initialize every tuner."""

@@ -10,6 +10,7 @@ from ..backbones import BaseInfo, late_skips
 from ..backbones.site_names import match_sites
 from ..utils.errors import RestuneError
 from .base import Features, Part, init_linear, init_zero, pointwise
+from .bottleneck import Bottleneck
 from .configs import SkipConfig
 
 
@@ -60,6 +61,12 @@ class SkipPart(Part):
         tuner = self.at_site[site]
         assert isinstance(tuner, SkipTuner)
         return tuner(x.to(tuner.down.weight.dtype))
+
+    def bottleneck(self, site: str) -> Bottleneck:
+        """Return the layer of a skip connection."""
+        tuner = self.at_site[site]
+        assert isinstance(tuner, SkipTuner)
+        return Bottleneck(tuner.down, tuner.up, gelu=True, channels_first=True)
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """Initialize the tuner of every site."""

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
-from typing import Any
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Protocol, Self
 
 import torch
 from torch import nn
@@ -13,6 +14,13 @@ from ..backbones import BaseInfo, TextEncoder, describe_base, describe_text, tex
 from ..utils.errors import RestuneError
 from .base import Part
 from .registry import PartConfig, tuner_family
+
+
+class Follower(Protocol):
+    """Object with tensors that belong on the device of a tuner."""
+
+    def tuner_moved(self) -> None:
+        """Move the tensors to the device of the tuner."""
 
 
 class Tuner(nn.Module):
@@ -36,6 +44,7 @@ class Tuner(nn.Module):
             raise RestuneError(f"A tuner needs one or more parts, each of another family, but got {families}.")
         self.configs = configs
         self.metadata = dict(metadata or {})
+        self._followers: weakref.WeakSet[Follower] = weakref.WeakSet()
         self.shared = False
         """Whether the parameters are shared, for instance by a `TunerCache`; attaching then makes a copy."""
         for config in configs:
@@ -107,6 +116,24 @@ class Tuner(nn.Module):
         twin = copy.deepcopy(self)
         twin.shared = False
         return twin
+
+    def add_follower(self, follower: Follower) -> None:
+        """Call `tuner_moved` of an object after each move of the tuner; the tuner does not keep it alive."""
+        self._followers.add(follower)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy has no followers.
+        return {**self.__dict__, "_followers": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._followers = weakref.WeakSet()
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
+        super()._apply(fn, recurse)
+        for follower in self._followers:
+            follower.tuner_moved()
+        return self
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """Initialize all parameters; every residual is zero afterwards."""

@@ -6,8 +6,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from restune_diffusion import RestuneError, Schedule, TunerWeight, schedule
-from restune_diffusion.backbones import Site
-from restune_diffusion.hooks.mixing import ForwardContext, Layout, WeightBuffers, mask_at, row_factors
+from restune_diffusion.hooks.mixing import ForwardContext, Layout, mask_at, row_factors
+from restune_diffusion.hooks.weight_buffers import WeightBuffers
 from restune_diffusion.hooks.weights import as_weight
 
 
@@ -165,20 +165,20 @@ def test_a_mask_meets_maps_and_tokens_at_their_resolution():
     mask = torch.zeros(16, 16)
     mask[:, 8:] = 1
     weight, this = TunerWeight(mask=mask), one_pass(2)
-    at_map = mask_at(weight, Site(channels=4, stride=2), torch.zeros(2, 4, 4, 4), this)
+    at_map = mask_at(weight, mask, 2, torch.zeros(2, 4, 4, 4), this)
     assert at_map.shape == (1, 1, 4, 4)
     assert at_map[0, 0].tolist() == [[0, 0, 1, 1]] * 4
-    at_tokens = mask_at(weight, Site(channels=4, stride=2, operation="ff"), torch.zeros(2, 16, 4), this)
+    at_tokens = mask_at(weight, mask, 2, torch.zeros(2, 16, 4), this)
     assert at_tokens.shape == (1, 16, 1)
     assert at_tokens.flatten().tolist() == [0, 0, 1, 1] * 4
     with pytest.raises(RestuneError, match=r"feature with a \d+x\d+ grid of tokens"):
-        mask_at(weight, Site(channels=4, stride=2, operation="cross"), torch.zeros(2, 7, 4), this)
+        mask_at(weight, mask, 2, torch.zeros(2, 7, 4), this)
 
 
 def test_masks_by_image_are_repeated_for_each_copy():
     masks = torch.stack([torch.zeros(2, 2), torch.ones(2, 2)])
     this = one_pass(4, layout=GUIDED)
-    found = mask_at(TunerWeight(mask=masks), Site(channels=1, stride=1), torch.zeros(4, 1, 8, 8), this)
+    found = mask_at(TunerWeight(mask=masks), masks, 1, torch.zeros(4, 1, 8, 8), this)
     assert found.mean((1, 2, 3)).tolist() == [0, 1, 0, 1]
 
 
