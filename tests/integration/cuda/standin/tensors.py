@@ -77,6 +77,10 @@ class DeviceTensor(torch.Tensor):
     def __array__(self, *_: Any, **__: Any) -> NoReturn:
         self.numpy()
 
+    def untyped_storage(self) -> torch.UntypedStorage:
+        # Two wrappers of one memory share it, as two views on a device do.
+        return self.host.untyped_storage()
+
     def pin_memory(self, *_: Any, **__: Any) -> NoReturn:
         raise RuntimeError("cannot pin 'torch.cuda.FloatTensor' only dense CPU tensors can be pinned")
 
