@@ -12,7 +12,7 @@ from ..backbones import BaseInfo, Site
 from ..backbones.site_names import SiteName
 from ..tuners import Features, Part
 from ..tuners.tuner import Tuner
-from ..utils.devices import overwrite_all
+from ..utils.devices import overwrite_all, sent
 from ..utils.errors import ConditionError, RestuneError
 from .conditions import ConditionFeatures, Conditions
 from .mixing import ActiveRows, ForwardContext, mask_at, row_factors
@@ -157,7 +157,7 @@ class AttachedTuner:
         part = self._control
         if self.conditions is not None and part is not None:
             device = self.tuner.device
-            images = [None if image is None else image.to(device) for image in self.conditions.images]
+            images = [None if image is None else sent(image, device) for image in self.conditions.images]
             self._features.store(self.conditions, part.encode(images, size))
             self.conditions.size = size
             self.conditions.of_one_pass = False
@@ -232,7 +232,9 @@ class AttachedTuner:
             return features
         conditions = self.conditions
         if conditions.encoded is None or conditions.size != this.size:
-            images = [None if image is None else image.to(this.device) for image in conditions.images]
+            # A graph cannot pin memory.
+            move = torch.Tensor.to if torch.compiler.is_compiling() else sent
+            images = [None if image is None else move(image, this.device) for image in conditions.images]
             conditions.encoded, conditions.size = part.encode(images, this.size), this.size
             conditions.of_one_pass = any(
                 level.requires_grad for levels in conditions.encoded for level in levels.values()

@@ -14,6 +14,7 @@ from ..hooks.manager import TunerManager
 from ..hooks.mixing import HostTimesteps, Layout
 from ..hooks.weights import TunerWeight, Weight, as_weight
 from ..utils.errors import RestuneError
+from .image_size import image_size
 
 MixPerImage: TypeAlias = Sequence[str | Mapping[str, float] | None]
 
@@ -41,6 +42,30 @@ def call_layout(call: Any, args: tuple[Any, ...], kwargs: dict[str, Any], base: 
     guided = asked.get("guidance_scale", 1) > 1 and base.config.get("time_cond_proj_dim") is None
     per_prompt = asked.get("num_images_per_prompt") or asked.get("num_videos_per_prompt") or 1
     return Layout(prompts * per_prompt, guided, prompts)
+
+
+def encode_conditions_ahead(
+    pipeline: Any, manager: TunerManager, call: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> None:
+    """Encode the condition images of a call before a compiled U-Net runs, if the size of its latents is known.
+
+    The features are then in the same tensors for all images, which a recorded CUDA graph needs. Otherwise the first
+    forward pass encodes the images, in a graph of its own.
+
+    Args:
+        pipeline: the pipeline.
+        manager: manager of the tuners on its U-Net.
+        call: the pipeline's own `__call__`.
+        args: its positional arguments.
+        kwargs: its keyword arguments.
+    """
+    signature = inspect.signature(call)
+    asked = signature.bind_partial(*args, **kwargs).arguments
+    width, height = asked.get("width"), asked.get("height")
+    # A pipeline that takes an image generates in the size of the image.
+    if "image" not in signature.parameters or (width and height):
+        width, height = image_size(pipeline, width, height)
+        manager.encode_conditions((height // pipeline.vae_scale_factor, width // pipeline.vae_scale_factor))
 
 
 @contextlib.contextmanager

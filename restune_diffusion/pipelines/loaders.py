@@ -27,7 +27,16 @@ from ..storage.tuner_cache import TunerCache
 from ..storage.tuner_file import load_tuner, save_tuner
 from ..tuners.tuner import Tuner
 from ..utils.errors import ConditionError, RestuneError, TunerFileError, TunerNameError
-from .call_options import MixPerImage, call_layout, listed, mix_of_call, mixed, named_weights, weights_by_name
+from .call_options import (
+    MixPerImage,
+    call_layout,
+    encode_conditions_ahead,
+    listed,
+    mix_of_call,
+    mixed,
+    named_weights,
+    weights_by_name,
+)
 from .control_images import TunerImage, TunerScale, with_control_images
 from .prediction_check import warn_of_other_prediction
 from .prompt_encoding import converted_prompt, prompt_encoding
@@ -90,9 +99,11 @@ class RestuneLoaderMixin(PlainConfigMixin):
                 return call(*args, **kwargs)
         layout = call_layout(call, args, kwargs, self._tuner_base)
         with (
-            self._mixed(manager, tuners, layout),
+            mixed(manager, tuners, layout, self._execution_device, self.scheduler),
             self._with_images(manager.active_names, tuner_image, tuner_conditioning_scale, layout),
         ):
+            if layout is not None and is_compiled(self.unet):
+                encode_conditions_ahead(self, manager, call, args, kwargs)
             return call(*args, **kwargs)
 
     def branches(
@@ -372,11 +383,6 @@ class RestuneLoaderMixin(PlainConfigMixin):
         if images is not None:
             raise ConditionError("tuner_image needs a control tuner, but no tuner is loaded; load one, or omit it.")
         return contextlib.nullcontext()
-
-    def _mixed(
-        self, manager: TunerManager, tuners: MixPerImage | None, layout: Layout | None
-    ) -> contextlib.AbstractContextManager[None]:
-        return mixed(manager, tuners, layout, self._execution_device, self.scheduler)
 
     def _manager_of(self, names: Iterable[str]) -> TunerManager:
         """Return the manager of the base's tuners; raise `TunerNameError` if one of the names is not loaded."""

@@ -30,7 +30,7 @@ def test_copies_and_waits_are_logged(cuda):
     with cuda.phase("pinned, other dtype"):
         torch.ones(4).pin_memory().to("cuda", torch.float16, non_blocking=True)
     with cuda.phase("pinned, in place"):
-        there.copy_(torch.ones(4).pin_memory(), non_blocking=True)
+        there.copy_(torch.ones(4, pin_memory=True), non_blocking=True)
     with cuda.phase("list"):
         torch.tensor([1.0, 2.0], device="cuda")
     with cuda.phase("item"):

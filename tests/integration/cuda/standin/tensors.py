@@ -77,6 +77,10 @@ class DeviceTensor(torch.Tensor):
     def __array__(self, *_: Any, **__: Any) -> NoReturn:
         self.numpy()
 
+    def untyped_storage(self) -> torch.UntypedStorage:
+        # Two wrappers of one memory share it, as two views on a device do.
+        return self.host.untyped_storage()
+
     def pin_memory(self, *_: Any, **__: Any) -> NoReturn:
         raise RuntimeError("cannot pin 'torch.cuda.FloatTensor' only dense CPU tensors can be pinned")
 
@@ -143,7 +147,7 @@ def run(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
     on_device = any(isinstance(tensor, DeviceTensor) for tensor in tensors)
     if packet in _PIN:
-        return _pin(args[0])
+        return args[0] if _is_pinned(args[0]) else _pinned_now(args[0].clone())
     if packet in _IS_PINNED:
         return _is_pinned(args[0])
     if packet is aten._to_copy:
@@ -154,6 +158,8 @@ def run(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         _log().note("wait", "item", _bytes(args[0]))
         return func(on_host(args[0]))
     if not on_device and not is_cuda(device):
+        if kwargs.get("pin_memory"):
+            return _pinned_now(func(*args, **{**kwargs, "pin_memory": False}))
         return func(*args, **kwargs)
     if on_device:
         _check(func, args, tensors)
@@ -178,10 +184,9 @@ def _bytes(tensor: torch.Tensor) -> int:
     return tensor.numel() * tensor.element_size()
 
 
-def _pin(tensor: torch.Tensor) -> torch.Tensor:
-    twin = tensor.clone()
-    _pinned[twin.untyped_storage()._cdata] = twin
-    return twin
+def _pinned_now(tensor: torch.Tensor) -> torch.Tensor:
+    _pinned[tensor.untyped_storage()._cdata] = tensor
+    return tensor
 
 
 def _is_pinned(tensor: torch.Tensor) -> bool:
