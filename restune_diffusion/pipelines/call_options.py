@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypeAlias
@@ -14,9 +15,33 @@ from ..hooks.manager import TunerManager
 from ..hooks.mixing import HostTimesteps, Layout
 from ..hooks.weights import TunerWeight, Weight, as_weight
 from ..utils.errors import RestuneError
-from .image_size import image_size
+
+_STEP = 8  # diffusers' pipelines refuse other sizes, whatever the autoencoder
 
 MixPerImage: TypeAlias = Sequence[str | Mapping[str, float] | None]
+
+
+def image_size(pipeline: Any, width: int | None, height: int | None) -> tuple[int, int]:
+    """Return width and height of the images in pixels; a side that is not given has the base's native size.
+
+    A call of diffusers' pipelines with only one side ignores it and uses the native size for both.
+
+    Raises:
+        RestuneError: if a side is not a multiple of what pipeline and autoencoder require.
+    """
+    native = pipeline.unet.config.sample_size
+    native_height, native_width = (native, native) if isinstance(native, int) else native
+    scale = pipeline.vae_scale_factor
+    sides = {"width": width or native_width * scale, "height": height or native_height * scale}
+    factor = math.lcm(_STEP, scale)
+    for name, side in sides.items():
+        if side % factor:
+            below = side // factor * factor
+            nearest = f"{below} or {below + factor}" if below else str(factor)
+            raise RestuneError(
+                f"A {name} of {side} does not fit this base; use a multiple of {factor}, for example {nearest}."
+            )
+    return sides["width"], sides["height"]
 
 
 def call_layout(call: Any, args: tuple[Any, ...], kwargs: dict[str, Any], base: Any) -> Layout | None:

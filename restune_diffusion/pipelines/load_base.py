@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import math
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -40,7 +39,6 @@ _PIPELINES: dict[str, Any] = {
     "StableDiffusionXLPipeline": RestuneStableDiffusionXLPipeline,
     "StableDiffusionXLInpaintPipeline": RestuneStableDiffusionXLInpaintPipeline,
 }
-_STEP = 8  # diffusers' pipelines refuse other sizes, whatever the autoencoder
 # Checkpoints may also have been saved from one of our own classes.
 _PIPELINES |= {pipeline_class.__name__: pipeline_class for pipeline_class in _PIPELINES.values()}
 
@@ -130,29 +128,6 @@ def training_resolution(pipeline: Any, asked: int | None) -> int:
             f"A resolution of {resolution} does not fit this base; use a multiple of {stride}, for example {nearest}."
         )
     return resolution
-
-
-def image_size(pipeline: Any, width: int | None, height: int | None) -> tuple[int, int]:
-    """Return width and height of the images in pixels; a side that is not given has the base's native size.
-
-    A call of diffusers' pipelines with only one side ignores it and uses the native size for both.
-
-    Raises:
-        RestuneError: if a side is not a multiple of what pipeline and autoencoder require.
-    """
-    native = pipeline.unet.config.sample_size
-    native_height, native_width = (native, native) if isinstance(native, int) else native
-    scale = pipeline.vae_scale_factor
-    sides = {"width": width or native_width * scale, "height": height or native_height * scale}
-    factor = math.lcm(_STEP, scale)
-    for name, side in sides.items():
-        if side % factor:
-            below = side // factor * factor
-            nearest = f"{below} or {below + factor}" if below else str(factor)
-            raise RestuneError(
-                f"A {name} of {side} does not fit this base; use a multiple of {factor}, for example {nearest}."
-            )
-    return sides["width"], sides["height"]
 
 
 def sampling_pipeline(pipeline: Any, scheduler_changes: Mapping[str, Any] | None = None) -> Any:

@@ -82,7 +82,7 @@ class SamplingOptions(OverwriteOption, MixOptions):
 
     def load(self) -> Any:
         """Return the pipeline with the tuners loaded and their weights set."""
-        from ...pipelines.load_base import image_size
+        from ...pipelines.call_options import image_size
         from ...pipelines.schedulers import check_scheduler_name, named_scheduler
         from .images import read_image
         from .mix import load_tuners
@@ -112,8 +112,8 @@ class SamplingOptions(OverwriteOption, MixOptions):
         """
         import inspect
 
+        from ...pipelines.call_options import image_size
         from ...pipelines.clip_skip import clip_skip_arguments
-        from ...pipelines.load_base import image_size
         from .control_images import read_control_images
         from .images import fitted_image, read_image
 
