@@ -159,11 +159,12 @@ class AttachedTuner:
             return []
         self.place(x.device)
         made = self._on_all_rows if compiling else self._on_acting_rows
-        return [
-            made(part, site, x, self._with_conditions(part, site, features, this), this)
-            for part in self.tuner.parts()
-            if site in part.writes
-        ]
+        with self.tuner.precision(x.device):
+            return [
+                made(part, site, x, self._with_conditions(part, site, features, this), this)
+                for part in self.tuner.parts()
+                if site in part.writes
+            ]
 
     def _on_all_rows(
         self, part: Part, site: str, x: torch.Tensor, features: Features, this: ForwardContext

@@ -7,6 +7,8 @@ import math
 import torch
 from torch import nn
 
+from ..utils.autocast import as_input
+
 
 class ResLora(nn.Module):
     """LoRA `(alpha / width) * B (A x)` without biases; `B` is zero-initialized. It can be merged into the weights.
@@ -28,7 +30,7 @@ class ResLora(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map the layer's input `(..., in_channels)` to `(..., out_channels)`, in the tuner's dtype."""
-        return self.factor * self.up(self.down(x.to(self.down.weight.dtype)))
+        return self.factor * self.up(self.down(as_input(x, self.down.weight.dtype)))
 
     @torch.no_grad()
     def delta(self) -> torch.Tensor:

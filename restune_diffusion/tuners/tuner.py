@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -38,6 +39,8 @@ class Tuner(nn.Module):
         self.metadata = dict(metadata or {})
         self.shared = False
         """Whether the parameters are shared, for instance by a `TunerCache`; attaching then makes a copy."""
+        self.autocast: torch.dtype | None = None
+        """Dtype of the autocast in which the parts run; None runs them in the dtype of their parameters."""
         for config in configs:
             if hasattr(self, config.part):
                 raise RestuneError(f"A tuner family cannot have the name `{config.part}`, an attribute of `Tuner`.")
@@ -113,6 +116,10 @@ class Tuner(nn.Module):
         with torch.no_grad():
             for part in self.parts():
                 part.reset_parameters(generator)
+
+    def precision(self, device: torch.device) -> AbstractContextManager[Any]:
+        """Return the context manager in which the parts run on a device: autocast, if it is set."""
+        return nullcontext() if self.autocast is None else torch.autocast(device.type, self.autocast)
 
     def num_parameters(self) -> int:
         """Return the number of parameters."""
