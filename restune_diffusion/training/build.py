@@ -78,7 +78,7 @@ def build_training_state(config: TrainConfig, accelerator: Accelerator, inputs: 
     tuner = Tuner.for_pipeline(pipeline, *config.parts, generator=torch.Generator().manual_seed(config.seed))
     initial = load_initial_tuner(config, tuner)
     tuner.to(accelerator.device)
-    tuner.autocast = _tuner_autocast(config, pipeline.unet)
+    tuner.autocast = tuner_autocast(config.memory.mixed_precision, pipeline.unet)
     optimizer = make_optimizer(
         config.optimizer.name,
         parameter_groups(config.optimizer, tuner),
@@ -115,13 +115,13 @@ def build_training_state(config: TrainConfig, accelerator: Accelerator, inputs: 
     return run
 
 
-def _tuner_autocast(config: TrainConfig, unet: Any) -> torch.dtype | None:
+def tuner_autocast(mixed_precision: str, unet: Any) -> torch.dtype | None:
     """Return the dtype of autocast for the tuner alone, or None for autocast around the base and the tuner.
 
     A base in half precision needs no autocast, which would run its norms in fp32 and cast their results back. A
     pipeline passed as an argument may be in fp32; autocast then runs it in half precision.
     """
-    dtype = PRECISIONS[config.memory.mixed_precision]
+    dtype = PRECISIONS[mixed_precision]
     return dtype if dtype != torch.float32 and unet.dtype == dtype else None
 
 
