@@ -86,7 +86,7 @@ def build_training_state(config: TrainConfig, accelerator: Accelerator, inputs: 
         weight_decay=config.optimizer.weight_decay,
     )
     encode = LiveEncoder(sampling_pipeline(pipeline)) if config.learns_from_text else None
-    batches = partial(_batches, config, accelerator, pipeline, objective.timesteps, encode)
+    batches = partial(_batches, config, accelerator, pipeline, inputs.encoder, objective.timesteps, encode)
     class_batches = partial(batches, seed=derived_seed(config.seed, "class"))
     run = TrainState(
         config=config,
@@ -129,6 +129,7 @@ def _batches(
     config: TrainConfig,
     accelerator: Accelerator,
     pipeline: Any,
+    encoder: Any,
     timesteps: int,
     encode: LiveEncoder | None,
     cache: Cache,
@@ -149,7 +150,7 @@ def _batches(
         encode=encode,
         step_size=images_per_step(config, accelerator),
         unmasked_weight=config.data.unmasked_weight,
-        inpainting=InpaintingInputs(pipeline.vae, cache.images) if cache.images else None,
+        inpainting=InpaintingInputs(encoder, cache.images) if cache.images else None,
         sampler=sampler,
     )
 

@@ -30,6 +30,7 @@ from .frozen_base import check_trainable, frozen, move_encoders
 from .initial_tuner import check_initial_tuner
 from .latents.cache import Cache, build_cache
 from .latents.cache_shards import build_together
+from .latents.precision import held_encoder
 from .latents.text_conditioning import Conditioning
 from .losses.preservation import encode_class
 from .memory import drop_encoders
@@ -54,6 +55,8 @@ class TrainingInputs:
     """Prompts on which the drift is measured, with the samples of the base."""
     models: str | None
     """Hash of the models, if a feature cache is used."""
+    encoder: Any = None
+    """VAE that encodes the masked images of an inpainting base in each step."""
 
 
 @contextmanager
@@ -104,11 +107,15 @@ def prepared(
         models = hash_of_models(pipeline) if config.feature_cache.draws is not None else None
         if config.memory.drop_encoders:
             drop_encoders(pipeline)
-        kept = (*(text_encoders(pipeline) if config.learns_from_text else ()), *(["vae"] if inpainting else ()))
+        encoder = held_encoder(pipeline.vae) if inpainting else None
+        kept = (
+            *(text_encoders(pipeline) if config.learns_from_text else ()),
+            *(["vae"] if encoder is pipeline.vae else ()),
+        )
         move_encoders(pipeline, torch.device("cpu"), keep=kept)
         try:
             yield TrainingInputs(
-                pipeline, cache, sheet, resolution, conditions, control_images, known, drift_prompts, models
+                pipeline, cache, sheet, resolution, conditions, control_images, known, drift_prompts, models, encoder
             )
         finally:
             move_encoders(pipeline, accelerator.device)

@@ -15,8 +15,8 @@ from ..utils.errors import TrainingError
 def quantize_base(base: nn.Module) -> None:
     """Quantize the weights of a base's linear layers to int8 with torchao, with one scale per output channel.
 
-    Each pass, forward or backward, dequantizes them to the dtype of the layer's input. Between the passes only the int8
-    weights exist. Convolutions, norms and biases are not quantized.
+    Each pass, forward or backward, dequantizes them to the dtype of the layer's input. Between the passes only the
+    int8 weights exist. Convolutions, norms and biases are not quantized.
 
     Raises:
         TrainingError: if torchao is not installed.

@@ -1,7 +1,7 @@
 """Full-size U-Nets on a fake CUDA device: dtypes, autocast, kernels and bytes as on CUDA, without memory or values.
 
-FakeTensor has shapes, dtypes and devices only. The guard of the stand-in lets it have a `cuda` device on a CPU build of
-torch. Kernels and bytes are counted, times are not.
+FakeTensor has shapes, dtypes and devices only. The guard of the stand-in lets it have a `cuda` device on a CPU build
+of torch. Kernels and bytes are counted, times are not.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ from ...conftest import SD15, SDXL
 BASES = {"SD 1.5": SD15, "SDXL": SDXL}
 # Operations that launch no kernel, because their result is a view or no tensor.
 _VIEWS = {
-    "_reshape_alias", "_unsafe_view", "alias", "as_strided", "chunk", "detach", "expand", "permute", "reshape", "select",
-    "slice", "split", "split_with_sizes", "squeeze", "t", "transpose", "unbind", "unsqueeze", "view",
+    "_reshape_alias", "_unsafe_view", "alias", "as_strided", "chunk", "detach", "expand", "permute", "reshape",
+    "select", "slice", "split", "split_with_sizes", "squeeze", "t", "transpose", "unbind", "unsqueeze", "view",
 }  # fmt: skip
 _HALF = (torch.float16, torch.bfloat16)
 
@@ -135,10 +135,10 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
-def make_base(name: str, dtype: torch.dtype) -> Any:
-    """Return the frozen U-Net of a base in a dtype, on the device."""
+def make_base(name: str, dtype: torch.dtype, **changes: Any) -> Any:
+    """Return the frozen U-Net of a base in a dtype, on the device; `changes` are of its config."""
     with default_dtype(dtype), torch.device("cuda"):
-        return UNet2DConditionModel(**BASES[name]).eval().requires_grad_(False)
+        return UNet2DConditionModel(**{**BASES[name], **changes}).eval().requires_grad_(False)
 
 
 def make_batch(unet: Any, size: int = 1, conditions: int = 0) -> Batch:
