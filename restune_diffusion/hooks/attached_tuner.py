@@ -180,12 +180,12 @@ class AttachedTuner:
             features = self._with_conditions(part, site, features, this)
         rows, masked = self._rows, self.weight.mask is not None
         if rows is None:
-            residual = part(site, x, features)
+            residual = self._run(part, site, x, features)
             if masked:
                 residual = residual * self._mask(site, residual, this)
             scale = self._scale * factor
             return residual if scale == 1 else residual * scale, None
-        residual = part(site, x[rows.numbers], features.rows(rows.numbers))
+        residual = self._run(part, site, x[rows.numbers], features.rows(rows.numbers))
         if masked:
             mask = self._mask(site, residual, this)
             residual = residual * (mask[rows.numbers] if len(mask) > 1 else mask)
@@ -198,7 +198,7 @@ class AttachedTuner:
 
         A graph can neither move the tuner nor select rows.
         """
-        residual: torch.Tensor = part(site, x, self._with_conditions(part, site, features, this))
+        residual = self._run(part, site, x, self._with_conditions(part, site, features, this))
         factors = (
             self.weight_buffers.factors(site, self.weight, this).to(x.device).view(-1, *[1] * (residual.dim() - 1))
         )
@@ -207,6 +207,14 @@ class AttachedTuner:
         if mask is not None:
             residual = residual * mask_at(self.weight, mask.to(x.device), self._strides[site], residual, this)
         return residual
+
+    def _run(self, part: Part, site: str, x: torch.Tensor, features: Features) -> torch.Tensor:
+        if self.tuner.autocast is None:
+            unweighted: torch.Tensor = part(site, x, features)
+            return unweighted
+        with self.tuner.precision(x.device):
+            cast: torch.Tensor = part(site, x, features)
+            return cast
 
     def _mask(self, site: str, residual: torch.Tensor, this: ForwardContext) -> torch.Tensor:
         """Return the mask at a site, which is resized once for all sites of a size, and all passes."""

@@ -59,6 +59,9 @@ class SiteWriters:
         groups, rest = found
         left = list(rest)
         for writers, layers in groups:
+            if any(writer.attached.tuner.autocast is not None for writer in writers):
+                left += writers
+                continue
             for writer in writers:
                 writer.attached.follow(x.device)
             residual = layers.residual(x, tuple(writer.attached.factors_at(writer.factor) for writer in writers))

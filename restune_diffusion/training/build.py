@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from diffusers.optimization import get_scheduler
 
-from ..pipelines.load_base import sampling_pipeline
+from ..pipelines.load_base import PRECISIONS, sampling_pipeline
 from ..tuners.tuner import Tuner
 from ..utils.errors import TrainingError
 from ..utils.seeds import derived_seed
@@ -79,6 +79,7 @@ def build_training_state(config: TrainConfig, accelerator: Accelerator, inputs: 
     tuner = Tuner.for_pipeline(pipeline, *config.parts, generator=torch.Generator().manual_seed(config.seed))
     initial = load_initial_tuner(config, tuner)
     tuner.to(accelerator.device)
+    tuner.autocast = tuner_autocast(config.memory.mixed_precision, pipeline.unet)
     optimizer = make_optimizer(
         config.optimizer.name,
         parameter_groups(config.optimizer, tuner),
@@ -86,7 +87,7 @@ def build_training_state(config: TrainConfig, accelerator: Accelerator, inputs: 
         weight_decay=config.optimizer.weight_decay,
     )
     encode = LiveEncoder(sampling_pipeline(pipeline)) if config.learns_from_text else None
-    batches = partial(_batches, config, accelerator, pipeline, objective.timesteps, encode)
+    batches = partial(_batches, config, accelerator, pipeline, inputs.encoder, objective.timesteps, encode)
     class_batches = partial(batches, seed=derived_seed(config.seed, "class"))
     run = TrainState(
         config=config,
@@ -116,10 +117,21 @@ def build_training_state(config: TrainConfig, accelerator: Accelerator, inputs: 
     return run
 
 
+def tuner_autocast(mixed_precision: str, unet: Any) -> torch.dtype | None:
+    """Return the dtype of autocast for the tuner alone, or None for autocast around the base and the tuner.
+
+    A base in half precision needs no autocast, which would run its norms in fp32 and cast their results back. A
+    pipeline passed as an argument may be in fp32; autocast then runs it in half precision.
+    """
+    dtype = PRECISIONS[mixed_precision]
+    return dtype if dtype != torch.float32 and unet.dtype == dtype else None
+
+
 def _batches(
     config: TrainConfig,
     accelerator: Accelerator,
     pipeline: Any,
+    encoder: Any,
     timesteps: int,
     encode: LiveEncoder | None,
     cache: Cache,
@@ -140,7 +152,7 @@ def _batches(
         encode=encode,
         step_size=images_per_step(config, accelerator),
         unmasked_weight=config.data.unmasked_weight,
-        inpainting=InpaintingInputs(pipeline.vae, cache.images) if cache.images else None,
+        inpainting=InpaintingInputs(encoder, cache.images) if cache.images else None,
         sampler=sampler,
     )
 

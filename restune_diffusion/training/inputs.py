@@ -30,6 +30,7 @@ from .frozen_base import check_trainable, frozen, move_encoders
 from .initial_tuner import check_initial_tuner
 from .latents.cache import Cache, build_cache
 from .latents.cache_shards import build_together
+from .latents.precision import held_encoder
 from .latents.text_conditioning import Conditioning
 from .losses.preservation import encode_class
 from .memory import drop_encoders
@@ -56,6 +57,8 @@ class TrainingInputs:
     """Hash of the models, if a feature cache is used."""
     vae: str | None = None
     """Hash of the VAE that replaces that of the base, if one does."""
+    encoder: Any = None
+    """VAE that encodes the masked images of an inpainting base in each step."""
 
 
 @contextmanager
@@ -109,11 +112,25 @@ def prepared(
         vae = hash_of_vae(pipeline.vae) if config.vae is not None else None
         if config.memory.drop_encoders:
             drop_encoders(pipeline)
-        kept = (*(text_encoders(pipeline) if config.learns_from_text else ()), *(["vae"] if inpainting else ()))
+        encoder = held_encoder(pipeline.vae) if inpainting else None
+        kept = (
+            *(text_encoders(pipeline) if config.learns_from_text else ()),
+            *(["vae"] if encoder is pipeline.vae else ()),
+        )
         move_encoders(pipeline, torch.device("cpu"), keep=kept)
         try:
             yield TrainingInputs(
-                pipeline, cache, sheet, resolution, conditions, control_images, known, drift_prompts, models, vae
+                pipeline,
+                cache,
+                sheet,
+                resolution,
+                conditions,
+                control_images,
+                known,
+                drift_prompts,
+                models,
+                vae,
+                encoder,
             )
         finally:
             move_encoders(pipeline, accelerator.device)

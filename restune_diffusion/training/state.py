@@ -95,6 +95,10 @@ class TrainState:
     def __post_init__(self) -> None:
         self.bands = BandLosses(self.objective.timesteps)
 
+    def base_precision(self) -> AbstractContextManager[Any]:
+        """Return the context manager for forward passes of the base: autocast, unless it is for the tuner alone."""
+        return nullcontext() if self.tuner.autocast is not None else self.accelerator.autocast()
+
     def released_weights(self) -> AbstractContextManager[None]:
         """Return a context manager that gives the tuner its released weights: the moving average, if enabled."""
         return nullcontext() if self.average is None else self.average.applied()

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ..utils.autocast import as_input
 from .base import init_linear, init_zero
 from .gate import Scale, learned_scale
 
@@ -27,7 +28,7 @@ class ResAdapter(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map `(batch, tokens, channels)` to a residual of the same shape, in the tuner's dtype."""
-        return self.scale * self.up(F.gelu(self.down(x.to(self.scale.dtype))))
+        return self.scale * self.up(F.gelu(self.down(as_input(x, self.scale.dtype))))
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """Initialize `W_down` randomly, `W_up` with zeros and the scale with ones."""

@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ..utils.autocast import as_input
 from .base import Operation
-from .gate import Scale, join_heads, learned_scale, split_heads
+from .gate import Scale, attend, join_heads, learned_scale, split_heads
 
 
 class ResAttention(nn.Module):
@@ -38,14 +39,13 @@ class ResAttention(nn.Module):
         Keys and values are computed from the operation's context, if it has one. The operation's mask applies.
         """
         dtype = self.scale.dtype
-        x = x.to(dtype)
-        source = x if operation.context is None else operation.context.to(dtype)
+        x = as_input(x, dtype)
+        source = x if operation.context is None else as_input(operation.context, dtype)
         query, key, value = (
             split_heads(layer(read), self.heads)
             for layer, read in ((self.to_q, x), (self.to_k, source), (self.to_v, source))
         )
-        mask = None if operation.mask is None else operation.mask.to(dtype)
-        return self.scale * self.to_out(join_heads(F.scaled_dot_product_attention(query, key, value, mask)))
+        return self.scale * self.to_out(join_heads(attend(query, key, value, operation.mask)))
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """Initialize the input layers randomly, the output layer with zeros and the scale with ones."""
@@ -60,4 +60,4 @@ class PlainAttention(ResAttention):
 
     def forward(self, x: torch.Tensor, operation: Operation) -> torch.Tensor:
         """Map the operation's input `(batch, tokens, channels)` to a residual of its shape, in the tuner's dtype."""
-        return super().forward(F.layer_norm(x.to(self.scale.dtype), x.shape[-1:]), Operation())
+        return super().forward(F.layer_norm(as_input(x, self.scale.dtype), x.shape[-1:]), Operation())

@@ -14,6 +14,7 @@ from torch import nn
 
 from ..backbones import BaseInfo, Site
 from ..backbones.site_names import OUT, match_sites, of_family
+from ..utils.autocast import as_input
 from .base import Features, Part, init_linear, init_zero, pointwise
 from .configs import BypassConfig
 
@@ -186,10 +187,10 @@ class BypassPart(Part):
         time = None
         if self.time is not None:
             assert features.time is not None
-            time = self.time(F.silu(features.time.detach().to(dtype)))
+            time = self.time(F.silu(as_input(features.time.detach(), dtype)))
         state: torch.Tensor | None = None
         for name, tapped in self._sites.items():
-            tap = _as_map(features.by_site[name].detach().to(dtype), tapped, features.size)
+            tap = _as_map(as_input(features.by_site[name].detach(), dtype), tapped, features.size)
             state = self.at_site[name](tap, state, time)
         assert state is not None
         if x.dim() == 3:

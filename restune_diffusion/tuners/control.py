@@ -10,6 +10,7 @@ from torch import nn
 
 from ..backbones import BaseInfo
 from ..backbones.site_names import match_sites
+from ..utils.autocast import as_input
 from ..utils.errors import ConditionError
 from .base import Features, Part
 from .cascade import STEM_STRIDE, CascadeEncoder
@@ -79,7 +80,7 @@ class ControlPart(Part):
             )
         tuners = self.at_site[site]
         assert isinstance(tuners, nn.ModuleList)
-        x = x.to(tuners[0].down.weight.dtype)  # type: ignore[union-attr, arg-type]
+        x = as_input(x, tuners[0].down.weight.dtype)  # type: ignore[union-attr, arg-type]
         total = torch.zeros_like(x)
         weights = features.condition_weights or (1.0,) * len(tuners)
         for tuner, levels, weight in zip(tuners, features.conditions, weights, strict=True):

@@ -8,10 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ..utils.autocast import as_input
 from .base import Operation
 
 Gate: TypeAlias = Literal["exact", "scale"]
 Scale: TypeAlias = Literal["scalar", "channel"]
+_HEAD_STEP = 8
 
 
 def learned_scale(scale: Scale, channels: int) -> nn.Parameter:
@@ -34,14 +36,42 @@ def most_heads(width: int, heads: int) -> int:
     return max(count for count in range(1, heads + 1) if width % count == 0)
 
 
+def attend(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Return attention `(batch, heads, queries, head width)` in a form that CUDA's fused kernels take.
+
+    They need a head width that is a multiple of eight, or of four in fp32. Others, such as the two or one of a narrow
+    tuner, would take the kernel that stores all scores. Zeros fill the heads up; they change no score and no result.
+
+    Args:
+        query: `(batch, heads, queries, head width)`.
+        key: `(batch, heads, keys, head width)`.
+        value: `(batch, heads, keys, head width)`.
+        mask: added to the scores; broadcastable to `(batch, heads, queries, keys)`.
+    """
+    width, outputs = query.shape[-1], value.shape[-1]
+    query, key, value = map(_filled, (query, key, value))
+    if mask is not None:
+        mask = mask.to(query.dtype)
+    return F.scaled_dot_product_attention(query, key, value, mask, scale=width**-0.5)[..., :outputs]
+
+
+def _filled(x: torch.Tensor) -> torch.Tensor:
+    """Fill the head width up with zeros to the next multiple of `_HEAD_STEP`."""
+    missing = -x.shape[-1] % _HEAD_STEP
+    return F.pad(x, (0, missing)) if missing else x
+
+
 def attend_to_tokens(
     x: torch.Tensor, operation: Operation, key: torch.Tensor, value: torch.Tensor, gate: Gate
 ) -> torch.Tensor:
     """Return the residual of attention from the base's queries to trained tokens.
 
     With the gate "scale": `W_o Attn(Q, K', V')`. With "exact": `W_o (Attn(Q, [K'; K], [V'; V]) - Attn(Q, K, V))`,
-    which is `W_o lam (Attn(Q, K', V') - Attn(Q, K, V))`, `lam = sigmoid(LSE(Q K'^T) - LSE(Q K^T))` for each head and
-    query. It is computed with two calls of attention, so that no score matrix is stored.
+    computed as `W_o lam (Attn(Q, K', V') - Attn(Q, K, V))`, `lam = sigmoid(LSE(Q K'^T) - LSE(Q K^T))` for each head
+    and query. Among many frozen keys `lam` is small, and in half precision the first form loses the residual to the
+    rounding of its two large terms.
 
     Args:
         x: the operation's input `(batch, tokens, channels)`, in the base's dtype.
@@ -56,29 +86,27 @@ def attend_to_tokens(
     frozen = operation.attention
     assert frozen is not None, "a tuner in parallel to attention needs the frozen projections"
     dtype = key.dtype
-    query = frozen.query(x).to(dtype)
-    key, value = (part.expand(x.shape[0], -1, -1, -1) for part in (key, value))
+    query = as_input(frozen.query(x), dtype)
+    key, value = (part.to(query.dtype).expand(x.shape[0], -1, -1, -1) for part in (key, value))
+    added = attend(query, key, value)
     if gate == "exact":
         source = x if operation.context is None else operation.context
-        added = _exact(query, key, value, frozen.key(source).to(dtype), frozen.value(source).to(dtype), operation.mask)
-    else:
-        added = F.scaled_dot_product_attention(query, key, value)
-    return frozen.output(join_heads(added).to(x.dtype)).to(dtype)
+        frozen_key, frozen_value = (as_input(project(source), dtype) for project in (frozen.key, frozen.value))
+        share = _share(query, key, frozen_key, operation.mask)
+        added = share * (added - attend(query, frozen_key, frozen_value, operation.mask))
+    return as_input(frozen.output(join_heads(added).to(x.dtype)), dtype)
 
 
-def _exact(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    frozen_key: torch.Tensor,
-    frozen_value: torch.Tensor,
-    mask: torch.Tensor | None,
+def _share(
+    query: torch.Tensor, key: torch.Tensor, frozen_key: torch.Tensor, mask: torch.Tensor | None
 ) -> torch.Tensor:
-    padded = None
+    """Return the share of the trained keys in a softmax with the frozen ones, `(batch, heads, queries, 1)`.
+
+    It is attention over all keys, with the value 1 for the trained and 0 for the frozen ones. So no score matrix is
+    stored, and gradients flow to queries and keys.
+    """
     if mask is not None:
-        mask = mask.to(query.dtype).expand(*mask.shape[:-1], frozen_key.shape[2])
-        padded = F.pad(mask, (key.shape[2], 0))
-    together = F.scaled_dot_product_attention(
-        query, torch.cat([key, frozen_key], dim=2), torch.cat([value, frozen_value], dim=2), padded
-    )
-    return together - F.scaled_dot_product_attention(query, frozen_key, frozen_value, mask)
+        mask = F.pad(mask.expand(*mask.shape[:-1], frozen_key.shape[2]), (key.shape[2], 0))
+    # As wide as the keys, because flash attention takes no other width.
+    values = torch.cat([torch.ones_like(key), torch.zeros_like(frozen_key)], dim=2)
+    return attend(query, torch.cat([key, frozen_key], dim=2), values, mask)[..., :1]

@@ -7,6 +7,8 @@ import math
 import torch
 from torch import nn
 
+from ..utils.autocast import as_input
+
 
 class ResLora(nn.Module):
     """LoRA `(alpha / width) * B (A x)` without biases; `B` is zero-initialized. It can be merged into the weights.
@@ -29,7 +31,7 @@ class ResLora(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map the layer's input `(..., in_channels)` to `(..., out_channels)`, in the tuner's dtype."""
         down = self.down
-        y: torch.Tensor = self.up(down(x.to(down.weight.dtype)))
+        y: torch.Tensor = self.up(down(as_input(x, down.weight.dtype)))
         return y if self.factor == 1 else self.factor * y
 
     @torch.no_grad()

@@ -15,8 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ..utils.autocast import as_input
 from .base import Operation
-from .gate import Gate, Scale, attend_to_tokens, join_heads, learned_scale, split_heads
+from .gate import Gate, Scale, attend, attend_to_tokens, join_heads, learned_scale, split_heads
 
 
 class _Tokens(nn.Module):
@@ -86,5 +87,5 @@ class PlainPrefix(_Tokens):
     def forward(self, x: torch.Tensor, operation: Operation) -> torch.Tensor:
         """Map the operation's input `(batch, tokens, channels)` to a residual of its shape, in the tuner's dtype."""
         key, value = (part.expand(x.shape[0], -1, -1, -1) for part in self.keys_and_values())
-        query = split_heads(F.layer_norm(x.to(self.scale.dtype), x.shape[-1:]), key.shape[1])
-        return self.scale * join_heads(F.scaled_dot_product_attention(query, key, value))
+        query = split_heads(F.layer_norm(as_input(x, self.scale.dtype), x.shape[-1:]), key.shape[1])
+        return self.scale * join_heads(attend(query, key, value))

@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ..utils.autocast import as_input
 from .base import Operation
-from .gate import Gate, Scale, attend_to_tokens, join_heads, learned_scale, split_heads
+from .gate import Gate, Scale, attend, attend_to_tokens, join_heads, learned_scale, split_heads
 
 
 class _Prompt(nn.Module):
@@ -49,7 +50,7 @@ class AttentionPrompt(_Prompt):
         frozen = operation.attention
         assert frozen is not None, "a tuner in parallel to attention needs the frozen projections"
         tokens, dtype = self.tokens[None].to(x.dtype), self.scale.dtype
-        key, value = frozen.key(tokens).to(dtype), frozen.value(tokens).to(dtype)
+        key, value = as_input(frozen.key(tokens), dtype), as_input(frozen.value(tokens), dtype)
         return self.scale * attend_to_tokens(x, operation, key, value, self.gate)
 
 
@@ -71,6 +72,6 @@ class PlainPrompt(_Prompt):
 
     def forward(self, x: torch.Tensor, operation: Operation) -> torch.Tensor:
         """Map the operation's input `(batch, tokens, channels)` to a residual of its shape, in the tuner's dtype."""
-        query = split_heads(F.layer_norm(x.to(self.scale.dtype), x.shape[-1:]), self.heads)
+        query = split_heads(F.layer_norm(as_input(x, self.scale.dtype), x.shape[-1:]), self.heads)
         tokens = split_heads(self.tokens[None], self.heads).expand(x.shape[0], -1, -1, -1)
-        return self.scale * join_heads(F.scaled_dot_product_attention(query, tokens, tokens))
+        return self.scale * join_heads(attend(query, tokens, tokens))

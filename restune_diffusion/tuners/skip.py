@@ -8,6 +8,7 @@ from torch import nn
 
 from ..backbones import BaseInfo, late_skips
 from ..backbones.site_names import match_sites
+from ..utils.autocast import as_input
 from ..utils.errors import RestuneError
 from .base import Features, Part, init_linear, init_zero, pointwise
 from .bottleneck import Bottleneck
@@ -60,7 +61,7 @@ class SkipPart(Part):
         """Return the residual for a skip feature."""
         tuner = self.at_site[site]
         assert isinstance(tuner, SkipTuner)
-        return tuner(x.to(tuner.down.weight.dtype))
+        return tuner(as_input(x, tuner.down.weight.dtype))
 
     def bottleneck(self, site: str) -> Bottleneck:
         """Return the layer of a skip connection."""

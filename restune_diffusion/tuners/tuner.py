@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import weakref
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol, Self
 
 import torch
@@ -47,6 +48,8 @@ class Tuner(nn.Module):
         self._followers: weakref.WeakSet[Follower] = weakref.WeakSet()
         self.shared = False
         """Whether the parameters are shared, for instance by a `TunerCache`; attaching then makes a copy."""
+        self.autocast: torch.dtype | None = None
+        """Dtype of the autocast in which the parts run; None runs them in the dtype of their parameters."""
         for config in configs:
             if hasattr(self, config.part):
                 raise RestuneError(f"A tuner family cannot have the name `{config.part}`, an attribute of `Tuner`.")
@@ -140,6 +143,10 @@ class Tuner(nn.Module):
         with torch.no_grad():
             for part in self.parts():
                 part.reset_parameters(generator)
+
+    def precision(self, device: torch.device) -> AbstractContextManager[Any]:
+        """Return the context manager in which the parts run on a device: autocast, if it is set."""
+        return nullcontext() if self.autocast is None else torch.autocast(device.type, self.autocast)
 
     def num_parameters(self) -> int:
         """Return the number of parameters."""

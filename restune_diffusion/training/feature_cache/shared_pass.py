@@ -19,7 +19,7 @@ def features_of(run: TrainState, taps: Collection[str], batch: Batch) -> TapFeat
     """Run the base without tuners on a batch, in the run's precision, and return the features that a bypass reads."""
     unet = run.pipeline.unet
     noisy = run.objective.add_noise(batch.latents, batch.input_noise, batch.timesteps)
-    with run.accelerator.autocast():
+    with run.base_precision():
         sample = batch.denoiser_sample(noisy).to(unet.dtype)
         return record_features(unet, taps, sample, batch.timesteps, return_dict=False, **batch.inputs)
 

@@ -118,5 +118,6 @@ def predict_from_features(base: Any, tuner: Tuner, features: TapFeatures) -> tor
             f"but this one has {families}; attach the tuner and run the whole base."
         )
     out = features.by_site[OUT]
-    residual = parts[0](OUT, out, Features(dict(features.by_site), features.time, size=features.size))
+    with tuner.precision(out.device):
+        residual = parts[0](OUT, out, Features(dict(features.by_site), features.time, size=features.size))
     return structure_of(base).run_head(base, out + residual.to(out.dtype))

@@ -49,7 +49,7 @@ class InpaintingInputs:
     """Compute the extra input channels of an inpainting base for a batch.
 
     Args:
-        vae: the base's VAE, on the training device.
+        vae: the base's VAE, or its copy for encoding, on the training device.
         images: the training images, uint8, each 3 x height x width.
     """
 

@@ -1,7 +1,8 @@
-"""Context manager for the precision of the VAE."""
+"""Precision of the VAE: for a while, or in a copy for the whole of training."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -25,3 +26,15 @@ def encoding_precision(vae: Any) -> Iterator[None]:
         yield
     finally:
         vae.to(dtype)
+
+
+def held_encoder(vae: Any) -> Any:
+    """Return a VAE that can encode in every step without a cast of its weights.
+
+    It is the VAE itself if its dtype is that of encoding, otherwise a copy in that dtype, without the decoder.
+    """
+    dtype = vae.dtype
+    with encoding_precision(vae):
+        if vae.dtype == dtype:
+            return vae
+        return copy.deepcopy(vae, {id(vae.decoder): None})

@@ -19,13 +19,13 @@ def predict(run: TrainState, batch: Batch) -> torch.Tensor:
     """Return the prediction for a batch's noisy latents, in the run's precision and the shape of the latents."""
     unet = run.pipeline.unet
     if batch.features is not None:
-        with run.accelerator.autocast():
+        with run.base_precision():
             return predict_from_features(unet, run.tuner, batch.features)
     noisy = run.objective.add_noise(batch.latents, batch.input_noise, batch.timesteps)
     manager = TunerManager.of(unet)
     if manager is not None and batch.conditions:
         manager.set_conditions(ATTACHED_NAME, batch.conditions)
-    with run.accelerator.autocast():
+    with run.base_precision():
         sample = batch.denoiser_sample(noisy).to(unet.dtype)
         prediction: torch.Tensor = unet(sample, batch.timesteps, return_dict=False, **batch.inputs)[0]
     return prediction

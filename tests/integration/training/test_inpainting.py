@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import StableDiffusionInpaintPipeline, StableDiffusionXLInpaintPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    StableDiffusionInpaintPipeline,
+    StableDiffusionXLInpaintPipeline,
+    UNet2DConditionModel,
+)
 from PIL import Image
 
 from restune_diffusion import RestuneStableDiffusionInpaintPipeline, RestuneStableDiffusionPipeline
@@ -22,6 +28,7 @@ from restune_diffusion.training.frozen_base import check_trainable
 from restune_diffusion.training.latents.batches import Batch, Batches
 from restune_diffusion.training.latents.cache import build_cache
 from restune_diffusion.training.latents.inpainting import InpaintingInputs, draw_mask, validation_inputs
+from restune_diffusion.training.latents.precision import held_encoder
 from restune_diffusion.training.losses.objective import Objective
 from restune_diffusion.utils.errors import TrainingError
 
@@ -214,3 +221,42 @@ def test_an_inpainting_pipeline_around_a_text_to_image_base_trains_as_text_to_im
     pipeline = with_channels(tiny.sd_pipeline(), 4, StableDiffusionInpaintPipeline, requires_safety_checker=False)
     assert isinstance(sampling_pipeline(pipeline), RestuneStableDiffusionPipeline)
     assert train(config(steps=1), pipeline=pipeline, verbose=False).path.is_file()
+
+
+def test_masked_images_are_encoded_without_casting_the_vae_in_each_step(
+    config: MakeConfig, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    casts: list[Any] = []
+    move = AutoencoderKL.to
+
+    def counted(vae: Any, *args: Any, **kwargs: Any) -> Any:
+        casts.extend(arg for arg in (*args, *kwargs.values()) if isinstance(arg, torch.dtype))
+        return move(vae, *args, **kwargs)
+
+    monkeypatch.setattr(AutoencoderKL, "to", counted)
+    counts = []
+    for steps in (1, 3):
+        pipeline = sd_inpainting().to(torch.bfloat16)
+        casts.clear()
+        train(
+            config(steps=steps, mixed_precision="bf16", output=tmp_path / str(steps)), pipeline=pipeline, verbose=False
+        )
+        counts.append(len(casts))
+        assert pipeline.vae.dtype == torch.bfloat16
+    assert counts[0] == counts[1]
+
+
+def test_the_held_encoder_gives_the_latents_of_the_vae_in_fp32(images: Path) -> None:
+    pipeline = sd_inpainting()
+    plain = pipeline.vae.float()
+    assert held_encoder(plain) is plain
+    half = copy.deepcopy(plain).to(torch.bfloat16)
+    held = held_encoder(half)
+    assert half.dtype == torch.bfloat16
+    assert {each.dtype for each in held.parameters()} == {torch.float32}
+    assert held.decoder is None
+    assert half.decoder is not None
+    pixels = torch.rand(1, 3, 16, 16) * 2 - 1
+    with torch.no_grad():
+        expected = copy.deepcopy(half).float().encode(pixels).latent_dist
+        assert torch.equal(held.encode(pixels).latent_dist.mean, expected.mean)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -55,6 +56,33 @@ def test_linear_layers_take_a_byte_for_each_weight(quantized: Any) -> None:
     with torch.no_grad():
         before, after = (unet(*make_inputs()).sample for unet in (plain, quantized))
     assert 0 < (before - after).norm() < 0.05 * before.norm()
+
+
+@pytest.mark.usefixtures("torchao")
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 1e-2)])
+def test_a_quantized_layer_and_its_gradient_are_those_of_its_dequantized_weight(
+    dtype: torch.dtype, tolerance: float
+) -> None:
+    layers = nn.Sequential(nn.Linear(24, 40), nn.GELU(), nn.Linear(40, 8, bias=False)).to(dtype).requires_grad_(False)
+    quantize_base(layers)
+    plain = copy.deepcopy(layers)
+    for number in (0, 2):
+        # The weight as it is stored, in a layer of torch.
+        plain[number].__class__ = nn.Linear
+        plain[number].weight = nn.Parameter(layers[number].weight.dequantize(), requires_grad=False)
+    x, other = (torch.randn(2, 5, 24, dtype=dtype).requires_grad_() for _ in range(2))
+    other.data.copy_(x.data)
+    kept: list[torch.Size] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.shape) or t, lambda t: t):
+        found = layers(x)
+    expected = plain(other)
+    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
+    grad = torch.randn_like(found)
+    found.backward(grad)
+    expected.backward(grad)
+    torch.testing.assert_close(x.grad, other.grad, rtol=tolerance, atol=tolerance)
+    assert torch.Size([24, 40]) not in kept
+    assert all(parameter.grad is None for parameter in layers.parameters())
 
 
 @pytest.mark.parametrize(

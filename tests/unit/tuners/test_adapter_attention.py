@@ -10,6 +10,7 @@ import torch
 from restune_diffusion.tuners import Operation
 from restune_diffusion.tuners.adapter import ResAdapter
 from restune_diffusion.tuners.attention import PlainAttention, ResAttention
+from restune_diffusion.tuners.gate import attend
 
 from ...conftest import randomize
 from .operations import CHANNELS, CONTEXT, randn
@@ -67,3 +68,20 @@ def test_attention_beside_another_operation_reads_normalised_tokens_alone():
     normal = (x - x.mean(-1, keepdim=True)) / (x.var(-1, correction=0, keepdim=True) + 1e-5).sqrt()
     text = Operation(randn(2, 5, CONTEXT), randn(2, 1, 1, 5))
     torch.testing.assert_close(tuner(x, text), low_rank_attention(tuner, normal, normal, 0), **EXACT)
+
+
+@pytest.mark.parametrize("mask_shape", [None, (2, 1, 1, 7), (1, 1, 5, 7), (2, 4, 5, 7)], ids=str)
+@pytest.mark.parametrize("widths", [(1, 1), (2, 2), (12, 12), (8, 8), (8, 3)], ids=str)
+def test_heads_filled_up_with_zeros_attend_as_they_are(widths, mask_shape):
+    width, value_width = widths
+    query, key, value = (
+        randn(2, 4, 5, width, seed=1),
+        randn(2, 4, 7, width, seed=2),
+        randn(2, 4, 7, value_width, seed=3),
+    )
+    mask = None if mask_shape is None else randn(*mask_shape, seed=4)
+    scores = query @ key.transpose(2, 3) / math.sqrt(width)
+    weights = (scores if mask is None else scores + mask).softmax(-1)
+    found = attend(query, key, value, mask)
+    torch.testing.assert_close(found, weights @ value, **EXACT)
+    assert found.shape == (2, 4, 5, value_width)

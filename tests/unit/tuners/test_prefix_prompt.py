@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
+from torch.nn.functional import scaled_dot_product_attention
 
 from restune_diffusion.tuners import Operation
 from restune_diffusion.tuners.prefix import AttentionPrefix, PlainPrefix
@@ -158,3 +161,44 @@ def test_a_tuner_in_fp32_stands_beside_a_base_in_half_precision(dtype, gate):
         found = tuner.float()(x.to(dtype), half)
         assert found.dtype == torch.float32
         torch.testing.assert_close(found.double(), residual, rtol=0, atol=0.02 if dtype == torch.float16 else 0.1)
+
+
+def difference_of_two_attentions(prefix, x, operation):
+    """Residual of an exact prefix as the change of the attention when the prefix is added to its keys and values."""
+    own, source = operation.attention, x if operation.context is None else operation.context
+    query, keys, values = own.query(x), [own.key(source)], [own.value(source)]
+    plain = scaled_dot_product_attention(query, keys[0], values[0])
+    key, value = (each.expand(len(x), -1, -1, -1) for each in prefix.keys_and_values())
+    together = scaled_dot_product_attention(query, torch.cat([key, *keys], 2), torch.cat([value, *values], 2))
+    return own.output((together - plain).transpose(1, 2).flatten(2))
+
+
+@pytest.mark.parametrize("cross", [False, True], ids=["self", "cross"])
+def test_in_fp32_the_exact_gate_is_the_difference_of_two_attentions(cross):
+    attention, x, context, _, _ = setting(cross, None)
+    operation = Operation(None if context is None else context.float(), None, frozen(attention.float()))
+    prefix, x = make_prefix().float(), x.float()
+    expected = difference_of_two_attentions(prefix, x, operation)
+    torch.testing.assert_close(prefix(x, operation), expected, rtol=0, atol=1e-5)
+    assert expected.abs().max() > 0.05
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_in_half_precision_the_exact_gate_is_not_lost_among_many_keys(dtype):
+    attention, tokens = make_attention(False), 1024
+    with torch.no_grad():
+        for layer in (attention.to_q, attention.to_k, attention.to_v):
+            layer.weight.copy_(randn(*layer.weight.shape, seed=4) * CHANNELS**-0.5)
+    x, prefix = randn(1, tokens, CHANNELS, seed=1), make_prefix()
+    errors = []
+    half, narrow = copy.deepcopy(attention).to(dtype), copy.deepcopy(prefix).to(dtype)
+    # The same rounded numbers for both.
+    expected = difference_of_two_attentions(
+        narrow.double(), x.to(dtype).double(), Operation(None, None, frozen(copy.deepcopy(half).double()))
+    )
+    narrow = narrow.to(dtype)
+    for residual in (narrow, lambda *inputs: difference_of_two_attentions(narrow, *inputs)):
+        found = residual(x.to(dtype), Operation(None, None, frozen(half))).double()
+        errors.append(((found - expected).norm() / expected.norm()).item())
+    assert errors[0] < 8 * torch.finfo(dtype).eps
+    assert errors[1] > 4 * errors[0], "the difference of two attentions"
