@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
@@ -133,14 +134,19 @@ class MetricsLog(Callback):
         memory = peak_memory(run.accelerator.device)
         if memory is not None:
             values["peak_memory_mib"] = memory / 2**20
-        self.note(run, values)
+        self._write(run, report.step, values)
 
     def note(self, run: TrainState, values: dict[str, float]) -> None:
         """Log metrics of the current step on a separate line."""
+        self._write(run, run.step, values)
+
+    def _write(self, run: TrainState, step: int, values: dict[str, float]) -> None:
         if self._file is not None:
-            self._file.write(json.dumps({"step": run.step, **values}) + "\n")
+            # JSON has no NaN and no infinity, which the gradient norm is where fp16 loss scaling skips a step.
+            shown = {name: value if math.isfinite(value) else None for name, value in values.items()}
+            self._file.write(json.dumps({"step": step, **shown}, allow_nan=False) + "\n")
             self._file.flush()
-        run.accelerator.log(values, step=run.step)
+        run.accelerator.log(values, step=step)
 
     def close(self) -> None:
         """Close the log."""
