@@ -123,14 +123,10 @@ def _launch(run: TrainState) -> _Step:
     average_gradients(accelerator, parameters)
     grad_norm = accelerator.clip_grad_norm_(parameters, config.optimizer.max_grad_norm)
     rate = effective_learning_rate(run.optimizer, run.lr_scheduler.get_last_lr()[0])
-    on_device = isinstance(rate, torch.Tensor)
-    step = _Step(
-        run.step + 1,
-        None if on_device else rate,
-        len(losses),
-        bool(kept),
-        Reading(_numbers(run, [*losses, *kept], [grad_norm, *([rate] if on_device else [])])),
-    )
+    computed = [rate] if isinstance(rate, torch.Tensor) else []
+    numbers = Reading(_numbers(run, [*losses, *kept], [grad_norm, *computed]))
+    known = None if isinstance(rate, torch.Tensor) else rate
+    step = _Step(run.step + 1, known, len(losses), bool(kept), numbers)
     if step.numbers.ready:
         _check(run, step)
     run.optimizer.step()

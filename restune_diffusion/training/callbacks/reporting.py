@@ -18,7 +18,7 @@ from ..quantization import parameter_bytes
 from ..state import StepReport, TrainState
 from .base import Callback
 from .metrics_file import METRICS_FILE
-from .peak_memory import peak_memory
+from .peak_memory import peak_memory, reset_peak_memory
 
 # Losses of single steps vary far more by their random timesteps than by learning.
 LOSS_WINDOW = 50
@@ -113,7 +113,8 @@ class MetricsLog(Callback):
         self._file: IO[str] | None = None
 
     def on_start(self, run: TrainState) -> None:
-        """Open the log; a resumed run removes the lines of the steps that it repeats."""
+        """Open the log, and measure memory from here; a resumed run removes the lines of the steps that it repeats."""
+        reset_peak_memory(run.accelerator.device)
         if run.accelerator.is_main_process:
             path = run.config.output / METRICS_FILE
             _keep_until(path, run.step or -1)

@@ -40,10 +40,10 @@ def effective_learning_rate(optimizer: Any, scheduled: float) -> float | torch.T
 
 
 def _adamw(parameters: Parameters, **settings: Any) -> Any:
-    parameters = list(parameters)
-    first = parameters[0]["params"][0] if isinstance(parameters[0], dict) else parameters[0]
+    groups: list[Any] = list(parameters)
+    first = groups[0]["params"][0] if isinstance(groups[0], dict) else groups[0]
     # The fused kernel of CUDA skips an update with an overflow by itself; otherwise loss scaling waits before each.
-    return torch.optim.AdamW(parameters, fused=True if first.device.type == "cuda" else None, **settings)
+    return torch.optim.AdamW(groups, fused=True if first.device.type == "cuda" else None, **settings)
 
 
 def _adafactor(parameters: Parameters, **settings: Any) -> Any:

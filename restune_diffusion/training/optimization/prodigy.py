@@ -15,10 +15,10 @@ _ESTIMATES = ("d", "d_numerator")
 class Prodigy(Optimizer):
     """Adam whose step size is an estimate `d` of the distance to the solution, times a learning rate near 1.
 
-    This is algorithm 4 of the paper, with Adam's bias correction, decoupled weight decay, and sums in the estimate that
-    do not shrink during warm-up, as prodigyopt recommends for diffusion models. The state has prodigyopt's names, so
-    its checkpoints continue. Two things differ: `d` stays on the device, so that no step waits for it, and parameter
-    groups may have different learning rates, which are factors on the common `d`.
+    This is algorithm 4 of the paper, with Adam's bias correction, decoupled weight decay, and a denominator of the
+    estimate without the learning rate, so that warm-up does not inflate it. prodigyopt recommends these for diffusion
+    models. The state has prodigyopt's names, so checkpoints made with it continue. `d` stays on the device, so that no
+    step waits for it. Parameter groups may have different learning rates, which are factors on the common `d`.
 
     Args:
         parameters: parameters or parameter groups, all on one device.
@@ -81,7 +81,7 @@ class Prodigy(Optimizer):
                 exp_avg_sq=torch.zeros_like(parameter),
             )
 
-    def _update(self, groups: list[tuple[dict[str, Any], list[torch.nn.Parameter]]]) -> None:
+    def _update(self, groups: list[tuple[dict[str, Any], list[Any]]]) -> None:
         first = self.param_groups[0]
         device = groups[0][1][0].device
         d, numerator = (_on_device(first[name], device) for name in _ESTIMATES)
@@ -89,7 +89,7 @@ class Prodigy(Optimizer):
         steps, decay = first["k"] + 1, sqrt(beta2)
         correction = sqrt(1 - beta2**steps) / (1 - beta1**steps)
         numerator = numerator * decay
-        sizes = []
+        sizes: list[torch.Tensor] = []
         for group, parameters in groups:
             states = [self.state[parameter] for parameter in parameters]
             gradients = [parameter.grad for parameter in parameters]
@@ -114,16 +114,15 @@ class Prodigy(Optimizer):
             torch._foreach_add_(roots, (found * group["eps"]).to(roots[0].dtype))
             if group["weight_decay"]:
                 torch._foreach_add_(parameters, _scaled(parameters, -group["weight_decay"] * rate))
-            torch._foreach_add_(
-                parameters, _scaled(torch._foreach_div([state["exp_avg"] for state in states], roots), -rate)
-            )
+            ratios = torch._foreach_div([state["exp_avg"] for state in states], roots)
+            torch._foreach_add_(parameters, _scaled(ratios, -rate))
             for state in states:
                 state["step"] += 1
         for group in self.param_groups:
             group.update(d=found, d_numerator=numerator, k=steps)
 
 
-def _reached(group: dict[str, Any]) -> list[torch.nn.Parameter]:
+def _reached(group: dict[str, Any]) -> list[Any]:
     return [parameter for parameter in group["params"] if parameter.grad is not None]
 
 
@@ -132,6 +131,5 @@ def _on_device(value: float | torch.Tensor, device: torch.device) -> torch.Tenso
     return torch.as_tensor(value, dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
 
 
-def _scaled(tensors: Iterable[torch.Tensor], factor: torch.Tensor) -> list[torch.Tensor]:
-    tensors = list(tensors)
-    return list(torch._foreach_mul(tensors, factor.to(tensors[0].dtype)))
+def _scaled(tensors: Any, factor: torch.Tensor) -> Any:
+    return torch._foreach_mul(tensors, factor.to(tensors[0].dtype))

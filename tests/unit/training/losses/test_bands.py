@@ -28,10 +28,10 @@ MakeConfig = Callable[..., TrainConfig]
 CPU = torch.device("cpu")
 
 
-def means(bands: BandLosses, *others: list[float]) -> dict[str, float]:
+def means(bands: BandLosses, others: list[float] | None = None) -> dict[str, float]:
     """The means of one process, with the sums and counts of another."""
     taken = bands.take(CPU)
-    return bands.means((taken + torch.tensor(sum(others, [])) if others else taken).tolist())
+    return bands.means((taken if others is None else taken + torch.tensor(others)).tolist())
 
 
 def test_bands_cover_every_timestep_once() -> None:
@@ -51,11 +51,8 @@ def test_means_are_over_the_samples_of_all_processes_and_are_reset() -> None:
     bands.add(torch.tensor([5.0]), torch.tensor([100]))
     # the other process: one sample of 7 in the first band, two of sum 8 in the third
     # The mean of means would be wrong, because processes have different numbers of samples in a band.
-    assert means(bands, [7, 0, 8, 0, 0], [1, 0, 2, 0, 0]) == {
-        "0-199": (1 + 3 + 5 + 7) / 4,
-        "400-599": 4,
-        "800-999": 10,
-    }
+    others = [7.0, 0, 8, 0, 0, 1, 0, 2, 0, 0]
+    assert means(bands, others) == {"0-199": (1 + 3 + 5 + 7) / 4, "400-599": 4, "800-999": 10}
     bands.add(torch.tensor([2.0]), torch.tensor([999]))
     assert means(bands) == {"800-999": 2}
     assert means(bands) == {}
