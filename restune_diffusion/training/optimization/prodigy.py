@@ -111,7 +111,8 @@ class Prodigy(Optimizer):
         for group, parameters in groups:
             states, rate = [self.state[parameter] for parameter in parameters], d * group["lr"] * correction
             roots = torch._foreach_sqrt([state["exp_avg_sq"] for state in states])
-            torch._foreach_add_(roots, (found * group["eps"]).to(roots[0].dtype))
+            # Without `alpha`, torch takes the scalar's value, for which the host would wait.
+            torch._foreach_add_(roots, (found * group["eps"]).to(roots[0].dtype), alpha=1)
             if group["weight_decay"]:
                 torch._foreach_add_(parameters, _scaled(parameters, -group["weight_decay"] * rate))
             ratios = torch._foreach_div([state["exp_avg"] for state in states], roots)
