@@ -84,7 +84,7 @@ def test_losses_are_read_a_step_late_unless_the_state_is_used(config: MakeConfig
     for cpu in (True, False):
         settings = config(
             cpu=cpu, output=config().output / str(cpu), steps=4, save_every=3, ema_decay=0.9, log_with="none",
-            class_prompt="a disc", validation={"prompts": ["a disc"], "steps": 1, "every": 2},
+            validation={"prompts": ["a disc"], "steps": 1, "every": 2, "drift_prompts": ["a cat"]},
         )  # fmt: skip
         train(settings, verbose=False)
         courses.append((settings, lines(settings)))
@@ -208,9 +208,7 @@ def test_the_cpu_is_used_after_a_gpu_and_the_other_way_round(config: MakeConfig,
 
 
 def test_drift_waits_once_for_each_prompt(config: MakeConfig, cuda: Any) -> None:
-    settings = config(
-        cpu=False, steps=2, class_prompt="a disc", validation={"steps": 1, "drift_prompts": ["a cat", "a dog"]}
-    )
+    settings = config(cpu=False, steps=2, validation={"steps": 1, "drift_prompts": ["a cat", "a dog"]})
     train(settings, verbose=False)
     reads = [event for event in cuda.of() if event.place == "training/callbacks/drift.py:DriftProbe.measure"]
     # Before the first step and after the last.
