@@ -18,7 +18,8 @@ class Prodigy(Optimizer):
     This is algorithm 4 of the paper, with Adam's bias correction, decoupled weight decay, and a denominator of the
     estimate without the learning rate, so that warm-up does not inflate it. prodigyopt recommends these for diffusion
     models. The state has prodigyopt's names, so checkpoints made with it continue. `d` stays on the device, so that no
-    step waits for it. Parameter groups may have different learning rates, which are factors on the common `d`.
+    step waits for it. Parameter groups may have different learning rates, which are factors on the common `d`. Where
+    loss scaling finds an overflow, the update changes nothing, and the host need not know.
 
     Args:
         parameters: parameters or parameter groups, all on one device.
@@ -28,6 +29,9 @@ class Prodigy(Optimizer):
         weight_decay: decoupled weight decay.
         d0: first estimate.
     """
+
+    # `GradScaler` then sets `found_inf` instead of reading it, for which the host would wait.
+    _step_supports_amp_scaling = True
 
     def __init__(
         self,
@@ -64,7 +68,7 @@ class Prodigy(Optimizer):
         """Return the state with the estimates as numbers."""
         state = super().state_dict()
         for group in state["param_groups"]:
-            group.update({name: float(group[name]) for name in _ESTIMATES})
+            group.update({name: float(group[name]) for name in _ESTIMATES}, k=int(group["k"]))
         return state
 
     def _start(self, parameters: list[torch.nn.Parameter]) -> None:
@@ -86,23 +90,29 @@ class Prodigy(Optimizer):
         device = groups[0][1][0].device
         d, numerator = (_on_device(first[name], device) for name in _ESTIMATES)
         beta1, beta2 = first["betas"]
-        steps, decay = first["k"] + 1, sqrt(beta2)
-        correction = sqrt(1 - beta2**steps) / (1 - beta1**steps)
+        overflow = getattr(self, "found_inf", None)
+        # 0 after an overflow, and 1 otherwise.
+        kept = torch.ones_like(d) if overflow is None else 1 - overflow.to(d)
+        steps = first["k"]
+        correction = (1 - beta2 ** (steps + 1)) ** 0.5 / (1 - beta1 ** (steps + 1)) * kept
+        first_decay, second_decay, decay = (1 - (1 - beta) * kept for beta in (beta1, beta2, sqrt(beta2)))
         numerator = numerator * decay
         sizes: list[torch.Tensor] = []
         for group, parameters in groups:
             states = [self.state[parameter] for parameter in parameters]
             gradients = [parameter.grad for parameter in parameters]
+            if overflow is not None:
+                gradients = [torch.where(kept > 0, each, torch.zeros_like(each)) for each in gradients]
             flat = [gradient.flatten() for gradient in gradients]
             moved = [state["p0"] - each.flatten() for state, each in zip(states, parameters, strict=True)]
             products = torch.stack([torch.dot(*pair) for pair in zip(flat, moved, strict=True)])
             numerator = numerator + d / group["d0"] * (d * group["lr"] * correction) * products.to(d).sum()
             means, squares, sums = ([state[key] for state in states] for key in ("exp_avg", "exp_avg_sq", "s"))
-            torch._foreach_mul_(means, beta1)
+            torch._foreach_mul_(means, first_decay.to(means[0].dtype))
             torch._foreach_add_(means, _scaled(gradients, d * (1 - beta1)))
-            torch._foreach_mul_(squares, beta2)
+            torch._foreach_mul_(squares, second_decay.to(means[0].dtype))
             torch._foreach_add_(squares, _scaled(torch._foreach_mul(gradients, gradients), d * d * (1 - beta2)))
-            torch._foreach_mul_(sums, decay)
+            torch._foreach_mul_(sums, decay.to(means[0].dtype))
             torch._foreach_add_(sums, _scaled(flat, d / group["d0"] * d))
             sizes += torch._foreach_norm(sums, 1)
         size = torch.stack(sizes).to(d).sum()
@@ -117,10 +127,8 @@ class Prodigy(Optimizer):
                 torch._foreach_add_(parameters, _scaled(parameters, -group["weight_decay"] * rate))
             ratios = torch._foreach_div([state["exp_avg"] for state in states], roots)
             torch._foreach_add_(parameters, _scaled(ratios, -rate))
-            for state in states:
-                state["step"] += 1
         for group in self.param_groups:
-            group.update(d=found, d_numerator=numerator, k=steps)
+            group.update(d=found, d_numerator=numerator, k=steps + kept)
 
 
 def _reached(group: dict[str, Any]) -> list[Any]:

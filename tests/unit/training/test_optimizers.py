@@ -151,6 +151,24 @@ def test_prodigy_takes_learning_rates_by_group() -> None:
     assert d > 5e-6
 
 
+def test_prodigy_changes_nothing_where_loss_scaling_finds_an_overflow() -> None:
+    here, there = weights(), weights()
+    whole, other = optimizer_of("prodigy", here), optimizer_of("prodigy", there)
+    for number in range(6):
+        step(other, there, number)
+        if number in (0, 3):
+            before = [parameter.detach().clone() for parameter in here]
+            for parameter in here:
+                parameter.grad = torch.full_like(parameter, torch.nan)
+            whole.found_inf = torch.tensor(1.0)
+            whole.step()
+            assert all(torch.equal(one, two) for one, two in zip(before, here, strict=True))
+        whole.found_inf = torch.tensor(0.0)
+        step(whole, here, number)
+    assert all(torch.equal(one, two) for one, two in zip(here, there, strict=True))
+    assert whole.state_dict()["param_groups"] == other.state_dict()["param_groups"]
+
+
 def test_prodigy_trains_a_text_part_at_its_own_rate(config: MakeConfig) -> None:
     text = TextConfig(tokens=("disc",), rank=2)
     settings = {"optimizer": "prodigy", "learning_rate": 1.0, "tuner": ("skip", "text"), "text": text, "steps": 3}
