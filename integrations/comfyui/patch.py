@@ -7,7 +7,7 @@ skip (`comfy/ldm/modules/diffusionmodules/openaimodel.py`).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,11 +30,11 @@ class ActiveTuner:
     always: bool
     """Whether the tuner acts at every noise level; the sigmas are not read then."""
 
-    def acts(self, sigmas: torch.Tensor) -> bool:
-        """Return whether the tuner acts at the noise level of a batch; all images of a batch are at the same step."""
+    def acts(self, noise_level: Callable[[], float]) -> bool:
+        """Return whether the tuner acts at the noise level of a batch."""
         if self.weight == 0:
             return False
-        return self.always or self.sigma_end <= float(sigmas[0]) <= self.sigma_start
+        return self.always or self.sigma_end <= noise_level() <= self.sigma_start
 
     def residual(self, site: str, skip: torch.Tensor) -> torch.Tensor:
         """Return the tuner's residual for a skip feature, in the dtype of the feature."""
@@ -53,6 +53,7 @@ class SkipPatch:
     def __init__(self, tuners: Sequence[ActiveTuner], skips: int) -> None:
         self.tuners = tuple(tuners)
         self._skips = skips
+        self._read: tuple[torch.Tensor, int, float] | None = None
 
     def __call__(
         self, h: torch.Tensor, hsp: torch.Tensor, transformer_options: Mapping[str, Any]
@@ -61,9 +62,19 @@ class SkipPatch:
         _, number = transformer_options["block"]
         site, total = f"skip.{self._skips - 1 - number}", hsp
         for tuner in self.tuners:
-            if tuner.acts(transformer_options["sigmas"]):
+            if tuner.acts(lambda: self._noise_level(transformer_options["sigmas"])):
                 total = total + tuner.residual(site, hsp)
         return h, total
+
+    def _noise_level(self, sigmas: torch.Tensor) -> float:
+        """Return the noise level of a batch, whose images are all at the same step.
+
+        All blocks of a forward pass get the same tensor. It is read for the first one, because the host waits for the
+        device then.
+        """
+        if self._read is None or self._read[0] is not sigmas or self._read[1] != sigmas._version:
+            self._read = (sigmas, sigmas._version, float(sigmas[0]))
+        return self._read[2]
 
     def __deepcopy__(self, memo: object) -> SkipPatch:
         # ComfyUI copies a model's options with the model; the tuners are shared because they are never changed.

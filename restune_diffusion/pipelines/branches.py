@@ -118,6 +118,8 @@ def forked(pipeline: Any, base: nn.Module, fork: Fork, arguments: Mapping[str, A
         if manager is not None:
             manager.set_weights(fork.trunk if fork.share_steps else fork.mixes)
         yield {**arguments, **own}
+        # Some schedulers have fewer steps than twice those that are shared.
+        shared.check()
     finally:
         shared.remove()
         if manager is not None:
@@ -131,7 +133,7 @@ class SharedRows:
         modules: the base and other modules that run on its batch; the sample is the first argument of each.
         manager: manager of the base's tuners, whose layout is adjusted to the smaller batch.
         copies: number of adjacent rows per image.
-        sharing: False only checks, in the first step, that the rows of an image are equal.
+        sharing: False only notes, in the first step, whether the rows of an image are equal.
     """
 
     def __init__(self, modules: Sequence[nn.Module], manager: TunerManager | None, copies: int, sharing: bool) -> None:
@@ -140,6 +142,7 @@ class SharedRows:
         self._sharing = sharing
         self._layout: Layout | None = None
         self._rows = 0
+        self._unequal: torch.Tensor | None = None
         self._handles: list[RemovableHandle] = []
         for module in modules:
             # The first runs before the tuners' hooks, the second after them.
@@ -154,10 +157,27 @@ class SharedRows:
         return bool(self._handles)
 
     def part(self) -> None:
-        """Stop sharing: compute every row from now on."""
+        """Stop sharing: compute every row from now on.
+
+        Raises:
+            RestuneError: if the rows of an image were not equal in one of the shared steps.
+        """
         self.remove()
+        self.check()
         if self._manager is not None and self._layout is not None:
             self._manager.layout = self._layout
+
+    def check(self) -> None:
+        """Raise `RestuneError` if the rows of an image were not equal in one of the steps so far.
+
+        The host waits for the device here, once for all steps.
+        """
+        unequal, self._unequal = self._unequal, None
+        if unequal is not None and bool(unequal):
+            raise RestuneError(
+                "The branches of one image do not start from the same noise; use a scheduler that samples its noise "
+                "with `generator`, and the same inputs for all branches."
+            )
 
     def remove(self) -> None:
         """Remove the hooks."""
@@ -167,7 +187,7 @@ class SharedRows:
 
     def _reduce(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         sample = args[0] if args else kwargs["sample"]
-        self._check(sample)
+        self._compare(sample)
         if not self._sharing:
             return None
         if self._manager is not None and self._manager.layout is not None and self._layout is None:
@@ -190,18 +210,16 @@ class SharedRows:
 
         return _map_tensors(all_rows, output)
 
-    def _check(self, sample: torch.Tensor) -> None:
+    def _compare(self, sample: torch.Tensor) -> None:
+        """Note on the device whether the rows of each image are equal."""
         if len(sample) % self._copies:
             raise RestuneError(
                 f"The batch has {len(sample)} rows, which is not a multiple of {self._copies} branches; "
                 "generate the branches of this pipeline in separate calls."
             )
         grouped = sample.unflatten(0, (-1, self._copies))
-        if (grouped - grouped[:, :1]).abs().max() > _SAME * sample.abs().max():
-            raise RestuneError(
-                "The branches of one image do not start from the same noise; use a scheduler that samples its noise "
-                "with `generator`, and the same inputs for all branches."
-            )
+        unequal = (grouped - grouped[:, :1]).abs().max() > _SAME * sample.abs().max()
+        self._unequal = unequal if self._unequal is None else self._unequal | unequal
 
 
 def _map_tensors(function: Callable[[torch.Tensor], torch.Tensor], value: Any) -> Any:

@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedType
 from diffusers.optimization import get_scheduler
 
 from ..pipelines.load_base import PRECISIONS, sampling_pipeline
@@ -47,8 +48,11 @@ def build_accelerator(config: TrainConfig) -> Accelerator:
         TrainingError: if the device, the precision or the distributed setup is not supported.
     """
     tracker = tracker_name(config.log_with)
-    # Two runs in one process may differ in precision, which accelerate keeps in process-wide state.
-    AcceleratorState._reset_state()
+    # Two runs in one process may differ in precision and device, which accelerate keeps in process-wide state. The
+    # state of a group of processes stays, because it can be created only once.
+    known = PartialState._shared_state
+    alone = known.get("distributed_type") == DistributedType.NO
+    AcceleratorState._reset_state(reset_partial_state=alone and known.get("_cpu") != config.memory.cpu)
     try:
         accelerator = Accelerator(
             mixed_precision=config.memory.mixed_precision,
@@ -86,6 +90,8 @@ def build_training_state(config: TrainConfig, accelerator: Accelerator, inputs: 
         learning_rate=config.optimizer.learning_rate,
         weight_decay=config.optimizer.weight_decay,
     )
+    # Before accelerate prepares the optimizer: both replace its `step`, and the scheduler expects its own outermost.
+    lr_scheduler = _make_lr_scheduler(config.optimizer, optimizer, length.steps)
     encode = LiveEncoder(sampling_pipeline(pipeline)) if config.learns_from_text else None
     batches = partial(_batches, config, accelerator, pipeline, inputs.encoder, objective.timesteps, encode)
     class_batches = partial(batches, seed=derived_seed(config.seed, "class"))
@@ -97,7 +103,7 @@ def build_training_state(config: TrainConfig, accelerator: Accelerator, inputs: 
         tuner=tuner,
         # Only the optimizer is prepared, because the tuner runs in hooks and the schedule counts optimizer steps.
         optimizer=accelerator.prepare(optimizer),
-        lr_scheduler=_make_lr_scheduler(config.optimizer, optimizer, length.steps),
+        lr_scheduler=lr_scheduler,
         cache=cache,
         batches=batches(
             cache, seed=config.seed, sampler=cached_feature_sampler(config.feature_cache, cache, config.seed)

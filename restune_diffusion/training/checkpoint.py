@@ -21,7 +21,7 @@ from .callbacks.config_record import CONFIG_FILE
 from .callbacks.metrics_file import METRICS_FILE
 from .config.train_config import current_names
 from .facts import library_versions, run_identity
-from .optimization.optimizer_state import flatten_state, unflatten_state
+from .optimization.optimizer_state import flatten_state, unflatten_state, with_own_kernels
 from .optimization.parameter_groups import optimized_names
 from .output_folder import list_checkpoints
 from .state import InitialTuner, StepReport, TrainState
@@ -43,10 +43,14 @@ class Checkpoints(Callback):
                 for leftover in run.config.output.glob(f".{name}.*.tmp"):
                     leftover.unlink()
 
-    def on_step(self, run: TrainState, report: StepReport) -> None:
-        """Save a checkpoint every `checkpoints.every` steps and after the last step."""
+    def reads_state(self, run: TrainState, step: int) -> bool:
+        """Return whether a checkpoint is due: every `checkpoints.every` steps and after the last step."""
         every = run.config.checkpoints.every
-        if every and (run.step % every == 0 or run.step == run.steps):
+        return bool(every) and (step % every == 0 or step == run.steps)
+
+    def on_step(self, run: TrainState, report: StepReport) -> None:
+        """Save a checkpoint if one is due."""
+        if self.reads_state(run, report.step):
             self._save(run)
 
     def on_stop(self, run: TrainState) -> None:
@@ -129,7 +133,8 @@ def restore_checkpoint(run: TrainState, checkpoint: Path) -> None:
         logger.warning("%s was made with %s; the result may differ in the last digits.", checkpoint, versions)
     run.tuner.load_state_dict(load_tuner(checkpoint / "tuner.safetensors").state_dict())
     entries = unflatten_state({**tensors, **state["optimizer_values"]}, optimized_names(run.optimizer, run.tuner))
-    run.optimizer.load_state_dict({"state": entries, "param_groups": state["optimizer_groups"]})
+    groups = with_own_kernels(state["optimizer_groups"], run.optimizer.param_groups)
+    run.optimizer.load_state_dict({"state": entries, "param_groups": groups})
     if run.average is not None:
         run.average.load_state(averages, state["average"])
     run.lr_scheduler.load_state_dict(state["lr_scheduler"])

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
 from PIL import Image
 
 from ..backbones import text_encoders
@@ -34,6 +33,7 @@ from .latents.precision import held_encoder
 from .latents.text_conditioning import Conditioning
 from .losses.preservation import encode_class
 from .memory import drop_encoders
+from .processes import gather_objects
 from .quantization import quantize_base
 
 
@@ -161,7 +161,7 @@ def _encode(
     cache: Cache | None = None
     with suppress(NoImageError):
         cache = build_together(accelerator, examples, build)
-    sheet.add(gather_object([own]))
+    sheet.add(gather_objects(accelerator, [own]))
     sheet.check()
     assert cache is not None
     vectors = {token: getattr(part, "vectors_per_token", 1) for part in config.parts for token in part.new_words}

@@ -1,16 +1,19 @@
-"""Distributed training: check of the setup, and averaging of gradients over processes."""
+"""Distributed training: check of the setup, exchange of objects, and averaging of gradients over processes."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from typing import TypeVar
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
-from torch import nn
+from torch import distributed, nn
 
 from ..utils.errors import TrainingError
+
+_T = TypeVar("_T")
 
 _SHARDED = {
     DistributedType.FSDP: "FSDP",
@@ -40,6 +43,20 @@ def check_distribution(accelerator: Accelerator) -> None:
             f"accelerate is configured for {strategy}, but a tuner is small and its frozen base stays whole on each "
             f"device, so there is nothing to shard; choose plain multi-GPU in `accelerate config`."
         )
+
+
+def gather_objects(accelerator: Accelerator, own: list[_T]) -> list[_T]:
+    """Return the objects of all processes, in the order of the processes; all must call it.
+
+    They go through main memory. NCCL, the group of accelerate on GPUs, would copy all of them to every GPU.
+    """
+    if accelerator.num_processes == 1:
+        return own
+    group = distributed.new_group(backend="gloo")
+    gathered: list[list[_T]] = [[] for _ in range(accelerator.num_processes)]
+    distributed.all_gather_object(gathered, own, group=group)
+    distributed.destroy_process_group(group)
+    return [each for objects in gathered for each in objects]
 
 
 def average_gradients(accelerator: Accelerator, parameters: Sequence[nn.Parameter]) -> None:

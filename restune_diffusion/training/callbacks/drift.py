@@ -116,10 +116,13 @@ class DriftProbe(Callback):
             self._report(run)
         run.accelerator.wait_for_everyone()
 
+    def reads_state(self, run: TrainState, step: int) -> bool:
+        """Return whether the drift is due: every `validation.every` steps, except after the last step."""
+        return bool(run.config.drift_prompts) and run.config.validation.due(step) and step < run.steps
+
     def on_step(self, run: TrainState, report: StepReport) -> None:
-        """Log the drift every `validation.every` steps."""
-        every = run.config.validation.every
-        if every and run.step % every == 0 and run.step < run.steps:
+        """Log the drift if it is due."""
+        if self.reads_state(run, report.step):
             self._report(run)
 
     def on_end(self, run: TrainState) -> None:
@@ -147,11 +150,12 @@ class DriftProbe(Callback):
         for prompt, batches, base in zip(self._prompts, self._batches, self._base, strict=True):
             states = prompt.states if encode is None else encode([prompt.prompt])[0]
             inputs = _inputs(run, states)
-            change = energy = 0.0
+            sums = []
             for batch, expected in zip(batches, base, strict=True):
                 tuned = predict(run, Batch(batch.latents, batch.noise, batch.timesteps, inputs)).float()
-                change += float((tuned - expected).square().sum())
-                energy += float(expected.square().sum())
+                sums.append(torch.stack([(tuned - expected).square().sum(), expected.square().sum()]))
+            # Read at once, because each read waits for the device.
+            change, energy = map(sum, zip(*torch.stack(sums).tolist(), strict=True))
             drifts.append(100 * change / energy)
         return drifts
 

@@ -10,8 +10,16 @@ if sys.platform != "win32":
     import resource
 
 
+def reset_peak_memory(device: torch.device) -> None:
+    """Let the peak memory of a CUDA device begin anew; that of main memory is the process's own and cannot."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
 def peak_memory(device: torch.device) -> int | None:
     """Return the peak memory of this process in bytes: of tensors on a CUDA device, otherwise of main memory.
+
+    On CUDA it is that since `reset_peak_memory`, which each run calls before its first step.
 
     Return None on systems that do not report it (Windows).
     """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +18,7 @@ from ..quantization import parameter_bytes
 from ..state import StepReport, TrainState
 from .base import Callback
 from .metrics_file import METRICS_FILE
-from .peak_memory import peak_memory
+from .peak_memory import peak_memory, reset_peak_memory
 
 # Losses of single steps vary far more by their random timesteps than by learning.
 LOSS_WINDOW = 50
@@ -118,7 +119,8 @@ class MetricsLog(Callback):
         self._file: IO[str] | None = None
 
     def on_start(self, run: TrainState) -> None:
-        """Open the log; a resumed run removes the lines of the steps that it repeats."""
+        """Open the log, and measure memory from here; a resumed run removes the lines of the steps that it repeats."""
+        reset_peak_memory(run.accelerator.device)
         if run.accelerator.is_main_process:
             path = run.config.output / METRICS_FILE
             _keep_until(path, run.step or -1)
@@ -139,14 +141,19 @@ class MetricsLog(Callback):
         memory = peak_memory(run.accelerator.device)
         if memory is not None:
             values["peak_memory_mib"] = memory / 2**20
-        self.note(run, values)
+        self._write(run, report.step, values)
 
     def note(self, run: TrainState, values: dict[str, float]) -> None:
         """Log metrics of the current step on a separate line."""
+        self._write(run, run.step, values)
+
+    def _write(self, run: TrainState, step: int, values: dict[str, float]) -> None:
         if self._file is not None:
-            self._file.write(json.dumps({"step": run.step, **values}) + "\n")
+            # JSON has no NaN and no infinity, which the gradient norm is where fp16 loss scaling skips a step.
+            shown = {name: value if math.isfinite(value) else None for name, value in values.items()}
+            self._file.write(json.dumps({"step": step, **shown}, allow_nan=False) + "\n")
             self._file.flush()
-        run.accelerator.log(values, step=run.step)
+        run.accelerator.log(values, step=step)
 
     def close(self) -> None:
         """Close the log."""

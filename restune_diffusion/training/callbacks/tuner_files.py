@@ -26,11 +26,15 @@ class StepFiles(Callback):
     of a step that is repeated is replaced by the same tuner.
     """
 
+    def reads_state(self, run: TrainState, step: int) -> bool:
+        """Return whether a file is due; that of the last step is the finished tuner."""
+        every = run.config.checkpoints.save_every
+        return bool(every) and step % every == 0 and step < run.steps
+
     def on_step(self, run: TrainState, report: StepReport) -> None:
-        """Write the file of the step, except of the last one, whose file is the finished tuner."""
-        config = run.config
-        every, kept = config.checkpoints.save_every, config.checkpoints.keep_last
-        if every and run.step % every == 0 and run.step < run.steps:
+        """Write the file of the step if it is due."""
+        config, kept = run.config, run.config.checkpoints.keep_last
+        if self.reads_state(run, report.step):
             _write(run, config.output / f"{config.name}-{run.step:06d}.safetensors")
             if kept is not None and run.accelerator.is_main_process:
                 for old in step_files(config)[:-kept]:

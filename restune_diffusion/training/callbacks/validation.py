@@ -47,10 +47,13 @@ class ValidationSamples(Callback):
         if run.step == 0:
             self._sample_from_state(run)
 
+    def reads_state(self, run: TrainState, step: int) -> bool:
+        """Return whether samples are due: every `validation.every` steps, except after the last step."""
+        return bool(run.config.validation.prompts) and run.config.validation.due(step) and step < run.steps
+
     def on_step(self, run: TrainState, report: StepReport) -> None:
-        """Generate samples every `validation.every` steps."""
-        every = run.config.validation.every
-        if every and run.step % every == 0 and run.step < run.steps:
+        """Generate samples if they are due."""
+        if self.reads_state(run, report.step):
             self._sample_from_state(run)
 
     def on_end(self, run: TrainState) -> None:

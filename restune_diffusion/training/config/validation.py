@@ -33,6 +33,10 @@ class ValidationConfig(Settings):
     """Control images for the samples of a `control` tuner: one per prompt and condition. As in training, these are
     condition images, or images to compute the condition from if it is computed."""
 
+    def due(self, step: int) -> bool:
+        """Return whether a step is a multiple of `every`."""
+        return self.every > 0 and step % self.every == 0
+
     @model_validator(mode="before")
     @classmethod
     def _new_names(cls, values: Any) -> Any:

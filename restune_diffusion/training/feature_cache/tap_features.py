@@ -18,6 +18,7 @@ from ...hooks.manager import TunerManager
 from ...tuners import Features
 from ...tuners.tuner import Tuner
 from ...utils.errors import RestuneError
+from ..transfers.to_device import to_device
 
 
 @dataclass(frozen=True)
@@ -35,8 +36,8 @@ class TapFeatures:
 
     def to(self, device: torch.device, dtype: torch.dtype) -> TapFeatures:
         """Return a copy on a device and in a dtype."""
-        by_site = {site: feature.to(device, dtype) for site, feature in self.by_site.items()}
-        time = None if self.time is None else self.time.to(device, dtype)
+        by_site = {site: to_device(feature, device, dtype) for site, feature in self.by_site.items()}
+        time = None if self.time is None else to_device(self.time, device, dtype)
         return replace(self, by_site=by_site, time=time)
 
 

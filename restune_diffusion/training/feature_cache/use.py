@@ -80,7 +80,7 @@ def _open_feature_cache(run: TrainState, taps: set[str], models: str | None) -> 
     draws = config.feature_cache.draws
     assert draws is not None
     layout = FeatureCacheLayout.of(describe_base(run.pipeline.unet), taps, sizes, draws, config.feature_cache.dtype)
-    noise_levels = run.objective.noise_scheduler.alphas_cumprod.numpy().tobytes()
+    noise_levels = run.objective.noise_scheduler.alphas_cumprod.cpu().numpy().tobytes()
     identity = {
         "format": _FORMAT,
         "models": models,

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 
 from ..feature_cache.tap_features import TapFeatures
+from ..transfers.to_device import to_device
 from .cache import Cache
 from .noising import Noising
 from .sampler import BucketedSampler, Draw, SeededSampler
@@ -133,13 +134,13 @@ class Batches:
             if self._noising.perturbation:
                 perturbations.append(self._noising.perturbation_for(noise[-1], draw.generator))
         return Batch(
-            torch.stack(latents).to(self._device),
-            torch.stack(noise).to(self._device),
-            torch.stack(timesteps).to(self._device),
+            to_device(torch.stack(latents), self._device),
+            to_device(torch.stack(noise), self._device),
+            to_device(torch.stack(timesteps), self._device),
             denoiser_inputs(self._encode(captions), size_conditionings, self._device, self._dtype),
-            tuple(torch.stack(each).to(self._device) / 255 for each in zip(*conditions, strict=True)),
-            torch.stack(perturbations).to(self._device) if perturbations else None,
-            torch.stack(masks).to(self._device) if masks else None,
+            tuple(to_device(torch.stack(each), self._device) / 255 for each in zip(*conditions, strict=True)),
+            to_device(torch.stack(perturbations), self._device) if perturbations else None,
+            to_device(torch.stack(masks), self._device) if masks else None,
             self._inpainting_inputs(entries, draws),
         )
 

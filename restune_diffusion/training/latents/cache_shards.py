@@ -8,9 +8,9 @@ from itertools import accumulate
 from typing import Any, TypeVar
 
 from accelerate import Accelerator
-from accelerate.utils import gather_object
 
 from ...utils.errors import NoImageError
+from ..processes import gather_objects
 from .cache import Cache
 
 _T = TypeVar("_T")
@@ -19,7 +19,7 @@ _T = TypeVar("_T")
 def build_together(accelerator: Accelerator, examples: Sequence[_T], build: Callable[[Sequence[_T]], Cache]) -> Cache:
     """Return, on every process, the cache of all examples.
 
-    Processes exchange the shares through accelerate, so the machines need no common folder.
+    Processes exchange the shares over the network, so the machines need no common folder.
 
     Args:
         accelerator: accelerator of the run.
@@ -37,10 +37,10 @@ def build_together(accelerator: Accelerator, examples: Sequence[_T], build: Call
     except NoImageError as error:
         # Raised after the gather, because the other processes wait for this process's share.
         part = error
-    parts = gather_object([part])
+    parts = gather_objects(accelerator, [part])
     full = [each for each in parts if isinstance(each, Cache)]
     if not full:
-        raise parts[0]
+        raise next(each for each in parts if isinstance(each, NoImageError))
     return merge(full)
 
 

@@ -11,6 +11,7 @@ import torch
 from ...data.image_files import SizeConditioning
 from ...utils.display import printable
 from ...utils.errors import TrainingError
+from ..transfers.to_device import to_device
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,7 @@ def denoiser_inputs(
     dtype: torch.dtype,
 ) -> dict[str, Any]:
     """Stack the conditionings of a batch into the keyword arguments of `UNet2DConditionModel`."""
-    states = torch.stack([conditioning.states for conditioning in conditionings]).to(device, dtype)
+    states = to_device(torch.stack([conditioning.states for conditioning in conditionings]), device, dtype)
     inputs: dict[str, Any] = {"encoder_hidden_states": states}
     pooled = [conditioning.pooled for conditioning in conditionings if conditioning.pooled is not None]
     if pooled:
@@ -98,7 +99,7 @@ def denoiser_inputs(
             for size_conditioning in size_conditionings
         ]
         inputs["added_cond_kwargs"] = {
-            "text_embeds": torch.stack(pooled).to(device, dtype),
-            "time_ids": torch.tensor(sizes, device=device, dtype=dtype),
+            "text_embeds": to_device(torch.stack(pooled), device, dtype),
+            "time_ids": to_device(torch.tensor(sizes, dtype=dtype), device),
         }
     return inputs

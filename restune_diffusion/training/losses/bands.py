@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any
 
 import torch
 
@@ -40,10 +40,13 @@ class BandLosses:
         self._sums[0].index_add_(0, bands, losses.detach().float())
         self._sums[1].index_add_(0, bands, torch.ones_like(losses, dtype=torch.float32))
 
-    def take(self, accelerator: Any) -> dict[str, float]:
-        """Return the mean of each band with samples on any process, and reset; all processes must call it."""
-        if self._sums is None:
-            return {}
-        sums, counts = accelerator.reduce(self._sums, reduction="sum").tolist()
+    def take(self, device: torch.device) -> torch.Tensor:
+        """Return the sums of the losses and then the numbers of samples, `(2 * bands,)` on the device, and reset."""
+        sums = self._sums
         self._sums = None
+        return torch.zeros(2 * self._bands, device=device) if sums is None else sums.flatten()
+
+    def means(self, taken: Sequence[float]) -> dict[str, float]:
+        """Return the mean of each band with samples, from values of `take` summed over all processes."""
+        sums, counts = taken[: self._bands], taken[self._bands :]
         return {name: total / count for name, total, count in zip(self.names, sums, counts, strict=True) if count}

@@ -122,7 +122,9 @@ class Objective:
 
     def weights(self, timesteps: torch.Tensor) -> torch.Tensor:
         """Return the weight of the squared error at each timestep, fp32; ones if no weighting is set."""
-        signal = self.noise_scheduler.alphas_cumprod.to(timesteps.device)[timesteps].float()
+        # Kept on the device, as by the scheduler's own methods, so that only the first step copies it.
+        self.noise_scheduler.alphas_cumprod = self.noise_scheduler.alphas_cumprod.to(timesteps.device)
+        signal = self.noise_scheduler.alphas_cumprod[timesteps].float()
         snr = signal / (1 - signal)
         if self.snr_gamma is not None:
             return min_snr_weights(snr, self.prediction_type, self.snr_gamma)

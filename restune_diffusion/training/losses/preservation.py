@@ -23,6 +23,7 @@ from ..latents.batches import Batch, Batches
 from ..latents.cache import Cache, build_cache
 from ..latents.text_conditioning import Conditioning, encode_caption
 from ..state import Preservation, TrainState
+from ..transfers.to_device import to_device
 from .class_images import class_examples
 from .prediction import predict, tuners_disabled
 
@@ -154,4 +155,4 @@ def _with_text(batch: Batch, states: Conditioning) -> Batch:
 
 
 def _rows(value: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    return value.to(like).expand(len(like), *value.shape)
+    return to_device(value, like.device, like.dtype).expand(len(like), *value.shape)

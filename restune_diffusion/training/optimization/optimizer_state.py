@@ -8,6 +8,8 @@ from typing import Any
 import torch
 
 _PARAMETER, _INNER = ":", "/"
+# Settings of parameter groups that choose among implementations of the same equations.
+_KERNELS = ("foreach", "fused", "capturable")
 
 
 def flatten_state(
@@ -51,6 +53,17 @@ def unflatten_state(flat: Mapping[str, Any], names: Sequence[str]) -> dict[int, 
             entries = entries.setdefault(each, {})
         entries[last] = value
     return state
+
+
+def with_own_kernels(saved: Sequence[Mapping[str, Any]], present: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return the saved parameter groups with the implementation of the present optimizer.
+
+    A checkpoint may come from another device or version, whose implementation this device may not have.
+    """
+    return [
+        {**group, **{name: own[name] for name in _KERNELS if name in own}}
+        for group, own in zip(saved, present, strict=True)
+    ]
 
 
 def _leaves(entries: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:

@@ -1,4 +1,4 @@
-"""Optimizers by name, from torch, transformers, bitsandbytes, prodigyopt and lion-pytorch."""
+"""Optimizers by name, of this package and from torch, transformers, bitsandbytes and lion-pytorch."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from ...utils.errors import TrainingError
+from .prodigy import Prodigy
 
 Parameters = Iterable[torch.nn.Parameter] | Iterable[dict[str, Any]]
 
@@ -29,9 +30,20 @@ def make_optimizer(name: str, parameters: Parameters, *, learning_rate: float, w
     return optimizer
 
 
-def effective_learning_rate(optimizer: Any, scheduled: float) -> float:
-    """Return the learning rate of the next step: the scheduled rate, times Prodigy's `d` (arXiv 2306.06101)."""
-    return scheduled * float(optimizer.param_groups[0].get("d", 1.0))
+def effective_learning_rate(optimizer: Any, scheduled: float) -> float | torch.Tensor:
+    """Return the learning rate of the next step: the scheduled rate, times Prodigy's `d` (arXiv 2306.06101).
+
+    It is a scalar on the device once Prodigy has computed it there.
+    """
+    rate: float | torch.Tensor = scheduled * optimizer.param_groups[0].get("d", 1.0)
+    return rate
+
+
+def _adamw(parameters: Parameters, **settings: Any) -> Any:
+    groups: list[Any] = list(parameters)
+    first = groups[0]["params"][0] if isinstance(groups[0], dict) else groups[0]
+    # The fused kernel of CUDA skips an update with an overflow by itself; otherwise loss scaling waits before each.
+    return torch.optim.AdamW(groups, fused=True if first.device.type == "cuda" else None, **settings)
 
 
 def _adafactor(parameters: Parameters, **settings: Any) -> Any:
@@ -44,20 +56,14 @@ def _adamw8bit(parameters: Parameters, **settings: Any) -> Any:
     return _library("adamw8bit", "bitsandbytes.optim", "bitsandbytes").AdamW8bit(parameters, **settings)
 
 
-def _prodigy(parameters: Parameters, **settings: Any) -> Any:
-    # Recommended for diffusion models in the README of prodigyopt.
-    recommended = {"decouple": True, "use_bias_correction": True, "safeguard_warmup": True}
-    return _library("prodigy", "prodigyopt", "prodigyopt").Prodigy(parameters, **recommended, **settings)
-
-
 def _lion(parameters: Parameters, **settings: Any) -> Any:
     return _library("lion", "lion_pytorch", "lion-pytorch").Lion(parameters, **settings)
 
 
 _MAKERS: dict[str, Callable[..., Any]] = {
-    "adamw": torch.optim.AdamW,
+    "adamw": _adamw,
     "adamw8bit": _adamw8bit,
-    "prodigy": _prodigy,
+    "prodigy": Prodigy,
     "adafactor": _adafactor,
     "lion": _lion,
 }

@@ -13,8 +13,11 @@ from typing import Any
 import pytest
 
 from ...conftest import ROOT
+from ...training_fixtures import base, config, images
 from .standin import compiled_guard, loaded
 from .standin.guard import compiler
+
+__all__ = ["base", "config", "images"]
 
 _HERE = Path(__file__).parent
 _REPORTS = "RESTUNE_STANDIN_REPORTS"

@@ -31,6 +31,12 @@ def test_copies_and_waits_are_logged(cuda):
         torch.ones(4).pin_memory().to("cuda", torch.float16, non_blocking=True)
     with cuda.phase("pinned, in place"):
         there.copy_(torch.ones(4, pin_memory=True), non_blocking=True)
+    with cuda.phase("to pinned"):
+        torch.empty(4).pin_memory().copy_(there, non_blocking=True)
+    with cuda.phase("to pageable"):
+        torch.empty(4).copy_(there, non_blocking=True)
+    with cuda.phase("event"):
+        torch.cuda.Event().synchronize()
     with cuda.phase("list"):
         torch.tensor([1.0, 2.0], device="cuda")
     with cuda.phase("item"):
@@ -44,6 +50,9 @@ def test_copies_and_waits_are_logged(cuda):
         "pinned": {"to device, no wait": 1},
         "pinned, other dtype": {"to device": 1},
         "pinned, in place": {"to device, no wait": 1},
+        "to pinned": {"to host, no wait": 1},
+        "to pageable": {"to host": 1},
+        "event": {"wait": 1},
         "list": {"to device": 1},
         "item": {"wait": 1},
         "mask": {"wait": 1},

@@ -18,7 +18,7 @@ from torch import nn
 from restune_diffusion.storage.tuner_file import load_tuner
 from restune_diffusion.training import TrainConfig, train
 from restune_diffusion.training.latents.cache_shards import share
-from restune_diffusion.training.processes import average_gradients, check_distribution
+from restune_diffusion.training.processes import average_gradients, check_distribution, gather_objects
 from restune_diffusion.utils.errors import TrainingError
 
 from ... import tiny_training as tiny
@@ -170,6 +170,22 @@ def test_a_parameter_that_a_batch_did_not_reach_counts_as_zero_there() -> None:
     average_gradients(peer, [both, here, there, nowhere])
     assert [each.grad.item() for each in (both, here, there) if each.grad is not None] == [3.0, 1.5, 4.0]
     assert nowhere.grad is None
+
+
+def test_objects_are_exchanged_through_main_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a group of gloo, because the group of accelerate on GPUs, NCCL, copies objects to the GPUs."""
+    groups: list[str] = []
+
+    def gather(results: list[Any], own: Any, group: Any) -> None:
+        assert group == "gloo"
+        results[:] = [own, ["theirs"]]
+
+    monkeypatch.setattr(torch.distributed, "new_group", lambda backend: backend)
+    monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
+    monkeypatch.setattr(torch.distributed, "destroy_process_group", groups.append)
+    peer: Any = Peer()
+    assert gather_objects(peer, ["mine"]) == ["mine", "theirs"]
+    assert groups == ["gloo"]
 
 
 @pytest.mark.parametrize("kind", [DistributedType.FSDP, DistributedType.DEEPSPEED])

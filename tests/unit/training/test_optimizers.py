@@ -1,16 +1,20 @@
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import prodigyopt
 import pytest
 import torch
 
+from restune_diffusion.storage.tuner_file import load_tuner
 from restune_diffusion.training import TrainConfig, train
 from restune_diffusion.training.optimization.optimizer_state import flatten_state, unflatten_state
 from restune_diffusion.training.optimization.optimizers import effective_learning_rate, make_optimizer
+from restune_diffusion.tuners.configs import TextConfig
 from restune_diffusion.utils.errors import TrainingError
 
 from .test_train import assert_same
@@ -94,6 +98,88 @@ def test_prodigy_finds_a_rate_and_tells_it() -> None:
     assert found > 2 * 0.5e-6
 
 
+def test_prodigy_is_that_of_prodigyopt() -> None:
+    """With a warm-up that starts at zero, a parameter of zeros, and one that a step does not reach."""
+    recommended = {"decouple": True, "use_bias_correction": True, "safeguard_warmup": True}
+    here, there = ([*weights(), torch.nn.Parameter(torch.zeros(4, 5))] for _ in range(2))
+    mine = make_optimizer("prodigy", here, learning_rate=1.0, weight_decay=0.01)
+    theirs = prodigyopt.Prodigy(there, lr=1.0, weight_decay=0.01, **recommended)
+    for number in range(30):
+        for optimizer, parameters in ((mine, here), (theirs, there)):
+            optimizer.param_groups[0]["lr"] = min(1.0, number / 5)
+            generator = torch.Generator().manual_seed(number)
+            for parameter in parameters:
+                parameter.grad = parameter.detach() - 1 + 0.1 * torch.randn(parameter.shape, generator=generator)
+            if number % 4 == 1:
+                parameters[1].grad = None
+            optimizer.step()
+        mine_d, their_d = (float(optimizer.param_groups[0]["d"]) for optimizer in (mine, theirs))
+        assert mine_d == pytest.approx(their_d, rel=1e-4)
+    assert mine_d > 5e-6
+    for one, other in zip(here, there, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+    # A checkpoint made with prodigyopt continues.
+    continued = make_optimizer("prodigy", there, learning_rate=1.0, weight_decay=0.01)
+    continued.load_state_dict(theirs.state_dict())
+    step(mine, here, 30)
+    step(continued, there, 30)
+    for one, other in zip(here, there, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+
+def test_prodigy_takes_learning_rates_by_group() -> None:
+    """Factors on one estimate, by the equations of arXiv 2306.06101, algorithm 4, in double precision."""
+    first, second = (torch.nn.Parameter(torch.tensor(values).double()) for values in ([1.0, -2.0], [0.5]))
+    groups = [{"params": [first], "lr": 1.0}, {"params": [second], "lr": 0.25}]
+    optimizer = make_optimizer("prodigy", groups, learning_rate=1.0, weight_decay=0.0)
+    start = torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64)
+    rates = torch.tensor([1.0, 1.0, 0.25], dtype=torch.float64)
+    x, d, r = start.clone(), 1e-6, 0.0
+    s, m, v = (torch.zeros(3, dtype=torch.float64) for _ in range(3))
+    for number in range(1, 41):
+        g = x - 3
+        first.grad, second.grad = g[:2].clone(), g[2:].clone()
+        optimizer.step()
+        correction = math.sqrt(1 - 0.999**number) / (1 - 0.9**number)
+        r = math.sqrt(0.999) * r + float(d / 1e-6 * d * correction * (rates * g * (start - x)).sum())
+        s = math.sqrt(0.999) * s + d / 1e-6 * d * g
+        m, v = 0.9 * m + 0.1 * d * g, 0.999 * v + 0.001 * d * d * g * g
+        before, d = d, max(d, r / float(s.abs().sum()))
+        x = x - before * correction * rates * m / (v.sqrt() + d * 1e-8)
+        torch.testing.assert_close(torch.cat([first, second]).detach(), x, rtol=1e-12, atol=0)
+    assert float(optimizer.param_groups[0]["d"]) == pytest.approx(d, rel=1e-9)
+    assert d > 5e-6
+
+
+def test_prodigy_changes_nothing_where_loss_scaling_finds_an_overflow() -> None:
+    here, there = weights(), weights()
+    whole, other = optimizer_of("prodigy", here), optimizer_of("prodigy", there)
+    for number in range(6):
+        step(other, there, number)
+        if number in (0, 3):
+            before = [parameter.detach().clone() for parameter in here]
+            for parameter in here:
+                parameter.grad = torch.full_like(parameter, torch.nan)
+            whole.found_inf = torch.tensor(1.0)
+            whole.step()
+            assert all(torch.equal(one, two) for one, two in zip(before, here, strict=True))
+        whole.found_inf = torch.tensor(0.0)
+        step(whole, here, number)
+    assert all(torch.equal(one, two) for one, two in zip(here, there, strict=True))
+    assert whole.state_dict()["param_groups"] == other.state_dict()["param_groups"]
+
+
+def test_prodigy_trains_a_text_part_at_its_own_rate(config: MakeConfig) -> None:
+    text = TextConfig(tokens=("disc",), rank=2)
+    settings = {"optimizer": "prodigy", "learning_rate": 1.0, "tuner": ("skip", "text"), "text": text, "steps": 3}
+    half, whole = (
+        load_tuner(train(config(text_learning_rate=rate, name=str(rate), **settings), verbose=False).path)
+        for rate in (0.5, 1.0)
+    )
+    different = {name for name, value in whole.state_dict().items() if not torch.equal(half.state_dict()[name], value)}
+    assert any(name.startswith("text") for name in different), different
+
+
 def test_adafactor_moves_weights_that_are_zero() -> None:
     zero = torch.nn.Parameter(torch.zeros(4, 4))
     zero.grad = torch.ones(4, 4)
@@ -101,8 +187,7 @@ def test_adafactor_moves_weights_that_are_zero() -> None:
     torch.testing.assert_close(zero.detach(), torch.full((4, 4), -1e-3))
 
 
-@pytest.mark.parametrize(("name", "module"), [("prodigy", "prodigyopt"), ("lion", "lion_pytorch"),
-                                              ("adamw8bit", "bitsandbytes.optim")])  # fmt: skip
+@pytest.mark.parametrize(("name", "module"), [("lion", "lion_pytorch"), ("adamw8bit", "bitsandbytes.optim")])
 def test_a_library_that_is_not_installed_is_named_with_its_extra(
     monkeypatch: pytest.MonkeyPatch, name: str, module: str
 ) -> None:

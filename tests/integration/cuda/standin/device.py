@@ -71,6 +71,10 @@ def _answers(log: TransferLog) -> dict[str, Callable[..., Any]]:
         "reset_peak_memory_stats": lambda device=None: None,
         "empty_cache": lambda: None,
         "synchronize": lambda device=None: log.note("wait", "synchronize"),
+        "current_stream": lambda device=None: None,
+        "Event": lambda: SimpleNamespace(
+            record=lambda stream=None: None, synchronize=lambda: log.note("wait", "event"), query=lambda: True
+        ),
         "manual_seed": lambda seed: None,
         "manual_seed_all": lambda seed: None,
         "get_rng_state": lambda device=None: _STATE.clone(),

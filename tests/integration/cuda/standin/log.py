@@ -13,7 +13,7 @@ from typing import Literal
 
 import restune_diffusion
 
-Kind = Literal["to device", "to device, no wait", "to host", "wait"]
+Kind = Literal["to device", "to device, no wait", "to host", "to host, no wait", "wait"]
 
 _OURS = str(Path(restune_diffusion.__file__).parent)
 # Frames that pass a call on: the dispatch of torch, and this stand-in.
@@ -35,8 +35,8 @@ class Event:
 
     @property
     def waits(self) -> bool:
-        """Whether the host waits; a copy from pageable memory does."""
-        return self.kind != "to device, no wait"
+        """Whether the host waits; a copy from or to pageable memory does."""
+        return not self.kind.endswith("no wait")
 
     @property
     def ours(self) -> bool:

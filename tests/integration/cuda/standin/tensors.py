@@ -213,7 +213,8 @@ def _copy_in_place(func: Any, target: torch.Tensor, source: torch.Tensor, non_bl
     if isinstance(target, DeviceTensor) and not isinstance(source, DeviceTensor):
         _note_upload("copy_", source, target.dtype, non_blocking)
     elif isinstance(source, DeviceTensor) and not isinstance(target, DeviceTensor):
-        _log().note("to host", "copy_", _bytes(source))
+        free = non_blocking and _is_pinned(target) and source.dtype == target.dtype
+        _log().note("to host, no wait" if free else "to host", "copy_", _bytes(source))
     return target
 
 
