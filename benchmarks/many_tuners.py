@@ -85,7 +85,7 @@ class Forward:
 
 
 def measure(unet: nn.Module, rounds: int) -> list[dict[str, Any]]:
-    """Return kernels and times of the U-Net alone and of each mix of each kind of tuner."""
+    """Return kernels and times of the U-Net alone and of each mix of each tuner family."""
     forward = Forward(unet)
     variants: dict[tuple[str, str], tuple[PartConfig, list[Weight]] | None] = {("no tuner", ""): None}
     variants |= {(kind, mix): (config, weights) for kind, config in CONFIGS.items() for mix, weights in MIXES.items()}

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 
 from ..tuners import Part
-from ..tuners.bottleneck import Bottleneck
+from ..tuners.base import Bottleneck
 from .attached_tuner import AttachedTuner
 from .stacked import StackedBottlenecks
 

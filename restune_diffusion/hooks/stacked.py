@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from ..tuners.bottleneck import Bottleneck
+from ..tuners.base import Bottleneck
 
 RowFactors = tuple[float, ...]
 """Factor of each row of the batch, or one factor for all rows."""

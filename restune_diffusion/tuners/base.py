@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..backbones import TextEncoder
-from .bottleneck import Bottleneck
 from .lora import ResLora
 
 
@@ -92,6 +91,31 @@ class Features:
             tuple({site: feature[rows] for site, feature in levels.items()} for levels in self.conditions),
             self.condition_weights,
         )
+
+
+@dataclass(frozen=True)
+class Bottleneck:
+    """Layer `scale * (W_up f(W_down x + b_down) + b_up)` at every position.
+
+    Attributes:
+        down: `W_down` and, if there is one, `b_down`.
+        up: `W_up` and, if there is one, `b_up`.
+        gelu: whether `f` is GELU; otherwise it is the identity.
+        channels_first: whether `x` is `(batch, channels, height, width)`; otherwise `(batch, tokens, channels)`.
+        scale: one factor, or one for each output channel.
+    """
+
+    down: nn.Linear
+    up: nn.Linear
+    gelu: bool
+    channels_first: bool = False
+    scale: torch.Tensor | float = 1.0
+
+    @property
+    def parameters(self) -> list[torch.Tensor]:
+        """Parameters of the layer."""
+        found = [self.down.weight, self.down.bias, self.up.weight, self.up.bias, self.scale]
+        return [each for each in found if isinstance(each, torch.Tensor)]
 
 
 class Part(nn.Module):

@@ -12,8 +12,7 @@ from ..backbones.site_names import SiteName, match_sites
 from ..utils.errors import RestuneError
 from .adapter import ResAdapter
 from .attention import PlainAttention, ResAttention
-from .base import Features, Operation, Part
-from .bottleneck import Bottleneck
+from .base import Bottleneck, Features, Operation, Part
 from .configs import ResConfig, ResKind
 from .gate import most_heads
 from .lora import ResLora

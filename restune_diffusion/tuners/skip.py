@@ -10,8 +10,7 @@ from ..backbones import BaseInfo, late_skips
 from ..backbones.site_names import match_sites
 from ..utils.autocast import as_input
 from ..utils.errors import RestuneError
-from .base import Features, Part, init_linear, init_zero, pointwise
-from .bottleneck import Bottleneck
+from .base import Bottleneck, Features, Part, init_linear, init_zero, pointwise
 from .configs import SkipConfig
 
 
