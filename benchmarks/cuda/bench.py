@@ -40,12 +40,13 @@ class Bench:
     Args:
         dry: whether this is a dry run.
         folder: folder for temporary files.
+        device: another device than these.
     """
 
-    def __init__(self, *, dry: bool, folder: Path) -> None:
+    def __init__(self, *, dry: bool, folder: Path, device: torch.device | None = None) -> None:
         self.dry = dry
         self.folder = folder
-        self.device = torch.device("cpu" if dry else "cuda")
+        self.device = device or torch.device("cpu" if dry else "cuda")
         self.bases = TINY if dry else FULL
         self.half = torch.bfloat16 if dry else torch.float16
         self.rounds = 2 if dry else 20

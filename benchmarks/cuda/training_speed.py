@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import pairwise
 from statistics import median
 from typing import Any
@@ -142,7 +143,7 @@ def step_on_sdxl(bench: Bench) -> Iterator[Result]:
             if name in configs:
                 trained = Tuner.for_base(unet, configs[name]).to(bench.device)
                 stack.enter_context(attach(unet, trained))
-            steps[name] = bare_step(bench, unet, trained, call)
+            steps[name] = bare_step(partial(_prediction, unet, call), trained.parameters(), call["sample"])
         peaks = {}
         for name, step in steps.items():
             step()
@@ -167,19 +168,26 @@ def step_on_sdxl(bench: Bench) -> Iterator[Result]:
             yield ratio(bench, what, peaks[name] / peaks[PEER], limit, note=f"{peaks[name] / 2**20:.0f} MiB")
 
 
-def bare_step(bench: Bench, unet: Any, trained: nn.Module, call: dict[str, Any]) -> Callable[[], None]:
-    """Return a training step without data: forward in bf16, backward, clipping, AdamW in fp32."""
-    parameters = [parameter for parameter in trained.parameters() if parameter.requires_grad]
-    for parameter in parameters:
+def _prediction(unet: Any, call: dict[str, Any]) -> torch.Tensor:
+    predicted: torch.Tensor = unet(**call, return_dict=False)[0]
+    return predicted
+
+
+def bare_step(
+    forward: Callable[[], torch.Tensor], parameters: Iterable[nn.Parameter], sample: torch.Tensor
+) -> Callable[[], None]:
+    """Return a training step without data: forward in the dtype of `sample`, backward, clipping, AdamW in fp32."""
+    trained = [parameter for parameter in parameters if parameter.requires_grad]
+    for parameter in trained:
         parameter.data = parameter.data.float()
-    optimizer = torch.optim.AdamW(parameters, lr=1e-4)
-    target = torch.randn_like(call["sample"])
+    optimizer = torch.optim.AdamW(trained, lr=1e-4)
+    target = torch.randn_like(sample)
 
     def step() -> None:
-        with torch.autocast(bench.device.type, torch.bfloat16):
-            prediction = unet(**call, return_dict=False)[0]
+        with torch.autocast(sample.device.type, torch.bfloat16, enabled=sample.dtype != torch.float32):
+            prediction = forward()
         nn.functional.mse_loss(prediction.float(), target.float()).backward()
-        nn.utils.clip_grad_norm_(parameters, 1.0)
+        nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         optimizer.zero_grad()
 
