@@ -5,8 +5,8 @@
 
 Models have Stable Diffusion 1.5's size and random weights. On a CPU all times are processor times of one thread,
 because other programs disturb them less than wall-clock times; on CUDA they are times between events. Contestants run
-in turn in one process. Finished groups of rows are kept in OUTPUT/all.json, so an interrupted run goes on; `--again` measures the
-chosen benchmarks again. A dry run has small models and one round less, and its figures mean nothing.
+in turn in one process. Finished groups of rows are kept in OUTPUT/all.json, so an interrupted run goes on; `--again`
+measures the chosen benchmarks again. A dry run has small models and two rounds, and its figures mean nothing.
 """
 
 from __future__ import annotations

@@ -8,10 +8,12 @@ from functools import partial
 from typing import Any
 
 import torch
+from peft import LoraConfig
 from safetensors.torch import load_file
 
 from benchmarks.cuda.bases import twin
 from benchmarks.cuda.bench import Bench
+from benchmarks.diffusers_lora import ATTENTION
 from benchmarks.load_tuner import write_files
 from restune_diffusion import SkipConfig, TunerCache, TunerManager, attach, load_tuner
 from restune_diffusion.tuners.configs import PartConfig
@@ -130,7 +132,7 @@ def queue_of_styles(bench: Bench, side: int) -> list[Row]:
     config: PartConfig = SkipConfig(ratio=0.1)
     tuners = [bench.tuner(whole, config, seed=number, std=_STD) for number in range(STYLES)]
     for number in range(STYLES):
-        loaded.add_adapter(peers.LoraConfig(r=16, target_modules=peers.ATTENTION), f"style{number}")
+        loaded.add_adapter(LoraConfig(r=16, target_modules=ATTENTION), f"style{number}")
     with ExitStack() as stack:
         stack.enter_context(attach(swapped, tuners[0].copy(), "style"))
         for number, tuner in enumerate(tuners):

@@ -109,8 +109,9 @@ def write_page(rows: Rows, output: Path) -> None:
     )  # fmt: skip
     lines = [
         "# All benchmarks", "",
-        "`python -m benchmarks.all` writes this page. Models have the size of Stable Diffusion 1.5 and random weights, "
-        f"in fp32. {how} Contestants run in turn in one process. The spread is from the first to the third quartile.", "",
+        "`python -m benchmarks.all` writes this page. Models have the size of Stable Diffusion 1.5 and random "
+        f"weights, in fp32. {how} Contestants run in turn in one process. The spread is from the first to the third "
+        "quartile.", "",
         f"{facts['device']}, {facts['machine']}; {versions}.", "",
     ]  # fmt: skip
     if facts["dry"]:

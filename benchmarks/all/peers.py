@@ -90,7 +90,7 @@ class SwiftBypass(nn.Module):
             place += len(block.resnets)
         widths.append(unet.conv_norm_out.num_channels)
         last = len(widths) - 1
-        adapter = {"res_group_adapter": {}}
+        adapter: dict[str, Any] = {"res_group_adapter": {}}
         self.lateral = nn.ModuleList(tuner(w, n, last + 1, True, "lateral", adapter) for n, w in enumerate(widths))
         self.vertical = nn.ModuleList(tuner(w, n, last + 1, True, "vertical", adapter) for n, w in enumerate(widths))
         self.up = nn.ModuleList(
@@ -119,7 +119,8 @@ def add_swift_bypass(unet: Any) -> nn.Module:
 
     def before_output(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         chain.stems.append(args[0])
-        return (args[0] + chain(),)
+        # Its last module adds to what it reads, so that its output replaces the feature, and at the start equals it.
+        return (chain(),)
 
     for block in unet.up_blocks:
         block.register_forward_pre_hook(before_block, with_kwargs=True)
@@ -137,7 +138,8 @@ def add_lora(unet: Any, rank: int, checkpointing: bool = False) -> nn.Module:
     if checkpointing:
         unet.train()
         unet.enable_gradient_checkpointing()
-    return unet  # type: ignore[no-any-return]
+    module: nn.Module = unet
+    return module
 
 
 class WithControlNet(nn.Module):

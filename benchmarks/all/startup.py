@@ -39,7 +39,7 @@ def start_up(bench: Bench) -> list[Row]:
         "import diffusers.UNet2DConditionModel": [python, "-c", "from diffusers import UNet2DConditionModel"],
     }
     times: dict[str, list[float]] = {name: [] for name in commands}
-    for number in range(2 if bench.dry else 8):
+    for number in range(2 if bench.dry else 6):
         for name, command in commands.items():
             seconds = processor_seconds(command)
             if number:  # files are in the page cache

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from functools import partial
+from statistics import median
 from typing import Any
 
 import torch
@@ -31,7 +32,7 @@ Contestant = tuple[Callable[[], torch.Tensor], nn.Module]
 
 def configs() -> dict[str, PartConfig]:
     """Return the tuners of ours that are compared."""
-    (style,) = TrainConfig(base="base", data="data", output="output", preset="style").parts  # type: ignore[arg-type]
+    (style,) = TrainConfig(base="base", data="data", output="output", preset="style").parts
     return {
         BYPASS: BypassConfig(),
         SKIP: SkipConfig(),
@@ -110,15 +111,9 @@ def training_step(bench: Bench, batch: int, side: int) -> list[Row]:
             kept[name] = kept_bytes(forward, own)
             ways[name] = bare_step(forward, trained, call["sample"])
         times = bench.in_turn(ways, seconds=1e6)
-    images = {name: batch / median_of(each) for name, each in times.items()}
+    images = {name: batch / median(each) for name, each in times.items()}
     ratios = {name: value / kept[PEER] for name, value in kept.items()}
-    more = {"parameters": parameters, "kept_bytes": kept, "kept_ratio": ratios, "images_per_second": images}
-    return timed_rows(times, PEER, **more)
-
-
-def median_of(times: list[float]) -> float:
-    """Return the median of times."""
-    return sorted(times)[len(times) // 2]
+    return timed_rows(times, PEER, parameters=parameters, kept_bytes=kept, kept_ratio=ratios, images_per_second=images)
 
 
 def scaling_step(bench: Bench, batch: int, side: int) -> list[Row]:
