@@ -30,9 +30,9 @@ RESULTS = Path(__file__).parents[1] / "results"
 Groups = dict[str, Callable[[], list[Row]]]
 
 
-def groups_of(bench: Bench) -> dict[str, Groups]:
-    """Return the groups of rows of each benchmark, cheap ones first."""
-    side, small = (8, 8) if bench.dry else (32, 16)
+def groups_of(bench: Bench, pixels: int) -> dict[str, Groups]:
+    """Return the groups of rows of each benchmark, for images of `pixels`."""
+    side, small = (8, 8) if bench.dry else (pixels // 8, 16)
     return {
         "startup": {"start-up": partial(startup.start_up, bench)},
         "swap": {"swap": partial(generation.swaps, bench)},
@@ -47,7 +47,7 @@ def groups_of(bench: Bench) -> dict[str, Groups]:
             **{f"scaling, batch {n}": partial(training.scaling_step, bench, n, small) for n in (1, 2, 4)},
             **{
                 f"scaling, {8 * n} px": partial(training.scaling_step, bench, 1, n)
-                for n in ((8, 16) if bench.dry else (16, 32, 48))
+                for n in ((8, 16) if bench.dry else (32, 16, 48))
             },
             **{f"scaling, {n} steps": partial(generation.scaling_in_steps, bench, small, n) for n in (1, 2, 4, 8)},
         },
@@ -63,6 +63,7 @@ def main(args: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--again", action="store_true", help="measure again what has been measured")
     parser.add_argument("--rounds", type=int, default=5, help="rounds of each contestant (default: 5)")
+    parser.add_argument("--pixels", type=int, default=256, help="side of the images (default: 256)")
     parser.add_argument("--dry", action="store_true", help="run with small models, only to see that it runs")
     parser.add_argument("--output", type=Path, help=f"folder of the page (default: {RESULTS.name}; a dry run: none)")
     given = parser.parse_args(args)
@@ -75,8 +76,8 @@ def main(args: Sequence[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(dry=given.dry, folder=Path(folder), device=device)
         bench.rounds = 2 if given.dry else given.rounds
-        rows = Rows(output / "all.json", facts(device, given.dry))
-        every = groups_of(bench)
+        rows = Rows(output / "all.json", facts(device, given.dry, given.pixels))
+        every = groups_of(bench, given.pixels)
         for name in given.only:
             for group, run in every[name].items():
                 if given.again:

@@ -19,12 +19,12 @@ Row: TypeAlias = dict[str, Any]
 _PACKAGES = ("torch", "diffusers", "transformers", "peft", "safetensors")
 
 
-def facts(device: torch.device, dry: bool) -> dict[str, Any]:
-    """Return machine and versions, which the rows of a file share."""
+def facts(device: torch.device, dry: bool, pixels: int) -> dict[str, Any]:
+    """Return machine, versions and image size, which the rows of a file share."""
     machine = f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} thread(s)"
     where = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
     versions = {name: version(name) for name in _PACKAGES}
-    return {"device": where, "machine": machine, "dry": dry, "versions": versions}
+    return {"device": where, "machine": machine, "pixels": pixels, "dry": dry, "versions": versions}
 
 
 class Rows:

@@ -25,7 +25,7 @@ def processor_seconds(command: list[str]) -> float:
 
 
 def start_up(bench: Bench) -> list[Row]:
-    """Measure commands that should not wait for torch, beside Python itself and the imports of torch and diffusers."""
+    """Measure commands that should not wait for torch, beside Python itself and the import of torch."""
     path = bench.folder / "tuner.safetensors"
     save_tuner(bench.tuner(bench.unet(bench.bases[0], torch.float32), SkipConfig()), path)
     python = sys.executable
@@ -36,7 +36,6 @@ def start_up(bench: Bench) -> list[Row]:
         "restune train --help": [python, "-m", "restune_diffusion", "train", "--help"],
         INSPECT: [python, "-m", "restune_diffusion", "inspect", str(path)],
         "import torch": [python, "-c", "import torch"],
-        "import diffusers.UNet2DConditionModel": [python, "-c", "from diffusers import UNet2DConditionModel"],
     }
     times: dict[str, list[float]] = {name: [] for name in commands}
     for number in range(2 if bench.dry else 6):

@@ -110,7 +110,8 @@ def training_step(bench: Bench, batch: int, side: int) -> list[Row]:
             own = held | {parameter.untyped_storage().data_ptr() for parameter in trained}
             kept[name] = kept_bytes(forward, own)
             ways[name] = bare_step(forward, trained, call["sample"])
-        times = bench.in_turn(ways, seconds=1e6)
+        # The forward passes that were counted have warmed up.
+        times = bench.in_turn(ways, seconds=1e6, warm=False)
     images = {name: batch / median(each) for name, each in times.items()}
     ratios = {name: value / kept[PEER] for name, value in kept.items()}
     return timed_rows(times, PEER, parameters=parameters, kept_bytes=kept, kept_ratio=ratios, images_per_second=images)

@@ -123,15 +123,19 @@ class Bench:
                 image.save(folders[pixels] / f"{number}.png")
         return folders
 
-    def in_turn(self, ways: Mapping[str, Callable[[], object]], seconds: float = _SECONDS) -> dict[str, list[float]]:
+    def in_turn(
+        self, ways: Mapping[str, Callable[[], object]], seconds: float = _SECONDS, *, warm: bool = True
+    ) -> dict[str, list[float]]:
         """Run functions in turn and return the times of each, in seconds.
 
         CUDA times are those of the device between two events, with the host's work in between; CPU times are processor
-        times. There are 20 rounds, fewer (but at least 5) if they would take longer than `seconds`.
+        times. There are 20 rounds, fewer (but at least 5) if they would take longer than `seconds`, after one that is
+        not counted if `warm`.
         """
         times: dict[str, list[float]] = {name: [] for name in ways}
-        for way in ways.values():
-            way()
+        if warm:
+            for way in ways.values():
+                way()
         started = time.perf_counter()
         for number in range(self.rounds):
             if number >= _FEWEST_ROUNDS and time.perf_counter() - started > seconds:

@@ -34,5 +34,5 @@ def test_every_benchmark_runs_and_every_target_finds_its_figure(tmp_path, monkey
     (trained,) = [row for row in kept["training"] if row["what"] == "bypass"]
     assert 0 < trained["kept_bytes"] < min(row["kept_bytes"] for row in kept["training"] if "LoRA r=4" in row["what"])
     # A second call finds everything on disk.
-    monkeypatch.setattr(command, "groups_of", lambda bench: {name: dict.fromkeys(kept) for name in ("swap",)})
+    monkeypatch.setattr(command, "groups_of", lambda *_: {name: dict.fromkeys(kept) for name in ("swap",)})
     command.main(["--dry", "--output", str(tmp_path), "--only", "swap"])

@@ -11,7 +11,7 @@ from restune_diffusion import SkipConfig, Tuner, attach
 
 from ...conftest import make_inputs, make_unet, randomize
 
-FACTS = {"device": "CPU", "machine": "m", "dry": False, "versions": {"torch": "1"}}
+FACTS = {"device": "CPU", "machine": "m", "pixels": 64, "dry": False, "versions": {"torch": "1"}}
 needs_swift = pytest.mark.skipif(not peers.has_swift(), reason="needs ms-swift==4.6.0, run make peers; and einops")
 
 _NAMES = {"ln1.weight": "down.weight", "ln1.bias": "down.bias", "ln2.weight": "up.weight", "ln2.bias": "up.bias"}
