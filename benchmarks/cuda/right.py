@@ -184,10 +184,12 @@ def no_waiting(bench: Bench) -> Iterator[Result]:
         "on": TunerWeight(on="cond"),
         "schedule": schedule("0-0.2: 0, 0.2-1: 1"),
     }
-    for kind in ("skip", "bypass", "lora"):
+    for kind in ("skip", "bypass", "res, adapters", "lora"):
         with attached(unet, bench.tuner(unet, KINDS[kind], std=_STD), call) as manager:
             manager.layout = Layout(2, True)
             for name, weight in weights.items():
+                if name == "mask" and kind == "lora":
+                    continue  # keys and values of cross-attention have the tokens of the text, not a grid
                 manager.set_weights({"tuner": weight})
                 output(unet, call)
                 bench.tidy()
