@@ -39,6 +39,9 @@ class Settings:
     learning_rate: float = 1e-4
     cached: bool = False
     """Encode images and captions before the first step, as our training does; not an option of the script."""
+    mixed_precision: str = "no"
+    gradient_checkpointing: bool = False
+    cpu: bool = True
 
 
 class Images(Dataset[Item]):
@@ -76,9 +79,10 @@ class Encoded(Dataset[Item]):
         self._items: list[Item] = []
         with torch.no_grad():
             for item in (images[index] for index in range(len(images))):
-                posterior = vae.encode(item["pixels"][None]).latent_dist
-                states = text_encoder(item["tokens"][None])[0][0]
-                self._items.append({"mean": posterior.mean[0], "std": posterior.std[0], "states": states})
+                posterior = vae.encode(item["pixels"][None].to(vae.device, vae.dtype)).latent_dist
+                states = text_encoder(item["tokens"][None].to(text_encoder.device))[0][0]
+                encoded = {"mean": posterior.mean[0], "std": posterior.std[0], "states": states}
+                self._items.append({name: tensor.cpu() for name, tensor in encoded.items()})
 
     def __len__(self) -> int:
         return len(self._items)
@@ -93,13 +97,15 @@ def train_lora(
     """Train LoRA on the attention layers of a pipeline's U-Net, and remove it afterwards.
 
     Args:
-        pipeline: a Stable Diffusion pipeline in fp32, on the CPU.
+        pipeline: a Stable Diffusion pipeline on the device of the training, in the dtype of `mixed_precision`.
         examples: images and captions.
         settings: options of the training.
         on_step: called after each step with its loss.
     """
     AcceleratorState._reset_state()
-    accelerator = Accelerator(gradient_accumulation_steps=1, mixed_precision="no", cpu=True)
+    accelerator = Accelerator(
+        gradient_accumulation_steps=1, mixed_precision=settings.mixed_precision, cpu=settings.cpu
+    )
     unet, vae, text_encoder = pipeline.unet, pipeline.vae, pipeline.text_encoder
     for model in (unet, vae, text_encoder):
         model.requires_grad_(False)
@@ -107,9 +113,15 @@ def train_lora(
         LoraConfig(r=settings.rank, lora_alpha=settings.rank, init_lora_weights="gaussian", target_modules=ATTENTION),
         "peer",
     )
+    for parameter in unet.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    if settings.gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
     try:
         _loop(accelerator, pipeline, examples, settings, on_step)
     finally:
+        unet.disable_gradient_checkpointing()
         unet.delete_adapters("peer")
         unet.eval()
 
@@ -153,7 +165,7 @@ def _loop(
 def encode(batch: Item, vae: Any, text_encoder: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """Return latents and text embeddings of a batch, encoded from pixels and tokens, or taken from the cache."""
     if "pixels" in batch:
-        latents = vae.encode(batch["pixels"]).latent_dist.sample()
+        latents = vae.encode(batch["pixels"].to(vae.dtype)).latent_dist.sample()
         states = text_encoder(batch["tokens"], return_dict=False)[0]
     else:
         latents = batch["mean"] + batch["std"] * torch.randn_like(batch["std"])
@@ -164,7 +176,9 @@ def encode(batch: Item, vae: Any, text_encoder: Any) -> tuple[torch.Tensor, torc
 def denoising_loss(unet: Any, noise_scheduler: Any, latents: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
     """Return the script's loss: mean squared error to the scheduler's prediction target at random timesteps."""
     noise = torch.randn_like(latents)
-    timesteps = torch.randint(0, noise_scheduler.config.num_train_timesteps, (len(latents),)).long()
+    timesteps = torch.randint(
+        0, noise_scheduler.config.num_train_timesteps, (len(latents),), device=latents.device
+    ).long()
     noisy = noise_scheduler.add_noise(latents, noise, timesteps)
     if noise_scheduler.config.prediction_type == "v_prediction":
         target = noise_scheduler.get_velocity(latents, noise, timesteps)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -30,10 +30,10 @@ from restune_diffusion import SkipConfig, Tuner, load_tuner, read_info, save_tun
 _LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 
 
-def write_files(folder: Path) -> tuple[Path, Path]:
+def write_files(folder: Path, structure: Mapping[str, Any] = SD15) -> tuple[Path, Path]:
     """Write a skip tuner of ratio 1.0, and an attention LoRA whose rank gives the nearest size; return both paths."""
     with torch.device("meta"):
-        unet = UNet2DConditionModel(**SD15)
+        unet = UNet2DConditionModel(**structure)
     tuner = Tuner.for_base(unet, SkipConfig(ratio=1.0), generator=torch.Generator().manual_seed(0)).half()
     save_tuner(tuner, folder / "tuner.safetensors")
     layers = {

@@ -16,7 +16,7 @@ from ..utils.errors import TunerFileError
 from .options.early_checks import check_exists
 
 if TYPE_CHECKING:
-    from ..storage.tuner_file import TunerInfo
+    from ..storage.header import TunerInfo
 
 
 class InspectOptions(BaseModel):
@@ -56,9 +56,9 @@ class InspectOptions(BaseModel):
         return record_as_text(self.file, record)
 
     def _of_tuner(self) -> str:
-        from ..storage.tuner_file import read_info
+        from ..storage.header import read_header
 
-        info = read_info(self.file)
+        info = read_header(self.file)
         if self.config_output:
             return as_config(info)
         return json.dumps(as_json(info), indent=2) if self.json_output else as_text(info)

@@ -1,6 +1,7 @@
 """Header of a tuner file: reading, and all checks that need no tensor values.
 
-Files are untrusted: all sizes in a header are limited here before anything is built from it.
+Files are untrusted: all sizes in a header are limited here before anything is built from it. torch is imported only to
+compare the tensors' shapes with the config.
 """
 
 from __future__ import annotations
@@ -12,18 +13,20 @@ import struct
 from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 
-from ..backbones import BaseInfo
+from ..backbones.description import BaseInfo
 from ..backbones.site_names import is_dotted_name
 from ..tuners.registry import PartConfig, parts_from_json
-from ..tuners.tuner import Tuner
 from ..utils.display import printable
 from ..utils.errors import RestuneError, TunerFileError, UnknownFamilyError
 from ..utils.settings_merge import first_refused
+
+if TYPE_CHECKING:
+    from ..tuners.tuner import Tuner
 
 FORMAT_VERSION = 1
 VERSION_KEY = "restune.format_version"
@@ -75,8 +78,37 @@ def read_info(path: str | os.PathLike[str]) -> TunerInfo:
         return check_header(path, file)[0]
 
 
-def open_tensors(path: Path) -> safe_open:
+def read_header(path: str | os.PathLike[str]) -> TunerInfo:
+    """Read the header of a tuner file without importing torch.
+
+    Of the tensors, unlike `read_info`, it checks the dtypes and that each belongs to a part, not that they are exactly
+    those of the config.
+
+    Raises:
+        TunerFileError: if the file is missing, truncated, not a tuner file, or of a newer version.
+    """
+    path = Path(path)
+    with open_tensors(path, "numpy") as file:
+        metadata, (configs, base, training) = _checked_metadata(path, file)
+        shapes, dtypes = _tensor_entries(file)
+    parts = {config.part for config in configs}
+    try:
+        for key in shapes:
+            if key.split(".")[0] not in parts:
+                raise ValueError(_not_in_config(key))
+        check_dtypes(dtypes)
+    except ValueError as error:
+        raise TunerFileError(f"{path} is damaged: {error}; get the file again.") from error
+    parameters = sum(map(math.prod, shapes.values()))
+    return _info(path, parameters, dtypes, configs, base, training, metadata)
+
+
+def open_tensors(path: Path, framework: Literal["pt", "numpy"] = "pt") -> safe_open:
     """Open a safetensors file, memory-mapped, for use in a `with` statement.
+
+    Args:
+        path: path of the file.
+        framework: type of the tensors that are read; "numpy" does not import torch.
 
     Raises:
         TunerFileError: if the file is missing or not a complete safetensors file.
@@ -86,7 +118,7 @@ def open_tensors(path: Path) -> safe_open:
         if not path.is_file():
             raise TunerFileError(f"There is no tuner file at {path}.")
         _check_declared_size(path)
-        return _open_whole(path)
+        return _open_whole(path, framework)
     except (SafetensorError, OSError, ValueError, TypeError, RuntimeError) as error:
         raise TunerFileError(f"{path} {_why_unreadable(path, error)}") from error
 
@@ -100,14 +132,7 @@ def check_header(path: Path, file: safe_open) -> tuple[TunerInfo, Tuner]:
     Raises:
         TunerFileError: if the file is not a tuner file, is of a newer version, or is inconsistent.
     """
-    metadata: dict[str, str] = file.metadata() or {}
-    _check_version(path, metadata)
-    try:
-        configs, base, training = parse_metadata(metadata)
-    except UnknownFamilyError as error:
-        raise TunerFileError(f"{path} cannot be read: {error}") from error
-    except ValueError as error:
-        raise TunerFileError(f"{path} has a damaged header ({error}); get the file again.") from error
+    metadata, (configs, base, training) = _checked_metadata(path, file)
     tuner = _empty_tuner(path, configs, base, metadata)
     expected = {key: tuple(value.shape) for key, value in tuner.state_dict().items()}
     shapes, dtypes = _read_tensor_entries(path, file, expected)
@@ -116,17 +141,34 @@ def check_header(path: Path, file: safe_open) -> tuple[TunerInfo, Tuner]:
         check_dtypes(dtypes)
     except ValueError as error:
         raise TunerFileError(f"{path} is damaged: {error}; get the file again.") from error
-    info = TunerInfo(
-        path=path,
-        bytes=path.stat().st_size,
-        num_parameters=tuner.num_parameters(),
-        dtype="/".join(sorted(set(dtypes.values()))),
-        configs=configs,
-        base=base,
-        training=training,
-        metadata=metadata,
-    )
-    return info, tuner
+    return _info(path, tuner.num_parameters(), dtypes, configs, base, training, metadata), tuner
+
+
+def _info(
+    path: Path,
+    num_parameters: int,
+    dtypes: Mapping[str, str],
+    configs: tuple[PartConfig, ...],
+    base: BaseInfo,
+    training: dict[str, Any],
+    metadata: dict[str, str],
+) -> TunerInfo:
+    dtype = "/".join(sorted(set(dtypes.values())))
+    return TunerInfo(path, path.stat().st_size, num_parameters, dtype, configs, base, training, metadata)
+
+
+def _checked_metadata(
+    path: Path, file: safe_open
+) -> tuple[dict[str, str], tuple[tuple[PartConfig, ...], BaseInfo, dict[str, Any]]]:
+    """Return the entries of a header, and the configs, the base and the training facts in it."""
+    metadata: dict[str, str] = file.metadata() or {}
+    _check_version(path, metadata)
+    try:
+        return metadata, parse_metadata(metadata)
+    except UnknownFamilyError as error:
+        raise TunerFileError(f"{path} cannot be read: {error}") from error
+    except ValueError as error:
+        raise TunerFileError(f"{path} has a damaged header ({error}); get the file again.") from error
 
 
 def parse_metadata(metadata: Mapping[str, str]) -> tuple[tuple[PartConfig, ...], BaseInfo, dict[str, Any]]:
@@ -182,7 +224,7 @@ def _check_declared_size(path: Path) -> None:
         )
 
 
-def _open_whole(path: Path) -> safe_open:
+def _open_whole(path: Path, framework: str) -> safe_open:
     """Open a file that may be replaced at any time.
 
     safetensors opens the file by name twice, for the header and for the tensors; if it is replaced by renaming in
@@ -191,7 +233,7 @@ def _open_whole(path: Path) -> safe_open:
     for _ in range(_ATTEMPTS):
         before = _identity(path)
         try:
-            file = safe_open(path, framework="pt")
+            file = safe_open(path, framework=framework)
         except (SafetensorError, OSError, RuntimeError):
             if _identity(path) == before:
                 raise
@@ -294,6 +336,8 @@ def _check_base(base: BaseInfo) -> None:
 
 
 def _empty_tuner(path: Path, configs: tuple[PartConfig, ...], base: BaseInfo, metadata: Mapping[str, str]) -> Tuner:
+    from ..tuners.tuner import Tuner
+
     try:
         return Tuner.empty(configs, base, metadata)
     # All exceptions that Python and torch raise for untrusted names and numbers that do not form a module.
@@ -313,10 +357,16 @@ def _read_tensor_entries(
     keys: list[str] = file.keys()
     for key in keys:
         if key not in expected:
-            raise TunerFileError(
-                f"{path} is damaged: its config has no tensor `{printable(key, 80)}`; get the file again."
-            )
-    slices = {key: file.get_slice(key) for key in keys}
+            raise TunerFileError(f"{path} is damaged: {_not_in_config(key)}; get the file again.")
+    return _tensor_entries(file)
+
+
+def _not_in_config(key: str) -> str:
+    return f"its config has no tensor `{printable(key, 80)}`"
+
+
+def _tensor_entries(file: safe_open) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
+    slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
     shapes = {key: tuple(piece.get_shape()) for key, piece in slices.items()}
     return shapes, {key: str(piece.get_dtype()) for key, piece in slices.items()}
 

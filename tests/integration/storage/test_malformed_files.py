@@ -102,7 +102,9 @@ def check(mutant: Mutant, path: Path):
         assert err.startswith(f"restune: {path} ")
         assert err[:-1].isprintable()
     else:
-        assert tuner is not None or "NaN or infinity" in refusal
+        # `inspect` does not import torch, so it compares neither values nor the tensors with the config.
+        unseen = ("NaN or infinity", "is damaged: its config", "has a config that does not fit its base")
+        assert tuner is not None or any(reason in refusal for reason in unseen), refusal
         assert all(line.isprintable() for line in out.split("\n"))
         if mutant.number % 2 == 0:
             json.loads(out, parse_constant=pytest.fail)

@@ -11,8 +11,16 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageOps
+from torch import nn
 
-from restune_diffusion import RestuneStableDiffusionPipeline, read_info
+from restune_diffusion import (
+    BypassConfig,
+    RestuneStableDiffusionPipeline,
+    SkipConfig,
+    Tuner,
+    read_info,
+    save_tuner,
+)
 from restune_diffusion.cli.options.mix import split_weight, unique_names
 from restune_diffusion.imaging.conditions import make_condition
 
@@ -27,6 +35,23 @@ def test_help_does_not_wait_for_torch() -> None:
         "except SystemExit:\n    sys.exit('torch' in sys.modules or 'diffusers' in sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+def test_inspecting_a_tuner_file_imports_neither_torch_nor_diffusers(unet: nn.Module, tmp_path: Path) -> None:
+    tuner = Tuner.for_base(unet, SkipConfig(ratio=0.5), BypassConfig())
+    save_tuner(tuner, tmp_path / "style.safetensors")
+    code = (
+        "import sys\n"
+        "from restune_diffusion.cli import main\n"
+        "try:\n    main(sys.argv[1:])\n"
+        "except SystemExit as end:\n"
+        "    sys.exit(end.code or 'torch' in sys.modules or 'diffusers' in sys.modules)"
+    )
+    for options in ((), ("--json",)):
+        command = [sys.executable, "-c", code, "inspect", str(tmp_path / "style.safetensors"), *options]
+        output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        count = tuner.num_parameters()
+        assert (f"{count:,} (F32)" if not options else f'"parameters": {count}') in output
 
 
 @pytest.mark.parametrize("command", ["train", "generate", "grid", "evaluate", "inspect", "convert", "merge", "demo"])
