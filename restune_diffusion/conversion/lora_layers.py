@@ -210,9 +210,9 @@ def _config(layers: Mapping[str, LoraLayer], base: BaseInfo, whole: LoraLayer, s
     """Return the config of the smallest part that contains all the layers."""
     names = {site: SiteName.parse(site) for site in linear_shapes(base)}
     operations = {names[site].operation for site in layers}
-    blocks = {names[site].transformer_block for site in layers}
+    blocks = {names[site].place for site in layers}
     linears = {str(names[site].linear) for site in layers}
-    possible = dict.fromkeys(name.transformer_block for name in names.values() if name.operation in operations)
+    possible = dict.fromkeys(name.place for name in names.values() if name.operation in operations)
     return make_config(
         ResConfig,
         source,
