@@ -45,7 +45,9 @@ class ResPart(Part):
         chosen = list(_operations_and_kinds(config))
         places = _places_with(base, {operation for operation, _ in chosen})
         selected = match_sites(
-            config.sites, places, "transformer block" if _only_blocks(chosen) else "block or layer group"
+            config.sites,
+            places,
+            "transformer block" if _only_blocks(chosen) else "transformer block or group of layers",
         )
         if config.grad_depth is not None:
             selected = _late(selected, list(places), config.grad_depth)

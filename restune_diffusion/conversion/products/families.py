@@ -134,7 +134,7 @@ def _factors(tensors: Mapping[str, torch.Tensor], name: str, core: str) -> tuple
         return layer.up, layer.down
     a, b = tensors[f"{name}_a"], tensors[f"{name}_b"]
     if core in tensors:
-        a, b = a.T, _through(tensors[core], b)
+        a, b = a.T.contiguous(), _through(tensors[core], b)
     _check_product(a, b)
     return a, b
 
