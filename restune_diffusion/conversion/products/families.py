@@ -31,7 +31,9 @@ TENSORS = re.compile(
 """Key of a tensor: the module's name, and the tensor's name in it."""
 
 _OTHER_FORMS = {"lora_mid.weight": "LoCon with a middle convolution", "hada_t1": "LoHa of a convolution",
-                "hada_t2": "LoHa of a convolution", "lokr_t2": "LoKr of a convolution"}  # fmt: skip
+                "hada_t2": "LoHa of a convolution", "lokr_t1": "LoKr of a convolution",
+                "lokr_t2": "LoKr of a convolution"}  # fmt: skip
+_LORA = {"lora_down.weight", "lora_up.weight"}
 
 
 def layer_from(
@@ -72,27 +74,31 @@ def layer_from(
     }
     tensors = {name: value.flatten(1) if name in flat else value for name, value in tensors.items()}
     names = {name for name in tensors if name not in ("alpha", "dora_scale", "diff_b")}
-    if names == {"lora_down.weight", "lora_up.weight"}:
-        down = tensors["lora_down.weight"]
-        return LoraLayer(down, tensors["lora_up.weight"], float(down.shape[0]) if alpha is None else alpha)
-    if names < {"lora_down.weight", "lora_up.weight", "lora_mid.weight"}:
+    if names < {"lora_down.weight", "lora_up.weight", "lora_mid.weight"} and names != _LORA:
         raise TunerFileError(f"{where} is damaged: it has only one of its two weights.")
-    wide = {name: value.to(torch.promote_types(value.dtype, torch.float32)) for name, value in tensors.items()}
-    if any(wide[name].dim() > 2 for name in names.difference(_OTHER_FORMS)):
-        raise TunerFileError(f"{where} has the form of a convolution, but {there}.")
+    if any(tensors[name].dim() > 2 for name in names.difference(_OTHER_FORMS)):
+        raise TunerFileError(
+            f"{where} has {'another kernel' if kernel else 'the form of a convolution'}, but {there}."
+        )
     try:
-        if names == {"lora_down.weight", "lora_up.weight", "lora_mid.weight"}:
+        if names == _LORA:
+            down, up = tensors["lora_down.weight"], tensors["lora_up.weight"]
+            _check_product(up, down)
+            return LoraLayer(down, up, float(down.shape[0]) if alpha is None else alpha)
+        wide = {name: value.to(torch.promote_types(value.dtype, torch.float32)) for name, value in tensors.items()}
+        if names == {*_LORA, "lora_mid.weight"}:
             down, up = wide["lora_down.weight"], wide["lora_up.weight"]
             scale = 1.0 if alpha is None else alpha / down.shape[0]
             down = _through(wide["lora_mid.weight"], down)
+            _check_product(up, down)
             return LoraLayer(down, up, scale * down.shape[0])
         if names == {"diff"}:
             return full(wide["diff"])
         if names.difference(("hada_t1", "hada_t2")) == {"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"}:
             return _loha(wide, alpha, scale)
-        if names and all(name.startswith("lokr_") for name in names.difference(("lokr_t1",))):
+        if names and all(name.startswith("lokr_") for name in names):
             return _lokr(wide, alpha, scale)
-    except (KeyError, IndexError, ValueError, RuntimeError) as error:
+    except (KeyError, IndexError, ValueError, RuntimeError, ZeroDivisionError) as error:
         raise TunerFileError(f"{where} is damaged: its tensors {_shapes(tensors)} do not fit together.") from error
     raise TunerFileError(f"{where} is damaged: it has only the tensors {', '.join(sorted(names))}.")
 

@@ -306,7 +306,12 @@ NAME = "lora_unet_down_blocks_0_resnets_0_conv1"
             {"lora_down.weight": (2, 32, 1, 1), "lora_up.weight": (32, 2, 1, 1), "lora_mid.weight": (2, 3, 3, 3)},
             "its tensors .* do not fit together",
         ),
-        ({"diff": (32, 32, 5, 5)}, "has the form of a convolution, but this base has a convolution of 3x3 there"),
+        ({"lora_down.weight": (3, 32, 3, 3), "lora_up.weight": (32, 2, 1, 1)}, "do not fit together"),
+        (
+            {"lora_down.weight": (0, 32), "lora_up.weight": (32, 0), "lora_mid.weight": (0, 0, 3, 3), "alpha": ()},
+            "do not fit together",
+        ),
+        ({"diff": (32, 32, 5, 5)}, "has another kernel, but this base has a convolution of 3x3 there"),
         ({"diff": (32, 32, 3, 3), "dora_scale": (1, 31, 1, 1)}, r"its magnitude has the shape \(1, 31, 1, 1\)"),
     ],
 )
