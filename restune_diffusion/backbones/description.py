@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from ..utils.errors import BaseMismatchError
 from .site_names import Kind, of_family
+
+
+class Convolution(NamedTuple):
+    """Shape of a convolution with a square kernel."""
+
+    inputs: int
+    outputs: int
+    kernel: int
+    stride: int
+    padding: int
 
 
 class Site(BaseModel):
@@ -21,7 +31,8 @@ class Site(BaseModel):
     stride: int = Field(gt=0, le=1 << 10)
     """Spatial downscaling relative to the latent."""
     operation: Kind | None = None
-    """Operation at a site of a transformer block, with features `(batch, tokens, channels)`; None between blocks."""
+    """Operation at a site of a transformer block, with features `(batch, tokens, channels)`, or kind of a group of
+    layers; None between blocks."""
     tokens: bool = False
     """Whether the feature is a token sequence `(batch, tokens, channels)` at a site without an operation."""
     extra_tokens: int = Field(default=0, ge=0, le=1 << 10)
@@ -30,6 +41,13 @@ class Site(BaseModel):
     """Attention heads of the operation, or of the block's first attention if the operation has none."""
     linears: dict[str, tuple[int, int]] = Field(default={}, max_length=64)
     """Input and output width of the operation's linear layers, by path relative to the operation."""
+    convolutions: dict[str, Convolution] = Field(default={}, max_length=64)
+    """Shape of the convolutions of a group of layers, by path relative to the group."""
+
+    @property
+    def layers(self) -> dict[str, tuple[int, int] | Convolution]:
+        """Linear layers and convolutions by path: input and output width, or shape."""
+        return {**self.linears, **self.convolutions}
 
     def projection(self, which: Literal["k", "v"]) -> tuple[int, int]:
         """Return input and output width of the attention's key or value projection."""
@@ -63,7 +81,8 @@ class BaseInfo(BaseModel):
     """Entries of the model's config that determine which tuners fit."""
     sites: dict[str, Site]
     """Sites by name, in the order of the forward pass. U-Net: `skip.0` (shallow) to `skip.N`, `mid`, `up.0` to `up.N`,
-    `out`, and for each transformer block, e.g. `down.1.attn.0.block.0`, its `.self`, `.cross`, `.ff` and `.block`.
+    `out`, and for each transformer block, e.g. `down.1.attn.0.block.0`, its `.self`, `.cross`, `.ff` and `.block`;
+    groups of layers outside them, e.g. `down.1.attn.0` (its projections) and `down.1.resnet.0`.
     Transformer: `block.0` to `block.N`, each with `.self`, `.cross`, `.ff` and `.block`, and `out`."""
     time_channels: int = Field(ge=0, le=1 << 16)
     """Width of the time embedding; 0 if the base has none."""
@@ -83,7 +102,7 @@ class BaseInfo(BaseModel):
         return of_family(self.sites, "skip")
 
     def narrowed(self, operations: Iterable[str], encoders: Iterable[str] = ()) -> BaseInfo:
-        """Return a description with only the named sites of transformer blocks and the named text encoders.
+        """Return a description with only the named sites of operations and layer groups and the named text encoders.
 
         A tuner then fits every base that agrees in what the tuner uses.
         """

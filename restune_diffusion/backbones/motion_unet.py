@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
-from .description import BaseInfo
+from .description import BaseInfo, Site
 from .structure import Call
 from .unet import UNetStructure
 
@@ -13,6 +14,10 @@ class MotionUNetStructure(UNetStructure):
     """Structure of a motion U-Net: it has the sites of its 2D U-Net and takes the same tuners, on every frame."""
 
     class_name = "UNetMotionModel"
+
+    def sites(self, base: Any) -> Iterator[tuple[str, Site]]:
+        """Yield the sites of the 2D U-Net, except its embeddings, which are computed once for all frames."""
+        return ((name, site) for name, site in super().sites(base) if name not in ("time", "added"))
 
     def describe(self, base: Any) -> BaseInfo:
         """Return the description of the 2D U-Net, undoing the block names of `UNetMotionModel.from_unet2d`."""

@@ -11,8 +11,8 @@ from typing import Any, Final, Literal, TypeAlias
 
 from ..utils.errors import RestuneError
 
-Family: TypeAlias = Literal["skip", "down", "mid", "up", "block", "out"]
-Kind: TypeAlias = Literal["self", "cross", "ff", "block"]
+Family: TypeAlias = Literal["skip", "down", "mid", "up", "block", "out", "stem", "head", "time", "added"]
+Kind: TypeAlias = Literal["self", "cross", "ff", "block", "proj", "conv", "ends"]
 
 OUT: Final = "out"
 """Name of the site at the input of the output head; every base has it."""
@@ -25,6 +25,23 @@ _NAME = re.compile(
     r"(?:\.(?P<operation>self|cross|ff|block)(?:\.(?P<linear>.+))?)?",
     re.ASCII,
 )
+# Groups of layers of a U-Net outside its transformer blocks. Their operation is not part of the name.
+_GROUPS: Final[dict[Kind, re.Pattern[str]]] = {
+    "proj": re.compile(
+        r"(?P<family>down|mid|up)(?:\.(?P<index>0|[1-9]\d*))?\.attn\.(?P<attention>0|[1-9]\d*)"
+        r"(?:\.(?P<linear>proj_in|proj_out))?",
+        re.ASCII,
+    ),
+    "conv": re.compile(
+        r"(?P<family>down|mid|up)(?:\.(?P<index>0|[1-9]\d*))?"
+        r"\.(?:resnet\.(?P<resnet>0|[1-9]\d*)|(?P<sampler>downsample|upsample))"
+        r"(?:\.(?P<linear>conv|conv1|conv2|conv_shortcut|time_emb_proj))?",
+        re.ASCII,
+    ),
+    "ends": re.compile(
+        r"(?P<family>stem|head|time|added)(?:\.(?P<linear>conv_in|conv_out|linear_1|linear_2))?", re.ASCII
+    ),
+}
 # Every component of a dotted name is a module inside the one before it.
 _DOTTED = re.compile(r"\w{1,64}(\.\w{1,64}){0,11}", re.ASCII)
 # Brackets come first: `[0-3]` is a character set of `fnmatch`. More than six digits are not an index.
@@ -41,10 +58,12 @@ class SiteName:
         family: group of the site: a skip connection, a down, mid or up block of a U-Net, a block of a transformer, or
             the input of the output head.
         index: number of the skip connection or block; `mid` and `out` have none.
-        attention: number of the attention module in a block of a U-Net, for a site inside a transformer block.
+        attention: number of the attention module in a block of a U-Net, for a site inside it.
         block: number of the transformer block in the attention module.
-        operation: operation of a site inside a transformer block.
-        linear: path of a linear layer in the operation, e.g. `to_out.0`.
+        operation: operation of a site inside a transformer block, or kind of a group of layers outside them.
+        linear: path of a layer in the operation or group, e.g. `to_out.0` or `proj_in`.
+        resnet: number of the residual block in a block of a U-Net.
+        sampler: `downsample` or `upsample`, for the sampler of a block of a U-Net.
     """
 
     family: Family
@@ -53,16 +72,18 @@ class SiteName:
     block: int | None = None
     operation: Kind | None = None
     linear: str | None = None
+    resnet: int | None = None
+    sampler: str | None = None
 
     @classmethod
     def find(cls, text: str) -> SiteName | None:
         """Parse a name, e.g. `skip.3` or `down.1.attn.0.block.0.self.to_q`; return None for any other text."""
-        match = _NAME.fullmatch(text)
-        if match is None:
-            return None
-        found: dict[str, Any] = match.groupdict()
-        numbers = {key: int(found[key]) for key in ("index", "attention", "block") if found[key] is not None}
-        return cls(**{**found, **numbers})
+        if match := _NAME.fullmatch(text):
+            return cls(**_numbered(match))
+        for kind, form in _GROUPS.items():
+            if match := form.fullmatch(text):
+                return cls(**_numbered(match), operation=kind)
+        return None
 
     @classmethod
     def parse(cls, text: str) -> SiteName:
@@ -80,21 +101,33 @@ class SiteName:
         return found
 
     @property
-    def transformer_block(self) -> str:
-        """Name of the transformer block of the site, e.g. `down.1.attn.0.block.0`; not a site itself."""
+    def place(self) -> str:
+        """Name of the transformer block, e.g. `down.1.attn.0.block.0`, which is not a site, or of the group."""
         return str(replace(self, operation=None, linear=None))
 
     @property
     def operation_site(self) -> str:
-        """Name of the operation's site of a linear layer, e.g. `down.1.attn.0.block.0.self`."""
+        """Name of the site that describes a layer, e.g. `down.1.attn.0.block.0.self` or `down.1.attn.0`."""
         return str(replace(self, linear=None))
 
     def __str__(self) -> str:
         steps: list[str | int | None] = [self.family, self.index]
-        if self.attention is not None:
-            steps += ["attn", self.attention, "block", self.block]
-        steps += [self.operation, self.linear]
+        for name, number in (("attn", self.attention), ("block", self.block), ("resnet", self.resnet)):
+            steps += [] if number is None else [name, number]
+        steps += [self.sampler, None if self.operation in _GROUPS else self.operation, self.linear]
         return ".".join(str(step) for step in steps if step is not None)
+
+
+def _numbered(match: re.Match[str]) -> dict[str, Any]:
+    """Return the named groups of a match, numbers as integers."""
+    found: dict[str, Any] = match.groupdict()
+    numbers = ("index", "attention", "block", "resnet")
+    return found | {key: int(found[key]) for key in numbers if found.get(key) is not None}
+
+
+def site_of(place: str, operation: Kind) -> str:
+    """Return the name of an operation's site at a place: the place itself for a group of layers."""
+    return place if operation in _GROUPS else f"{place}.{operation}"
 
 
 def of_family(names: Iterable[str], family: Family) -> list[str]:

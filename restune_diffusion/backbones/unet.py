@@ -13,6 +13,7 @@ from torch.utils.hooks import RemovableHandle
 from ..utils.errors import RestuneError
 from .description import BaseInfo, Site
 from .forward_hooks import enter_head, tap_output
+from .layer_groups import block_groups, embedding_groups, group_path, head_group
 from .site_names import MID, OUT, SiteName
 from .structure import Call, SiteHooks, Structure
 from .transformer_block import PATH_OF_OPERATION, block_sites, inside
@@ -76,16 +77,18 @@ class UNetStructure(Structure):
 
 
 def module_path(site: str) -> str:
-    """Return the path in a `UNet2DConditionModel` of the module at a site of a transformer block.
+    """Return the path in a `UNet2DConditionModel` of the module at a site of a transformer block or layer group.
 
     Args:
-        site: name of an operation, e.g. `down.1.attn.0.block.0.ff`, or of a linear layer, e.g.
-            `mid.attn.0.block.0.self.to_q`.
+        site: name of an operation, e.g. `down.1.attn.0.block.0.ff`, or of a layer, e.g.
+            `mid.attn.0.block.0.self.to_q` or `down.1.attn.0.proj_in`.
 
     Raises:
-        RestuneError: if the site is not in a transformer block.
+        RestuneError: if the site is between the blocks.
     """
     name = SiteName.parse(site)
+    if name.operation in ("proj", "conv", "ends"):
+        return group_path(name)
     if name.attention is None:
         raise RestuneError(f"`{site}` is not in a transformer block; expected for example `mid.attn.0.block.0.ff`.")
     parent = "mid_block" if name.family == MID else f"{name.family}_blocks.{name.index}"
@@ -154,6 +157,7 @@ def _head(base: Any) -> nn.Module:
 
 def _unet_sites(base: Any) -> Iterator[tuple[str, Site]]:
     stride, index = 1, 0
+    yield from embedding_groups(base)
     yield _skip(0), Site(channels=base.conv_in.out_channels, stride=stride)
     for number, block in enumerate(base.down_blocks):
         yield from _operation_sites(f"down.{number}", block, stride)
@@ -177,10 +181,12 @@ def _unet_sites(base: Any) -> Iterator[tuple[str, Site]]:
             stride //= 2
         yield _up(number), Site(channels=block.resnets[-1].out_channels, stride=stride)
     yield OUT, Site(channels=base.conv_out.in_channels, stride=stride)
+    yield from head_group(base)
 
 
 def _operation_sites(stage: str, block: Any, stride: int) -> Iterator[tuple[str, Site]]:
-    """Yield the sites of a U-Net block's transformer blocks."""
+    """Yield the sites of a U-Net block's transformer blocks and layer groups."""
+    yield from block_groups(stage, block, stride)
     for number, attention in enumerate(getattr(block, "attentions", None) or ()):
         # Blocks without cross-attention have plain attention instead of a transformer; tuners do not attach there.
         for index, transformer in enumerate(getattr(attention, "transformer_blocks", ())):

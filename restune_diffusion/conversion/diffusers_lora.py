@@ -26,7 +26,7 @@ from ..utils.errors import TunerFileError
 from .foreign import ForeignFile, foreign_metadata
 from .lora_folding import LoraLayer
 from .lora_layers import layers_of, lora_layers, lora_tuner
-from .names import dotted_names, text_path, text_shapes
+from .names import dotted_names, text_path, text_shapes, weight_shapes
 from .products.families import TENSORS
 from .products.options import ImportOptions
 from .reading.peft_settings import check_settings, pattern_key
@@ -70,11 +70,17 @@ def read(file: ForeignFile, base: BaseInfo, options: ImportOptions = _DEFAULTS) 
     file.refuse_others(matches, "a LoRA of diffusers", options.partial)
     modules: dict[str, dict[str, torch.Tensor]] = {}
     for key, (module, tensor) in matches.items():
-        modules.setdefault(_strip(module), {})[tensor] = file.tensors[key]
-    sites = dotted_names(base)
+        value = file.tensors[key]
+        if "magnitude" in key and value.dim() > 2:
+            # PEFT puts the magnitudes of a convolution's outputs into the second dimension.
+            value = value.transpose(0, 1)
+        modules.setdefault(_strip(module), {})[tensor] = value
+    sites, shapes = dotted_names(base), weight_shapes(base)
     settings = {component: _settings(file, component) for component in ("unet", *_ENCODER_NAMES)}
     found = {
-        module: _layer(file, tensors, module, sites[module], settings[_component(module)], options)
+        module: _layer(
+            file, tensors, module, sites[module], shapes[sites[module]], settings[_component(module)], options
+        )
         for module, tensors in modules.items()
         if module in sites
     }
@@ -92,18 +98,17 @@ def write(tuner: Tuner, path: Path) -> None:
     Raises:
         TunerFileError: if the tuner contains anything but LoRA, or the file cannot be written.
     """
-    texts = text_shapes(tuner.base)
+    texts, shapes = text_shapes(tuner.base), weight_shapes(tuner.base)
     components: dict[str, dict[str, LoraLayer]] = {}
+    tensors: dict[str, torch.Tensor] = {}
     for site, layer in lora_layers(tuner).items():
         component, _, module = text_path(site).partition(".") if site in texts else ("unet", "", module_path(site))
         components.setdefault(component, {})[module] = layer
-    tensors: dict[str, torch.Tensor] = {}
+        down, up = layer.halves(shapes[site])
+        tensors |= {f"{component}.{module}.lora_A.weight": down, f"{component}.{module}.lora_B.weight": up}
     settings: dict[str, Any] = {}
     for component, layers in components.items():
         settings |= {f"{component}.{key}": value for key, value in _peft_settings(layers).items()}
-        for module, layer in layers.items():
-            tensors[f"{component}.{module}.lora_A.weight"] = layer.down
-            tensors[f"{component}.{module}.lora_B.weight"] = layer.up
     header = {"format": "pt", _HEADER: json.dumps(settings)}
     with atomic_write(path) as file:
         file.write(save(tensors, header))
@@ -150,6 +155,7 @@ def _layer(
     tensors: dict[str, torch.Tensor],
     path: str,
     site: str,
+    shape: tuple[int, ...],
     settings: dict[str, Any],
     options: ImportOptions,
 ) -> LoraLayer:
@@ -157,16 +163,18 @@ def _layer(
     if settings.get("use_dora") and "dora_scale" not in tensors:
         raise TunerFileError(f"{file.path} was trained with use_dora = True, but has no magnitude for `{path}`.")
     if "alpha" in tensors or not settings:
-        return options.layer(tensors, site, where)
+        return options.layer(tensors, site, shape, where)
     if "lora_down.weight" not in tensors:
         # LoHa and LoKr of PEFT.
         alpha = _for_module(settings.get("alpha_pattern") or {}, path, settings.get("alpha"), file)
         rank = _for_module(settings.get("rank_pattern") or {}, path, settings.get("r"), file)
-        return options.layer(tensors, site, where, scale=alpha / rank if rank else None)
+        return options.layer(tensors, site, shape, where, scale=alpha / rank if rank else None)
     rank = tensors["lora_down.weight"].shape[0]
     value = _for_module(settings.get("alpha_pattern") or {}, path, settings.get("lora_alpha"), file)
     # rsLoRA divides by the root of the rank (arXiv 2312.03732).
-    return options.layer(tensors, site, where, alpha=value * math.sqrt(rank) if settings.get("use_rslora") else value)
+    return options.layer(
+        tensors, site, shape, where, alpha=value * math.sqrt(rank) if settings.get("use_rslora") else value
+    )
 
 
 def _component(module: str) -> str:

@@ -21,7 +21,7 @@ from ..utils.atomic_write import atomic_write
 from .foreign import ForeignFile, foreign_metadata
 from .lora_folding import LoraLayer
 from .lora_layers import layers_of, lora_layers, lora_tuner
-from .names import underscored_name, underscored_names
+from .names import underscored_name, underscored_names, weight_shapes
 from .products.families import TENSORS
 from .products.options import ImportOptions
 
@@ -49,12 +49,12 @@ def read(file: ForeignFile, base: BaseInfo, options: ImportOptions = _DEFAULTS) 
     """
     matches = {key: match for key in file.tensors if (match := _KEY.fullmatch(key))}
     file.refuse_others(matches, "a LoRA of kohya's sd-scripts", options.partial)
-    sites = underscored_names(base)
+    sites, shapes = underscored_names(base), weight_shapes(base)
     modules: dict[str, dict[str, torch.Tensor]] = {}
     for key, match in matches.items():
         modules.setdefault(match["module"], {})[match["tensor"]] = file.tensors[key]
     found = {
-        name: options.layer(tensors, sites[name], f"{file.path} at `{name}`")
+        name: options.layer(tensors, sites[name], shapes[sites[name]], f"{file.path} at `{name}`")
         for name, tensors in modules.items()
         if name in sites
     }
@@ -72,12 +72,11 @@ def write(tuner: Tuner, path: Path) -> None:
     Raises:
         TunerFileError: if the tuner contains anything but LoRA, or the file cannot be written.
     """
-    layers = lora_layers(tuner)
+    layers, shapes = lora_layers(tuner), weight_shapes(tuner.base)
     tensors: dict[str, torch.Tensor] = {}
     for site, layer in layers.items():
         name = underscored_name(site, tuner.base)
-        tensors[f"{name}.lora_down.weight"] = layer.down
-        tensors[f"{name}.lora_up.weight"] = layer.up
+        tensors[f"{name}.lora_down.weight"], tensors[f"{name}.lora_up.weight"] = layer.halves(shapes[site])
         tensors[f"{name}.alpha"] = _alpha_tensor(layer)
     whole = max(layers.values(), key=lambda layer: layer.rank)
     header = {

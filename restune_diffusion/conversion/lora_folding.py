@@ -9,7 +9,7 @@ that exporting the tuner restores them.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,7 +23,10 @@ DTYPE_KEY = "restune.interchange.dtype"
 
 @dataclass(frozen=True)
 class LoraLayer:
-    """LoRA layer `(alpha / rank) * up @ down` with `down` of shape `(rank, inputs)` and `up` of `(outputs, rank)`."""
+    """LoRA layer `(alpha / rank) * up @ down` with `down` of shape `(rank, inputs)` and `up` of `(outputs, rank)`.
+
+    Of a convolution, `inputs` counts the input channels at every position of the kernel.
+    """
 
     down: torch.Tensor
     up: torch.Tensor
@@ -38,6 +41,11 @@ class LoraLayer:
     def factor(self) -> float:
         """Factor `alpha / rank` of the product."""
         return self.alpha / self.rank if self.rank else 0.0
+
+    def halves(self, shape: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return `down` and `up` in the shapes that they have beside a weight of the given shape."""
+        outputs, *inside = shape
+        return self.down.reshape(-1, *inside), self.up.reshape(outputs, -1, *[1] * len(inside[1:]))
 
     def padded(self, rank: int) -> LoraLayer:
         """Pad to a larger rank with zeros, keeping `alpha`."""

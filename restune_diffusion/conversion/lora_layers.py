@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import reduce
 
@@ -22,13 +22,16 @@ from ..tuners.tuner import Tuner
 from ..utils.errors import TunerFileError
 from .foreign import ForeignFile, make_config, some
 from .lora_folding import DTYPE_KEY, LAYERS_KEY, LoraLayer, as_noted, folds, read_notes, scaled
-from .names import linear_shapes, text_shapes
+from .names import unet_shapes, weight_shapes
 
 logger = logging.getLogger(__name__)
 
+# Groups of layers with a common rank and alpha, by their names in messages.
+_RES, _CONVOLUTIONS, _TEXT = "res", "convolutions of res", "text"
 _LARGE = 320  # the smaller width of the first layers of Stable Diffusion: a LoRA of it is larger than they are
 _HALVES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
-_OPERATIONS = {"self": "self_attention", "cross": "cross_attention", "ff": "feed_forward"}
+_OPERATIONS = {"self": "self_attention", "cross": "cross_attention", "ff": "feed_forward", "proj": "projections",
+               "conv": "convolutions", "ends": "ends"}  # fmt: skip
 
 
 def layers_of(
@@ -50,11 +53,11 @@ def layers_of(
     placed = {sites[name]: layer for name, layer in found.items() if name in sites}
     if not placed:
         raise TunerFileError(
-            f"{file.path} tunes none of the linear layers of this base's transformer blocks; it tunes {some(outside)}."
+            f"{file.path} tunes none of the layers of this base that LoRA can act on; it tunes {some(outside)}."
         )
     if outside and not partial:
         raise TunerFileError(
-            f"{file.path} also tunes {some(outside)}; tuners support only the linear layers of transformer blocks: "
+            f"{file.path} also tunes {some(outside)}, which this base lacks or no tuner changes: "
             "skip the others with --partial (partial=True), or load the file as a LoRA."
         )
     if outside:
@@ -75,42 +78,45 @@ def lora_tuner(layers: Mapping[str, LoraLayer], base: BaseInfo, metadata: Mappin
     Raises:
         TunerFileError: if a layer does not fit its site, or its rank or alpha is not valid.
     """
-    _check(layers, base, source)
-    of_unet = {site: layer for site, layer in layers.items() if not _in_text_encoder(site)}
-    of_text = {site: layer for site, layer in layers.items() if _in_text_encoder(site)}
-    configs: list[PartConfig] = []
-    wholes = {}
-    if of_unet:
-        wholes["res"] = max(of_unet.values(), key=lambda layer: layer.rank)
-        configs.append(_config(of_unet, base, wholes["res"], source))
-    if of_text:
-        wholes["text"] = max(of_text.values(), key=lambda layer: layer.rank)
-        configs.append(_text_config(of_text, wholes["text"], source))
-    for part, whole in wholes.items():
+    shapes = weight_shapes(base)
+    _check(layers, shapes, source)
+    groups: dict[str, dict[str, LoraLayer]] = {}
+    for site, layer in layers.items():
+        groups.setdefault(_group(site, shapes[site]), {})[site] = layer
+    wholes = {group: max(of_group.values(), key=lambda layer: layer.rank) for group, of_group in groups.items()}
+    for group, whole in wholes.items():
         if whole.rank >= _LARGE:
             logger.warning(
                 "%s needs rank %d in all layers of `%s` to be exact: a large file; limit it with --rank or --energy.",
                 source,
                 whole.rank,
-                part,
+                group,
             )
+    configs: list[PartConfig] = []
+    of_unet = groups.get(_RES, {}) | groups.get(_CONVOLUTIONS, {})
+    if of_unet:
+        # A part has a rank for its layers and may have another for its convolutions.
+        wholes.setdefault(_RES, wholes.get(_CONVOLUTIONS, next(iter(wholes.values()))))
+        configs.append(_config(of_unet, base, wholes[_RES], wholes.get(_CONVOLUTIONS, wholes[_RES]), source))
+    if _TEXT in groups:
+        configs.append(_text_config(groups[_TEXT], wholes[_TEXT], source))
     halves = [half for layer in layers.values() for half in (layer.down, layer.up)]
     dtype = narrow = reduce(torch.promote_types, [half.dtype for half in halves])
-    if any(not folds(layer, wholes[_part(site)].factor, narrow) for site, layer in layers.items()):
+    if any(not folds(layer, wholes[_group(site, shapes[site])].factor, narrow) for site, layer in layers.items()):
         dtype = torch.promote_types(narrow, torch.float32)
     header = {key: value for key, value in metadata.items() if key not in (LAYERS_KEY, DTYPE_KEY)}
     tuner = Tuner.empty(tuple(configs), base, header)
     state: dict[str, torch.Tensor] = {}
     notes: dict[str, list[float]] = {}
     for site, lora in _loras(tuner).items():
-        layer, whole = layers.get(site), wholes[_part(site)]
-        if layer is None:
+        if site not in layers:
             notes[site] = [0, 0]
             down, up = torch.zeros(lora.down.weight.shape), torch.zeros(lora.up.weight.shape)
         else:
+            layer, whole = layers[site], wholes[_group(site, shapes[site])]
             if (layer.rank, layer.alpha) != (whole.rank, whole.alpha):
                 notes[site] = [layer.rank, layer.alpha]
-            down, up = _packed(layer, whole, dtype, f"{source} at {site}")
+            down, up = _packed(layer, whole, dtype, f"{source} at {site}").halves(shapes[site])
         state[f"{_part(site)}.{site}.lora.down.weight"] = down.to(dtype)
         state[f"{_part(site)}.{site}.lora.up.weight"] = up.to(dtype)
     if notes:
@@ -121,13 +127,12 @@ def lora_tuner(layers: Mapping[str, LoraLayer], base: BaseInfo, metadata: Mappin
     return tuner
 
 
-def _packed(layer: LoraLayer, whole: LoraLayer, dtype: torch.dtype, where: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return `down` and `up` of a layer with the common rank and factor."""
+def _packed(layer: LoraLayer, whole: LoraLayer, dtype: torch.dtype, where: str) -> LoraLayer:
+    """Return a layer with the common rank and factor."""
     up = scaled(layer.up, layer.factor / whole.factor, dtype)
     if not torch.isfinite(up).all():
         raise TunerFileError(f"{where} has alpha = {layer.alpha}, which overflows {dtype} with the common factor.")
-    padded = replace(layer, down=layer.down.to(dtype), up=up).padded(whole.rank)
-    return padded.down, padded.up
+    return replace(layer, down=layer.down.to(dtype), up=up).padded(whole.rank)
 
 
 def lora_layers(tuner: Tuner) -> dict[str, LoraLayer]:
@@ -140,10 +145,11 @@ def lora_layers(tuner: Tuner) -> dict[str, LoraLayer]:
     narrow = _HALVES.get(tuner.metadata.get(DTYPE_KEY, ""))
     layers = {}
     loras = _loras(tuner)
-    alphas = {config.part: _alpha(config) for config in tuner.configs}
+    alphas = {group: alpha for config in tuner.configs for group, alpha in _alphas(config).items()}
     for site, lora in loras.items():
-        alpha = alphas[_part(site)]
-        layer = LoraLayer(lora.down.weight.detach().cpu(), lora.up.weight.detach().cpu(), alpha)
+        alpha = alphas[_group(site, lora.down.weight.shape)]
+        down, up = (half.weight.detach().cpu().flatten(1) for half in (lora.down, lora.up))
+        layer = LoraLayer(down, up, alpha)
         noted_rank, noted_alpha = notes.get(site, (layer.rank, alpha))
         as_read = as_noted(layer, noted_rank, noted_alpha, narrow)
         if as_read is not None:
@@ -184,21 +190,34 @@ def _part(site: str) -> str:
     return "text" if _in_text_encoder(site) else "res"
 
 
-def _alpha(config: PartConfig) -> float:
+def _group(site: str, shape: Sequence[int]) -> str:
+    """Return the group of layers with a common rank and alpha, by site and shape of the weight or of `down`."""
+    if _in_text_encoder(site):
+        return _TEXT
+    return _CONVOLUTIONS if any(size > 1 for size in shape[2:]) else _RES
+
+
+def _alphas(config: PartConfig) -> dict[str, float]:
+    """Return alpha by group."""
     assert isinstance(config, ResConfig | TextConfig)
-    rank = config.width if isinstance(config, ResConfig) else config.rank
-    return float(rank) if config.alpha is None else config.alpha
+    if isinstance(config, TextConfig):
+        return {_TEXT: float(config.rank if config.alpha is None else config.alpha)}
+    alpha = float(config.width if config.alpha is None else config.alpha)
+    if config.conv_width is None:
+        return {_RES: alpha, _CONVOLUTIONS: alpha}
+    return {_RES: alpha, _CONVOLUTIONS: float(config.conv_width if config.conv_alpha is None else config.conv_alpha)}
 
 
-def _check(layers: Mapping[str, LoraLayer], base: BaseInfo, source: str) -> None:
-    shapes = linear_shapes(base) | text_shapes(base)
+def _check(layers: Mapping[str, LoraLayer], shapes: Mapping[str, tuple[int, ...]], source: str) -> None:
     for site, layer in layers.items():
-        inputs, outputs = shapes[site]
+        outputs, inputs, *kernel = shapes[site]
         found = (tuple(layer.down.shape), tuple(layer.up.shape))
-        if len(found[0]) != 2 or layer.rank == 0 or found != ((layer.rank, inputs), (outputs, layer.rank)):
+        if len(found[0]) != 2 or layer.rank == 0 or found != ((layer.rank, inputs * math.prod(kernel)),
+                                                              (outputs, layer.rank)):  # fmt: skip
+            of_kernel = f" with a kernel of {kernel[0]}x{kernel[1]}" if kernel else ""
             raise TunerFileError(
-                f"{source} is for another base: at {site} this base has {inputs} inputs and {outputs} outputs, "
-                f"but the file's tensors have shapes {found[0]} and {found[1]}."
+                f"{source} is for another base: at {site} this base has {inputs} inputs and {outputs} outputs"
+                f"{of_kernel}, but the file's tensors have shapes {found[0]} and {found[1]}."
             )
         if not (math.isfinite(layer.alpha) and layer.alpha > 0):
             raise TunerFileError(
@@ -206,19 +225,24 @@ def _check(layers: Mapping[str, LoraLayer], base: BaseInfo, source: str) -> None
             )
 
 
-def _config(layers: Mapping[str, LoraLayer], base: BaseInfo, whole: LoraLayer, source: str) -> ResConfig:
+def _config(
+    layers: Mapping[str, LoraLayer], base: BaseInfo, whole: LoraLayer, convolutions: LoraLayer, source: str
+) -> ResConfig:
     """Return the config of the smallest part that contains all the layers."""
-    names = {site: SiteName.parse(site) for site in linear_shapes(base)}
+    names = {site: SiteName.parse(site) for site in unet_shapes(base)}
+    same = (convolutions.rank, convolutions.alpha) == (whole.rank, whole.alpha)
     operations = {names[site].operation for site in layers}
-    blocks = {names[site].transformer_block for site in layers}
+    blocks = {names[site].place for site in layers}
     linears = {str(names[site].linear) for site in layers}
-    possible = dict.fromkeys(name.transformer_block for name in names.values() if name.operation in operations)
+    possible = dict.fromkeys(name.place for name in names.values() if name.operation in operations)
     return make_config(
         ResConfig,
         source,
         **{name: "lora" if operation in operations else None for operation, name in _OPERATIONS.items()},
         width=whole.rank,
         alpha=None if whole.alpha == whole.rank else whole.alpha,
+        conv_width=None if same else convolutions.rank,
+        conv_alpha=None if same or convolutions.alpha == convolutions.rank else convolutions.alpha,
         linears=tuple(sorted(linears)),
         sites=("*",) if blocks == possible.keys() else tuple(block for block in possible if block in blocks),
     )

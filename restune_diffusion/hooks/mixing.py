@@ -200,10 +200,11 @@ def mask_at(
         size = (x.shape[-2], x.shape[-1])
     else:
         size = (-(-this.size[0] // stride), -(-this.size[1] // stride))
-        if size[0] * size[1] != x.shape[1]:
+        if x.dim() == 2 or size[0] * size[1] != x.shape[1]:
+            found = "no positions" if x.dim() == 2 else f"{x.shape[1]} tokens"
             raise RestuneError(
-                f"A mask needs a feature with a {size[0]}x{size[1]} grid of tokens, but this site has {x.shape[1]} "
-                "tokens; remove the mask from this tuner's weight."
+                f"A mask needs a feature with a {size[0]}x{size[1]} grid of tokens, but this site has {found}; "
+                "remove the mask from this tuner's weight."
             )
     mask = F.interpolate(mask.reshape(-1, 1, *mask.shape[-2:]), size=size, mode="area")
     if len(mask) > 1:

@@ -6,9 +6,11 @@ from collections.abc import Iterator
 from typing import TypeAlias
 
 import torch
+from torch import nn
 
 from ..backbones import BaseInfo, Site
-from ..backbones.site_names import SiteName, match_sites
+from ..backbones.description import Convolution
+from ..backbones.site_names import Kind, SiteName, match_sites, site_of
 from ..utils.errors import RestuneError
 from .adapter import ResAdapter
 from .attention import PlainAttention, ResAttention
@@ -24,7 +26,9 @@ ResTuner: TypeAlias = (
 )
 
 _ATTENTION = ("self", "cross")
-_SETTINGS = {"self": "self_attention", "cross": "cross_attention", "ff": "feed_forward", "block": "block"}
+_IN_BLOCK: tuple[Kind, ...] = ("self", "cross", "ff")
+_SETTINGS = {"self": "self_attention", "cross": "cross_attention", "ff": "feed_forward", "block": "block",
+             "proj": "projections", "conv": "convolutions", "ends": "ends"}  # fmt: skip
 
 
 class ResPart(Part):
@@ -32,22 +36,27 @@ class ResPart(Part):
 
     In the paper's figures, the tuner is in parallel to norm and operation together. Here, it has the same input as the
     operation: the normalized tokens for attention and feed-forward, the block's input for the whole block. Its
-    residual is added to the operation's output.
+    residual is added to the operation's output. LoRA is in parallel to layers instead, also to those of the groups of
+    layers outside the transformer blocks.
     """
 
     def __init__(self, config: ResConfig, base: BaseInfo) -> None:
         super().__init__()
         self.taps = ()
         chosen = list(_operations_and_kinds(config))
-        blocks = _blocks_with(base, {operation for operation, _ in chosen})
-        selected = match_sites(config.sites, blocks, "transformer block")
+        places = _places_with(base, {operation for operation, _ in chosen})
+        selected = match_sites(
+            config.sites,
+            places,
+            "transformer block" if _only_blocks(chosen) else "transformer block or group of layers",
+        )
         if config.grad_depth is not None:
-            selected = _late(selected, list(blocks), config.grad_depth)
+            selected = _late(selected, list(places), config.grad_depth)
         placed = [
-            (f"{block}.{operation}", kind)
-            for block in selected
+            (site_of(place, operation), kind)
+            for place in selected
             for operation, kind in chosen
-            if operation in blocks[block]
+            if operation in places[place]
         ]
         self.needs = tuple(dict.fromkeys(site for site, _ in placed))
         self._tuners: dict[str, ResTuner] = {}
@@ -69,13 +78,13 @@ class ResPart(Part):
         return tuner(x, features.operation or Operation())
 
     def bottleneck(self, site: str) -> Bottleneck | None:
-        """Return the layer of an adapter or a LoRA, or None for the other types."""
+        """Return the layer of an adapter or of a LoRA on a linear layer, or None for the others."""
         tuner = self._tuners[site]
-        if isinstance(tuner, ResLora):
+        if isinstance(tuner, ResAdapter):
+            return Bottleneck(tuner.down, tuner.up, gelu=True, scale=tuner.scale)
+        if isinstance(tuner, ResLora) and isinstance(tuner.down, nn.Linear) and isinstance(tuner.up, nn.Linear):
             return Bottleneck(tuner.down, tuner.up, gelu=False, scale=tuner.factor)
-        return (
-            Bottleneck(tuner.down, tuner.up, gelu=True, scale=tuner.scale) if isinstance(tuner, ResAdapter) else None
-        )
+        return None
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """Initialize every tuner."""
@@ -93,33 +102,46 @@ class ResPart(Part):
     def _add_loras(self, sites: list[str], config: ResConfig, base: BaseInfo) -> None:
         if not sites:
             return
-        paths = dict.fromkeys(path for site in sites for path in base.sites[site].linears)
-        selected = set(match_sites(config.linears, paths, "linear layer"))
+        paths = dict.fromkeys(path for site in sites for path in base.sites[site].layers)
+        selected = set(match_sites(config.linears, paths, "layer"))
         for site in sites:
-            for path, (inputs, outputs) in base.sites[site].linears.items():
+            for path, shape in base.sites[site].layers.items():
                 if path in selected:
-                    self._add(f"{site}.{path}", "lora", ResLora(inputs, outputs, config.width, config.alpha))
+                    self._add(f"{site}.{path}", "lora", _lora(shape, config))
 
 
-def _operations_and_kinds(config: ResConfig) -> Iterator[tuple[str, ResKind]]:
+def _lora(shape: Convolution | tuple[int, int], config: ResConfig) -> ResLora:
+    if not isinstance(shape, Convolution):
+        return ResLora(*shape, config.width, config.alpha)
+    width, alpha = config.width, config.alpha
+    if shape.kernel > 1 and config.conv_width is not None:
+        width, alpha = config.conv_width, config.conv_alpha
+    return ResLora(shape.inputs, shape.outputs, width, alpha, (shape.kernel, shape.stride, shape.padding))
+
+
+def _operations_and_kinds(config: ResConfig) -> Iterator[tuple[Kind, ResKind]]:
     for operation, kind in config.operations.items():
         if operation == "block" and kind == "lora":
             # All linear layers of a block belong to its operations.
-            yield from ((inner, kind) for inner in ("self", "cross", "ff"))
+            yield from ((inner, kind) for inner in _IN_BLOCK)
         else:
             yield operation, kind
 
 
-def _blocks_with(base: BaseInfo, operations: set[str]) -> dict[str, set[str]]:
-    """Return the transformer blocks that have any of the operations, each with the operations it has."""
-    blocks: dict[str, set[str]] = {}
+def _only_blocks(chosen: list[tuple[Kind, ResKind]]) -> bool:
+    return all(operation in (*_IN_BLOCK, "block") for operation, _ in chosen)
+
+
+def _places_with(base: BaseInfo, operations: set[Kind]) -> dict[str, set[Kind]]:
+    """Return the transformer blocks and groups with any of the operations, each with the operations it has."""
+    places: dict[str, set[Kind]] = {}
     for name, site in base.sites.items():
         if site.operation in operations:
-            blocks.setdefault(SiteName.parse(name).transformer_block, set()).add(site.operation)
-    if not blocks:
+            places.setdefault(SiteName.parse(name).place, set()).add(site.operation)
+    if not places:
         settings = " or ".join(setting for operation, setting in _SETTINGS.items() if operation in operations)
         raise RestuneError(f"This base has no transformer block with {settings}; choose another operation.")
-    return blocks
+    return places
 
 
 def _late(selected: list[str], blocks: list[str], depth: int) -> list[str]:

@@ -59,6 +59,16 @@ def _module(values: Sequence[str]) -> list[str]:
     return []
 
 
+def _network_arguments(values: Sequence[str]) -> list[str]:
+    given = dict(value.partition("=")[::2] for value in values)
+    others = [name for name in given if name not in ("conv_dim", "conv_alpha")]
+    if others or "conv_dim" not in given:
+        raise NotTranslated("only conv_dim, with or without conv_alpha, is translated; --res.linears selects layers")
+    # kohya's default is 1.
+    alpha = given.get("conv_alpha", "1")
+    return ["--res.convolutions", "lora", "--res.conv-width", given["conv_dim"], "--res.conv-alpha", alpha]
+
+
 def _prompts(values: Sequence[str]) -> list[str]:
     path = Path(values[0])
     if path.suffix in (".json", ".toml"):
@@ -95,11 +105,18 @@ KOHYA: tuple[ForeignFlag, ...] = (
     refused("train_inpainting", "give an inpainting checkpoint as --base", "nothing"),
     same("output_dir", "--output", "o"),
     same("output_name", "--name", "ink"),
-    same("network_module", "--tuner res (lora)", "networks.lora", "only `networks.lora`", _module),
+    same(
+        "network_module", "--tuner res (lora)", "networks.lora",
+        "only `networks.lora`; attention, feed-forward, `proj_in` and `proj_out`, as there", _module,
+    ),
     same("network_dim", "--res.width", "8", "trains LoRA, unless `--tuner` or `--preset` is given"),
     same("network_alpha", "--res.alpha", "1", "kohya's default of 1 is written out"),
     only("network_dropout", "0 0.0", "LoRA has no dropout; use --caption-dropout"),
-    refused("network_args", "--res.sites and --res.linears select layers", "values"),
+    ForeignFlag(
+        "network_args", "values", "translated", "--res.convolutions --res.conv-width --res.conv-alpha",
+        "only `conv_dim` and `conv_alpha`; --res.sites and --res.linears select layers", _network_arguments,
+        ("conv_dim=4", "conv_alpha=2"),
+    ),
     same("network_weights", "--init-tuner", "f", "a tuner file; `restune convert` makes one of a LoRA"),
     refused("dim_from_weights", "give the rank as --res.width", "nothing"),
     switch("network_train_unet_only", "--tuner res", "kohya trains the text encoders without this flag"),

@@ -117,6 +117,7 @@ def _together(program: Program, ours: list[str], seen: Mapping[str, list[str]], 
     if "res" in parts:
         forward = "lora" if program == "kohya" else "None"
         ours += ["--res.self-attention", "lora", "--res.cross-attention", "lora", "--res.feed-forward", forward]
+        ours += ["--res.projections", "lora"] if program == "kohya" else []
         ours += ["--res.width", rank, "--res.alpha", alpha]
     return ours + (["--text.rank", rank, "--text.alpha", alpha] if "text" in parts else [])
 

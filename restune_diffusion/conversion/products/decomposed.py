@@ -20,24 +20,32 @@ def decomposed(layer: LoraLayer, magnitude: torch.Tensor, weight: torch.Tensor, 
 
     Args:
         layer: change of the direction.
-        magnitude: magnitude of each output, `(outputs,)` or `(outputs, 1)`, or of each input, `(1, inputs)`.
+        magnitude: magnitude of each output, `(outputs,)` or `(outputs, 1)`, or of each input, `(1, inputs)`; more
+            dimensions of one are allowed.
         weight: weight of the base's layer.
         where: file and module, for messages.
 
     Raises:
         TunerFileError: if the shapes do not fit together.
     """
-    outputs, inputs = weight.shape
-    if (layer.up.shape[0], layer.down.shape[1]) != (outputs, inputs):
+    outputs, inputs = weight.shape[:2]
+    if (layer.up.shape[0], layer.down.shape[1]) != (outputs, weight[0].numel()):
         raise TunerFileError(f"{where} is for another base: this base has a layer of {inputs} inputs and {outputs} "
                              "outputs there.")  # fmt: skip
-    changed = weight.double() + layer.factor * (layer.up.double() @ layer.down.double())
-    if tuple(magnitude.shape) in ((outputs,), (outputs, 1)):
-        norm = changed.norm(dim=1, keepdim=True)
-    elif tuple(magnitude.shape) == (1, inputs):
-        norm = changed.norm(dim=0, keepdim=True)
+    before = weight.double().reshape(outputs, inputs, -1)
+    changed = before + layer.factor * (layer.up.double() @ layer.down.double()).reshape(before.shape)
+    if _without_ones(magnitude) in ((outputs,), (outputs, 1)):
+        norm = torch.linalg.vector_norm(changed, dim=(1, 2), keepdim=True)
+    elif _without_ones(magnitude) == (1, inputs):
+        norm = torch.linalg.vector_norm(changed, dim=(0, 2), keepdim=True)
     else:
         raise TunerFileError(f"{where} is damaged: its magnitude has the shape {tuple(magnitude.shape)}.")
     # Trainers add epsilon, so that a row of zeros stays zero.
     after = changed * (magnitude.double().reshape(norm.shape) / (norm + torch.finfo(torch.float32).eps))
-    return full((after - weight.double()).float())
+    return full((after - before).flatten(1).float())
+
+
+def _without_ones(magnitude: torch.Tensor) -> tuple[int, ...]:
+    """Return the shape of a magnitude without the dimensions of a kernel, if these are one."""
+    shape = tuple(magnitude.shape)
+    return shape[:2] if set(shape[2:]) <= {1} else shape

@@ -1,4 +1,4 @@
-"""Weight changes of LyCORIS and PEFT as low-rank layers: LoRA, LoHa, LoKr and full differences of linear layers.
+"""Weight changes of LyCORIS and PEFT as low-rank layers: LoRA, LoHa, LoKr and full differences.
 
 Source: lycoris-lora 4.1.3 (`lycoris/functional/`, `lycoris/modules/`) and PEFT 0.21.2 (`tuners/loha`, `tuners/lokr`).
 With `a` and `b` the factors of a matrix and `s = alpha / rank`:
@@ -9,6 +9,9 @@ With `a` and `b` the factors of a matrix and `s = alpha / rank`:
 - Full difference: a matrix.
 
 Where that rank is not below the layer's smaller width, the matrix itself is kept, with an identity as other factor.
+
+The weight of a convolution, `(outputs, inputs, k, k)`, counts as a matrix `(outputs, inputs k k)`. A factor in Tucker
+form, `sum_ij a_io b_jn t_ijkk`, is the product of `a` and the matrix `sum_j t_ijkk b_jn`.
 """
 
 from __future__ import annotations
@@ -30,25 +33,33 @@ TENSORS = re.compile(
 _OTHER_FORMS = {"lora_mid.weight": "LoCon with a middle convolution", "hada_t1": "LoHa of a convolution",
                 "hada_t2": "LoHa of a convolution", "lokr_t1": "LoKr of a convolution",
                 "lokr_t2": "LoKr of a convolution"}  # fmt: skip
+_LORA = {"lora_down.weight", "lora_up.weight"}
 
 
 def layer_from(
-    tensors: Mapping[str, torch.Tensor], where: str, alpha: float | None = None, scale: float | None = None
+    tensors: Mapping[str, torch.Tensor],
+    shape: tuple[int, ...],
+    where: str,
+    alpha: float | None = None,
+    scale: float | None = None,
 ) -> LoraLayer:
-    """Return the weight change of a linear layer in low-rank form; the dtype is fp32 or wider unless it is a LoRA.
+    """Return a weight change in low-rank form; the dtype is fp32 or wider unless it is a LoRA.
 
     Args:
         tensors: tensors of the module, by their names in `TENSORS`.
+        shape: shape of the base's weight.
         where: file and module, for messages.
         alpha: alpha if there is no such tensor; None for the rank.
         scale: factor of LoHa and LoKr, instead of that of alpha and rank.
 
     Raises:
-        TunerFileError: if tensors are missing, do not fit together, or have the form of a convolution.
+        TunerFileError: if tensors are missing, do not fit together, or have another form than the base's layer.
     """
+    kernel = shape[2:]
+    there = f"this base has {f'a convolution of {kernel[0]}x{kernel[1]}' if kernel else 'a linear layer'} there"
     for name, what in _OTHER_FORMS.items():
-        if name in tensors:
-            raise TunerFileError(f"{where} is {what}, but this base has a linear layer there.")
+        if name in tensors and (not kernel or tensors[name].shape[2:] != kernel):
+            raise TunerFileError(f"{where} is {what}, but {there}.")
     if "alpha" in tensors:
         if tensors["alpha"].numel() != 1:
             raise TunerFileError(f"{where} is damaged: its alpha has {tensors['alpha'].numel()} values.")
@@ -56,24 +67,38 @@ def layer_from(
     if "diff_b" in tensors and tensors["diff_b"].any():
         raise TunerFileError(f"{where} also changes the bias, which no tuner does.")
     # A linear layer may be stored as a convolution with a kernel of one.
-    tensors = {name: value.flatten(1) if value.shape[2:] == (1, 1) else value for name, value in tensors.items()}
+    flat = {
+        name
+        for name, value in tensors.items()
+        if value.dim() == 4 and value.shape[2:] in (kernel, (1, 1)) and name not in _OTHER_FORMS
+    }
+    tensors = {name: value.flatten(1) if name in flat else value for name, value in tensors.items()}
     names = {name for name in tensors if name not in ("alpha", "dora_scale", "diff_b")}
-    if names == {"lora_down.weight", "lora_up.weight"}:
-        down = tensors["lora_down.weight"]
-        return LoraLayer(down, tensors["lora_up.weight"], float(down.shape[0]) if alpha is None else alpha)
-    if names <= {"lora_down.weight", "lora_up.weight"}:
+    if names < {"lora_down.weight", "lora_up.weight", "lora_mid.weight"} and names != _LORA:
         raise TunerFileError(f"{where} is damaged: it has only one of its two weights.")
-    wide = {name: value.to(torch.promote_types(value.dtype, torch.float32)) for name, value in tensors.items()}
-    if any(wide[name].dim() > 2 for name in names):
-        raise TunerFileError(f"{where} has the form of a convolution, but this base has a linear layer there.")
+    if any(tensors[name].dim() > 2 for name in names.difference(_OTHER_FORMS)):
+        raise TunerFileError(
+            f"{where} has {'another kernel' if kernel else 'the form of a convolution'}, but {there}."
+        )
     try:
+        if names == _LORA:
+            down, up = tensors["lora_down.weight"], tensors["lora_up.weight"]
+            _check_product(up, down)
+            return LoraLayer(down, up, float(down.shape[0]) if alpha is None else alpha)
+        wide = {name: value.to(torch.promote_types(value.dtype, torch.float32)) for name, value in tensors.items()}
+        if names == {*_LORA, "lora_mid.weight"}:
+            down, up = wide["lora_down.weight"], wide["lora_up.weight"]
+            scale = 1.0 if alpha is None else alpha / down.shape[0]
+            down = _through(wide["lora_mid.weight"], down)
+            _check_product(up, down)
+            return LoraLayer(down, up, scale * down.shape[0])
         if names == {"diff"}:
             return full(wide["diff"])
-        if names == {"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"}:
+        if names.difference(("hada_t1", "hada_t2")) == {"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"}:
             return _loha(wide, alpha, scale)
         if names and all(name.startswith("lokr_") for name in names):
             return _lokr(wide, alpha, scale)
-    except (KeyError, IndexError, ValueError, RuntimeError) as error:
+    except (KeyError, IndexError, ValueError, RuntimeError, ZeroDivisionError) as error:
         raise TunerFileError(f"{where} is damaged: its tensors {_shapes(tensors)} do not fit together.") from error
     raise TunerFileError(f"{where} is damaged: it has only the tensors {', '.join(sorted(names))}.")
 
@@ -86,9 +111,7 @@ def full(matrix: torch.Tensor) -> LoraLayer:
 
 
 def _loha(tensors: Mapping[str, torch.Tensor], alpha: float | None, scale: float | None) -> LoraLayer:
-    a1, b1, a2, b2 = (tensors[f"hada_{name}"] for name in ("w1_a", "w1_b", "w2_a", "w2_b"))
-    _check_product(a1, b1)
-    _check_product(a2, b2)
+    (a1, b1), (a2, b2) = (_factors(tensors, f"hada_w{half}", f"hada_t{half}") for half in (1, 2))
     if scale is None:
         scale = 1.0 if alpha is None else alpha / b1.shape[0]
     if b1.shape[0] * b2.shape[0] >= min(a1.shape[0], b1.shape[1]):
@@ -99,7 +122,7 @@ def _loha(tensors: Mapping[str, torch.Tensor], alpha: float | None, scale: float
 
 
 def _lokr(tensors: Mapping[str, torch.Tensor], alpha: float | None, scale: float | None) -> LoraLayer:
-    left, right = _factors(tensors, "lokr_w1"), _factors(tensors, "lokr_w2")
+    left, right = _factors(tensors, "lokr_w1", "lokr_t1"), _factors(tensors, "lokr_w2", "lokr_t2")
     ranks = [tensors[name].shape[0] for name in ("lokr_w1_b", "lokr_w2_b") if name in tensors]
     if scale is None:
         scale = alpha / ranks[0] if ranks and alpha is not None else 1.0
@@ -110,13 +133,21 @@ def _lokr(tensors: Mapping[str, torch.Tensor], alpha: float | None, scale: float
     return LoraLayer(down.contiguous(), up.contiguous(), scale * down.shape[0])
 
 
-def _factors(tensors: Mapping[str, torch.Tensor], name: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return a matrix of a LoKr as a product of two."""
-    if name not in tensors:
-        _check_product(tensors[f"{name}_a"], tensors[f"{name}_b"])
-        return tensors[f"{name}_a"], tensors[f"{name}_b"]
-    layer = full(tensors[name])
-    return layer.up, layer.down
+def _factors(tensors: Mapping[str, torch.Tensor], name: str, core: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return a matrix of a LoHa or LoKr as a product of two, from a matrix, a product or the Tucker form."""
+    if name in tensors:
+        layer = full(tensors[name])
+        return layer.up, layer.down
+    a, b = tensors[f"{name}_a"], tensors[f"{name}_b"]
+    if core in tensors:
+        a, b = a.T.contiguous(), _through(tensors[core], b)
+    _check_product(a, b)
+    return a, b
+
+
+def _through(core: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
+    """Return the matrix of a convolution with the kernel of `core` after one of 1x1, `(outputs, inputs k k)`."""
+    return torch.einsum("pqk,qi->pik", core.flatten(2), down).flatten(1)
 
 
 def _check_product(a: torch.Tensor, b: torch.Tensor) -> None:

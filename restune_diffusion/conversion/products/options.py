@@ -15,7 +15,7 @@ from .families import layer_from
 from .reduction import Reduction
 
 BaseWeights: TypeAlias = Callable[[str], torch.Tensor]
-"""Function from the site of a linear layer to its weight in the base."""
+"""Function from the site of a layer to its weight in the base."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,7 @@ class ImportOptions:
         self,
         tensors: Mapping[str, torch.Tensor],
         site: str,
+        shape: tuple[int, ...],
         where: str,
         *,
         alpha: float | None = None,
@@ -46,6 +47,7 @@ class ImportOptions:
         Args:
             tensors: tensors of the module, by their names in `families.TENSORS`.
             site: site of the module.
+            shape: shape of the base's weight at the site.
             where: file and module, for messages.
             alpha: alpha if the file has no tensor of it; None for the rank.
             scale: factor `alpha / rank` of LoHa and LoKr, if settings define it.
@@ -53,7 +55,7 @@ class ImportOptions:
         Raises:
             TunerFileError: if the tensors are not valid, or DoRA needs weights that are not available.
         """
-        layer = layer_from(tensors, where, alpha, scale)
+        layer = layer_from(tensors, shape, where, alpha, scale)
         if "dora_scale" in tensors:
             if self.base_weights is None:
                 raise TunerFileError(

@@ -35,7 +35,8 @@ TUNER_ALIASES: Mapping[str, TunerAlias] = {
         "res",
         {"self_attention": "lora", "cross_attention": "lora", "feed_forward": None},
         "LoRA on the linear layers of attention, a `res` tuner that `restune convert` writes for other programs; "
-        "`--res.feed-forward lora` adds those of the feed-forward networks",
+        "`--res.feed-forward lora` adds those of the feed-forward networks, `--res.projections lora` and "
+        "`--res.convolutions lora` further layers of a U-Net",
     ),
 }
 """Aliases by name; a run records the family and its settings."""

@@ -113,9 +113,7 @@ def test_every_place_that_takes_a_pattern_takes_a_range():
 def test_a_range_that_matches_nothing_is_named_with_what_there_is():
     with pytest.raises(RestuneError, match=r"No site matches `skip\.12-15`; this base has skip\.0, skip\.1, "):
         Tuner.for_base(make_unet(), SkipConfig(sites=("skip.12-15",)))
-    with pytest.raises(
-        RestuneError, match=r"No linear layer matches `net\.5-9`; this base has net\.0\.proj, net\.2\."
-    ):
+    with pytest.raises(RestuneError, match=r"No layer matches `net\.5-9`; this base has net\.0\.proj, net\.2\."):
         Tuner.for_base(make_unet(), ResConfig(self_attention=None, feed_forward="lora", linears=("net.5-9",)))
 
 
@@ -143,10 +141,21 @@ def test_a_file_keeps_the_pattern_as_it_was_written(tmp_path):
             "down.1.attn.0.block.9.cross.to_out.0",
             {"family": "down", "index": 1, "attention": 0, "block": 9, "operation": "cross", "linear": "to_out.0"},
         ),
+        ("mid.attn.0", {"family": "mid", "attention": 0, "operation": "proj"}),
+        (
+            "down.1.attn.0.proj_in",
+            {"family": "down", "index": 1, "attention": 0, "operation": "proj", "linear": "proj_in"},
+        ),
+        ("up.2.resnet.1.conv1", {"family": "up", "index": 2, "resnet": 1, "operation": "conv", "linear": "conv1"}),
+        (
+            "down.0.downsample.conv",
+            {"family": "down", "index": 0, "sampler": "downsample", "operation": "conv", "linear": "conv"},
+        ),
+        ("stem.conv_in", {"family": "stem", "operation": "ends", "linear": "conv_in"}),
     ],
 )
 def test_a_name_taken_apart(text, steps):
-    absent = dict.fromkeys(("index", "attention", "block", "operation", "linear"))
+    absent = dict.fromkeys(("index", "attention", "block", "operation", "linear", "resnet", "sampler"))
     name = SiteName.parse(text)
     assert asdict(name) == {**absent, **steps}
     assert str(name) == text
@@ -161,16 +170,17 @@ def test_every_site_of_every_base_has_a_name_that_can_be_read(base):
         assert str(name) == text
         assert name.operation == site.operation
         assert name.operation_site == text
-        for path in site.linears:
+        for path in site.layers:
             linear = SiteName.parse(f"{text}.{path}")
             assert (linear.linear, linear.operation_site) == (path, text)
-            assert text.startswith(f"{linear.transformer_block}.")
+            assert f"{text}.".startswith(f"{linear.place}.")
     skips = [name for name, _ in described.sites.items() if name.partition(".")[0] == "skip"]
     assert described.skips == skips
     assert len(skips) == (12 if base is make_unet else 0)
 
 
-@pytest.mark.parametrize("text", ["", "skip.", "skip.01", "skip.x", "skp.0", "skip.0.attn.1", "out\n", "down.1.conv"])
+@pytest.mark.parametrize("text", ["", "skip.", "skip.01", "skip.x", "skp.0", "skip.0.attn.1", "out\n", "down.1.conv",
+                                  "down.1.attn.0.conv1", "up.1.resnet.x", "down.1.attn.0.block"])  # fmt: skip
 def test_another_text_is_no_name(text):
     assert SiteName.find(text) is None
     with pytest.raises(RestuneError, match=r"is not a site name; expected for example `skip\.3`"):

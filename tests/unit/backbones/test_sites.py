@@ -66,7 +66,8 @@ def test_the_described_sites_are_those_that_a_forward_pass_shows(changes):
 def test_every_transformer_block_is_described_as_it_is_built(config):
     with torch.device("meta"):
         unet = UNet2DConditionModel(**config)
-    sites = {name: site for name, site in describe_base(unet).sites.items() if site.operation}
+    described = describe_base(unet).sites.items()
+    sites = {name: site for name, site in described if site.operation in ("self", "cross", "ff", "block")}
     blocks = [module for module in unet.modules() if type(module).__name__ == "BasicTransformerBlock"]
     assert len(sites) == 4 * len(blocks)
     assert len({id(site_module(unet, name)) for name in sites}) == len(sites)
@@ -80,9 +81,30 @@ def test_every_transformer_block_is_described_as_it_is_built(config):
             assert all(site_module(unet, f"{name}.{path}") is layer for path, layer in linears.items())
 
 
+@pytest.mark.parametrize("config", [SD15, SDXL, {**SD15, "use_linear_projection": True}], ids=["1.5", "xl", "2.1"])
+def test_every_layer_outside_the_transformer_blocks_is_described_as_it_is_built(config):
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(**config)
+    expected = {
+        layer: tuple(layer.weight.shape)
+        for path, layer in unet.named_modules()
+        if isinstance(layer, torch.nn.Linear | torch.nn.Conv2d) and ".transformer_blocks." not in path
+    }
+    found = {}
+    for name, site in describe_base(unet).sites.items():
+        if site.operation in ("proj", "conv", "ends"):
+            for path, shape in site.layers.items():
+                layer = site_module(unet, f"{name}.{path}")
+                found[layer] = (shape[1], shape[0])
+                if isinstance(layer, torch.nn.Conv2d):
+                    found[layer] += (shape.kernel, shape.kernel)
+                    assert (shape.stride, shape.padding) == (layer.stride[0], layer.padding[0])
+    assert found == expected
+
+
 def test_a_loaded_lora_does_not_change_the_description(unet):
     plain = describe_base(unet)
-    unet.add_adapter(LoraConfig(r=4, target_modules=["to_q", "net.2"]))
+    unet.add_adapter(LoraConfig(r=4, target_modules=["to_q", "net.2", "proj_in", "conv1", "time_emb_proj"]))
     assert describe_base(unet) == plain
 
 
@@ -94,7 +116,7 @@ def test_a_model_without_skips_is_refused():
 
 def test_the_first_difference_is_named():
     ours, theirs = describe_base(make_unet()), describe_base(make_unet(cross_attention_dim=48))
-    ours.check_fits(describe_base(make_unet(seed=5, in_channels=9)))
+    ours.narrowed([]).check_fits(describe_base(make_unet(seed=5, in_channels=9)))
     with pytest.raises(BaseMismatchError, match=r"cross_attention_dim = 32, but this base has .* = 48"):
         ours.check_fits(theirs)
 

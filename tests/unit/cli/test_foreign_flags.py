@@ -99,6 +99,15 @@ def test_a_rate_of_text_encoders_that_are_not_trained_is_left_out(capsys: pytest
     assert "--text_encoder_lr is ignored: the text encoders are not trained." in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("arguments", "expected"), [(["conv_dim=4"], (4, 1.0)), (["conv_dim=8", "conv_alpha=2"], (8, 2.0))]
+)
+def test_convolutions_of_kohya_train_with_their_rank(arguments: list[str], expected: tuple[int, float]) -> None:
+    res = config(*LINES["kohya"], "--network_module=networks.lora", "--network_args", *arguments).res
+    assert res.operations == dict.fromkeys(("self", "cross", "ff", "proj", "conv"), "lora")
+    assert (res.conv_width, res.conv_alpha, res.width, res.alpha) == (*expected, 4, 1.0)
+
+
 @pytest.mark.parametrize("program", TABLES)
 def test_all_our_flags_of_the_table_exist(program: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
@@ -157,7 +166,7 @@ def test_a_command_of_kohya_with_both_toml_files_works(tmp_path: Path) -> None:
     )
     assert (settings.base, settings.name, settings.steps) == ("sd.safetensors", "ink", 300)
     assert (settings.kinds, settings.res.width, settings.res.alpha) == (("res",), 16, 8.0)
-    assert settings.res.operations == {"self": "lora", "cross": "lora", "ff": "lora"}
+    assert settings.res.operations == {"self": "lora", "cross": "lora", "ff": "lora", "proj": "lora"}
     assert (settings.optimizer.name, settings.optimizer.learning_rate) == ("adamw8bit", 2e-4)
     assert settings.optimizer.lr_warmup_steps == 30
     assert (settings.data.folder, settings.data.prompt, settings.data.resolution) == (Path("cats"), "a cat", 768)
@@ -170,7 +179,7 @@ def test_a_command_of_kohya_with_both_toml_files_works(tmp_path: Path) -> None:
     [
         ("bogus = 1", "bogus in a TOML file is not a setting of kohya's"),
         ("steps = ", "is not valid TOML"),
-        ("[train]\nnetwork_args = ['conv_dim=4']", "--network_args conv_dim=4 of kohya has no equivalent"),
+        ("[train]\nnetwork_args = ['algo=loha']", "--network_args algo=loha of kohya has no equivalent"),
     ],
 )
 def test_a_bad_toml_file_is_refused(

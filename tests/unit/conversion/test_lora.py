@@ -279,11 +279,11 @@ def test_names_of_the_original_unet_in_files_for_xl(tmp_path):
     assert all(torch.equal(value, again[key]) for key, value in tuner.state_dict().items())
 
 
-def test_what_lies_outside_the_transformer_blocks(unet, base, tmp_path, caplog):
+def test_what_the_base_lacks_or_no_tuner_changes(unet, base, tmp_path, caplog):
     tensors = kohya_tensors(unet, linear_modules(unet, ["attn2.to_k"]))
     inside = len(tensors) // 3
     for name, shape in {"lora_te_text_model_encoder_layers_0_mlp_fc1": (8, 8),
-                        "lora_unet_down_blocks_0_attentions_0_proj_in": (32, 32, 1, 1)}.items():  # fmt: skip
+                        "lora_unet_class_embedding_linear_1": (32, 32)}.items():  # fmt: skip
         tensors[f"{name}.lora_down.weight"] = torch.ones(4, *shape[1:])
         tensors[f"{name}.lora_up.weight"] = torch.ones(shape[0], 4, *shape[2:])
         tensors[f"{name}.alpha"] = torch.tensor(4.0)
@@ -293,11 +293,11 @@ def test_what_lies_outside_the_transformer_blocks(unet, base, tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         tuner = import_tuner(tmp_path / "in.safetensors", base, partial=True)
     assert "skipped 2 modules" in caplog.text
-    assert "down_blocks_0_attentions_0_proj_in" in caplog.text
+    assert "lora_unet_class_embedding_linear_1" in caplog.text
     assert len(next(tuner.parts()).loras()) == inside
     alone = {key: value for key, value in tensors.items() if key.startswith("lora_te_")}
     save_file(alone, tmp_path / "text.safetensors")
-    with pytest.raises(TunerFileError, match="none of the linear layers of this base's transformer blocks"):
+    with pytest.raises(TunerFileError, match="none of the layers of this base that LoRA can act on"):
         import_tuner(tmp_path / "text.safetensors", base, partial=True)
 
 

@@ -183,9 +183,7 @@ def test_the_part_says_what_to_do_about_an_unknown_place():
         RestuneError, match=r"No transformer block matches `down.3.\*`; this base has down.0.attn.0.bl"
     ):
         make_part(choose(self_attention="adapter", sites=("up.*", "down.3.*")))
-    with pytest.raises(
-        RestuneError, match=r"No linear layer matches `to_z`; this base has to_q, to_k, to_v, to_out\.0,"
-    ):
+    with pytest.raises(RestuneError, match=r"No layer matches `to_z`; this base has to_q, to_k, to_v, to_out\.0,"):
         make_part(choose(self_attention="lora", feed_forward="lora", linears=("to_q", "to_z")))
     with pytest.raises(RestuneError, match="patterns of a `res` part are empty"):
         make_part(choose(self_attention="lora", linears=()))
