@@ -15,7 +15,7 @@ from accelerate.state import AcceleratorState
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from restune_diffusion.storage.tuner_file import load_tuner
-from restune_diffusion.training import StepReport, TrainConfig, sweep, train
+from restune_diffusion.training import StepReport, TrainConfig, loop, sweep, train
 from restune_diffusion.training.build import build_accelerator
 from restune_diffusion.training.checkpoint import list_checkpoints
 from restune_diffusion.utils.errors import TrainingError
@@ -137,6 +137,25 @@ def test_a_gradient_that_is_not_finite_stops_training(
     with pytest.raises(TrainingError, match="Stopped at step 3: the gradient is not a finite number"):
         train(settings, verbose=False)
     assert [path.name for path in list_checkpoints(settings.output)] == ["checkpoint-000002"]
+    assert [line["step"] for line in lines(settings)] == [1, 2]
+
+
+def test_the_last_complete_step_is_logged_before_an_error(
+    config: MakeConfig, cuda: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[int] = []
+    loss = loop.batch_loss
+
+    def fail_at_third(*arguments: Any) -> torch.Tensor:
+        calls.append(1)
+        if len(calls) == 3:
+            raise MemoryError
+        return loss(*arguments)
+
+    monkeypatch.setattr(loop, "batch_loss", fail_at_third)
+    settings = config(cpu=False, steps=20)
+    with pytest.raises(MemoryError):
+        train(settings, verbose=False)
     assert [line["step"] for line in lines(settings)] == [1, 2]
 
 
