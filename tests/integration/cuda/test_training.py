@@ -203,7 +203,7 @@ def test_a_checkpoint_moves_between_the_cpu_and_a_gpu(config: MakeConfig, cuda: 
     assert losses[2] == pytest.approx(losses[0], rel=1e-4)
 
 
-def test_peak_memory_begins_anew_with_each_run(config: MakeConfig, cuda: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_run_has_its_own_peak_memory(config: MakeConfig, cuda: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     used = {"peak": 0}
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device=None: used["peak"])
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device=None: used.update(peak=0))
