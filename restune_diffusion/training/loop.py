@@ -52,7 +52,12 @@ def steps_of(
             if stop is not None and stop.agreed(run.accelerator):
                 _report(run, behind, callbacks)
                 raise _interrupted(run, callbacks, stop)
-            step = _launch(run)
+            try:
+                step = _launch(run)
+            except Exception:
+                # The step before is complete, and is logged as where its numbers are read at once.
+                _report(run, behind, callbacks)
+                raise
             for callback in callbacks:
                 callback.on_update(run)
             _report(run, behind, callbacks)

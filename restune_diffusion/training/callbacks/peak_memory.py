@@ -11,7 +11,7 @@ if sys.platform != "win32":
 
 
 def reset_peak_memory(device: torch.device) -> None:
-    """Let the peak memory of a CUDA device begin again; that of main memory is the process's own and cannot."""
+    """Start to measure the peak memory of a CUDA device; that of main memory always covers the whole process."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
 

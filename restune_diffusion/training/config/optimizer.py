@@ -15,12 +15,12 @@ class OptimizerConfig(SettingGroup):
     name: Literal["adamw", "adamw8bit", "prodigy", "adafactor", "lion"] = setting(
         "adamw", flat="optimizer", affects="tuner"
     )
-    """Optimizer. All except `adamw` and `adafactor` need pip install 'restune-diffusion[optimizers]'."""
+    """Optimizer. `adamw8bit` and `lion` need pip install 'restune-diffusion[optimizers]'."""
     learning_rate: float = setting(1e-4, affects="tuner", gt=0)
     """Peak learning rate. `lion` needs a third to a tenth of AdamW's; `prodigy` adapts its own and needs 1."""
     text_learning_rate: float | None = setting(None, affects="tuner", gt=0)
     """Peak learning rate of the `text` part. If not set, --learning-rate. Placeholder tokens without LoRA need a
-    higher rate, for instance 5e-3."""
+    higher rate, for instance 5e-3. With `prodigy`, a factor on the rate that it finds for all parts."""
     weight_decay: float = setting(1e-2, affects="tuner", ge=0)
     """Weight decay."""
     lr_scheduler: Literal[

@@ -15,7 +15,7 @@ from accelerate.state import AcceleratorState
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from restune_diffusion.storage.tuner_file import load_tuner
-from restune_diffusion.training import StepReport, TrainConfig, sweep, train
+from restune_diffusion.training import StepReport, TrainConfig, loop, sweep, train
 from restune_diffusion.training.build import build_accelerator
 from restune_diffusion.training.checkpoint import list_checkpoints
 from restune_diffusion.utils.errors import TrainingError
@@ -140,6 +140,25 @@ def test_a_gradient_that_is_not_finite_stops_training(
     assert [line["step"] for line in lines(settings)] == [1, 2]
 
 
+def test_the_last_complete_step_is_logged_before_an_error(
+    config: MakeConfig, cuda: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[int] = []
+    loss = loop.batch_loss
+
+    def fail_at_third(*arguments: Any) -> torch.Tensor:
+        calls.append(1)
+        if len(calls) == 3:
+            raise MemoryError
+        return loss(*arguments)
+
+    monkeypatch.setattr(loop, "batch_loss", fail_at_third)
+    settings = config(cpu=False, steps=20)
+    with pytest.raises(MemoryError):
+        train(settings, verbose=False)
+    assert [line["step"] for line in lines(settings)] == [1, 2]
+
+
 @pytest.mark.parametrize("optimizer", ["adamw", "prodigy"])
 def test_overflows_are_skipped_and_a_resumed_run_equals_the_uninterrupted(
     config: MakeConfig, cuda: Any, large_scale: None, optimizer: str
@@ -184,7 +203,7 @@ def test_a_checkpoint_moves_between_the_cpu_and_a_gpu(config: MakeConfig, cuda: 
     assert losses[2] == pytest.approx(losses[0], rel=1e-4)
 
 
-def test_peak_memory_begins_anew_with_each_run(config: MakeConfig, cuda: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_run_has_its_own_peak_memory(config: MakeConfig, cuda: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     used = {"peak": 0}
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device=None: used["peak"])
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device=None: used.update(peak=0))
