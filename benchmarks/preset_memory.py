@@ -25,6 +25,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from benchmarks.backward_memory import SD15, kept_storages
 from restune_diffusion import Tuner, attach
 from restune_diffusion.training import TrainConfig
+from restune_diffusion.training.build import tuner_autocast
 from restune_diffusion.training.config.presets import PRESETS
 
 _SD21 = {**SD15, "cross_attention_dim": 1024, "attention_head_dim": (5, 10, 20, 20), "use_linear_projection": True}
@@ -65,8 +66,7 @@ def kept_bytes(unet: Any, config: TrainConfig, side: int) -> int:
     latents = torch.randn(batch, 4, side // 8, side // 8, dtype=dtype)
     text = torch.randn(batch, 77, unet.config.cross_attention_dim, dtype=dtype)
     timesteps = torch.zeros(batch, dtype=torch.long)
-    autocast = torch.autocast("cpu", dtype, enabled=config.memory.mixed_precision == "bf16")
-    with autocast, kept_storages() as storages:
+    with kept_storages() as storages:
         unet(latents, timesteps, text, added_cond_kwargs=added or None)
     return sum(storage.nbytes() for key, storage in storages.items() if key not in held)
 
@@ -90,6 +90,7 @@ def count(base: str, preset: Any) -> dict[str, Any]:
     dtype = _DTYPES[config.memory.mixed_precision]
     unet, mode = build_unet(structure, dtype)
     tuner = Tuner.for_base(unet, *[part for part in config.parts if part.part != "text"])
+    tuner.autocast = tuner_autocast(config.memory.mixed_precision, unet)
     with attach(unet, tuner), mode:
         kept = kept_bytes(unet, config, side)
     weights = sum(parameter.numel() for parameter in unet.parameters()) * dtype.itemsize

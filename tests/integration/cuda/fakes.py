@@ -157,9 +157,9 @@ def make_batch(unet: Any, size: int = 1, conditions: int = 0) -> Batch:
     return Batch(latents, latents, torch.zeros(size, dtype=torch.long, device=device), inputs, images)
 
 
-def make_run(unet: Any, tuner: Any, precision: str) -> Any:
-    """Return the part of a training state that predictions read."""
-    tuner.autocast = tuner_autocast(precision, unet)
+def make_run(unet: Any, tuner: Any, precision: str, autocast: bool = False) -> Any:
+    """Return the part of a training state that predictions read; `autocast` is around the base too."""
+    tuner.autocast = None if autocast else tuner_autocast(precision, unet)
     dtype = PRECISIONS[precision]
     run = SimpleNamespace(
         pipeline=SimpleNamespace(unet=unet),
@@ -169,6 +169,11 @@ def make_run(unet: Any, tuner: Any, precision: str) -> Any:
     )
     run.base_precision = lambda: TrainState.base_precision(run)  # type: ignore[arg-type]
     return run
+
+
+def weight_bytes(unet: Any) -> int:
+    """Return the bytes of the base's weights, quantized or not."""
+    return sum(each.numel() * each.element_size() for parameter in unet.parameters() for each in stored(parameter))
 
 
 @dataclass
@@ -189,11 +194,18 @@ class Step:
         return self.forward.written + self.backward.written
 
 
-def training_step(unet: Any, parts: tuple[PartConfig, ...], precision: str = "fp16") -> Step:
-    """Run a training step of a tuner of these parts, whose parameters are in fp32."""
+def training_step(unet: Any, parts: tuple[PartConfig, ...], precision: str = "fp16", autocast: bool = False) -> Step:
+    """Run a training step of a tuner of these parts, whose parameters are in fp32.
+
+    Args:
+        unet: the base.
+        parts: parts of the tuner.
+        precision: the setting `mixed_precision`.
+        autocast: whether autocast is around the base, even if that is in half precision.
+    """
     with torch.device("cuda"):
         tuner = Tuner(parts, describe_base(unet))
-    run = make_run(unet, tuner, precision)
+    run = make_run(unet, tuner, precision, autocast)
     frozen = [part for parameter in unet.parameters() for part in stored(parameter)]
     with attach(unet, tuner, ATTACHED_NAME):
         conditions = sum(len(part.conditions) for part in tuner.parts())

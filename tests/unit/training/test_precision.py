@@ -9,11 +9,13 @@ import pytest
 import torch
 from torch import nn
 
-from restune_diffusion import ResConfig
+from restune_diffusion import BypassConfig, ResConfig, Tuner, attach
 from restune_diffusion.training import TrainConfig, train
+from restune_diffusion.training.feature_cache.tap_features import predict_from_features, record_features
 from restune_diffusion.utils.autocast import as_input
 
 from ... import tiny_training as tiny
+from ...conftest import make_inputs, make_unet, randomize
 
 MakeConfig = Callable[..., TrainConfig]
 LORA = {"tuner": "res", "res": ResConfig(self_attention="lora", cross_attention="lora", feed_forward=None, width=2)}
@@ -54,6 +56,21 @@ def test_a_pipeline_in_fp32_runs_under_autocast(config: MakeConfig) -> None:
     watched(pipeline.unet.conv_in, seen)
     train(config(mixed_precision="bf16", steps=1), pipeline=pipeline, verbose=False)
     assert seen == [(True, torch.bfloat16)]
+
+
+def test_recorded_features_give_the_prediction_of_the_attached_tuner() -> None:
+    unet = make_unet().to(torch.bfloat16)
+    tuner = Tuner.for_base(unet, BypassConfig())
+    randomize(tuner)
+    tuner.autocast = torch.bfloat16
+    latents, timestep, text = make_inputs()
+    inputs = latents.to(unet.dtype), timestep, text.to(unet.dtype)
+    features = record_features(unet, tuner.bypass.taps, *inputs)
+    found = predict_from_features(unet, tuner, features)
+    with attach(unet, tuner):
+        assert torch.equal(found, unet(*inputs).sample)
+    tuner.autocast = None
+    assert not torch.equal(found, predict_from_features(unet, tuner, features))
 
 
 def test_an_input_is_cast_to_a_modules_dtype_except_under_autocast() -> None:
