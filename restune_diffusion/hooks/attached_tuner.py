@@ -45,8 +45,8 @@ class AttachedTuner:
         self.conditions: Conditions | None = None
         self._features = ConditionFeatures()
         self.weight_buffers = WeightBuffers(self.sites, tuner.device)
-        self._device: torch.device | None = None
-        """Device of the tuner, as far as this forward pass has checked it."""
+        self.placed: torch.device | None = None
+        """Device on which the tuner is known to be; None before the first feature of a forward pass."""
         self.set_weight(weight, self.site_factors(weight))
         tuner.add_follower(self)
 
@@ -82,7 +82,7 @@ class AttachedTuner:
         """Compute the active rows and their factors, once per forward pass."""
         if torch.compiler.is_compiling():
             return
-        self._device = None
+        self.placed = None
         factors = row_factors(self.weight, this) if self.weight.acts else (0.0,)
         self._acts_now = any(factors)
         self._scale = factors[0]
@@ -129,11 +129,11 @@ class AttachedTuner:
         """Move the tuner, and the tensors from which a compiled graph reads its weight, to a device."""
         if self.tuner.device != device:
             self.tuner.to(device)
-        self._device = device
+        self.placed = device
 
     def follow(self, device: torch.device) -> None:
         """Move the tuner to a device, unless this forward pass has already done so."""
-        if device != self._device:
+        if device != self.placed:
             self.place(device)
 
     def factors_at(self, site_factor: float | None) -> tuple[float, ...]:
@@ -147,7 +147,7 @@ class AttachedTuner:
 
     def tuner_moved(self) -> None:
         """Move the tensors of the weight to the tuner; called by the tuner after `Tuner.to`."""
-        self._device = None
+        self.placed = None
         self._masks.clear()
         self.weight_buffers.to(self.tuner.device)
 

@@ -131,7 +131,7 @@ class TunerManager:
     def swap(self, name: str, tuner: Tuner, weight: Weight | None = None) -> None:
         """Replace an attached tuner by another with the same config, by overwriting its parameters.
 
-        Nothing is allocated and a compiled graph stays valid; condition images are kept.
+        Nothing stays allocated and a compiled graph stays valid; condition images are kept.
 
         Args:
             name: name of the attached tuner.

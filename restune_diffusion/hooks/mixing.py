@@ -132,7 +132,9 @@ class ActiveRows:
         """Return the factors at a site, for broadcasting over a residual with `dims` dimensions."""
         key = site_factor, dims
         if key not in self._at:
-            self._at[key] = (self._factors * site_factor).view(-1, *[1] * (dims - 1))
+            # Kept, so that autograd may have to save it in another pass.
+            with torch.inference_mode(False):
+                self._at[key] = (self._factors * site_factor).view(-1, *[1] * (dims - 1))
         return self._at[key]
 
 

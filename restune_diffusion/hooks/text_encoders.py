@@ -21,6 +21,7 @@ from ..backbones import TextEncoder, describe_text, text_stack
 from ..backbones.transformer_block import without_lora
 from ..tuners import TextPart
 from ..tuners.tuner import Tuner
+from ..utils.devices import sent
 from ..utils.errors import RestuneError
 from .attached_tuner import AttachedTuner
 from .mixing import Layout
@@ -70,6 +71,7 @@ class EncoderHooks:
         self._copies = TokenizerCopy()
         self._new: tuple[torch.Tensor, torch.Tensor] | None = None
         self._factors: dict[_Reader, tuple[float, ...]] = {}
+        self._scales: dict[_Reader, torch.Tensor] = {}
         self._linears: dict[str, RemovableHandle] = {}
         self._handles = [
             encoder.register_forward_pre_hook(self._begin, with_kwargs=True),
@@ -134,7 +136,7 @@ class EncoderHooks:
             self._linears[path] = layer.register_forward_hook(partial(self._after_linear, path))
 
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        self._new, self._factors = None, {}
+        self._new, self._factors, self._scales = None, {}, {}
         ids = args[0] if args else kwargs.get("input_ids")
         if not isinstance(ids, torch.Tensor):
             return None
@@ -170,17 +172,20 @@ class EncoderHooks:
     def _after_linear(self, path: str, module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
         for reader, factors in self._factors.items():
             if any(factors) and path in reader.paths:
-                reader.attached.place(output.device)
+                if output.device != reader.attached.placed:
+                    reader.attached.place(output.device)
                 residual = reader.part(f"{self.name}.{path}", args[0])
                 if len(factors) > 1:
-                    residual = residual * torch.tensor(factors, device=residual.device).view(-1, 1, 1)
+                    if reader not in self._scales:
+                        self._scales[reader] = sent(torch.tensor(factors), residual.device).view(-1, 1, 1)
+                    residual = residual * self._scales[reader]
                 elif factors[0] != 1:
                     residual = residual * factors[0]
                 output = output + residual.to(output.dtype)
         return output
 
     def _end(self, module: nn.Module, args: Any, output: Any) -> None:
-        self._new, self._factors = None, {}
+        self._new, self._factors, self._scales = None, {}, {}
 
 
 def text_part(tuner: Tuner) -> TextPart | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from restune_diffusion import Tuner, TunerManager, save_tuner
+from restune_diffusion import Tuner, TunerCache, TunerManager, save_tuner
 
 from ...conftest import randomize
 from .standin.tensors import on_host
@@ -58,3 +58,26 @@ def test_the_weight_of_a_moved_tuner_moves_with_it(pipe, files, cuda):
     pipe.set_tuner_device("t", "cuda")
     assert {getattr(buffers, name).device.type for name in names} == {"cuda"}
     assert on_host(buffers.mask).tolist() == MASK.tolist()
+
+
+@pytest.mark.parametrize("pinned", [False, True], ids=["file", "cache"])
+def test_a_swap_waits_for_nothing(pipe, files, tmp_path, cuda, pinned):
+    pipe.to("cuda")
+    pipe.load_tuner_weights(files / "lora.safetensors", "t")
+    generate(pipe, "lora")
+    tuner = TunerManager.of(pipe.unet).tuner("t").half()
+    other = Tuner.for_pipeline(pipe, *CONFIGS["lora"]).to("cpu")
+    randomize(other, seed=9)
+    save_tuner(other, tmp_path / "other.safetensors")
+    cache = TunerCache(1) if pinned else None
+    if cache is not None:
+        cache.get(tmp_path / "other.safetensors")
+    with cuda.phase("swap"):
+        pipe.load_tuner_weights(tmp_path / "other.safetensors", "t", hotswap=True, cache=cache)
+    assert cuda.waits("swap") == []
+    count = len(list(tuner.parameters()))
+    # Parameters in pinned memory are copied as they are, the others together; the weight takes three copies.
+    assert cuda.counts("swap") == {"to device, no wait": (count if pinned else 1) + 3}
+    for mine, new in zip(tuner.parameters(), other.parameters(), strict=True):
+        assert mine.dtype == torch.float16
+        assert torch.equal(on_host(mine), new.half())

@@ -103,6 +103,10 @@ class DeviceTensor(torch.Tensor):
         return run(func, args, kwargs or {})
 
 
+# Code that looks for quantized weights asks for the name of a tensor's type.
+DeviceTensor.__name__ = "Tensor"
+
+
 class OperationMode(TorchDispatchMode):
     """Mode in which factories and copies with `device="cuda"` give tensors on the stand-in."""
 
