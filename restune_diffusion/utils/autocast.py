@@ -10,4 +10,4 @@ def as_input(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
     Autocast casts the inputs of each operation. A cast to fp32 before it would be undone.
     """
-    return x if torch.is_autocast_enabled(x.device.type) else x.to(dtype)
+    return x if x.dtype == dtype or torch.is_autocast_enabled(x.device.type) else x.to(dtype)

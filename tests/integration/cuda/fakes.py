@@ -82,6 +82,9 @@ class FusedAttention(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is F.scaled_dot_product_attention:
             return self._attend(*args, **(kwargs or {}))
+        if func is torch.Tensor.pin_memory:
+            # FakeTensor would run it on the real tensor, for which a CPU build of torch has no pinned memory.
+            return args[0]
         return func(*args, **(kwargs or {}))
 
     def _attend(
