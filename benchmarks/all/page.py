@@ -86,10 +86,7 @@ TARGETS = (
     ),
     Target("hot swap of 40 MB", "swap", "hot swap from the cache", "seconds", 10, unit="ms"),
     Target(startup.IMPORT, "start-up", startup.IMPORT, "seconds", 0.1, unit="s"),
-    Target(
-        startup.HELP, "start-up", startup.HELP, "seconds", 0.5, unit="s",
-        why="half is the import of pydantic, tyro and PyYAML, the rest their models of the settings",
-    ),
+    Target(startup.HELP, "start-up", startup.HELP, "seconds", 0.5, unit="s"),
     Target(startup.INSPECT, "start-up", startup.INSPECT, "seconds", 1.0, unit="s"),
 )  # fmt: skip
 

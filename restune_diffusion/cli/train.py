@@ -24,18 +24,6 @@ from .options.early_checks import check_folders
 from .options.setting_flags import current_flags, old_names_on_stderr, unchecked, with_flat_flags
 from .quiet import quiet_libraries
 
-TRAIN_HELP = """Train a tuner on a folder of images.
-
-The settings --base, --data and --output are required, as flags or in the YAML file of --config. All others have
-defaults.
-
-Example: restune train --base ./stable-diffusion-v1-5 --data ./watercolors --output ./out
---steps 2000 --mixed-precision fp16 --validation.prompts "a fox" "a lighthouse"
-
-Example: restune train --config run.yaml --steps 500 --output ./shorter
-"""
-
-
 if TYPE_CHECKING:
     _Flags = TrainConfig
 else:
