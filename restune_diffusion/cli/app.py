@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
-from typing import Annotated, TypeAlias
+from typing import TYPE_CHECKING, Annotated, TypeAlias
 
 import tyro
 from pydantic import BaseModel
@@ -24,13 +24,38 @@ from .inspect import InspectOptions
 from .merge import MergeOptions
 from .options.flag_check import check_flags
 from .report import ReportOptions
-from .train import TRAIN_HELP, TrainOptions, parse_train_options
+
+if TYPE_CHECKING:
+    from .train import TrainOptions
+
+TRAIN_HELP = """Train a tuner on a folder of images.
+
+--base, --data and --output are required, as flags or in the YAML file of --config. All other settings have defaults. A
+switch such as --flip is turned off by --no-flip.
+
+Example: restune train --base ./stable-diffusion-v1-5 --data ./watercolors --output ./out
+--steps 2000 --mixed-precision fp16 --validation.prompts "a fox" "a lighthouse"
+
+Example: restune train --config run.yaml --steps 500 --output ./shorter
+"""
 
 # tyro shows pydantic's message for an invalid value; omit its link to pydantic's manual.
 os.environ.setdefault("PYDANTIC_ERRORS_INCLUDE_URL", "0")
 
+
+class TrainCommand(BaseModel):
+    """Entry of `train` in the list of commands; `parse` gives its arguments to `parse_train_options` instead.
+
+    Building the flags of training takes longer than everything else that another command imports.
+    """
+
+    def run(self) -> None:
+        """Not called."""
+        raise NotImplementedError
+
+
 Command: TypeAlias = (
-    Annotated[TrainOptions, tyro.conf.subcommand("train", description=TRAIN_HELP)]
+    Annotated[TrainCommand, tyro.conf.subcommand("train", description=TRAIN_HELP)]
     | Annotated[GenerateOptions, tyro.conf.subcommand("generate")]
     | Annotated[GridOptions, tyro.conf.subcommand("grid")]
     | Annotated[EvaluateOptions, tyro.conf.subcommand("evaluate")]
@@ -69,9 +94,11 @@ def main(args: Sequence[str] | None = None) -> None:
     sys.exit(run_guarded(lambda: parse(given).run()))
 
 
-def parse(args: Sequence[str]) -> Command:
+def parse(args: Sequence[str]) -> Command | TrainOptions:
     """Return the options of the chosen command; `train` also accepts a YAML file of settings."""
     if args[:1] == ["train"]:
+        from .train import parse_train_options
+
         return parse_train_options(TRAIN_HELP, args[1:], prog="restune train")
     if args and args[0] in _COMMANDS:
         check_flags(args[0], _COMMANDS[args[0]], args[1:])

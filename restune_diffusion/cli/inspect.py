@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 from pydantic import BaseModel, ConfigDict
 
-from ..training.config.config_file import recorded_yaml
 from ..utils.display import printable
 from ..utils.errors import TunerFileError
 from .options.early_checks import check_exists
@@ -92,6 +91,8 @@ def as_config(info: TunerInfo) -> str:
     Raises:
         TunerFileError: if the file records no training settings.
     """
+    from ..training.config.config_file import recorded_yaml
+
     recorded = _mapping(info.training.get("config"))
     if not recorded:
         raise TunerFileError(f"{info.path} records no training settings.")

@@ -31,18 +31,6 @@ from .options.interruption import stoppable
 from .options.setting_flags import current_flags, old_names_on_stderr, unchecked, with_flat_flags
 from .quiet import quiet_libraries
 
-TRAIN_HELP = """Train a tuner on a folder of images.
-
---base, --data and --output are required, as flags or in the YAML file of --config. All other settings have defaults. A
-switch such as --flip is turned off by --no-flip.
-
-Example: restune train --base ./stable-diffusion-v1-5 --data ./watercolors --output ./out
---steps 2000 --mixed-precision fp16 --validation.prompts "a fox" "a lighthouse"
-
-Example: restune train --config run.yaml --steps 500 --output ./shorter
-"""
-
-
 if TYPE_CHECKING:
     _Flags = TrainConfig
 else:

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from restune_diffusion.cli.train import TRAIN_HELP, parse_train_options
+from restune_diffusion.cli.app import TRAIN_HELP
+from restune_diffusion.cli.train import parse_train_options
 
 from ..conftest import ROOT
 
