@@ -291,7 +291,7 @@ NAME = "lora_unet_down_blocks_0_resnets_0_conv1"
     [
         (
             {"lora_down.weight": (2, 32, 5, 5), "lora_up.weight": (32, 2, 1, 1)},
-            "is for another base: at down",
+            "has another kernel, but this base",
         ),
         (
             {"lora_down.weight": (2, 32, 1, 1), "lora_up.weight": (32, 2, 1, 1)},
