@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from restune_diffusion import Tuner, TunerFileError, attach, describe_base, load_tuner, save_tuner
 from restune_diffusion.backbones import module_path
 from restune_diffusion.conversion import export_tuner, import_tuner
+from restune_diffusion.conversion.arithmetic import merge_tuners, reduce_rank
 from restune_diffusion.conversion.products.reduction import Reduction
 
 from ...conftest import make_inputs, make_unet
@@ -291,7 +292,7 @@ NAME = "lora_unet_down_blocks_0_resnets_0_conv1"
     [
         (
             {"lora_down.weight": (2, 32, 5, 5), "lora_up.weight": (32, 2, 1, 1)},
-            "is for another base: at down",
+            "has another kernel, but this base",
         ),
         (
             {"lora_down.weight": (2, 32, 1, 1), "lora_up.weight": (32, 2, 1, 1)},
@@ -320,3 +321,20 @@ def test_a_convolution_that_does_not_fit_is_named(tmp_path, tensors, message):
     save_file({f"{NAME}.{name}": torch.ones(shape) for name, shape in tensors.items()}, tmp_path / "in.safetensors")
     with pytest.raises(TunerFileError, match=message):
         import_tuner(tmp_path / "in.safetensors", describe_base(unet), base_weights=weights_of(unet))
+
+
+def test_the_sum_of_two_files_acts_as_both(tmp_path):
+    unet = make_unet(**SMALL)
+    base = describe_base(unet)
+    kohya_file(unet, tmp_path / "one.safetensors", LOCON)
+    kohya_file(unet, tmp_path / "two.safetensors", KOHYA)
+    one, two = (import_tuner(tmp_path / f"{name}.safetensors", base) for name in ("one", "two"))
+    both = merge_tuners([one, two], [0.5, -1.0], "add")
+    config = both.configs[0]
+    assert (config.width, config.conv_width) == (8, 2)
+    with torch.no_grad(), attach(unet, one, "one", weight=0.5), attach(unet, two, "two", weight=-1.0):
+        expected = output(unet)
+    torch.testing.assert_close(output(unet, both), expected, rtol=0, atol=1e-5)
+    smaller, kept = reduce_rank(one, 1)
+    assert {lora.down.weight.shape[0] for lora in next(smaller.parts()).loras().values()} == {1}
+    assert 0 < kept < 1

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from diffusers import MotionAdapter, UNetMotionModel
+from diffusers import MotionAdapter, UNet2DConditionModel, UNetMotionModel
 from peft import LoraConfig
 from pydantic import ValidationError
 
@@ -24,7 +24,7 @@ from restune_diffusion.backbones import site_module
 from restune_diffusion.backbones.unet import module_path
 from restune_diffusion.hooks.weights import TunerWeight
 
-from ...conftest import make_inputs, make_unet, randomize
+from ...conftest import SD15, SDXL, make_inputs, make_unet, randomize
 
 SMALL = {
     "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
@@ -158,6 +158,8 @@ def test_a_mask_selects_positions_of_the_layers_output(inputs, linear, site):
 
 def test_a_mask_on_a_layer_without_positions_is_refused(unet, inputs):
     tuner = make_tuner(unet, linears=("time_emb_proj",))
+    # As many positions as the layer has outputs.
+    inputs = (inputs[0][:, :, :4, :8], *inputs[1:])
     with (
         attach(unet, tuner, weight=TunerWeight(1.0, mask=torch.ones(8, 8))),
         pytest.raises(RestuneError, match="this site has no positions; remove the mask"),
@@ -199,6 +201,15 @@ def test_frames_of_a_video_have_the_weight_of_their_image(unet):
             alone = motion(latents[row : row + 1], time, text[3 * row : 3 * row + 3]).sample
         torch.testing.assert_close(together[row : row + 1], alone, rtol=0, atol=1e-5)
     assert (together[0] - together[1]).abs().max() > 0.1
+
+
+@pytest.mark.parametrize(("config", "modules"), [(SD15, 192), (SDXL, 722)])
+def test_projections_complete_the_modules_that_kohya_trains(config, modules):
+    # The numbers that its `train_network.py` and `sdxl_train_network.py` print for the U-Net.
+    with torch.device("meta"):
+        base = describe_base(UNet2DConditionModel(**config))
+    kohya = ResConfig(self_attention="lora", cross_attention="lora", feed_forward="lora", projections="lora")
+    assert len(next(Tuner.empty((kohya,), base).parts()).writes) == modules
 
 
 @pytest.mark.parametrize(
