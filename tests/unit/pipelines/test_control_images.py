@@ -303,3 +303,26 @@ def test_every_pipeline_is_steered_beside_its_own_images(kind):
     assert difference(red, plain) > 1e-4
     pipe.set_tuners("sketch", 0.0)
     assert identical(draw_kind(pipe, kind), plain)
+
+
+def test_a_compiled_unet_gets_features_that_are_encoded_before_it_runs(pipe, monkeypatch):
+    load(pipe, "sketch", ControlConfig())
+    attached = TunerManager.of(pipe.unet)._tuners["sketch"]
+    expected = [draw(pipe, tuner_image=image) for image in (RED, BLUE)]
+    found, memory = [], []
+
+    def look(module, args, kwargs):
+        encoded = attached.conditions.encoded
+        memory.append(None if encoded is None else [level.data_ptr() for level in encoded[0].values()])
+
+    handle = pipe.unet.register_forward_pre_hook(look, with_kwargs=True, prepend=True)
+    draw(pipe, tuner_image=RED)
+    assert memory[0] is None
+    memory.clear()
+    monkeypatch.setattr("restune_diffusion.pipelines.loaders.is_compiled", lambda unet: True)
+    for image in (RED, BLUE):
+        found.append(draw(pipe, tuner_image=image))
+    handle.remove()
+    assert np.array_equal(found, expected)
+    assert memory[0] is not None
+    assert all(each == memory[0] for each in memory)
