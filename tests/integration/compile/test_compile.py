@@ -41,6 +41,14 @@ CONFIGS = {
     "bypass": BypassConfig(ratio=0.5),
     "adapter": ResConfig(feed_forward="adapter", width=4),
     "lora": ResConfig(self_attention="lora", cross_attention="lora", feed_forward=None, width=2),
+    "layers outside": ResConfig(
+        self_attention=None,
+        feed_forward=None,
+        projections="lora",
+        convolutions="lora",
+        ends="lora",
+        width=2,
+    ),
     "exact": ResConfig(self_attention="prompt", cross_attention="prefix", feed_forward=None, gate="exact", width=3),
     "mixed": ResConfig(
         self_attention="attention", cross_attention="prompt", feed_forward="prefix", block="attention", width=4
