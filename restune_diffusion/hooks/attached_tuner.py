@@ -221,7 +221,7 @@ class AttachedTuner:
         stride, mask = self._strides[site], self.weight_buffers.mask
         assert mask is not None
         grid = residual.shape[2:] if residual.dim() == 4 else (*this.size, stride, residual.shape[1])
-        key = grid, residual.device, this.rows, this.frames, this.layout
+        key = grid, residual.dim(), residual.device, this.rows, this.frames, this.layout
         if key not in self._masks:
             with torch.inference_mode(False):
                 self._masks[key] = mask_at(self.weight, mask.to(residual.device), stride, residual, this)

@@ -22,7 +22,7 @@ COMMANDS = [
     ("merge {tuner} {tuner} --output {out}.safetensors", "restune_diffusion.conversion.arithmetic.merge_tuners"),
     ("data inspect {images}", "restune_diffusion.data.inspection.inspect_data"),
     ("report {images}", "restune_diffusion.training.report.write_report"),
-    ("inspect {tuner}", "restune_diffusion.storage.tuner_file.read_info"),
+    ("inspect {tuner}", "restune_diffusion.storage.header.read_header"),
     ("demo --output {out}", "restune_diffusion.cli.run_demo.run_demo"),
 ]
 

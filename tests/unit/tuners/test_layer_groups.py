@@ -6,7 +6,6 @@ import pytest
 import torch
 from diffusers import MotionAdapter, UNet2DConditionModel, UNetMotionModel
 from peft import LoraConfig
-from pydantic import ValidationError
 
 from restune_diffusion import (
     BaseMismatchError,
@@ -23,6 +22,7 @@ from restune_diffusion import (
 from restune_diffusion.backbones import site_module
 from restune_diffusion.backbones.unet import module_path
 from restune_diffusion.hooks.weights import TunerWeight
+from restune_diffusion.utils.errors import SettingsError
 
 from ...conftest import SD15, SDXL, make_inputs, make_unet, randomize
 
@@ -217,11 +217,11 @@ def test_projections_complete_the_modules_that_kohya_trains(config, modules):
     [
         ({"projections": "lora", "grad_depth": 2}, "grad_depth counts transformer blocks"),
         ({"convolutions": "lora", "conv_alpha": 2.0}, "conv_alpha needs conv_width"),
-        ({"projections": "adapter"}, "Input should be 'lora'"),
+        ({"projections": "adapter"}, "adapter is not valid; use lora"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused(settings, message):
-    with pytest.raises(ValidationError, match=message):
+    with pytest.raises(SettingsError, match=message):
         ResConfig(**settings)
 
 
