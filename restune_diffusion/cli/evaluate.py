@@ -27,7 +27,7 @@ class EvaluateOptions(OverwriteOption):
     model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
 
     base: str
-    """Stable Diffusion checkpoint in diffusers' layout: a directory, or a hub repository id."""
+    """Stable Diffusion 1.x, 2.x or XL: a folder in diffusers' format, one safetensors file, or a hub repository id."""
     vae: str | None = None
     """Autoencoder (VAE) instead of the base's own: a folder of an AutoencoderKL, a safetensors file, or a hub
     repository id."""

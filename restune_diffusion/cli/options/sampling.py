@@ -18,7 +18,7 @@ class SamplingOptions(OverwriteOption, MixOptions):
     """Base, prompts, tuners and sampler settings of generated images."""
 
     base: str
-    """Stable Diffusion checkpoint in diffusers' layout: a directory, or a hub repository id."""
+    """Stable Diffusion 1.x, 2.x or XL: a folder in diffusers' format, one safetensors file, or a hub repository id."""
     vae: str | None = None
     """Autoencoder (VAE) instead of the base's own: a folder of an AutoencoderKL, a safetensors file, or a hub
     repository id."""

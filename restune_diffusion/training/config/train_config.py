@@ -47,8 +47,8 @@ class TrainConfig(FamilyFields):
 
     data: DataConfig
     base: str = setting(affects="content")
-    """Stable Diffusion checkpoint in diffusers format: a local folder or the ID of a repository on the Hugging Face
-    Hub."""
+    """Stable Diffusion 1.x, 2.x or XL: a folder in diffusers' format, a safetensors file, or the ID of a repository on
+    the Hugging Face Hub."""
     vae: str | None = setting(None, affects="content")
     """Autoencoder (VAE) instead of the base's own: a folder of an AutoencoderKL, a safetensors file, or the ID of a
     repository on the Hub."""
