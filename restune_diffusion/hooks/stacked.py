@@ -8,7 +8,7 @@ one tuner. The weights are copied when the mix changes, in the second case once 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -28,8 +28,15 @@ class StackedBottlenecks:
 
     def __init__(self, layers: Sequence[Bottleneck]) -> None:
         self._layers = tuple(layers)
-        self._parameters = [parameter for layer in layers for parameter in layer.parameters]
-        self._versioned = not any(parameter.is_inference() for parameter in self._parameters)
+        # Not the parameters themselves, which `load_state_dict(assign=True)` replaces.
+        self._places = [
+            (module._parameters, name)
+            for layer in layers
+            for module in (layer.down, layer.up)
+            for name in ("weight", "bias")
+            if module._parameters[name] is not None
+        ]
+        self._scales = [layer.scale for layer in layers if isinstance(layer.scale, torch.Tensor)]
         self._key: Any = None
         self._weights: _Weights | None = None
 
@@ -40,14 +47,14 @@ class StackedBottlenecks:
             x: the feature, on the device of the tuners.
             factors: factors of each tuner.
         """
-        parameters = self._parameters
+        parameters = [cast("torch.Tensor", found[name]) for found, name in self._places] + self._scales
         if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in parameters):
             return None
         if x.dim() != (4 if self._layers[0].channels_first else 3):
             return None
         # A parameter that an optimizer has changed has another version, one that `Tuner.to` has moved another address.
         addresses = [parameter.data_ptr() for parameter in parameters]
-        versions = [parameter._version for parameter in parameters] if self._versioned else []
+        versions = [parameter._version for parameter in parameters if not parameter.is_inference()]
         if (factors, addresses, versions) != self._key:
             with torch.inference_mode(False), torch.no_grad():
                 self._weights = _stacked(self._layers, factors)

@@ -111,12 +111,6 @@ class Bottleneck:
     channels_first: bool = False
     scale: torch.Tensor | float = 1.0
 
-    @property
-    def parameters(self) -> list[torch.Tensor]:
-        """Parameters of the layer."""
-        found = [self.down.weight, self.down.bias, self.up.weight, self.up.bias, self.scale]
-        return [each for each in found if isinstance(each, torch.Tensor)]
-
 
 class Part(nn.Module):
     """Base class of the parts of a tuner. A part reads features at some sites and returns residuals for some sites.

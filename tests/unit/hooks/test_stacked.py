@@ -104,6 +104,9 @@ def test_changed_parameters_dtypes_and_tuners_are_seen(monkeypatch: pytest.Monke
     changes = [
         lambda: randomize(manager.tuner("b"), 9),
         lambda: manager.swap("a", manager.tuner("b")),
+        lambda: manager.tuner("c").load_state_dict(
+            {name: 2 * value for name, value in manager.tuner("c").state_dict().items()}, assign=True
+        ),
         lambda: manager.tuner("a").to(torch.float64),
         lambda: [manager.tuner(name).to(torch.bfloat16) for name in "abc"],
         lambda: manager.remove("c"),
