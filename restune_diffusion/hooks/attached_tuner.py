@@ -243,7 +243,8 @@ class AttachedTuner:
             # A graph cannot pin memory.
             move = torch.Tensor.to if torch.compiler.is_compiling() else sent
             images = [None if image is None else move(image, this.device) for image in conditions.images]
-            conditions.encoded, conditions.size = part.encode(images, this.size), this.size
+            with self.tuner.precision(this.device):
+                conditions.encoded, conditions.size = part.encode(images, this.size), this.size
             conditions.of_one_pass = any(
                 level.requires_grad for levels in conditions.encoded for level in levels.values()
             )
