@@ -13,6 +13,7 @@ from ..utils.errors import RestuneError
 from ..utils.same_file import is_same_file
 from .arithmetic import reduced
 from .bases import checkpoint_weights, describe_checkpoint
+from .foreign import read_foreign
 from .formats import ExportLayout, export_tuner, import_tuner
 from .products.reduction import Reduction
 
@@ -74,6 +75,7 @@ def load_any(
     if not source.expanduser().exists():
         raise RestuneError(f"There is no file or folder {source}.")
     if base is None:
+        read_foreign(source)  # names what is wrong with the file itself
         raise RestuneError(
             f"{source} was written by another program and does not record its base; pass the checkpoint with --base."
         )

@@ -165,8 +165,7 @@ def _loras(tuner: Tuner) -> dict[str, ResLora]:
         if not loras:
             families = ", ".join(config.part for config in tuner.configs)
             raise TunerFileError(
-                f"A LoRA file can only represent a tuner with only lora, but this one ({families}) has other tuners "
-                "too."
+                f"Only a tuner of lora alone can be written as a LoRA or reduced to a rank; this one has {families}."
             )
         found |= loras
     return found

@@ -58,11 +58,14 @@ def read_record(path: str | PathLike[str]) -> GenerationRecord:
         with Image.open(path) as image:
             chunks = {key: str(value) for key, value in image.info.items() if key in (A1111_CHUNK, JSON_CHUNK)}
             text = chunks.get(A1111_CHUNK) or _user_comment(image)
-        facts = json.loads(chunks.get(JSON_CHUNK, "{}"))
     except FileNotFoundError:
         raise DataError(f"There is no file {path}.") from None
     except Exception as error:  # Pillow's decoders raise almost anything on a broken file
         raise DataError(f"{path} cannot be read as an image ({error}).") from error
+    try:
+        facts = json.loads(chunks.get(JSON_CHUNK, "{}"))
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"The record of {path} is damaged ({error}); the image itself can be read.") from error
     facts = facts if isinstance(facts, dict) else {}
     if not facts and not text:
         raise DataError(

@@ -121,7 +121,10 @@ def mixed(
     manager.timesteps = HostTimesteps(scheduler)
     try:
         if tuners is not None:
-            manager.set_weights(mix_of_call(tuners, layout, before))
+            mix = mix_of_call(tuners, layout, before)
+            if mix and not manager.enabled:
+                raise RestuneError("The tuners are disabled, so `tuners` has no effect; call enable_tuners() first.")
+            manager.set_weights(mix)
         # A compiled graph can neither check the weights nor move a tuner.
         if layout is not None:
             manager.check_images(layout.images)
@@ -137,6 +140,8 @@ def mixed(
 
 def mix_of_call(tuners: MixPerImage, layout: Layout | None, before: Mapping[str, Weight]) -> dict[str, Weight]:
     """Return the weight of each tuner with a value per image; its other settings from `set_tuners` are kept."""
+    if isinstance(tuners, str | Mapping):
+        raise RestuneError("`tuners` is a list with one entry for each prompt: a name, {name: weight}, or None.")
     if layout is not None and layout.prompts != len(tuners):
         raise RestuneError(
             f"There are {len(tuners)} entries in `tuners` for {layout.prompts} prompts; give one per prompt."
@@ -148,12 +153,28 @@ def mix_of_call(tuners: MixPerImage, layout: Layout | None, before: Mapping[str,
 
 def weights_by_name(tuners: MixPerImage, images_per_prompt: int) -> dict[str, list[float]]:
     """Convert one mix per prompt to one list of weights per tuner, with an entry per image."""
-    mixes: list[Mapping[str, float]] = [
-        {} if mix is None else {mix: 1.0} if isinstance(mix, str) else mix for mix in tuners
-    ]
+    mixes = [_mix(entry) for entry in tuners]
     names = dict.fromkeys(name for mix in mixes for name in mix)
     # In diffusers the images of one prompt are adjacent.
     return {name: [mix.get(name, 0.0) for mix in mixes for _ in range(images_per_prompt)] for name in names}
+
+
+def _mix(entry: str | Mapping[str, float] | None) -> Mapping[str, float]:
+    """Return the mix of one prompt.
+
+    Raises:
+        RestuneError: if the entry has another form.
+    """
+    if entry is None:
+        return {}
+    if isinstance(entry, str):
+        return {entry: 1.0}
+    if not isinstance(entry, Mapping) or not all(isinstance(weight, int | float) for weight in entry.values()):
+        raise RestuneError(
+            "An entry of `tuners` is a name, {name: number}, or None. Schedules, masks and factors by site are set "
+            "with set_tuners, and are kept."
+        )
+    return entry
 
 
 def listed(names: str | Sequence[str]) -> list[str]:

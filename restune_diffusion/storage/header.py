@@ -103,6 +103,12 @@ def read_header(path: str | os.PathLike[str]) -> TunerInfo:
     return _info(path, parameters, dtypes, configs, base, training, metadata)
 
 
+def _first_file(folder: Path) -> str:
+    """Return an example of a file in a folder, or nothing."""
+    found = sorted(folder.glob("*.safetensors"))
+    return f", such as {found[0]}" if found else ""
+
+
 def open_tensors(path: Path, framework: Literal["pt", "numpy"] = "pt") -> safe_open:
     """Open a safetensors file, memory-mapped, for use in a `with` statement.
 
@@ -115,6 +121,8 @@ def open_tensors(path: Path, framework: Literal["pt", "numpy"] = "pt") -> safe_o
     """
     try:
         # A pipe or a device could block forever.
+        if path.is_dir():
+            raise TunerFileError(f"{path} is a folder; give the safetensors file in it{_first_file(path)}.")
         if not path.is_file():
             raise TunerFileError(f"There is no tuner file at {path}.")
         _check_declared_size(path)

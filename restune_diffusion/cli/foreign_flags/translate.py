@@ -19,6 +19,8 @@ TABLES: Mapping[Program, Mapping[str, ForeignFlag]] = {
     "kohya": {flag.name: flag for flag in KOHYA},
 }
 _FILES = ("config_file", "dataset_config")
+# A tuner that is given goes before the one that the script's flags stand for.
+_COMBINED = {"--tuner", "--res.width", "--res.alpha", "--folder-repeats", "--preservation", "--masked-loss"}
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,7 @@ def translate(arguments: Sequence[str], own: Collection[str]) -> Translation:
     notices: list[str] = []
     seen: dict[str, list[str]] = {}
     rest = from_toml(arguments, table) if program == "kohya" else list(arguments)
+    native = {f"--{name.replace('_', '-')}" for name, _, _ in map(_split, arguments) if name and name not in table}
     while rest:
         argument = rest.pop(0)
         name, equals, value = _split(argument)
@@ -72,7 +75,11 @@ def translate(arguments: Sequence[str], own: Collection[str]) -> Translation:
         if flag.convert is None:
             raise SettingsError(f"{given} of {program} has no equivalent; {flag.note}.")
         try:
-            result += flag.convert(values)
+            converted = flag.convert(values)
+            twice = native & {each for each in converted if each.startswith("--")} - _COMBINED
+            if twice:
+                raise SettingsError(f"{given} of {program} and {min(twice)} set the same; give one of them.")
+            result += converted
         except NotTranslated as refused:
             shown = " ".join([given, *values])
             raise SettingsError(f"{shown} of {program} has no equivalent; {refused}.") from refused
@@ -84,7 +91,7 @@ def _together(program: Program, ours: list[str], seen: Mapping[str, list[str]], 
     if "unet_lr" in seen and "learning_rate" in seen:
         ours = _without(ours, "--learning-rate", 1)
         ours += ["--learning-rate", *seen["unet_lr"]]
-    ours = _warmup(_one_length(program, ours, seen), seen, notices)
+    ours = _warmup(_one_length(program, ours, seen, notices), seen, notices)
     if program == "diffusers" and "center_crop" not in seen and "--crop" not in ours:
         notices.append("Images are cropped at the center; the script crops at random: add --crop random.")
     if "text_encoder_lr" in seen and not _trains_text(program, seen, ours):
@@ -131,13 +138,14 @@ def _trains_text(program: Program, seen: Mapping[str, list[str]], ours: Sequence
     return bool("train_text_encoder" in seen or lora or own)
 
 
-def _one_length(program: Program, ours: list[str], seen: Mapping[str, list[str]]) -> list[str]:
+def _one_length(program: Program, ours: list[str], seen: Mapping[str, list[str]], notices: list[str]) -> list[str]:
     """Return our arguments with one length: steps go before epochs in diffusers, epochs before steps in kohya."""
-    if program == "kohya" and "max_train_epochs" in seen:
-        return _without(ours, "--steps", 1)
-    if program == "diffusers" and "max_train_steps" in seen:
-        return _without(ours, "--epochs", 1)
-    return ours
+    epochs = "max_train_epochs" if program == "kohya" else "num_train_epochs"
+    if epochs not in seen or "max_train_steps" not in seen:
+        return ours
+    used, other = (epochs, "max_train_steps") if program == "kohya" else ("max_train_steps", epochs)
+    notices.append(f"--{other} is ignored: --{used} takes precedence, as in the script.")
+    return _without(ours, "--steps" if program == "kohya" else "--epochs", 1)
 
 
 def _warmup(ours: list[str], seen: Mapping[str, list[str]], notices: list[str]) -> list[str]:

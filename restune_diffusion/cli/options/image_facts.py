@@ -35,7 +35,9 @@ def _own_facts(facts: dict[str, Any]) -> list[tuple[str, object]]:
     base, scheduler = _mapping(facts.get("base")), _mapping(facts.get("scheduler"))
     named = ("prompt", "negative_prompt", "seed", "steps", "guidance", "guidance_rescale", "clip_skip")
     shown: list[tuple[str, object]] = [
-        (name.replace("_", " "), facts[name]) for name in named if facts.get(name) not in (None, 0.0) or name == "seed"
+        (name.replace("_", " "), facts.get(name))
+        for name in named
+        if facts.get(name) not in (None, 0.0) or name == "seed"
     ]
     shown += [
         ("size", f"{facts.get('width')}x{facts.get('height')}"),

@@ -26,7 +26,7 @@ class SamplingOptions(OverwriteOption, MixOptions):
     """One or more prompts."""
     negative_prompt: str | None = None
     """Negative prompt: content to avoid."""
-    seed: int = 0
+    seed: int = Field(default=0, ge=0, le=2**63 - 1)
     """Seed of the first image of every prompt; image i uses seed + i."""
     images: int = Field(default=1, gt=0)
     """Images per prompt."""
@@ -96,9 +96,14 @@ class SamplingOptions(OverwriteOption, MixOptions):
             raise RestuneError("--strength needs an image to start from; give one with --init-image.")
         if self.init_image is not None:
             read_image(self.init_image)
+        if self.control_scale != 1 and not (self.control_image or self.control_from):
+            raise RestuneError("--control-scale needs condition images; give them with --control-image.")
         pipeline = load_placed(self.base, self.device, self.dtype, self.vae)
         if self.scheduler is not None:
             pipeline.scheduler = named_scheduler(self.scheduler, pipeline.scheduler)
+        trained = pipeline.scheduler.config.num_train_timesteps
+        if self.steps > trained:
+            raise RestuneError(f"--steps {self.steps} is more than the {trained} timesteps of the base; use fewer.")
         pipeline = pipeline_for(pipeline, from_image=self.init_image is not None)
         image_size(pipeline, self.width, self.height)
         load_tuners(pipeline, weights, len(self.lora))

@@ -104,7 +104,7 @@ def test_invalid_inputs_give_a_one_line_error(
         (fresh, tmp_path / "one", f"needs at least two images, but {tmp_path / 'one'} has 1."),
         (fresh, tmp_path / "gone", "does not exist"),
         (tmp_path / "foreign.safetensors", workplace / "data", "is a pickle"),
-        (tmp_path / "gone.safetensors", workplace / "data", "There is no tuner file"),
+        (tmp_path / "gone.safetensors", workplace / "data", "There is no tuner at"),
     ]
     for tuner, data, message in cases:
         code, output, errors = evaluate(capsys, "--tuner", tuner, "--data", data, "--output", tmp_path / "out")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,7 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate import Accelerator
 
 from restune_diffusion import ResConfig, TextConfig, Tuner, text_encoders
 from restune_diffusion.data.captions import find_examples
@@ -174,7 +174,7 @@ def test_output_preservation_by_hand(subject_images: Path, kind: str, make: Call
             (states,) = encode(["a disc"])
             assert not torch.allclose(states.states, base_states.states, atol=1e-3)
         expected = (predicted(states.states, states.pooled) - base).square().mean()
-        run: Any = SimpleNamespace(pipeline=pipeline, objective=objective, accelerator=Accelerator(cpu=True))
+        run: Any = SimpleNamespace(pipeline=pipeline, objective=objective, base_precision=nullcontext)
         preservation = OutputPreservation("a disc", base_states, encode)
         loss = preservation.loss(run, batch, 0)
         manager = TunerManager.of(pipeline.unet)

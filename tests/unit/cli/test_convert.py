@@ -48,7 +48,7 @@ def test_errors_are_one_sentence(restune, components, tmp_path):
     save_tuner(tuner, tmp_path / "skip.safetensors")
     cases = [
         (tmp_path / "none.safetensors", "kohya", "There is no file or folder"),
-        (tmp_path / "skip.safetensors", "kohya", "only represent a tuner with only lora"),
+        (tmp_path / "skip.safetensors", "kohya", "Only a tuner of lora alone"),
         (tmp_path / "lora.safetensors", "restune", "pass the checkpoint with --base"),
     ]
     save_file({"lora_unet_x.lora_down.weight": torch.ones(1, 1)}, tmp_path / "lora.safetensors")

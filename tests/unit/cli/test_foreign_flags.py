@@ -225,3 +225,29 @@ def test_a_random_crop_that_the_script_makes_by_default_is_mentioned() -> None:
     assert notice in translate(line, own).notices
     assert notice not in translate([*line, "--center_crop"], own).notices
     assert notice not in translate([*line, "--crop", "random"], own).notices
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (
+            ("--train_data_dir=d", "--max_train_steps=2", "--steps=3"),
+            "--max_train_steps of .* and --steps set the same",
+        ),
+        (("--data=d", "--pretrained_model_name_or_path=b", "--base=c"), "--base set the same"),
+    ],
+)
+def test_a_setting_that_is_given_by_both_names_is_refused(flags: tuple[str, ...], message: str) -> None:
+    with pytest.raises(SettingsError, match=message):
+        translate(["--output_dir=o", *flags], {"base", "data", "steps", "output"})
+
+
+def test_a_length_that_gives_way_is_mentioned() -> None:
+    found = translate(
+        ["--train_data_dir=d", "--output_name=x", "--max_train_epochs=3", "--max_train_steps=5"], {"data"}
+    )
+    assert "--max_train_steps is ignored: --max_train_epochs takes precedence, as in the script." in found.notices
+    kept = translate(
+        ["--train_data_dir=d", "--output_name=x", "--max_train_epochs=3", "--steps", "5"], {"data", "steps"}
+    )
+    assert kept.arguments.count("--steps") == 1, "our own check refuses both"

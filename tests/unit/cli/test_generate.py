@@ -14,6 +14,7 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from restune_diffusion import ResConfig, Tuner, save_tuner
 from restune_diffusion.cli import generate as generate_module
@@ -244,6 +245,8 @@ def test_inspect_names_an_image_without_a_record(restune: Restune, tmp_path: Pat
         (("--scheduler=euler_a_karras",), "`euler_a` has no karras sigmas"),
         (("--clip-skip=9",), "use a number from 1 to 2"),
         (("--strength=0.5",), "--strength needs an image"),
+        (("--control-scale=0.5",), "--control-scale needs condition images"),
+        (("--steps=2000",), "--steps 2000 is more than the 1000 timesteps"),
         (("--init-image", "gone.png"), "gone.png cannot be read as an image"),
         (("--init-image", "{folder}/red.png", "--guidance-rescale=0.5"), "no effect with --init-image"),
         (("--lora", "gone.safetensors"), "gone.safetensors"),
@@ -292,3 +295,15 @@ def test_ctrl_c_names_the_images_that_are_kept(
 )
 def test_columns_of_files_of_one_name_are_named_apart(paths: list[str], labels: list[str]) -> None:
     assert distinct_labels(paths) == labels
+
+
+def test_inspect_copes_with_a_damaged_or_incomplete_record(restune: Restune, tmp_path: Path) -> None:
+    for name, text, code, shown in (
+        ("damaged", "{not json", 1, "is damaged"),
+        ("incomplete", '{"prompt": 5, "tuners": "x"}', 0, "prompt"),
+    ):
+        chunks = PngInfo()
+        chunks.add_text("restune", text)
+        Image.new("RGB", (8, 8)).save(tmp_path / f"{name}.png", pnginfo=chunks)
+        found, output, errors = restune("inspect", tmp_path / f"{name}.png")
+        assert (found, shown in output + errors) == (code, True)

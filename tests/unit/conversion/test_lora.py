@@ -341,7 +341,7 @@ def test_only_lora_fits_a_lora_file(unet, tmp_path):
         [ResConfig(self_attention="lora")],
         [ResConfig(feed_forward="lora", self_attention=None), SkipConfig()],
     ):
-        with pytest.raises(TunerFileError, match="only represent a tuner with only lora"):
+        with pytest.raises(TunerFileError, match="Only a tuner of lora alone"):
             export_tuner(Tuner.for_base(unet, *configs), tmp_path / "out.safetensors", "kohya")
     assert not any(tmp_path.iterdir())
 

@@ -204,6 +204,31 @@ def test_guidance_and_batches_reach_the_tuner(pipe, files):
     assert batch.shape == (4, 64, 64, 3)
 
 
+@pytest.mark.parametrize(
+    ("mix", "message"),
+    [
+        ("water", "a list with one entry for each prompt"),
+        ({"water": 0.5}, "a list with one entry for each prompt"),
+        ([{"water": "much"}], "An entry of `tuners` is a name"),
+        ([["water"]], "An entry of `tuners` is a name"),
+        ([1], "An entry of `tuners` is a name"),
+    ],
+)
+def test_a_mix_of_another_form_is_refused(pipe, files, mix, message):
+    pipe.load_tuner_weights(files / "water.safetensors", "water")
+    with pytest.raises(RestuneError, match=message):
+        generate(pipe, tuners=mix)
+
+
+def test_a_mix_while_tuners_are_disabled_is_refused(pipe, files):
+    pipe.load_tuner_weights(files / "water.safetensors", "water")
+    pipe.disable_tuners()
+    plain = generate(pipe)
+    with pytest.raises(RestuneError, match="call enable_tuners"):
+        generate(pipe, tuners=["water"])
+    assert same(generate(pipe, tuners=[None]), plain)
+
+
 def test_another_scheduler_leaves_tuners_working(pipe, files):
     pipe.load_tuner_weights(files / "water.safetensors")
     reference = generate(pipe)
