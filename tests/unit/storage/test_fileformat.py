@@ -103,7 +103,8 @@ def test_a_file_can_be_read_in_another_dtype(tuner, path):
 def test_missing_file(tmp_path):
     with pytest.raises(TunerFileError, match="There is no tuner file at"):
         load_tuner(tmp_path / "none.safetensors")
-    with pytest.raises(TunerFileError, match="There is no tuner file at"):
+    (tmp_path / "ink.safetensors").touch()
+    with pytest.raises(TunerFileError, match=r"is a folder; give the safetensors file in it, such as .*ink\.safetensors"):
         read_info(tmp_path)
 
 
