@@ -175,6 +175,10 @@ def _time(seconds: float) -> str:
     return f"{1000 * seconds:.2f} ms" if seconds < 0.1 else f"{seconds:.2f} s"
 
 
+def _number(group: str) -> int:
+    return int("".join(filter(str.isdigit, group)) or 0)
+
+
 def _scaling(rows: Rows, output: Path) -> list[str]:
     """Return the section on scaling: ratios by the number of tuners, batch size, resolution and steps."""
     lines: list[str] = []
@@ -185,7 +189,7 @@ def _scaling(rows: Rows, output: Path) -> list[str]:
     for what, names in (("batch", "batch size"), ("px", "resolution, batch 1")):
         found = {
             group.removeprefix("scaling, "): rows.get(group)
-            for group in rows.groups
+            for group in sorted(rows.groups, key=_number)
             if group.startswith("scaling, ") and what in group
         }
         if found:
