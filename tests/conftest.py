@@ -46,6 +46,17 @@ SDXL: dict[str, Any] = {
 }
 
 
+TWO_LEVELS: dict[str, Any] = {
+    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+    "layers_per_block": 1,
+    "block_out_channels": (8, 16),
+    "attention_head_dim": 2,
+    "norm_num_groups": 4,
+}
+"""Smallest U-Net that has every kind of site."""
+
+
 def make_unet(seed: int = 0, **changes: Any) -> UNet2DConditionModel:
     """Return a small frozen U-Net with SD 1.5's block structure and random weights."""
     config = {

@@ -1,4 +1,4 @@
-"""Load a Stable Diffusion checkpoint as a pipeline with tuners; its image sizes and sampling pipeline."""
+"""Load a Stable Diffusion checkpoint as a pipeline with tuners; its training resolution and sampling pipeline."""
 
 from __future__ import annotations
 

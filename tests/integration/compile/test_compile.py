@@ -24,18 +24,10 @@ from restune_diffusion import (
 )
 from restune_diffusion.hooks.mixing import Layout
 
-from ...conftest import make_inputs, make_unet, randomize
+from ...conftest import TWO_LEVELS, make_inputs, make_unet, randomize
 
 # Tracing costs seconds for each block, so this is the smallest U-Net that has every kind of site.
-SMALL = {
-    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
-    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
-    "layers_per_block": 1,
-    "block_out_channels": (8, 16),
-    "cross_attention_dim": 16,
-    "attention_head_dim": 2,
-    "norm_num_groups": 4,
-}
+SMALL = {**TWO_LEVELS, "cross_attention_dim": 16}
 CONFIGS = {
     "skip": SkipConfig(ratio=0.5),
     "bypass": BypassConfig(ratio=0.5),

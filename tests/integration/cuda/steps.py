@@ -19,19 +19,12 @@ from restune_diffusion import (
 from restune_diffusion.hooks.weights import Weight
 from restune_diffusion.tuners.configs import PartConfig
 
+from ...conftest import TWO_LEVELS
 from ...tiny_pipelines import sd_components, sd_unet
 from .standin.log import TransferLog
 from .standin.tensors import on_host
 
 STEPS = 3
-SMALL = {
-    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
-    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
-    "layers_per_block": 1,
-    "block_out_channels": (8, 16),
-    "attention_head_dim": 2,
-    "norm_num_groups": 4,
-}
 PROMPTS = ["a red apple", "a <dog> at sea"]
 MASK = torch.zeros(8, 8)
 MASK[:, 4:] = 1
@@ -66,7 +59,7 @@ CASES = [
 
 def small_pipeline() -> RestuneStableDiffusionPipeline:
     """Return a pipeline with the smallest U-Net that has every kind of site."""
-    kept = {**sd_components(), "unet": sd_unet(**SMALL), "feature_extractor": None}
+    kept = {**sd_components(), "unet": sd_unet(**TWO_LEVELS), "feature_extractor": None}
     for name in ("controlnet", "image_encoder"):
         kept.pop(name)
     pipe = RestuneStableDiffusionPipeline(**kept, requires_safety_checker=False)

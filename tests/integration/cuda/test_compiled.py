@@ -14,12 +14,12 @@ from restune_diffusion import ControlConfig, ResConfig, SkipConfig, Tuner, Tuner
 from restune_diffusion.backbones import describe_base
 from restune_diffusion.hooks.mixing import Layout
 
-from .steps import SMALL
+from ...conftest import TWO_LEVELS
 
 WIDTH = 16
 # Without transformer blocks, which take most of the time for tracing.
 PLAIN = {
-    **SMALL,
+    **TWO_LEVELS,
     "down_block_types": ("DownBlock2D", "DownBlock2D"),
     "mid_block_type": "UNetMidBlock2D",
     "up_block_types": ("UpBlock2D", "UpBlock2D"),
@@ -94,7 +94,7 @@ def test_a_graph_is_on_the_device_alone(weight):
 
 
 def test_a_graph_with_tuners_on_linear_layers_is_on_the_device_alone():
-    unet = make_unet(SMALL)
+    unet = make_unet(TWO_LEVELS)
     attach(unet, make_tuner(unet, LORA), weight=TunerWeight(0.5, on="cond"))
     TunerManager.of(unet).layout = Layout(1, True)
     assert graph_of(unet) == [([], [SAMPLE, TIMESTEP, TEXT])]

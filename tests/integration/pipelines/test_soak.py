@@ -26,7 +26,7 @@ from restune_diffusion import (
     schedule,
 )
 
-from ...conftest import make_unet, randomize
+from ...conftest import TWO_LEVELS, make_unet, randomize
 from ...unit.hooks.test_attachment import assert_same, everything
 
 OPERATIONS = 1000
@@ -37,14 +37,6 @@ CONFIGS = {
     "res": ResConfig(self_attention="lora", cross_attention="prompt", feed_forward="prefix", block="adapter", width=2),
     "control": ControlConfig(ratio=0.25),
 }
-SMALL = {
-    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
-    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
-    "layers_per_block": 1,
-    "block_out_channels": (8, 16),
-    "attention_head_dim": 2,
-    "norm_num_groups": 4,
-}
 
 
 class Life:
@@ -52,7 +44,7 @@ class Life:
 
     def __init__(self, components, folder):
         width = components["text_encoder"].config.hidden_size
-        unet = make_unet(**SMALL, cross_attention_dim=width)
+        unet = make_unet(**TWO_LEVELS, cross_attention_dim=width)
         self.pipe = RestuneStableDiffusionPipeline(**{**components, "unet": unet}, requires_safety_checker=False)
         self.pipe.set_progress_bar_config(disable=True)
         self.unet, self.random = unet, random.Random(0)
