@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
@@ -105,20 +105,31 @@ def speed_and_memory(bench: Bench) -> Iterator[Result]:
                     train(config, pipeline=pipeline, verbose=False, on_progress=progress)
                 times += progress.seconds
                 beyond[name] = progress.beyond
-        for name, limit in FASTER.items():
-            value = median(seconds[PEER]) / median(seconds[name])
-            speed = batch / median(seconds[name])
-            yield ratio(
-                bench, f"{name}, batch {batch}: images/s / LoRA's", value, limit, at_least=True,
-                note=f"{speed:.2f} images/s, {len(seconds[name])} steps",
-            )  # fmt: skip
-        for name, limit in SMALLER.items():
-            what = f"{name}, batch {batch}: memory beyond the weights / LoRA's"
-            if bench.dry:
-                yield Result(what, "not run", "needs CUDA")
-            else:
-                note = f"{beyond[name] / 2**20:.0f} MiB"
-                yield ratio(bench, what, beyond[name] / beyond[PEER], limit, note=note)
+        yield from _beside_peer(bench, f", batch {batch}", seconds, batch, "beyond the weights", beyond)
+
+
+def _beside_peer(
+    bench: Bench,
+    case: str,
+    seconds: Mapping[str, Sequence[float]],
+    batch: int,
+    of_what: str,
+    memory: Mapping[str, float],
+) -> Iterator[Result]:
+    """Compare speed and memory with those of the peer, from the seconds of each step and the bytes."""
+    for name, limit in FASTER.items():
+        speeds = {each: batch / median(seconds[each]) for each in (name, PEER)}
+        yield ratio(
+            bench, f"{name}{case}: images/s / LoRA's", speeds[name] / speeds[PEER], limit, at_least=True,
+            note=f"{speeds[name]:.2f} images/s, {len(seconds[name])} steps",
+        )  # fmt: skip
+    for name, limit in SMALLER.items():
+        what = f"{name}{case}: memory {of_what} / LoRA's"
+        if bench.dry:
+            yield Result(what, "not run", "needs CUDA")
+        else:
+            note = f"{memory[name] / 2**20:.0f} MiB"
+            yield ratio(bench, what, memory[name] / memory[PEER], limit, note=note)
 
 
 def _peer(bench: Bench, pipeline: Any, base: Base, batch: int, steps: int, progress: Steps) -> None:
@@ -154,18 +165,7 @@ def step_on_sdxl(bench: Bench) -> Iterator[Result]:
                 step()
                 peaks[name] = torch.cuda.max_memory_allocated() - before
         times = bench.in_turn(steps)
-    for name, limit in FASTER.items():
-        value = median(times[PEER]) / median(times[name])
-        yield ratio(
-            bench, f"{name}: images/s / LoRA's", value, limit, at_least=True,
-            note=f"{1 / median(times[name]):.2f} images/s, {len(times[name])} steps",
-        )  # fmt: skip
-    for name, limit in SMALLER.items():
-        what = f"{name}: memory of the step / LoRA's"
-        if bench.dry:
-            yield Result(what, "not run", "needs CUDA")
-        else:
-            yield ratio(bench, what, peaks[name] / peaks[PEER], limit, note=f"{peaks[name] / 2**20:.0f} MiB")
+    yield from _beside_peer(bench, "", times, 1, "of the step", peaks)
 
 
 def _prediction(unet: Any, call: dict[str, Any]) -> torch.Tensor:
