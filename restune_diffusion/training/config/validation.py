@@ -9,6 +9,7 @@ from pydantic import model_validator
 
 from ...utils.setting_groups import setting
 from ...utils.settings import Settings
+from ..validation.measurements import VALIDATION_LOSS
 from .renamed import renamed
 
 
@@ -45,11 +46,24 @@ class ValidationConfig(Settings):
     @property
     def measured(self) -> tuple[str, ...]:
         """Names of the measurements of a run."""
-        return () if self.holdout is None else ("validation_loss",)
+        return () if self.holdout is None else (VALIDATION_LOSS,)
 
     def due(self, step: int) -> bool:
         """Return whether a step is a multiple of `every`."""
         return self.every > 0 and step % self.every == 0
+
+    @model_validator(mode="after")
+    def _holdout_fits(self) -> ValidationConfig:
+        holdout = self.holdout
+        fits = 0 < holdout < 1 if isinstance(holdout, float) else not isinstance(holdout, int) or holdout >= 1
+        if not fits:
+            raise ValueError(
+                f"holdout = {holdout} is not valid; use a fraction between 0 and 1, a whole number of images, or a "
+                f"folder"
+            )
+        if self.loss_every is not None and holdout is None:
+            raise ValueError("loss_every is for the loss of held-out images, but none are held out; set holdout")
+        return self
 
     @model_validator(mode="before")
     @classmethod
