@@ -69,7 +69,7 @@ def _note_unread(examples: Sequence[Example], config: DataConfig, refused: list[
 def _with_variants(
     examples: Sequence[Example], config: DataConfig, refused: list[Refused], seed: int, tokens: Sequence[str]
 ) -> Iterator[Example]:
-    """Yield the examples with the variants of their captions; the trigger word and the template are in the variants."""
+    """Yield the examples with the variants of their captions, with the trigger word and the template."""
     words = [*([config.trigger_word] if config.trigger_word else []), *tokens]
     for example in examples:
         captions = [example.caption]

@@ -31,9 +31,8 @@ class DataConfig(SettingGroup):
     caption_template: str | None = setting(None, affects="batches", min_length=1)
     """Template for each caption, for instance "{trigger}, {caption}"."""
     captions: Literal["one", "all"] = setting("one", affects="content", recorded_default=False)
-    """`one`: the whole text of a caption file, or the first caption of a list, is the caption of its image. `all`: each
-    line of a caption and each item of a list is a caption, and each time that an image is shown, one of its captions is
-    chosen at random."""
+    """`one`: the whole text of a caption file, or the first item of a list, is the caption of its image. `all`: each
+    line and each item of a list is a caption, and each use of the image picks one of them."""
     shuffle_tags: bool = setting(False, affects="content", recorded_default=False)
     """Shuffle the comma-separated tags of captions. Tags that contain the trigger word or a placeholder token stay in
     front and are never dropped."""

@@ -180,10 +180,9 @@ class DataSheet:
             return None
         written = [entry.variants.written for entry in varied if entry.variants is not None]
         texts = {text for entry in varied for text in entry.texts}
-        return (
-            f"{counted(len(varied), 'image')} with {_range([len(entry.texts) for entry in varied])} variants of "
-            f"{_range(written)} {'caption' if max(written) == 1 else 'captions'}, {counted(len(texts), 'text')} together"
-        )
+        variants = f"{_range([len(entry.texts) for entry in varied])} variants"
+        captions = f"{_range(written)} caption{'s' if max(written) > 1 else ''}"
+        return f"{counted(len(varied), 'image')} with {variants} of {captions}, {len(texts)} texts together"
 
     def notes(self) -> list[str]:
         """Return the files that are left out, one line each."""
@@ -232,9 +231,9 @@ class DataSheet:
         - `captions`: `{"text", "images"}` of each distinct caption, with `"tokens"` if the caption exceeds the text
           encoder's limit.
         - `files`: `{"name", "caption", "width", "height", "bucket", "repeats", "views"}` of each image; width and
-          height are those of the file after EXIF rotation, and `bucket` is `[width, height]`. An image with variants of
-          its captions has `"variants"`, the different ones, and `"written"`, the number of captions as written;
-          `"caption"` is the first variant.
+          height are those of the file after EXIF rotation, and `bucket` is `[width, height]`. With settings that give
+          variants of captions, `"variants"` are the different ones, the first of them is `"caption"`, and `"written"`
+          is the number of captions as written.
         - `enlarged`: names of the images that are smaller than their bucket.
         - `duplicates`: lists of names of files with the same bytes.
         - `left_out`: `{"name", "reason", "fault"}`; `fault` is false for files that are not training images.

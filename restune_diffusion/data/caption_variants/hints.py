@@ -1,4 +1,4 @@
-"""Hints about captions that do not fit their settings: lines that are not used, wildcards, braces that do not pair up."""
+"""Hints about captions and their settings: unused lines, unused wildcards, braces that do not pair up."""
 
 from __future__ import annotations
 
