@@ -5,13 +5,16 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from random import Random
 
 from ..hooks.placeholder_tokens import contains_token
 from ..utils.display import counted
 from ..utils.errors import DataError
+from ..utils.seeds import derived_seed
+from .caption_variants.variants import caption_lines, caption_variants
 from .config import DataConfig
 from .conventions.caption_files import CaptionFiles, is_caption_file
 from .conventions.image_suffixes import missing_reader
@@ -27,12 +30,16 @@ logger = logging.getLogger(__name__)
 _REPEATED = re.compile(r"(\d{1,6})_(.*)")
 
 
-def read_examples(config: DataConfig, refused: list[Refused]) -> list[Example]:
+def read_examples(
+    config: DataConfig, refused: list[Refused], seed: int = 0, placeholder_tokens: Sequence[str] = ()
+) -> list[Example]:
     """Return the training examples of a config, with the trigger word and template applied to their captions.
 
     Args:
         config: settings of the data folder and the captions.
         refused: list that receives the skipped files and rows.
+        seed: seed of the run, for the variants of captions.
+        placeholder_tokens: placeholder tokens that are trained; tags that contain one are kept.
 
     Raises:
         DataError: if the folder does not exist, its metadata cannot be read, or it has no usable image.
@@ -42,9 +49,44 @@ def read_examples(config: DataConfig, refused: list[Refused]) -> list[Example]:
         examples = read_saved_dataset(folder, refused, config.prompt, config.image_column, config.caption_column)
     else:
         examples = _scan(config, refused)
+    if config.has_variants:
+        examples = list(_with_variants(examples, config, refused, seed, placeholder_tokens))
+    else:
+        _note_unread(examples, config, refused)
+        examples = [replace(example, caption=apply_rule(example.caption, config)) for example in examples]
     if not examples:
         raise nothing_usable(folder, refused)
-    return [replace(example, caption=apply_rule(example.caption, config)) for example in examples]
+    return examples
+
+
+def _note_unread(examples: Sequence[Example], config: DataConfig, refused: list[Refused]) -> None:
+    several = sum(len(example.captions) > 1 for example in examples)
+    if several:
+        reason = f"has {counted(several, 'image')} with a list of captions, of which the first is read"
+        refused.append(Refused(str(config.folder), f"{reason}; set --captions all to use each of them", fault=False))
+
+
+def _with_variants(
+    examples: Sequence[Example], config: DataConfig, refused: list[Refused], seed: int, tokens: Sequence[str]
+) -> Iterator[Example]:
+    """Yield the examples with the variants of their captions, with the trigger word and the template."""
+    words = [*([config.trigger_word] if config.trigger_word else []), *tokens]
+    for example in examples:
+        captions = [example.caption]
+        if config.captions == "all":
+            captions = caption_lines(example.captions or captions)
+        try:
+            for caption in captions:
+                check_caption(caption)
+        except DataError as error:
+            refused.append(Refused(str(example.path), str(error)))
+            continue
+        # By the image's name, so that other images of the folder do not change its variants.
+        inside = example.path.is_relative_to(config.folder)
+        name = example.path.relative_to(config.folder).as_posix() if inside else example.path.name
+        found = caption_variants(captions, config, Random(derived_seed(seed, f"captions of {name}")), words)
+        texts = tuple(apply_rule(text, config) for text in found.texts)
+        yield replace(example, caption=texts[0], variants=replace(found, texts=texts))
 
 
 def find_examples(folder: Path, prompt: str | None = None) -> list[Example]:

@@ -30,6 +30,24 @@ class DataConfig(SettingGroup):
     --caption-template, and recorded in the tuner's file."""
     caption_template: str | None = setting(None, affects="batches", min_length=1)
     """Template for each caption, for instance "{trigger}, {caption}"."""
+    captions: Literal["one", "all"] = setting("one", affects="content", recorded_default=False)
+    """`one`: the whole text of a caption file, or the first item of a list, is the caption of its image. `all`: each
+    line and each item of a list is a caption, and each use of the image picks one of them."""
+    shuffle_tags: bool = setting(False, affects="content", recorded_default=False)
+    """Shuffle the comma-separated tags of captions. Tags that contain the trigger word or a placeholder token stay in
+    front and are never dropped."""
+    keep_tags: int = setting(0, affects="content", recorded_default=False, ge=0)
+    """Number of tags at the start of a caption that are neither shuffled nor dropped."""
+    keep_tags_separator: str | None = setting(None, affects="content", recorded_default=False, min_length=1)
+    """Separator, for instance "|||", that replaces --keep-tags in the captions that contain it. Tags before it, and
+    those after a second one, are neither shuffled nor dropped."""
+    tag_dropout: float = setting(0.0, affects="content", recorded_default=False, ge=0, lt=1)
+    """Probability of leaving out each tag."""
+    wildcards: bool = setting(False, affects="content", recorded_default=False)
+    """Replace `{a|b|c}` in captions by one of the options. `{{` and `}}` stand for braces."""
+    caption_variants: int = setting(8, affects="content", recorded_default=False, gt=1)
+    """Number of variants of each image's captions if tags are shuffled or dropped or wildcards are replaced. They are
+    chosen from the seed and encoded once, and each use of the image picks one of them."""
     folder_repeats: bool = setting(False, affects="batches")
     """Read folder names such as `10_cat` as kohya's scripts do: the images inside are repeated 10 times per epoch, and
     `cat` is the caption of images without one if --prompt is not set."""
@@ -77,7 +95,30 @@ class DataConfig(SettingGroup):
         if not all(0 <= channel <= 255 for channel in self.background):
             raise ValueError(f"background = {self.background} is not valid; use red, green and blue from 0 to 255")
         self._check_template()
+        self._check_variants()
         return self
+
+    @property
+    def changes_captions(self) -> bool:
+        """Whether tags are shuffled or dropped or wildcards are replaced."""
+        return self.shuffle_tags or self.tag_dropout > 0 or self.wildcards
+
+    @property
+    def has_variants(self) -> bool:
+        """Whether an image may have several captions."""
+        return self.captions == "all" or self.changes_captions
+
+    def _check_variants(self) -> None:
+        if not (self.shuffle_tags or self.tag_dropout):
+            name = "keep_tags" if self.keep_tags else "keep_tags_separator" if self.keep_tags_separator else None
+            if name is not None:
+                raise ValueError(
+                    f"{name} is given, but tags are neither shuffled nor dropped; set shuffle_tags or tag_dropout"
+                )
+        if self.caption_variants != 8 and not self.changes_captions:
+            raise ValueError(
+                "caption_variants is for shuffle_tags, tag_dropout and wildcards, which are off; set one of them"
+            )
 
     def _check_template(self) -> None:
         names = re.findall(r"\{([^{}]*)\}", self.caption_template or "")

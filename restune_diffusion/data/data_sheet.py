@@ -13,6 +13,8 @@ from typing import Any
 from ..hooks.placeholder_tokens import split_tokens
 from ..utils.atomic_write import atomic_write
 from ..utils.display import counted, printable
+from .caption_variants.hints import CaptionedImage, caption_hints
+from .caption_variants.variants import CaptionVariants
 from .captions import nothing_usable
 from .config import DataConfig
 from .conventions.hints import data_hints
@@ -38,6 +40,12 @@ class Entry:
     repeats: int
     views: int
     digest: bytes
+    variants: CaptionVariants | None = None
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """The different captions that the image is trained with."""
+        return self.variants.distinct if self.variants is not None else (self.caption,)
 
     @property
     def enlarged(self) -> float:
@@ -96,6 +104,7 @@ class DataSheet:
                 sample.repeats,
                 views,
                 sample.digest,
+                sample.variants,
             )
         )
 
@@ -108,6 +117,11 @@ class DataSheet:
     def captions(self) -> list[tuple[str, int]]:
         """Distinct captions with their number of images, most frequent first."""
         return Counter(entry.caption for entry in self.entries).most_common()
+
+    @property
+    def varied(self) -> list[Entry]:
+        """Images with several captions or variants of them."""
+        return [entry for entry in self.entries if len(entry.texts) > 1]
 
     @property
     def duplicates(self) -> list[list[str]]:
@@ -137,7 +151,7 @@ class DataSheet:
         places = {token.lower(): count for token, count in (vectors or {}).items()}
         for tokenizer in tokenizers:
             limit = tokenizer.model_max_length
-            for caption, _ in self.captions:
+            for caption in dict.fromkeys(text for entry in self.entries for text in entry.texts):
                 plain, placeholders = split_tokens(caption, list(places))
                 tokens = len(tokenizer(plain, verbose=False).input_ids) + sum(places[each] for each in placeholders)
                 if tokens > limit:
@@ -146,9 +160,9 @@ class DataSheet:
     def hint(self, config: DataConfig, resolution: int) -> None:
         """Record the hints about the settings of the data, once all images are in the sheet."""
         sizes = [size for size, _ in self.buckets]
-        self.hints = [
-            printable(each) for each in data_hints(config, [e.name for e in self.entries], sizes, resolution)
-        ]
+        hints = data_hints(config, [e.name for e in self.entries], sizes, resolution)
+        hints += caption_hints(config, [CaptionedImage(e.name, e.caption, e.variants) for e in self.entries])
+        self.hints = [printable(each) for each in hints]
 
     def images_line(self, resolution: int) -> str:
         """Return a one-line summary of the training images."""
@@ -160,6 +174,17 @@ class DataSheet:
         line = f"{len(self.entries)} {size}, {counted(len(self.captions), 'caption')}"
         line += f", {shown} shown in an epoch" if shown != len(self.entries) else ""
         return line + (f", {views} views" if views != len(self.entries) else "")
+
+    def variants_line(self) -> str | None:
+        """Return a one-line summary of the variants of captions, or None if no image has several."""
+        varied = self.varied
+        if not varied:
+            return None
+        written = [entry.variants.written for entry in varied if entry.variants is not None]
+        texts = {text for entry in varied for text in entry.texts}
+        variants = f"{_range([len(entry.texts) for entry in varied])} variants"
+        captions = f"{_range(written)} caption{'s' if max(written) > 1 else ''}"
+        return f"{counted(len(varied), 'image')} with {variants} of {captions}, {len(texts)} texts together"
 
     def notes(self) -> list[str]:
         """Return the files that are left out, one line each."""
@@ -214,7 +239,9 @@ class DataSheet:
         - `captions`: `{"text", "images"}` of each distinct caption, with `"tokens"` if the caption exceeds the text
           encoder's limit.
         - `files`: `{"name", "caption", "width", "height", "bucket", "repeats", "views"}` of each image; width and
-          height are those of the file after EXIF rotation, and `bucket` is `[width, height]`.
+          height are those of the file after EXIF rotation, and `bucket` is `[width, height]`. With settings that give
+          variants of captions, `"variants"` are the different ones, the first of them is `"caption"`, and `"written"`
+          is the number of captions as written.
         - `enlarged`: names of the images that are smaller than their bucket.
         - `duplicates`: lists of names of files with the same bytes.
         - `left_out`: `{"name", "reason", "fault"}`; `fault` is false for files that are not training images.
@@ -234,7 +261,8 @@ class DataSheet:
                 for text, count in self.captions
             ],
             "files": [
-                {**_facts(entry), "repeats": entry.repeats, "views": entry.views} for entry in self.entries
+                {**_facts(entry), "repeats": entry.repeats, "views": entry.views} | _variants(entry.variants)
+                for entry in self.entries
             ],
             "enlarged": [entry.name for entry in self.entries if entry.enlarged > 1],
             "duplicates": self.duplicates,
@@ -252,6 +280,14 @@ class DataSheet:
         """
         with atomic_write(output / FILE_NAME) as file:
             file.write(json.dumps(self.as_json(), indent=1).encode())
+
+
+def _variants(variants: CaptionVariants | None) -> dict[str, Any]:
+    return {} if variants is None else {"variants": list(variants.distinct), "written": variants.written}
+
+
+def _range(numbers: Sequence[int]) -> str:
+    return str(min(numbers)) if min(numbers) == max(numbers) else f"{min(numbers)} to {max(numbers)}"
 
 
 def _facts(entry: Entry) -> dict[str, Any]:

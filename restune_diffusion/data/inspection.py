@@ -84,7 +84,7 @@ def inspect_data(config: DataConfig, frame: Frame, sheet: DataSheet, seed: int =
     Raises:
         DataError: if no image can be used.
     """
-    examples = read_examples(config, sheet.refused)
+    examples = read_examples(config, sheet.refused, seed)
     preparation = ImageTransform.of(config, frame.resolution, frame.step, seed)
     samples = load_samples(examples, frame.resolution, preparation=preparation, refused=sheet.refused)
     thumbnails = Thumbnails(config.unmasked_weight)
@@ -139,11 +139,23 @@ def _captions(sheet: DataSheet, most: int) -> list[tuple[str, str]]:
     facts = [("captions", f"{len(captions)} distinct, the longest of {len(longest)} characters")]
     facts += [("", f"{_quoted(text)} ({counted(count, 'image')})") for text, count in captions[:most]]
     facts += [("", f"and {len(captions) - most} more")] if len(captions) > most else []
+    facts += _variants(sheet, most)
     facts += [
         ("too long", f"{tokens} tokens; the text encoder truncates the caption: {_quoted(text)}")
         for text, tokens in list(sheet.beyond_limit.items())[:most]
     ]
     return facts
+
+
+def _variants(sheet: DataSheet, most: int) -> list[tuple[str, str]]:
+    """Return the number of variants of captions, and those of one image as an example."""
+    line = sheet.variants_line()
+    if line is None:
+        return []
+    example = max(sheet.varied, key=lambda entry: len(entry.texts))
+    facts = [("variants", line), ("", f"for example of {example.name}:")]
+    facts += [("", _quoted(text)) for text in example.texts[:most]]
+    return facts + ([("", f"and {len(example.texts) - most} more")] if len(example.texts) > most else [])
 
 
 def _size(size: tuple[int, int], count: int) -> str:

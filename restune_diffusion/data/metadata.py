@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ..utils.display import counted
 from ..utils.errors import DataError
-from .example import Example, check_caption
+from .example import Example, caption_list, check_caption
 from .files import is_file, read_text
 from .refusals import Refused
 
@@ -135,7 +135,8 @@ def _example(metadata: Path, row: object, fallback: Callable[[Path], str | None]
     if not isinstance(row, dict) or not isinstance(row.get("file_name"), str):
         raise DataError('names no image; each line must look like {"file_name": "a.png", "text": "..."}')
     path = _named_file(metadata, row["file_name"])
-    caption = row.get(caption_column) or fallback(path)
+    captions = caption_list(row.get(caption_column))
+    caption = captions[0] if captions else row.get(caption_column) or fallback(path)
     if not isinstance(caption, str) or not caption.strip():
         raise DataError(
             f'has no caption; add "{caption_column}" to the row, set --caption-column to another of its columns, '
@@ -143,7 +144,7 @@ def _example(metadata: Path, row: object, fallback: Callable[[Path], str | None]
         )
     check_caption(caption)
     conditions = {key: _named_file(metadata, name) for key, name in _condition_names(row).items()}
-    return Example(path, caption.strip(), conditions)
+    return Example(path, caption.strip(), conditions, captions=captions)
 
 
 def _condition_names(row: Mapping[str, object]) -> dict[str | int, str]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..utils.errors import DataError
-from .example import Example, check_caption
+from .example import Example, caption_list, check_caption
 from .files import is_file
 from .refusals import Refused
 
@@ -52,7 +52,8 @@ def read_saved_dataset(
         except DataError as error:
             refused.append(Refused(str(name), str(error)))
             continue
-        examples.append(Example(name, text, content=partial(_content, rows, number, image_column)))
+        content = partial(_content, rows, number, image_column)
+        examples.append(Example(name, text, captions=caption_list(caption), content=content))
     return examples
 
 
@@ -85,9 +86,9 @@ def _load(folder: Path, image_column: str) -> Any:
 
 
 def _caption(caption: object, prompt: str | None, column: str) -> str:
-    # Datasets with several captions per image store a list in each row; use the first.
+    # Datasets with several captions per image store a list in each row.
     own = caption[0] if isinstance(caption, list) and caption else caption
-    text = own if isinstance(own, str) and own.strip() else prompt
+    text = own if isinstance(own, str) and own.strip() else prompt or next(iter(caption_list(caption)), None)
     if not text:
         raise DataError(f"has no caption in {column}; set one prompt for all images")
     check_caption(text)

@@ -12,6 +12,7 @@ from PIL import Image, UnidentifiedImageError
 
 from ..imaging.rgb import to_rgb
 from ..utils.errors import DataError
+from .caption_variants.variants import CaptionVariants
 from .condition_source import ConditionSource
 from .example import Example
 from .image_files import Crop, SizeConditioning, decode_layer
@@ -36,6 +37,7 @@ class Sample:
         further: True for every view of an image except the first; random crops and flips give several views.
         repeats: number of times that an epoch uses the image.
         name: path of the image.
+        variants: captions of which each use of the image picks one; None if there is only `caption`.
     """
 
     pixels: torch.Tensor
@@ -47,6 +49,12 @@ class Sample:
     further: bool = False
     repeats: int = 1
     name: str = ""
+    variants: CaptionVariants | None = None
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """Captions that the image is trained with, all with the same probability."""
+        return self.variants.texts if self.variants is not None else (self.caption,)
 
 
 def load_samples(
@@ -104,6 +112,7 @@ def _views(example: Example, preparation: ImageTransform, source: ConditionSourc
                 further=number > 0,
                 repeats=example.repeats,
                 name=str(example.path),
+                variants=example.variants,
             )
         )
     return samples

@@ -88,7 +88,7 @@ def prepared(
     if config.vae is not None and pipeline is not None:
         raise TrainingError("A pipeline passed as an argument has its own VAE; leave vae out, or set pipeline.vae.")
     sheet = DataSheet(config.data.folder, [])
-    examples = read_examples(config.data, sheet.refused)
+    examples = read_examples(config.data, sheet.refused, config.seed, config.new_words)
     conditions = ConditionSource(config.conditioned, config.control_data) if config.conditioned else None
     if conditions is not None:
         examples = conditions.paired(examples, config.data.folder)
@@ -173,7 +173,8 @@ def _encode(
 
 def _check_placeholder_tokens(config: TrainConfig, examples: Sequence[Example]) -> None:
     tokens = config.new_words
-    missing = [token for token in tokens if not any(contains_token(example.caption, [token]) for example in examples)]
+    texts = [text for example in examples for text in example.texts]
+    missing = [token for token in tokens if not any(contains_token(text, [token]) for text in texts)]
     if missing:
         raise TrainingError(
             f"No caption contains the placeholder token {missing[0]}, so it cannot be trained; add it to the "

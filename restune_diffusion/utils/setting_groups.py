@@ -33,6 +33,7 @@ class SettingInfo:
         affects: effect of the setting.
         record: name among the recorded settings; None if it is not recorded.
         swept: whether the tuners of a sweep may differ in it although it affects the batches.
+        recorded_default: whether it is recorded while it has its default value.
     """
 
     name: str
@@ -41,6 +42,7 @@ class SettingInfo:
     affects: Affects
     record: str | None
     swept: bool
+    recorded_default: bool = True
 
     def of(self, config: BaseModel) -> Any:
         """Return the value of the setting."""
@@ -68,6 +70,7 @@ def setting(
     affects: Affects,
     flat: str | None = None,
     recorded: bool | str = True,
+    recorded_default: bool = True,
     swept: bool = False,
     expected: str | None = None,
     **constraints: Any,
@@ -79,12 +82,14 @@ def setting(
         affects: effect of the setting.
         flat: flat name, if it differs from the name of the field.
         recorded: whether the tuner's file records the setting, or the name under which it does.
+        recorded_default: False for a setting of a later release: it is not recorded while it has its default value, so
+            that the records of earlier releases hold.
         swept: whether the tuners of a sweep may differ in it; settings that affect only the tuner always may.
         expected: description of the allowed values for error messages, if their type does not tell it.
         constraints: arguments of pydantic's `Field`.
     """
     annotation: dict[str, Any] = {"affects": affects, "flat": flat, "recorded": recorded, "swept": swept}
-    annotation["expected"] = expected
+    annotation |= {"recorded_default": recorded_default, "expected": expected}
     return Field(default, json_schema_extra={_KEY: annotation}, **constraints)
 
 
@@ -214,6 +219,7 @@ def _info(field: FieldInfo, name: str, place: tuple[str, ...], elsewhere: Mappin
         given["affects"],
         record if isinstance(record, str) else flat if record else None,
         given["swept"],
+        given["recorded_default"],
     )
 
 

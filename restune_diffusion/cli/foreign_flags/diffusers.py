@@ -31,7 +31,7 @@ DIFFUSERS: tuple[ForeignFlag, ...] = (
     same("train_data_dir", "--data", "d", "subfolders are read too"),
     *ignored("cache_dir", "set HF_HOME to move the cache of downloads"),
     same("image_column", "--image-column", "image"),
-    same("caption_column", "--caption-column", "text"),
+    same("caption_column", "--caption-column", "text", "of a list the first; `--captions all` uses each, as there"),
     *ignored("repeats", "images repeat until --steps is reached"),
     same("instance_prompt", "--prompt", "a dog", "caption of the images that have none"),
     same("class_prompt", "--class-prompt", "a dog"),

@@ -82,7 +82,8 @@ def _prompts(values: Sequence[str]) -> list[str]:
 
 
 _OPTIMIZERS = {"": "adamw"} | {name: name for name in ("adamw", "adamw8bit", "prodigy", "adafactor", "lion")}
-_TAGS = "captions are encoded once, so tags are not shuffled or dropped; use --caption-dropout"
+_TAGS = "tags are shuffled and dropped in the same way at every step; use --caption-dropout or --tag-dropout"
+_COMMA = "tags are separated by commas; replace the separator in the captions"
 _CAPTIONS = "captions are read from .txt and .caption files; rename them"
 _HUGGING_FACE = "call `push_to_hub` in Python after training"
 _DEEPSPEED = "DeepSpeed is not supported; use --mixed-precision and --gradient-checkpointing"
@@ -180,17 +181,17 @@ KOHYA: tuple[ForeignFlag, ...] = (
     *ignored("disable_mmap_load_safetensors", "files are read as safetensors does it", "nothing"),
     only("caption_extension", ".txt .caption", _CAPTIONS),
     only("caption_extention", ".txt .caption", _CAPTIONS),
-    only("caption_separator", ",", _TAGS),
-    refused("shuffle_caption", _TAGS, "nothing"),
-    only("keep_tokens", "0", _TAGS),
-    refused("keep_tokens_separator", _TAGS),
-    refused("secondary_separator", _TAGS),
-    refused("enable_wildcard", _TAGS, "nothing"),
+    only("caption_separator", ",", _COMMA),
+    switch("shuffle_caption", "--shuffle-tags", "8 orders of the tags of each image, see `--caption-variants`"),
+    same("keep_tokens", "--keep-tags", "1"),
+    same("keep_tokens_separator", "--keep-tags-separator", "|||"),
+    refused("secondary_separator", "tags are not grouped; replace the separator by a comma"),
+    switch("enable_wildcard", "--wildcards --captions all", "a line of a caption is chosen too, as there"),
     refused("caption_prefix", 'write it in --caption-template "PREFIX {caption}"'),
     refused("caption_suffix", 'write it in --caption-template "{caption} SUFFIX"'),
     same("caption_dropout_rate", "--caption-dropout", "0.1"),
     only("caption_dropout_every_n_epochs", "0", _TAGS),
-    only("caption_tag_dropout_rate", "0 0.0", _TAGS),
+    same("caption_tag_dropout_rate", "--tag-dropout", "0.1"),
     only("token_warmup_min", "1", _TAGS),
     only("token_warmup_step", "0", _TAGS),
     refused("weighted_captions", "weights in captions are not supported", "nothing"),

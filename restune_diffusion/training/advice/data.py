@@ -29,7 +29,11 @@ def data_warnings(run: RunOutline) -> Iterator[str]:
         )
     config = run.config
     subject = config.learns_from_text or config.data.trigger_word or config.preservation.method != "none"
-    if len(run.entries) >= _MANY_IMAGES and len({entry.caption for entry in run.entries}) == 1 and not subject:
+    if (
+        len(run.entries) >= _MANY_IMAGES
+        and len({text for entry in run.entries for text in entry.texts}) == 1
+        and not subject
+    ):
         yield (
             f"all {len(run.entries)} images have the same caption, so prompts will have little control over the "
             f"content; describe the content of each image in its own caption."

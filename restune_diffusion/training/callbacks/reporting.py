@@ -40,6 +40,7 @@ def describe_plan(run: TrainState) -> str:
         f"base        {config.base} ({run.objective.prediction_type}, {precision}, {run.accelerator.device})",
         *([f"vae         {config.vae}"] if config.vae is not None else []),
         *_describe_data(run),
+        *_describe_variants(run),
         *_describe_held_out(run),
         f"tuner       {' + '.join(config.kinds)}, {run.tuner.num_parameters():,} parameters{started}",
         *(["masks       random in every step"] if cache.images else []),
@@ -76,6 +77,15 @@ def _describe_data(run: TrainState) -> list[str]:
     ):
         lines += [f"{'' if number else name:<12}{fact}" for number, fact in enumerate(facts)]
     return lines
+
+
+def _describe_variants(run: TrainState) -> list[str]:
+    """Describe the variants of captions and the memory of their text embeddings."""
+    line = run.data.variants_line() if run.data is not None else None
+    if line is None:
+        return []
+    embeddings = counted(len(run.cache.conditionings), "text embedding")
+    return [f"variants    {line}; {embeddings} take {readable_size(run.cache.text_bytes)} of main memory"]
 
 
 def _describe_held_out(run: TrainState) -> list[str]:

@@ -299,7 +299,10 @@ class TrainConfig(FamilyFields):
         recorded: dict[str, Any] = {
             info.record: reduce(getitem, info.place, settings)
             for info in _record_order()
-            if info.record is not None and info.name not in self.untrained and info.place[0] in settings
+            if info.record is not None
+            and (info.recorded_default or info.of(self) != info.field.default)
+            and info.name not in self.untrained
+            and info.place[0] in settings
         }
         validation = settings["validation"]
         recorded["validation"] = {info.record: validation[name] for name, info in _VALIDATION.items() if info.record}

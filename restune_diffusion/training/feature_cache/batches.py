@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import torch
 
-from ...utils.seeds import seeded
+from ...utils.seeds import derived_seed, seeded
 from ..latents.batches import Batch, BatchSource
 from ..latents.sampler import Draw, SeededSampler
 from .cache import FeatureCache
@@ -38,7 +38,8 @@ class CachedFeatureSampler(SeededSampler):
         """Return a draw of an image by its number."""
         place = image * self._count + number
         # Purposes of version 0.1: other strings would change the draws, and caches on disk would not match them.
-        return Draw(image, seeded(self._seed, "bank", place), seeded(self._seed, "bank view", place))
+        generators = seeded(self._seed, "bank", place), seeded(self._seed, "bank view", place)
+        return Draw(image, *generators, derived_seed(self._seed, "bank caption", place))
 
     def draws(self, start: int, count: int) -> Iterator[Draw]:
         """Yield the draws at `count` positions from `start`."""

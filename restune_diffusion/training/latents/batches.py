@@ -124,7 +124,7 @@ class Batches:
             noise.append(torch.randn(latent.shape, generator=draw.generator))
             timesteps.append(self._noising.timestep(self._timesteps, draw.generator))
             dropped = torch.rand((), generator=draw.generator).item() < self._caption_dropout
-            captions.append(None if dropped else self._cache.captions[entry])
+            captions.append(None if dropped else self._cache.caption(entry, draw.caption))
             size_conditionings.append(self._cache.size_conditionings[entry])
             conditions.append(self._cache.conditions[entry] if self._cache.conditions else ())
             masks += [self._cache.masks[entry].clamp(min=self._unmasked_weight)] if self._cache.masks else []

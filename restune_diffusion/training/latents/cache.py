@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 import torch
@@ -34,9 +35,10 @@ class Latent:
 class Cache:
     """Encoded training data: one entry per view of an image, one text conditioning per distinct caption.
 
-    Three fields may be empty. `conditions` holds the condition images of each entry, uint8, in the tuner's order of
+    Some fields may be empty. `conditions` holds the condition images of each entry, uint8, in the tuner's order of
     conditions. `masks` holds the loss mask of each entry, 1 x height x width of the latent. `images` holds the pixels
-    of each entry, uint8, 3 x height x width, if the base needs them in each step.
+    of each entry, uint8, 3 x height x width, if the base needs them in each step. `variants` holds the captions that
+    each entry is trained with, all with the same probability; without them it is `captions`, one for each entry.
 
     `views` are the indices of each image's entries: one, unless images are cropped or flipped at random. `repeats` is
     how many times an epoch contains each image. `digests` are the hashes of the entries with all their fields.
@@ -53,9 +55,15 @@ class Cache:
     views: list[list[int]] = field(default_factory=list)
     repeats: list[int] = field(default_factory=list)
     images: list[torch.Tensor] = field(default_factory=list)
+    variants: list[tuple[str, ...]] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.views)
+
+    def caption(self, index: int, number: int) -> str:
+        """Return the caption of an entry that a large random number selects."""
+        variants = self.variants[index] if self.variants else (self.captions[index],)
+        return variants[number % len(variants)]
 
     def conditioning(self, index: int) -> Conditioning:
         """Return the text embeddings of an entry's caption."""
@@ -75,10 +83,14 @@ class Cache:
     def bytes(self) -> int:
         """Size of the cache in bytes."""
         tensors = [tensor for latent in self.latents for tensor in (latent.mean, latent.std)]
-        tensors += [conditioning.states for conditioning in self.conditionings.values()]
         tensors += [condition for conditions in self.conditions for condition in conditions]
         tensors += self.masks + self.images
-        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        return _bytes_of(tensors) + self.text_bytes
+
+    @property
+    def text_bytes(self) -> int:
+        """Size of the text embeddings in bytes."""
+        return _bytes_of(conditioning.states for conditioning in self.conditionings.values())
 
 
 def build_cache(pipeline: Any, samples: Iterable[Sample], keep_images: bool = False) -> Cache:
@@ -96,12 +108,13 @@ def build_cache(pipeline: Any, samples: Iterable[Sample], keep_images: bool = Fa
     masks: list[torch.Tensor] = []
     views: list[list[int]] = []
     repeats: list[int] = []
-    digests, images = [], []
+    digests, images, variants = [], [], []
     with encoding_precision(pipeline.vae):
         for sample in samples:
             latents.append(encode_image(pipeline.vae, sample.pixels))
             _check_finite(latents[-1], sample.name)
             captions.append(sample.caption)
+            variants.append(sample.texts)
             size_conditionings.append(sample.size_conditioning)
             conditions.append(sample.conditions)
             if sample.mask is not None:
@@ -118,7 +131,7 @@ def build_cache(pipeline: Any, samples: Iterable[Sample], keep_images: bool = Fa
         raise NoImageError(
             "None of the images can be read; check that the files are complete PNG, JPEG or WebP images."
         )
-    conditionings = {caption: encode_caption(pipeline, caption) for caption in dict.fromkeys(captions)}
+    conditionings = {caption: encode_caption(pipeline, caption) for caption in dict.fromkeys(chain(*variants))}
     unconditional = encode_empty_caption(pipeline)
     return Cache(
         latents,
@@ -132,7 +145,12 @@ def build_cache(pipeline: Any, samples: Iterable[Sample], keep_images: bool = Fa
         views,
         repeats,
         images,
+        variants,
     )
+
+
+def _bytes_of(tensors: Iterable[torch.Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 def _check_finite(latent: Latent, name: str) -> None:
@@ -145,6 +163,8 @@ def _check_finite(latent: Latent, name: str) -> None:
 
 def _digest(sample: Sample, mask: torch.Tensor | None) -> bytes:
     content = hashlib.sha256(sample.digest + sample.caption.encode() + b"\0")
+    if len({*sample.texts}) > 1:
+        content.update("\0".join(sample.texts).encode() + b"\0")
     if mask is not None:
         content.update(mask.numpy().tobytes())
     for condition in sample.conditions:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ...utils.seeds import seeded
+from ...utils.seeds import derived_seed, seeded
 
 
 @dataclass(frozen=True)
@@ -20,12 +20,13 @@ class Draw:
     """Random state of one training sample: image index, and the generator of its noise, timestep and dropout.
 
     `view` is the generator for the image itself, such as whether it is flipped. It is separate, so that it does not
-    change the noise.
+    change the noise. `caption` is a random number for the choice of a caption, far larger than the number of captions.
     """
 
     index: int
     generator: torch.Generator
     view: torch.Generator
+    caption: int = 0
 
 
 class Shuffle:
@@ -71,6 +72,7 @@ class SeededSampler:
                 self._image_at(position),
                 seeded(self._seed, "sample", position),
                 seeded(self._seed, "view", position),
+                derived_seed(self._seed, "caption", position),
             )
 
     def _image_at(self, position: int) -> int:

@@ -22,6 +22,9 @@ from ..config.train_config import TrainConfig
 from ..latents.cache import Cache
 from ..latents.examples import encode_examples
 
+_CAPTION_SEED = 0
+"""Seed of the caption variants of held-out images, the same in every run."""
+
 
 @dataclass(frozen=True)
 class HeldOut:
@@ -76,7 +79,20 @@ def hold_out(
             f"folder of other images."
         )
     training = [example for number, example in enumerate(examples) if number not in chosen]
-    return Split(training, [examples[number] for number in sorted(chosen)], folder, conditions)
+    held_out = [examples[number] for number in sorted(chosen)]
+    return Split(training, _with_fixed_captions(config, held_out, examples), folder, conditions)
+
+
+def _with_fixed_captions(config: TrainConfig, held_out: list[Example], examples: list[Example]) -> list[Example]:
+    """Return the examples with variants of captions that do not depend on the run's seed, if they have variants."""
+    if not config.data.has_variants:
+        return held_out
+    fixed = read_examples(config.data, [], _CAPTION_SEED, config.new_words)
+    texts = {id(example): each for example, each in zip(examples, fixed, strict=True)}
+    return [
+        replace(example, caption=texts[id(example)].caption, variants=texts[id(example)].variants)
+        for example in held_out
+    ]
 
 
 def chosen_examples(examples: Sequence[Example], holdout: int | float, seed: int) -> set[int]:
@@ -166,13 +182,14 @@ def _in_folder(
     config: TrainConfig, folder: Path, conditions: ConditionSource | None, refused: list[Refused]
 ) -> tuple[list[Example], ConditionSource | None]:
     """Return the examples of a separate folder, read as the data folder is, and the source of their conditions."""
-    data, own = config.data.folder.resolve(), folder.resolve()
-    if own.is_relative_to(data) or data.is_relative_to(own):
+    trained, own = config.data.folder.resolve(), folder.resolve()
+    if own.is_relative_to(trained) or trained.is_relative_to(own):
         raise DataError(
             f"The folder of held-out images {folder} overlaps the image folder {config.data.folder}, whose images are "
             f"trained on; move the held-out images to a folder beside it."
         )
-    examples = read_examples(config.data.model_copy(update={"folder": folder}), refused)
+    data = config.data.model_copy(update={"folder": folder})
+    examples = read_examples(data, refused, _CAPTION_SEED, config.new_words)
     if conditions is None or config.conditioned is None:
         return examples, None
     source = ConditionSource(config.conditioned, config.control_data)

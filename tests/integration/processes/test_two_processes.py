@@ -32,6 +32,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "bypass": {"tuner": "bypass", "noise_offset": 0.1},
     "res": {"tuner": "res", "gradient_accumulation_steps": 2},
     "control": {"tuner": "control", "control": {"conditions": ["palette"]}},
+    "captions": {"captions": "all", "wildcards": True, "shuffle_tags": True, "tag_dropout": 0.3},
     "text": {"tuner": ["text", "skip"], "text": {"tokens": ["<zorp>"], "initializers": ["disc"], "rank": 2}},
 }
 
@@ -56,7 +57,11 @@ def settings(base: str, data: Path, output: Path, **changes: Any) -> dict[str, A
 
 def words(folder: Path) -> Path:
     tiny.write_images(folder)
-    rows = [{"file_name": f"{color}.png", "text": f"a {color} <zorp>"} for color in tiny.COLORS]
+    # The second caption is read by the run with variants of captions only.
+    rows = [
+        {"file_name": f"{color}.png", "text": [f"a {color} <zorp>", f"x, {color}, {{big|small}}, y"]}
+        for color in tiny.COLORS
+    ]
     (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
     return folder
 

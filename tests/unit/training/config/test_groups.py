@@ -99,7 +99,8 @@ def test_the_annotations_give_the_lists_that_were_kept_by_hand() -> None:
         "class_batch_size", "epochs", "init_tuner", "save_every", "keep_last",
     }  # fmt: skip
     assert {name for name, info in SETTINGS.items() if info.affects in ("order", "content")} == {
-        "base", "vae", "prompt", "batch_size", "gradient_accumulation_steps",
+        "base", "vae", "prompt", "batch_size", "gradient_accumulation_steps", "captions", "shuffle_tags", "keep_tags",
+        "keep_tags_separator", "tag_dropout", "wildcards", "caption_variants",
     }  # fmt: skip
     validation = all_settings(ValidationConfig)
     assert {name for name, info in validation.items() if info.record is None} == {"control_images"}

@@ -1,0 +1,1 @@
+"""Variants of an image's caption: several captions, shuffled and dropped tags, wildcards."""
