@@ -6,10 +6,11 @@
     python -m benchmarks.distillation --icons data/icons --work work/distillation table --judges work \
         --output benchmarks/results/distillation
 
-For each style, a LoRA is trained on 24 images, written in kohya's layout, and given as `--teacher`. The students see prompts
-of other concepts, none of the images. For comparison the same tuners are trained on the 24 images, with as many steps. The
-held-out loss is the denoising loss on other images of the style; the samples are of test concepts that nothing has seen.
-Finished stages stay in the work folder, so that a run can be continued.
+For each style, a LoRA is trained on 24 images, written in kohya's layout, and given as `--teacher`. The students see
+prompts of other concepts, and none of the images. For comparison the same tuners are trained on the 24 images, with as
+many steps. The held-out loss is the denoising loss on other images of the style. The samples are of test concepts,
+which are neither among the images nor among the prompts. Finished stages stay in the work folder, so that a run can be
+continued.
 """
 
 from __future__ import annotations

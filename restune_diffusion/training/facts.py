@@ -28,6 +28,10 @@ def run_identity(run: TrainState) -> dict[str, Any]:
     # A caption from the prompt is part of the data hash.
     del settings["prompt"]
     settings["resolution"] = run.resolution
+    # Before the data, which may be latents that the teacher changes.
+    if run.teacher is not None:
+        record = run.teacher.record
+        settings["teacher"] = f"{record.sha256} with weight {record.weight:g} and loss weight {record.loss_weight:g}"
     settings["images and captions"] = run.cache.data_hash
     if run.preservation is not None:
         settings["class images or prompt"] = run.preservation.identity
@@ -35,9 +39,6 @@ def run_identity(run: TrainState) -> dict[str, Any]:
         settings["initial tuner"] = run.initial.sha256
     if run.vae is not None:
         settings["VAE weights"] = run.vae
-    if run.teacher is not None:
-        record = run.teacher.record
-        settings["teacher"] = f"{record.sha256} with weight {record.weight:g} and loss weight {record.loss_weight:g}"
     settings["number of processes"] = run.accelerator.num_processes
     if run.config.optimizer.lr_scheduler not in _ENDLESS:
         settings["steps"] = steps
