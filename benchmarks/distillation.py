@@ -16,6 +16,7 @@ continued.
 from __future__ import annotations
 
 import argparse
+import fnmatch
 import json
 import time
 from collections.abc import Callable, Sequence
@@ -80,8 +81,8 @@ class Run:
         """Folder of the stages."""
         return self.work / f"{self.style}-seed{self.seed}"
 
-    def compute(self) -> None:
-        """Compute the missing stages."""
+    def compute(self, only: str = "*") -> None:
+        """Compute the missing stages of the rows whose names match a pattern."""
         pipeline = load_base(str(BASE), torch.float32)
         for module in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
             module.requires_grad_(False)
@@ -97,7 +98,7 @@ class Run:
             **{f"{name}, distilled": self._student(name, images, split.reference) for name in STUDENTS},
             **{f"{name}, trained on the images": self._student(name, images) for name in STUDENTS},
         }
-        for name in ROWS:
+        for name in fnmatch.filter(ROWS, only):
             row_path, strip = self.path(name, "json"), self.path(name, "png")
             if row_path.exists() and strip.exists():
                 continue
@@ -221,6 +222,7 @@ def main() -> None:
     one = commands.add_parser("run", help="train and sample")
     one.add_argument("style", choices=("openmoji", "fluent-emoji"))
     one.add_argument("--seed", type=int, default=0)
+    one.add_argument("--only", default="*", help="pattern of the rows to compute, such as '*distilled'")
     shown = commands.add_parser("table", help="score the samples and print the table")
     shown.add_argument("--judges", type=Path, required=True, help="folder of the judges of benchmarks.icon_style")
     shown.add_argument("--judge-epochs", type=int, default=30)
@@ -228,7 +230,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     if arguments.command == "run":
-        Run(arguments.icons, arguments.work, arguments.style, arguments.seed).compute()
+        Run(arguments.icons, arguments.work, arguments.style, arguments.seed).compute(arguments.only)
         return
     data, lpips = IconData(arguments.icons), Lpips()
     judges = load_judges(
