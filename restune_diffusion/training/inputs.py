@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,10 @@ from ..pipelines.load_base import PRECISIONS, is_inpainting, load_base, training
 from ..utils.errors import TrainingError
 from .callbacks.drift import DriftPrompt, encode_drift_prompts
 from .config.train_config import TrainConfig
+from .distillation.generated_data import generated_cache
+from .distillation.prompts import prompt_examples
+from .distillation.teacher import Teacher, load_teacher
+from .distillation.teacher_text import encode_teacher_text
 from .feature_cache.use import hash_of_models, hash_of_vae
 from .frozen_base import check_trainable, frozen, move_encoders
 from .initial_tuner import check_initial_tuner
@@ -61,6 +65,10 @@ class TrainingInputs:
     """VAE that encodes the masked images of an inpainting base in each step."""
     held_out: HeldOut | None = None
     """Images that are held out of training, if any."""
+    teacher: Teacher | None = None
+    """Teacher of a distillation, attached to the base with weight 0."""
+    teacher_text: Mapping[str | None, Conditioning] | None = None
+    """Its text embeddings by caption, if it acts on the text encoders."""
 
 
 @contextmanager
@@ -87,8 +95,12 @@ def prepared(
         raise TrainingError("A pipeline passed as an argument is not quantized; leave base_quantization out.")
     if config.vae is not None and pipeline is not None:
         raise TrainingError("A pipeline passed as an argument has its own VAE; leave vae out, or set pipeline.vae.")
-    sheet = DataSheet(config.data.folder, [])
-    examples = read_examples(config.data, sheet.refused, config.seed, config.new_words)
+    generates = config.teacher.generates
+    sheet = DataSheet(Path("generated latents") if generates else config.data.folder, [])
+    if generates:
+        examples = prompt_examples(config.teacher, config.data)
+    else:
+        examples = read_examples(config.data, sheet.refused, config.seed, config.new_words)
     conditions = ConditionSource(config.conditioned, config.control_data) if config.conditioned else None
     if conditions is not None:
         examples = conditions.paired(examples, config.data.folder)
@@ -101,6 +113,7 @@ def prepared(
             quantize_base(pipeline.unet)
     check_trainable(pipeline)
     check_initial_tuner(config, pipeline)
+    teacher = load_teacher(config.teacher, pipeline, config.base, examples)
     inpainting = is_inpainting(pipeline)
     if config.memory.drop_encoders and inpainting:
         raise TrainingError("An inpainting base encodes masked images in each step; leave drop_encoders out.")
@@ -108,7 +121,12 @@ def prepared(
     control_images = conditions.samples(config.validation.control_images, resolution) if conditions is not None else []
     pipeline.to(accelerator.device)
     with frozen(pipeline):
-        cache, held_out = _encode(config, accelerator, pipeline, split, resolution, conditions, sheet)
+        if teacher is not None and generates:
+            cache = generated_cache(config, accelerator, pipeline, teacher, examples, resolution, sheet, verbose)
+        else:
+            cache = _encode(config, accelerator, pipeline, split.training, resolution, conditions, sheet)
+        held_out = _encode_held_out(config, accelerator, pipeline, split, resolution, sheet)
+        teacher_text = encode_teacher_text(teacher, pipeline, cache.conditionings)
         known = encode_class(config, accelerator, pipeline, resolution, verbose=verbose)
         drift_prompts = _drift_prompts(config, pipeline, resolution) if accelerator.is_main_process else []
         models = hash_of_models(pipeline) if config.feature_cache.draws is not None else None
@@ -122,20 +140,23 @@ def prepared(
         )
         move_encoders(pipeline, torch.device("cpu"), keep=kept)
         try:
-            yield TrainingInputs(
-                pipeline,
-                cache,
-                sheet,
-                resolution,
-                conditions,
-                control_images,
-                known,
-                drift_prompts,
-                models,
-                vae,
-                encoder,
-                held_out,
-            )
+            with nullcontext() if teacher is None else teacher.attached(pipeline.unet):
+                yield TrainingInputs(
+                    pipeline,
+                    cache,
+                    sheet,
+                    resolution,
+                    conditions,
+                    control_images,
+                    known,
+                    drift_prompts,
+                    models,
+                    vae,
+                    encoder,
+                    held_out,
+                    teacher,
+                    teacher_text,
+                )
         finally:
             move_encoders(pipeline, accelerator.device)
 
@@ -149,26 +170,30 @@ def _encode(
     config: TrainConfig,
     accelerator: Accelerator,
     pipeline: Any,
-    split: Split,
+    examples: Sequence[Example],
     resolution: int,
     conditions: ConditionSource | None,
     sheet: DataSheet,
-) -> tuple[Cache, HeldOut | None]:
-    """Encode the training images and the held-out ones, and record the used and skipped images in the sheet."""
+) -> Cache:
+    """Encode the training images, and record the used and skipped images in the sheet."""
     transform = ImageTransform.of(config.data, resolution, bucket_step(pipeline), config.seed)
     folder = config.data.folder
-    cache, own = encode_examples(accelerator, pipeline, split.training, folder, resolution, transform, conditions)
+    cache, own = encode_examples(accelerator, pipeline, examples, folder, resolution, transform, conditions)
     sheet.add([own])
     sheet.check()
     assert cache is not None
     vectors = {token: getattr(part, "vectors_per_token", 1) for part in config.parts for token in part.new_words}
     sheet.count_tokens([encoder.tokenizer for encoder in text_encoders(pipeline).values()], vectors)
     sheet.hint(config.data, resolution)
-    if isinstance(config.validation.holdout, Path):
-        transform = ImageTransform.of(
-            config.data.model_copy(update={"folder": split.folder}), resolution, bucket_step(pipeline), config.seed
-        )
-    return cache, encode_held_out(accelerator, pipeline, split, resolution, transform, sheet)
+    return cache
+
+
+def _encode_held_out(
+    config: TrainConfig, accelerator: Accelerator, pipeline: Any, split: Split, resolution: int, sheet: DataSheet
+) -> HeldOut | None:
+    data = config.data.model_copy(update={"folder": split.folder})
+    transform = ImageTransform.of(data, resolution, bucket_step(pipeline), config.seed)
+    return encode_held_out(accelerator, pipeline, split, resolution, transform, sheet)
 
 
 def _check_placeholder_tokens(config: TrainConfig, examples: Sequence[Example]) -> None:

@@ -27,6 +27,7 @@ from .callbacks.validation import ValidationSamples
 from .callbacks.validation_loss import ValidationLoss
 from .checkpoint import Checkpoints
 from .config.train_config import TrainConfig
+from .distillation.teacher import check_teacher
 from .feature_cache.use import use_feature_cache
 from .initial_tuner import check_initial_tuner
 from .inputs import TrainingInputs, prepared
@@ -84,6 +85,7 @@ def train(
         raise TrainingError("The config has a sweep, which trains several tuners; call `sweep` instead of `train`.")
     check_output(config)
     check_initial_tuner(config)
+    check_teacher(config.teacher)
     accelerator = build_accelerator(config)
     with prepared(config, accelerator, pipeline, verbose=verbose) as inputs:
         try:

@@ -53,7 +53,7 @@ def write_file(run: TrainState, path: Path, facts: Mapping[str, Any] | None = No
     """
     if run.accelerator.is_main_process:
         with run.released_weights():
-            triggers = trigger_words(run.config)
+            triggers = trigger_words(run)
             metadata = {"modelspec.trigger_phrase": ", ".join(triggers)} if triggers else {}
             save_tuner(run.tuner, path, training={**training_facts(run), **(facts or {})}, metadata=metadata)
     run.accelerator.wait_for_everyone()
