@@ -28,7 +28,7 @@ from .side_networks.redundancy import RedundancyAggregation
 
 
 class BypassPart(Part):
-    """Part with the whole side network: one stage per tap, a shared time projection, and the gate at the site `out`."""
+    """Part with a whole side network: one stage per tap, a shared time projection, and the gate at the site `out`."""
 
     def __init__(self, config: BypassConfig, base: BaseInfo) -> None:
         super().__init__()
@@ -95,14 +95,14 @@ def _check(config: BypassConfig, taps: Mapping[str, Site]) -> None:
     """Raise `RestuneError` if the form of the side network does not fit the taps."""
     if config.form == "redundancy" and len(taps) < 3:
         raise RestuneError(
-            f"A bypass of form `redundancy` weights the taps before the last one, so it needs 3 taps or more, but it has "
+            f"A bypass of form `redundancy` weights the taps before the last one and needs 3 taps or more, but has "
             f"{', '.join(taps)}; leave bypass.taps out to read all."
         )
     outside = [name for name, site in taps.items() if site.extra_tokens]
     if config.form == "mixers" and outside:
         raise RestuneError(
-            f"A bypass of form `mixers` mixes the tokens of a grid, but {outside[0]} of this base has tokens outside the "
-            f"grid; choose form `chain` or `redundancy`."
+            f"A bypass of form `mixers` mixes the tokens of a grid, but {outside[0]} of this base has tokens outside "
+            f"the grid; choose form `chain` or `redundancy`."
         )
 
 

@@ -29,8 +29,9 @@ class BypassConfig(PartConfig):
     transformer. `*` selects the whole chain of the paper."""
     form: Literal["chain", "redundancy", "mixers"] = "chain"
     """Form of the side network. `chain`: the one above. `redundancy`: one weighted sum of all taps, in which taps that
-    resemble others count less, after SHERL (ECCV 2024). `mixers`: low-rank mixers of channels and tokens in turn, after
-    LoSA (CVPR 2024); not for a transformer with a class token. The last two read all taps if `taps` is not set."""
+    resemble others count less, after SHERL (ECCV 2024). `mixers`: low-rank mixers of channels and tokens in turn,
+    after LoSA (CVPR 2024); not for a transformer with a class token. The last two read all taps if `taps` is not
+    set."""
     mixer_rank: int = Field(default=32, gt=0, le=4096)
     """Inner width of the mixers of form `mixers`."""
 

@@ -5,8 +5,7 @@ LoSA as recalled, not checked against the paper's text: `y_l = y_{l-1} + g_l(b_l
 
 Adaptations to a U-Net, whose taps differ in width and resolution:
 
-- `b_l` is a linear layer on the normalized tap, with scale and shift by the timestep; `y_0 = 0`, and the first stage is
-  `y_1 = b_1`.
+- `b_l` is a linear layer on the normalized tap, with scale and shift by the timestep; the first stage is `y_1 = b_1`.
 - `y_{l-1}` is resized to the tap, and a linear layer changes its width where the taps differ.
 - The token mixer works on a fixed grid of 8 x 8: `z` is averaged (or repeated) to it, and the result is interpolated
   back. So its parameters are bound to relative positions in the image and to no number of tokens: a tuner works at any

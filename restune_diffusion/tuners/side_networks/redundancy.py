@@ -1,13 +1,13 @@
 """Aggregation of taps by their redundancy, after SHERL (ECCV 2024, arXiv 2407.07523).
 
-The equation is that of the early route (`Guidance`) in the authors' code, with `l, j` over all taps but the last and `L`
-the last tap:
+The equation is that of the early route (`Guidance`) in the authors' code, with `l, j` over all taps but the last and
+`L` the last tap:
 
     r_l = sum_j relu(cos(n_l, n_j));   a_l = relu(w . (n_l * n_L) + c) / r_l;   b = n_L + sum_l (a_l / sum_j a_j) n_l
 
 at every position. A tap that resembles many others counts less. Adaptations: `n_l` is the layer norm of a horizontal
-tuner's output, resized to the last tap; and `w = 0`, `c = 1` at the start, so that redundancy alone sets the weights and
-no relu starts dead.
+tuner's output, resized to the last tap; and `w = 0`, `c = 1` at the start, so that redundancy alone sets the weights
+and no relu starts dead.
 """
 
 from __future__ import annotations
