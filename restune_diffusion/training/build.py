@@ -19,7 +19,7 @@ from ..utils.seeds import derived_seed
 from .callbacks.tracking import tracker_name
 from .checkpoint import restore_checkpoint
 from .config.length.resolve import resolve_length, with_length
-from .config.loss import LossConfig
+from .config.loss import DEFAULT_SIGMA, LossConfig
 from .config.noise import NoiseConfig
 from .config.optimizer import OptimizerConfig
 from .config.train_config import TrainConfig
@@ -33,6 +33,7 @@ from .latents.inpainting import InpaintingInputs
 from .latents.noising import Noising
 from .latents.sampler import SeededSampler
 from .latents.text_conditioning import Conditioning, LiveEncoder
+from .losses.consistency import Consistency
 from .losses.objective import Objective
 from .losses.preservation import make_preservation
 from .optimization.averaging import TunerAverage
@@ -118,6 +119,7 @@ def build_training_state(config: TrainConfig, accelerator: Accelerator, inputs: 
         conditions=inputs.conditions,
         data=inputs.data,
         preservation=make_preservation(config.preservation.class_prompt, inputs.known_class, class_batches, encode),
+        image_loss=_image_loss(config, tuner),
         initial=initial,
         vae=inputs.vae,
         held_out=inputs.held_out,
@@ -171,6 +173,14 @@ def _batches(
         sampler=sampler,
         teacher=teacher,
     )
+
+
+def _image_loss(config: TrainConfig, tuner: Tuner) -> Consistency | None:
+    loss = config.loss
+    if loss.consistency is None:
+        return None
+    sigma = DEFAULT_SIGMA if loss.consistency_sigma is None else loss.consistency_sigma
+    return Consistency(tuner, loss.consistency, sigma, config.seed)
 
 
 def _objective(config: LossConfig, scheduler: Any) -> Objective:

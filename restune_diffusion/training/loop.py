@@ -121,7 +121,7 @@ def _launch(run: TrainState) -> _Step:
         number = number * accelerator.num_processes + accelerator.process_index
         batch = run.batches[number]
         with accelerator.accumulate():
-            loss = batch_loss(run, batch)
+            loss = batch_loss(run, batch) if run.image_loss is None else run.image_loss.loss(run, batch, number)
             losses.append(loss.detach())
             accelerator.backward(loss)
             if run.preservation is not None:

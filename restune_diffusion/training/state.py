@@ -53,6 +53,20 @@ class Preservation(ABC):
         """
 
 
+class ImageLoss(ABC):
+    """Base class of losses that replace the plain loss of a batch of images."""
+
+    @abstractmethod
+    def loss(self, run: TrainState, batch: Batch, number: int) -> torch.Tensor:
+        """Return the loss of a batch, a scalar.
+
+        Args:
+            run: state of the run.
+            batch: the batch.
+            number: number of the batch.
+        """
+
+
 @dataclass(frozen=True)
 class InitialTuner:
     """Name and SHA-256 of the tuner file that a run started from."""
@@ -87,6 +101,8 @@ class TrainState:
     """Moving average of the tuner's weights, if enabled."""
     preservation: Preservation | None = None
     """Preservation loss, if enabled."""
+    image_loss: ImageLoss | None = None
+    """Loss of the images in place of the plain one, if set."""
     initial: InitialTuner | None = None
     """Tuner file that the run started from, if any."""
     vae: str | None = None

@@ -8,6 +8,9 @@ from pydantic import model_validator
 
 from ...utils.setting_groups import SettingGroup, setting
 
+DEFAULT_SIGMA = 1.0
+"""Standard deviation of the noise of `consistency`, if `consistency_sigma` is not set."""
+
 
 class LossConfig(SettingGroup):
     """Prediction type of the base, and the weight of each timestep in the loss."""
@@ -22,9 +25,17 @@ class LossConfig(SettingGroup):
     rescale_betas_zero_snr: bool = setting(False, affects="batches")
     """Rescale the betas to zero terminal SNR, so that the last timestep is pure noise. Generation then needs the same
     rescaling and the timestep spacing `trailing`."""
+    consistency: float | None = setting(None, affects="tuner", ge=0, allow_inf_nan=False)
+    """Weight of the consistency between two predictions with multiplicative noise on the tuner's outputs (PACE,
+    NeurIPS 2024), against overfitting on few images; 0 adds the noise alone. A step computes both predictions: about
+    twice the time and the activations, but for a bypass tuner one pass of the base's blocks."""
+    consistency_sigma: float | None = setting(None, affects="tuner", gt=0, allow_inf_nan=False)
+    """Standard deviation of this noise where the tuner first acts; it falls linearly with depth. If not set, 1."""
 
     @model_validator(mode="after")
     def _one_weighting(self) -> LossConfig:
         if self.debiased_estimation and self.snr_gamma is not None:
             raise ValueError("snr_gamma and debiased_estimation are both set; choose one loss weighting")
+        if self.consistency_sigma is not None and self.consistency is None:
+            raise ValueError("consistency_sigma needs consistency; set consistency, or omit consistency_sigma")
         return self

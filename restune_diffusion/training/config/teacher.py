@@ -72,6 +72,27 @@ class TeacherConfig(SettingGroup):
             )
         return self
 
+    def check_run(self, data: DataConfig, holdout: int | float | Path | None, *, conditioned: bool) -> None:
+        """Raise `ValueError` if other settings of the run do not fit to the teacher.
+
+        Args:
+            data: settings of the images.
+            holdout: images to hold out of training.
+            conditioned: whether a control tuner is trained.
+        """
+        if self.generates:
+            _check_data_settings(data)
+            if isinstance(holdout, int | float):
+                raise ValueError(
+                    "holdout takes images of the data folder, but the latents are generated from prompts; "
+                    "set holdout to a folder of images, or leave it out"
+                )
+        if self.file is not None and conditioned:
+            raise ValueError(
+                "a control tuner learns from condition images, which a teacher does not have; "
+                "leave teacher out, or train another tuner"
+            )
+
 
 def with_generated_data(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Return flat settings, with `NO_DATA` as the data folder of a run that learns from a teacher without images.
@@ -97,7 +118,7 @@ def with_generated_data(settings: Mapping[str, Any]) -> dict[str, Any]:
     return result if given else {**result, "data": NO_DATA}
 
 
-def check_data_settings(data: DataConfig) -> None:
+def _check_data_settings(data: DataConfig) -> None:
     """Raise `ValueError` if a setting of images is given for a run without images."""
     default = type(data).model_construct()
     for name in type(data).model_fields:

@@ -36,7 +36,7 @@ from .optimizer import OptimizerConfig
 from .preservation import PreservationConfig
 from .presets import PRESETS, PresetName
 from .renamed import RENAMED, renamed, sentence, warn
-from .teacher import TeacherConfig, check_data_settings, with_generated_data
+from .teacher import TeacherConfig, with_generated_data
 from .tuner_settings import FamilyName, checked_families, with_families, without_aliases
 from .validation import ValidationConfig
 
@@ -172,7 +172,7 @@ class TrainConfig(FamilyFields):
         if self.steps is not None and self.epochs is not None:
             raise ValueError("steps and epochs are both set, but either gives the length of the run; keep one")
         self._check_control()
-        self._check_teacher()
+        self.teacher.check_run(self.data, self.validation.holdout, conditioned=self.conditioned is not None)
         self._check_preservation()
         self._check_text()
         self.checkpoints.check_measured(self.validation.measured)
@@ -186,22 +186,21 @@ class TrainConfig(FamilyFields):
             raise ValueError(
                 "a feature cache supports neither bucketing nor preservation; leave feature_cache or these out"
             )
+        if self.loss.consistency is not None:
+            self._check_consistency()
         if self.memory.drop_encoders and self.validation.prompts:
             raise ValueError("validation prompts need the encoders; leave drop_encoders or the validation prompts out")
         return self
 
-    def _check_teacher(self) -> None:
-        if self.teacher.generates:
-            check_data_settings(self.data)
-            if isinstance(self.validation.holdout, int | float):
-                raise ValueError(
-                    "holdout takes images of the data folder, but the latents are generated from prompts; "
-                    "set holdout to a folder of images, or leave it out"
-                )
-        if self.teacher.file is not None and self.conditioned is not None:
+    def _check_consistency(self) -> None:
+        if all(part.acts_on_text_encoders for part in self.parts):
             raise ValueError(
-                "a control tuner learns from condition images, which a teacher does not have; "
-                "leave teacher out, or train another tuner"
+                "consistency adds noise to a tuner of the denoiser, but the tuner to train acts on the text encoders "
+                "only; leave consistency out, or add another family to tuner"
+            )
+        if self.memory.gradient_checkpointing:
+            raise ValueError(
+                "gradient_checkpointing computes outputs again without the noise of consistency; leave one of them out"
             )
 
     def _check_text(self) -> None:
@@ -327,6 +326,9 @@ class TrainConfig(FamilyFields):
             recorded["base"] = Path(self.base).resolve().name
         # Left out without a value, so that the records of earlier releases hold.
         del recorded["vae"]
+        for name in ("consistency", "consistency_sigma"):
+            if recorded[name] is None:
+                del recorded[name]
         if self.vae is not None:
             recorded["vae"] = public_name(self.vae)
         return recorded

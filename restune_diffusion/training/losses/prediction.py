@@ -19,7 +19,8 @@ def predict(run: TrainState, batch: Batch) -> torch.Tensor:
     """Return the prediction for a batch's noisy latents, in the run's precision and the shape of the latents."""
     unet = run.pipeline.unet
     if batch.features is not None:
-        with run.base_precision():
+        # The head must not add the residual again.
+        with run.base_precision(), tuners_paused(unet):
             return predict_from_features(unet, run.tuner, batch.features)
     noisy = run.objective.add_noise(batch.latents, batch.input_noise, batch.timesteps)
     manager = TunerManager.of(unet)
@@ -45,13 +46,19 @@ def tuner_attached(run: TrainState) -> Iterator[None]:
 @contextmanager
 def tuners_disabled(unet: Any) -> Iterator[None]:
     """Context manager that disables all tuners on the base, and gradients."""
+    with tuners_paused(unet), torch.no_grad():
+        yield
+
+
+@contextmanager
+def tuners_paused(unet: Any) -> Iterator[None]:
+    """Context manager that disables all tuners on the base."""
     manager = TunerManager.of(unet)
     before = manager.enabled if manager is not None else True
     if manager is not None:
         manager.enabled = False
     try:
-        with torch.no_grad():
-            yield
+        yield
     finally:
         if manager is not None:
             manager.enabled = before

@@ -1,0 +1,1 @@
+"""Side networks of the bypass: the chain of Res-Tuning, and forms after SHERL and LoSA."""
