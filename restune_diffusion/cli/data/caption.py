@@ -8,13 +8,12 @@ from typing import Annotated, Literal
 import tyro
 from pydantic import Field
 
-from ...data.captioning.registry import CaptionerSettings, check_captioner_name, load_captioner
+from ...data.captioning.registry import Captioner, CaptionerSettings, check_captioner_name, load_captioner
 from ...utils.display import counted
 from ...utils.errors import DataError, UsageError
 from ...utils.settings import Settings
 from ..options.early_checks import check_data, check_device
 from ..options.interruption import stoppable
-from ..quiet import quiet_libraries
 
 # Settings that a captioner reads; the others are refused beside it.
 _OF_TRANSFORMERS = ("prompt", "max_tokens", "beams", "dtype")
@@ -74,13 +73,11 @@ class CaptionOptions(Settings):
         self._check()
         from ...data.captioning.folder import CaptionJob, Outcome, caption_folder, refusals
 
-        settings = self._settings()
         existing = "overwrite" if self.overwrite else self.existing
-        key = f"{self.captioner} {settings}"
+        key = f"{self.captioner} {self._settings()}"
         job = CaptionJob(self.folder, existing, self.trigger_word, self.batch_size, key)
         outcome = Outcome()
         with stoppable(lambda: f"{counted(len(outcome.written), 'caption')} written; the same command continues"):
-            quiet_libraries()
             from tqdm import tqdm
 
             with tqdm(desc="Captioning", unit="image", disable=None) as bar:
@@ -89,7 +86,7 @@ class CaptionOptions(Settings):
                     bar.total = outcome.images
                     bar.update(number)
 
-                caption_folder(job, lambda: load_captioner(self.captioner, settings), outcome, advance)
+                caption_folder(job, self._load, outcome, advance)
         for line in refusals(outcome, self.folder):
             print(line)
         print(
@@ -113,6 +110,14 @@ class CaptionOptions(Settings):
             raise UsageError(
                 f"--{given[0].replace('_', '-')} is not a setting of the captioner {self.captioner}; leave it out."
             )
+
+    def _load(self) -> Captioner:
+        if self.captioner == "transformers":
+            import transformers
+
+            transformers.utils.logging.set_verbosity_error()
+            transformers.utils.logging.disable_progress_bar()
+        return load_captioner(self.captioner, self._settings())
 
     def _settings(self) -> CaptionerSettings:
         return CaptionerSettings(

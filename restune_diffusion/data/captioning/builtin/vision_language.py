@@ -36,7 +36,11 @@ def load_vision_language_model(settings: CaptionerSettings) -> Captioner:
         config = transformers.AutoConfig.from_pretrained(source, **options)
         _check_task(name, config)
         model, report = transformers.AutoModelForImageTextToText.from_pretrained(
-            source, torch_dtype=_dtype(settings.dtype, device), use_safetensors=True, output_loading_info=True, **options
+            source,
+            torch_dtype=_dtype(settings.dtype, device),
+            use_safetensors=True,
+            output_loading_info=True,
+            **options,
         )
         processor = _processor(source, options)
     except (OSError, ValueError, KeyError, ImportError) as error:
@@ -106,7 +110,9 @@ class _Processor:
     def __call__(self, images: list[Image.Image], return_tensors: str, **texts: Any) -> Any:
         inputs = self._images(images=images, return_tensors=return_tensors)
         if texts:
-            prompt = self.tokenizer(texts["text"], padding=True, return_tensors=return_tensors, add_special_tokens=False)
+            prompt = self.tokenizer(
+                texts["text"], padding=True, return_tensors=return_tensors, add_special_tokens=False
+            )
             # An encoder-decoder begins its caption with the prompt.
             inputs["decoder_input_ids"] = prompt["input_ids"]
         return inputs

@@ -33,7 +33,28 @@ from transformers import (
 )
 
 SIDE = 16
-WORDS = "a the red green blue orange disc square boat tree house sky over under near bright dark old new photo".split()
+WORDS = [
+    "a",
+    "the",
+    "red",
+    "green",
+    "blue",
+    "orange",
+    "disc",
+    "square",
+    "boat",
+    "tree",
+    "house",
+    "sky",
+    "over",
+    "under",
+    "near",
+    "bright",
+    "dark",
+    "old",
+    "new",
+    "photo",
+]
 CHAT = "{% for m in messages %}user : {% for c in m['content'] %}{% if c['type'] == 'image' %}<image> {% else %}{{ c['text'] }} {% endif %}{% endfor %}{% endfor %}{% if add_generation_prompt %}assistant : {% endif %}"  # noqa: E501
 
 

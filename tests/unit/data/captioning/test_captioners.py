@@ -56,7 +56,10 @@ def test_an_encoder_decoder_gives_its_own_text(tmp_path):
 def test_blip_begins_its_captions_with_the_prompt(tmp_path):
     folder = write_blip(tmp_path / "model")
     images = noise()
-    model, processor = AutoModelForImageTextToText.from_pretrained(folder).eval(), AutoProcessor.from_pretrained(folder)
+    model, processor = (
+        AutoModelForImageTextToText.from_pretrained(folder).eval(),
+        AutoProcessor.from_pretrained(folder),
+    )
     for prompt in (None, "a photo"):
         text = {} if prompt is None else {"text": [prompt] * 3}
         with torch.no_grad():
