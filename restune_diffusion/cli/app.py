@@ -105,11 +105,8 @@ def parse(args: Sequence[str]) -> Command | TrainOptions:
     if args and args[0] in _COMMANDS:
         check_flags(args[0], _COMMANDS[args[0]], args[1:])
     elif args and args[0] not in ("-h", "--help"):
-        raise UsageError(
-            unknown_name(args[0], ["train", *dict.fromkeys(name.split()[0] for name in _COMMANDS)]).replace(
-                "setting", "command", 1
-            )
-        )
+        known = ["train", *dict.fromkeys(name.split()[0] for name in _COMMANDS)]
+        raise UsageError(unknown_name(args[0], known).replace("setting", "command", 1))
     return tyro.cli(
         Command,
         prog="restune",

@@ -83,8 +83,8 @@ class EditOptions(Settings):
         check_data(self.folder)
         if not (self.find is not None or self.remove_tag or self.remove_duplicate_tags or self.prefix or self.suffix):
             raise UsageError(
-                "There is nothing to edit; give --find with --replace, --remove-tag, --remove-duplicate-tags, --prefix "
-                "or --suffix."
+                "There is nothing to edit; give --find with --replace, --remove-tag, --remove-duplicate-tags, "
+                "--prefix or --suffix."
             )
         if (self.find is None) != (self.replace is None):
             raise UsageError('--find and --replace belong together; give both, with --replace "" to delete.')

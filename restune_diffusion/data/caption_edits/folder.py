@@ -106,7 +106,8 @@ def plan_edit(folder: Path, edit: Callable[[str], str], caption_column: str = "t
     metadata = find_metadata(folder, files)
     if metadata is not None and metadata.suffix.lower() == ".csv":
         raise DataError(
-            f"The captions are in {metadata}; change them in a program for tables, or save the table as metadata.jsonl."
+            f"The captions are in {metadata}; change them in a program for tables, or save the table as "
+            "metadata.jsonl."
         )
     if metadata is not None:
         _plan_file(plan, metadata, lambda text: _edited_rows(plan, metadata, text, edit, caption_column))

@@ -1,9 +1,9 @@
 """Tagger in the layout of WD14: a folder with `model.onnx` and `selected_tags.csv`.
 
-Input, tag categories, default thresholds and kaomojis are those of the taggers' own demo
-(https://huggingface.co/spaces/SmilingWolf/wd-tagger, app.py) and of sd-scripts
-(finetune/tag_images_by_wd14_tagger.py): float32 images of shape (batch, side, side, 3), channels blue, green, red, values
-from 0 to 255, padded with white to a square; output of probabilities, one for each row of the table.
+The input is that of sd-scripts (finetune/tag_images_by_wd14_tagger.py): float32 images of shape (batch, side, side, 3),
+channels blue, green and red, values from 0 to 255, padded with white to a square. The output has a probability for each
+row of the table, whose category is 0 for general tags, 4 for characters and 9 for ratings. The kaomojis are those of
+stable-diffusion-webui-wd14-tagger (tagger/ui.py).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Small captioning models in folders: an ONNX tagger with known weights, and models of transformers with random ones."""
+"""Small captioning models: an ONNX tagger with known weights, and models of transformers with random ones."""
 
 from __future__ import annotations
 
