@@ -14,7 +14,7 @@ from ..utils.errors import UsageError
 from ..utils.settings_merge import unknown_name
 from ..utils.version import __version__
 from .convert import ConvertOptions
-from .data import DataOptions
+from .data.command import ACTIONS, DATA_HELP, DataCommand, parse_data_options
 from .demo import DemoOptions
 from .evaluate import EvaluateOptions
 from .generate import GenerateOptions
@@ -60,7 +60,7 @@ Command: TypeAlias = (
     | Annotated[GridOptions, tyro.conf.subcommand("grid")]
     | Annotated[EvaluateOptions, tyro.conf.subcommand("evaluate")]
     | Annotated[ReportOptions, tyro.conf.subcommand("report")]
-    | Annotated[DataOptions, tyro.conf.subcommand("data")]
+    | Annotated[DataCommand, tyro.conf.subcommand("data", description=DATA_HELP)]
     | Annotated[InspectOptions, tyro.conf.subcommand("inspect")]
     | Annotated[ConvertOptions, tyro.conf.subcommand("convert")]
     | Annotated[MergeOptions, tyro.conf.subcommand("merge")]
@@ -73,7 +73,7 @@ _COMMANDS: dict[str, type[BaseModel]] = {
     "grid": GridOptions,
     "evaluate": EvaluateOptions,
     "report": ReportOptions,
-    "data": DataOptions,
+    **{f"data {action}": options for action, options in ACTIONS.items()},
     "inspect": InspectOptions,
     "convert": ConvertOptions,
     "merge": MergeOptions,
@@ -100,10 +100,13 @@ def parse(args: Sequence[str]) -> Command | TrainOptions:
         from .train import parse_train_options
 
         return parse_train_options(TRAIN_HELP, args[1:], prog="restune train")
+    if args[:1] == ["data"]:
+        return parse_data_options(args[1:])
     if args and args[0] in _COMMANDS:
         check_flags(args[0], _COMMANDS[args[0]], args[1:])
     elif args and args[0] not in ("-h", "--help"):
-        raise UsageError(unknown_name(args[0], ["train", *_COMMANDS]).replace("setting", "command", 1))
+        known = ["train", *dict.fromkeys(name.split()[0] for name in _COMMANDS)]
+        raise UsageError(unknown_name(args[0], known).replace("setting", "command", 1))
     return tyro.cli(
         Command,
         prog="restune",

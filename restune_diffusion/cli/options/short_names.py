@@ -36,6 +36,7 @@ _SAMPLING: Mapping[str, str] = {
     "--dtype fp16": "fp16 half",
     "--dtype bf16": "bf16",
 }
+_FOLDER = "data folder dataset data-dir train-data-dir"
 # Flags of the training scripts of diffusers and kohya are translated instead (`foreign_flags`).
 _TRAINING: Mapping[str, str] = {
     "--base": "model model-id model-path model-name ckpt ckpt-path checkpoint m",
@@ -95,7 +96,26 @@ _OF_COMMAND: Mapping[str, Mapping[str, str]] = {
         "the files as arguments, without a flag": "tuner tuners lora loras models model input inputs",
         "a weight after a colon, as in FILE:0.8": "weight weights ratio ratios alpha scale scales",
     },
-    "data": {"--base": _BASE, "the folder as the argument after `inspect`": "data folder dataset data-dir"},
+    "data inspect": {"--base": _BASE, "the folder as the argument after `inspect`": _FOLDER},
+    "data caption": {
+        "--model": "repo-id model-id model-path model-dir model-name pretrained-model-name-or-path m",
+        "--batch-size": "batch bs b",
+        "--general-threshold": "thresh threshold",
+        "--max-tokens": "max-length max-new-tokens",
+        "--beams": "num-beams beam-size",
+        "--existing append": "append-tags append",
+        "--trigger-word": "trigger prefix class-token",
+        "--device cpu": "cpu use-cpu",
+        "--device cuda": "gpu cuda use-gpu",
+        "the folder as the argument after `caption`": _FOLDER,
+    },
+    "data edit": {
+        "--find": "search pattern from old",
+        "--replace": "replacement with to new",
+        "--remove-tag": "remove-tags undesired-tags delete-tag",
+        "--dry-run": "dryrun preview diff",
+        "the folder as the argument after `edit`": _FOLDER,
+    },
     "report": {"--output": _OUTPUT, "the run's folder as the argument": "run folder input dir"},
     "inspect": {"the file as the argument": "tuner file input lora"},
     "demo": {"--output": _OUTPUT, "--steps": f"{_STEPS} max-train-steps", "--seed": "random-seed"},

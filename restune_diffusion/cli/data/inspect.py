@@ -5,33 +5,26 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 from pydantic import ValidationError
 
-from ..data.config import DataConfig
-from ..storage.base_files.check import check_base
-from ..utils.errors import DataError, RestuneError, UsageError
-from ..utils.settings import Settings
-from ..utils.settings_merge import first_refused
-from .options.early_checks import check_data
-from .options.outputs import OverwriteOption
-from .quiet import quiet_libraries
+from ...data.config import DataConfig
+from ...storage.base_files.check import check_base
+from ...utils.errors import DataError, RestuneError, UsageError
+from ...utils.settings_merge import first_refused
+from ..options.early_checks import check_data
+from ..options.outputs import OverwriteOption
+from ..quiet import quiet_libraries
 
 if TYPE_CHECKING:
     from PIL import Image
 
-    from ..data.data_sheet import DataSheet
+    from ...data.data_sheet import DataSheet
 
 
-class _Action(Settings, OverwriteOption):
-    # A separate base class, because inherited fields come before a class's own and `action` is the first argument.
-    action: Annotated[Literal["inspect"], tyro.conf.Positional]
-    """Action; `inspect` is the only one."""
-
-
-class DataOptions(DataConfig, _Action):
+class InspectDataOptions(DataConfig, OverwriteOption):
     """Check a data folder without training: sizes, captions, and the files left out with the reason.
 
     The settings are those of `restune train`.
@@ -71,8 +64,8 @@ class DataOptions(DataConfig, _Action):
             image_format(self.sheet)
             self.check_outputs(self.sheet)
         quiet_libraries()
-        from ..data.data_sheet import DataSheet
-        from ..data.inspection import inspect_data, read_frame
+        from ...data.data_sheet import DataSheet
+        from ...data.inspection import inspect_data, read_frame
 
         frame = read_frame(self.base, self.resolution)
         sheet = DataSheet(self.folder, [])
@@ -89,7 +82,7 @@ class DataOptions(DataConfig, _Action):
                 print(f"{'sheet':<12}{self.sheet}")
 
     def _print(self, sheet: DataSheet) -> None:
-        from ..data.inspection import describe_data
+        from ...data.inspection import describe_data
 
         text = json.dumps(sheet.as_json(), indent=1) if self.json_output else describe_data(sheet)
         encoding = sys.stdout.encoding or "utf-8"
@@ -97,7 +90,7 @@ class DataOptions(DataConfig, _Action):
 
 
 def _write(image: Image.Image, path: Path) -> None:
-    from ..utils.atomic_write import atomic_write
+    from ...utils.atomic_write import atomic_write
 
     with atomic_write(path) as file:
         image.save(file, format=image_format(path))

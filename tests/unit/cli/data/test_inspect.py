@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from ...tiny_training import draw_image
+from ....tiny_training import draw_image
 
 Restune = Callable[..., tuple[int, str, str]]
 

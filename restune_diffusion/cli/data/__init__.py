@@ -1,0 +1,1 @@
+"""`restune data inspect | caption | edit`: check, caption and edit a data folder."""

@@ -1,0 +1,1 @@
+"""Edit the captions of a data folder in bulk."""
