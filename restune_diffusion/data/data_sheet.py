@@ -233,9 +233,7 @@ class DataSheet:
                 | ({"tokens": self.beyond_limit[text]} if text in self.beyond_limit else {})
                 for text, count in self.captions
             ],
-            "files": [
-                {**_facts(entry), "repeats": entry.repeats, "views": entry.views} for entry in self.entries
-            ],
+            "files": [{**_facts(entry), "repeats": entry.repeats, "views": entry.views} for entry in self.entries],
             "enlarged": [entry.name for entry in self.entries if entry.enlarged > 1],
             "duplicates": self.duplicates,
             "left_out": [

@@ -108,9 +108,7 @@ def train(
             accelerator.end_training()
     seconds = time.perf_counter() - started
     best = best_file(config) if config.checkpoints.keep == "best" else None
-    return TrainResult(
-        config.file, run.step, seconds, tuple(losses), tuple(samples.folders), run.stopped_early, best
-    )
+    return TrainResult(config.file, run.step, seconds, tuple(losses), tuple(samples.folders), run.stopped_early, best)
 
 
 def run_callbacks(
