@@ -37,7 +37,10 @@ class Comparison:
 
 
 def runs_of_sweep(folder: Path) -> list[RunFolder]:
-    """Return the runs of a sweep's folder by ascending loss, that of held-out images if there are any; empty if it is not the folder of a sweep."""
+    """Return the runs of a sweep's folder by ascending loss: that of held-out images, if there are any.
+
+    The list is empty if it is not the folder of a sweep.
+    """
     if (folder / CONFIG_FILE).is_file() or not folder.is_dir():
         return []
     runs = [read_run_folder(each) for each in sorted(folder.iterdir()) if (each / CONFIG_FILE).is_file()]
