@@ -110,9 +110,7 @@ def train(
             accelerator.end_training()
     seconds = time.perf_counter() - started
     best = best_file(config) if config.checkpoints.keep == "best" else None
-    return TrainResult(
-        config.file, run.step, seconds, tuple(losses), tuple(samples.folders), run.stopped_early, best
-    )
+    return TrainResult(config.file, run.step, seconds, tuple(losses), tuple(samples.folders), run.stopped_early, best)
 
 
 def run_callbacks(
@@ -130,8 +128,8 @@ def run_callbacks(
     show = tqdm.write if verbose else None
     drift = DriftProbe(inputs.drift_prompts, log.note, show)
     loss = ValidationLoss(log.note, show, inputs.encoder)
-    # What measures comes before what acts on measurements. Checkpoints come last, so that a saved step implies that all
-    # files of its other callbacks are complete.
+    # What measures comes before what acts on measurements. Checkpoints come last, so that a saved step implies that
+    # all files of its other callbacks are complete.
     files = [loss, BestFile(), EarlyStop(), drift, FinalFile(), StepFiles(), samples, Checkpoints()]
     return [log, UpdateAverage(), ConfigFile(), SheetFile(), *shown, *files]
 

@@ -63,5 +63,7 @@ class ValidationLoss(Callback):
         self._log(run, {VALIDATION_LOSS: measurement.value})
         if self._show is not None and run.accelerator.is_main_process:
             best = run.measurements.best(VALIDATION_LOSS)
-            note = "the best so far" if best == measurement else f"best {best.value:.4f} at {best.step}" if best else ""
+            note = (
+                "the best so far" if best == measurement else f"best {best.value:.4f} at {best.step}" if best else ""
+            )
             self._show(f"held out    loss {measurement.value:.4f} at step {run.step} ({note or 'not finite'})")

@@ -175,6 +175,7 @@ class TrainConfig(FamilyFields):
         self.teacher.check_run(self.data, self.validation.holdout, conditioned=self.conditioned is not None)
         self._check_preservation()
         self._check_text()
+        self.validation.check_holdout()
         self.checkpoints.check_measured(self.validation.measured)
         cached = self.feature_cache.draws is not None
         if cached and not self.learns_from_features:

@@ -27,7 +27,16 @@ _MOST_STEPS = 6
 _MOST_PROMPTS = 16
 _BAND = "loss_by_timestep/"
 # Metrics with their own place on the page.
-_PLACED = {"loss", "learning_rate", "images_per_second", "seconds", "peak_memory_mib", "grad_norm", "drift", VALIDATION_LOSS}
+_PLACED = {
+    "loss",
+    "learning_rate",
+    "images_per_second",
+    "seconds",
+    "peak_memory_mib",
+    "grad_norm",
+    "drift",
+    VALIDATION_LOSS,
+}
 
 
 @dataclass(frozen=True)
@@ -83,7 +92,9 @@ def _facts(run: RunFolder) -> list[tuple[str, str]]:
         facts.append(("Loss", f"{first:.4f} → {last:.4f} (means of {window} steps)"))
     if held_out := run.series.get(VALIDATION_LOSS):
         step, lowest = min(held_out, key=lambda each: each[1])
-        facts.append(("Validation loss", f"{held_out[0][1]:.4f} → {held_out[-1][1]:.4f}, lowest {lowest:.4f} at {step}"))
+        facts.append(
+            ("Validation loss", f"{held_out[0][1]:.4f} → {held_out[-1][1]:.4f}, lowest {lowest:.4f} at {step}")
+        )
     if run.best is not None:
         path, name, step, value = run.best
         facts.append(("Best tuner", f"{path.name}: {name} {value:.4f} at step {step}"))

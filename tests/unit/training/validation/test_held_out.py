@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 
-from restune_diffusion.data.captions import find_examples
 from restune_diffusion.data.example import Example
 from restune_diffusion.storage.tuner_file import load_tuner, read_info
 from restune_diffusion.training import TrainConfig, train
@@ -167,7 +166,9 @@ def test_a_copy_of_a_training_image_is_refused(config: MakeConfig, images: Path,
 
 @pytest.mark.parametrize("holdout", [6, 60, 0.99])
 def test_a_holdout_of_all_images_is_refused(config: MakeConfig, holdout: int | float) -> None:
-    with pytest.raises(DataError, match=rf"Holding out 6 images leaves none to train on, .*\(now {holdout}\), or give"):
+    with pytest.raises(
+        DataError, match=rf"Holding out 6 images leaves none to train on, .*\(now {holdout}\), or give"
+    ):
         train(config(validation={"holdout": holdout}), verbose=False)
 
 
