@@ -182,7 +182,7 @@ class DataSheet:
             return None
         written = [entry.variants.written for entry in varied if entry.variants is not None]
         texts = {text for entry in varied for text in entry.texts}
-        variants = f"{_range([len(entry.texts) for entry in varied])} variants"
+        variants = f"{_range([len(entry.texts) for entry in varied])} distinct variants"
         captions = f"{_range(written)} caption{'s' if max(written) > 1 else ''}"
         return f"{counted(len(varied), 'image')} with {variants} of {captions}, {len(texts)} texts together"
 

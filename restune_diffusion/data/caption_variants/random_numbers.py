@@ -19,7 +19,7 @@ def shuffled(items: Sequence[_T], numbers: Random) -> list[_T]:
 
 
 def balanced(count: int, options: int, numbers: Random) -> Iterator[int]:
-    """Yield `count` random numbers below `options`; no number occurs twice more often than another.
+    """Yield `count` random numbers below `options`, whose frequencies differ by at most 1.
 
     Each number alone is uniform. The numbers are random permutations of all options, one after another.
     """

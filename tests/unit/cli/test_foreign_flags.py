@@ -160,6 +160,7 @@ def test_a_command_of_kohya_with_both_toml_files_works(tmp_path: Path) -> None:
     (tmp_path / "data.toml").write_text(
         "[general]\nenable_bucket = true\n[[datasets]]\nresolution = [768, 768]\nbatch_size = 2\n"
         '[[datasets.subsets]]\nimage_dir = "cats"\nclass_tokens = "a cat"\ncaption_extension = ".txt"\n'
+        "shuffle_caption = true\nkeep_tokens = 2\ncaption_tag_dropout_rate = 0.1\nenable_wildcard = true\n"
     )
     settings = config(
         "--config_file", str(tmp_path / "run"), f"--dataset_config={tmp_path / 'data.toml'}", "--max_train_steps=300"
@@ -172,6 +173,9 @@ def test_a_command_of_kohya_with_both_toml_files_works(tmp_path: Path) -> None:
     assert (settings.data.folder, settings.data.prompt, settings.data.resolution) == (Path("cats"), "a cat", 768)
     assert (settings.data.bucketing, settings.batch_size) == (True, 2)
     assert not settings.memory.gradient_checkpointing
+    tags = settings.data
+    assert (tags.shuffle_tags, tags.keep_tags, tags.tag_dropout, tags.wildcards) == (True, 2, 0.1, True)
+    assert (tags.captions, tags.caption_variants, tags.keep_tags_separator) == ("all", 8, None)
 
 
 @pytest.mark.parametrize(

@@ -245,7 +245,7 @@ def test_the_data_sheet_lists_the_variants(tmp_path: Path) -> None:
     for _ in sheet.watched(load_samples(read_examples(config, []), 16)):
         pass
     sheet.hint(config, 16)
-    assert sheet.variants_line() == "3 images with 2 variants of 1 to 2 captions, 6 texts together"
+    assert sheet.variants_line() == "3 images with 2 distinct variants of 1 to 2 captions, 6 texts together"
     assert sheet.hints == [
         "The caption of c.png has braces that do not pair up, so the wildcards in them are read as text. Write {{ and "
         "}} for braces that are text; wildcards are not nested."

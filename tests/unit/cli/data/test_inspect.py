@@ -57,6 +57,28 @@ def test_inspect_without_a_base_prints_json_for_other_programs(restune: Restune,
     }  # fmt: skip
 
 
+def test_inspect_shows_the_variants_of_captions(restune: Restune, images: Path) -> None:
+    (images / "1.txt").write_text("a, b, c, {big|small}\na disc")
+    (images / "2.txt").write_text("{a|")
+    given = (images, "--captions=all", "--shuffle-tags", "--keep-tags=1", "--wildcards", "--seed=3")
+    code, output, errors = restune("data", "inspect", *given)
+    assert code == 0, errors
+    lines = [line[12:] for line in output.splitlines()]
+    place = lines.index("1 image with 4 distinct variants of 2 captions, 4 texts together")
+    assert lines[place + 1] == "for example of 1.png:"
+    shown = lines[place + 2 : place + 6]
+    assert '"a disc"' in shown
+    assert sum(line.startswith('"a, ') and "{" not in line for line in shown) == 3
+    assert "The caption of 2.png has braces that do not pair up" in output
+    _, again, _ = restune("data", "inspect", *given, "--json")
+    files = json.loads(again)["files"]
+    assert [f'"{text}"' for text in files[1]["variants"]] == shown
+    assert (files[1]["written"], files[3]["written"], files[3]["variants"]) == (2, 1, ["a disc"])
+    code, _, errors = restune("data", "inspect", images, "--keep-tags=1")
+    assert (code, errors.count("\n")) == (2, 1)
+    assert "keep_tags is given, but tags are neither shuffled nor dropped" in errors
+
+
 def test_inspect_ends_with_an_error_if_no_image_can_be_used(restune: Restune, images: Path) -> None:
     for path in images.glob("*.txt"):
         path.unlink()

@@ -103,7 +103,8 @@ def test_the_captions_follow_from_the_position_alone(cache: Cache, folder: Path)
     first, second = captions_of(cache, range(0, 24, 2)), captions_of(cache, range(1, 24, 2))
     assert [caption for pair in zip(first, second, strict=True) for caption in pair] == whole
     assert captions_of(encoded(folder, **VARIED), range(10, 24)) == whole[10:]
-    assert captions_of(cache, range(24), seed=1) != whole
+    numbers = [{draw.caption for draw in SeededSampler(3, seed).draws(0, 24)} for seed in range(2)]
+    assert len(numbers[0] | numbers[1]) == 48
 
 
 def test_two_processes_encode_the_same_variants_as_one(cache: Cache, folder: Path) -> None:

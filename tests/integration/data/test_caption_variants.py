@@ -129,6 +129,6 @@ def test_the_plan_states_the_number_and_memory_of_the_embeddings(
         (line,) = [line for line in describe_plan(run).splitlines() if line.startswith("variants")]
     # "a red disc, x, y, big", the same with "small", and "red, v, w"; 77 tokens of 32 channels in fp32 each
     assert line == (
-        "variants    3 images with 3 variants of 2 captions, 9 texts together; 9 text embeddings take 0.1 MiB of "
-        "main memory"
+        "variants    3 images with 3 distinct variants of 2 captions, 9 texts together; 9 text embeddings take 0.1 "
+        "MiB of main memory"
     )
