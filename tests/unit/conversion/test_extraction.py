@@ -13,6 +13,7 @@ from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 
 from restune_diffusion import RestuneError, load_tuner
+from restune_diffusion.cli import main
 from restune_diffusion.conversion import convert, describe_checkpoint
 from restune_diffusion.conversion.extraction import extract_lora
 from restune_diffusion.conversion.extraction.checkpoint import open_checkpoint
@@ -218,3 +219,46 @@ def test_checkpoints_that_do_not_fit_are_refused_in_one_sentence(tmp_path):
             extract_lora(str(tmp_path / name), str(tmp_path / "base"), Reduction(rank=2))
     with pytest.raises(RestuneError, match="is a whole checkpoint; pass the checkpoint that it was trained from"):
         convert(tmp_path / "tuned", tmp_path / "out.safetensors", "restune")
+
+
+def command(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> tuple[int, str, str]:
+    with pytest.raises(SystemExit) as exited:
+        main([str(argument) for argument in arguments])
+    shown = capsys.readouterr()
+    return int(exited.value.code or 0), shown.out, shown.err
+
+
+def test_the_command_writes_a_tuner_and_a_report(tmp_path, capsys):
+    pipelines(tmp_path, "sd", chosen=lambda name: name.startswith("up_blocks.3.attentions") or "conv_norm_out" in name)
+    output, report = tmp_path / "out.safetensors", tmp_path / "report.json"
+    arguments = ("convert", tmp_path / "tuned", output, "--to=restune", "--base", tmp_path / "base", "--rank=4")
+    code, shown, errors = command(capsys, *arguments, "--report", report)
+    assert code == 0, errors
+    written = json.loads(report.read_text())
+    lines = shown.splitlines()
+    assert lines[0].startswith(f"unet: {len(written['layers'])} layers, ranks 4 to 4, keep ")
+    assert f"{written['kept_of_layers']:.2%} of their change" in lines[0]
+    assert lines[-2:] == [str(report), str(output)]
+    assert {each["kind"] for each in written["left_out"]} == {"norm", "bias"}
+    assert written["kept"] < written["kept_of_layers"] < 1
+    assert load_tuner(output).configs[0].width == 4
+    # The file of another program has the same layers.
+    code, _, errors = command(capsys, *arguments[:2], tmp_path / "kohya.safetensors", "--to=kohya", *arguments[4:])
+    assert code == 0, errors
+    assert len(load_file(tmp_path / "kohya.safetensors")) == 3 * len(written["layers"])
+    for changed, reason in (
+        (
+            ("convert", tmp_path / "tuned", tmp_path / "new.safetensors", "--to=restune"),
+            "is a checkpoint; give the one",
+        ),
+        (
+            (*arguments[:1], output, tmp_path / "new.safetensors", "--to=kohya", "--report=new.json"),
+            "--report describes",
+        ),
+        (arguments, "exists; choose another output"),
+    ):
+        code, _, errors = command(capsys, *changed)
+        assert code != 0
+        assert errors.count("\n") == 1
+        assert reason in errors
+    assert not (tmp_path / "new.safetensors").exists()

@@ -1,0 +1,176 @@
+"""Fine-tune the bundled base fully, extract a LoRA at several ranks, and compare it with the fine-tuned model.
+
+    python research/restune_tiny/prepare_icons.py data/icons --download --benchmark
+    python -m benchmarks.extraction --icons data/icons --work work/extraction --output benchmarks/results/extraction
+
+Two trainings: of all weights of the U-Net, and of those alone that LoRA can act on. Both models stay in the work
+folder and are not trained again.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.icon_style.data import IconData, write_tuning_images
+from benchmarks.icon_style.methods import Trainable, held_out_loss, tune
+from benchmarks.icon_style.sampling import ImageSampler
+from benchmarks.results_file import publish
+from restune_diffusion import attach, load_tuner, save_tuner
+from restune_diffusion.backbones import describe_base, module_path
+from restune_diffusion.cli.run_demo import BASE
+from restune_diffusion.conversion.extraction import extract_lora
+from restune_diffusion.conversion.names import unet_shapes
+from restune_diffusion.conversion.products.reduction import Reduction
+from restune_diffusion.data.captions import find_examples
+from restune_diffusion.data.training_images import load_samples
+from restune_diffusion.pipelines.load_base import load_base
+from restune_diffusion.training.latents.batches import Batches
+from restune_diffusion.training.latents.cache import Cache, build_cache
+from restune_diffusion.training.losses.objective import Objective
+
+RANKS = (4, 16, 64, None)
+ENERGIES = (0.9, 0.99)
+BATCH, WARMUP, PROMPTS = 8, 0.05, 24
+Row = dict[str, Any]
+
+
+class Study:
+    """Base, data and settings of the comparison."""
+
+    def __init__(self, icons: Path, work: Path, style: str, steps: int, learning_rate: float) -> None:
+        self.work, self.steps, self.learning_rate = work, steps, learning_rate
+        self.pipeline = load_base(str(BASE), torch.float32)
+        self.objective = Objective(self.pipeline.scheduler)
+        data = IconData(icons)
+        split = data.split(style, 0)
+        self._style = data.styles[style]
+        self.training = self._cache("tuning", split.tuning)
+        self.held_out = self._cache("selection", split.selection)
+        self.prompts = [self._style.prompt(concept) for concept in data.test[:: len(data.test) // PROMPTS][:PROMPTS]]
+        self.sampler = ImageSampler(self.pipeline)
+
+    def _cache(self, name: str, concepts: list[str]) -> Cache:
+        folder = write_tuning_images(self._style, concepts, self.work / name)
+        return build_cache(self.pipeline, load_samples(find_examples(folder), 64))
+
+    def tuned(self, name: str) -> Any:
+        """Return the fine-tuned U-Net, and train it first if it is not in the work folder."""
+        folder = self.work / name / "unet"
+        kind = type(self.pipeline.unet)
+        if not (folder / "config.json").exists():
+            unet = kind.from_pretrained(str(BASE), subfolder="unet", torch_dtype=torch.float32).requires_grad_(False)
+            chosen = [
+                value for key, value in unet.named_parameters() if name == "all weights" or key in _of_lora(unet)
+            ]
+            batches = Batches(
+                self.training,
+                seed=0,
+                size=BATCH,
+                timesteps=self.objective.timesteps,
+                caption_dropout=0.0,
+                device=torch.device("cpu"),
+                dtype=torch.float32,
+            )
+            trainable = Trainable(unet, [value.requires_grad_(True) for value in chosen])
+            tune(trainable, batches, self.objective, steps=self.steps, learning_rate=self.learning_rate, warmup=WARMUP)
+            unet.save_pretrained(folder)
+        return kind.from_pretrained(folder).eval().requires_grad_(False)
+
+    def measured(self, unet: Any) -> tuple[float, torch.Tensor]:
+        """Return the held-out loss of a U-Net and its images."""
+        loss = held_out_loss(unet, self.held_out, self.objective)
+        return loss, self.sampler.generate(self.prompts, seed=1, unet=unet)
+
+    def rows(self, name: str) -> Iterator[Row]:
+        """Yield the base, the fine-tuned model and its extractions."""
+        loss, expected = self.measured(self.tuned(name))
+        own, before = self.measured(self.pipeline.unet)
+        yield {"trained": name, "model": "base", "loss": own, "pixels": _difference(before, expected)}
+        yield {"trained": name, "model": "fine-tuned", "loss": loss, "pixels": 0.0}
+        for reduction in (*map(Reduction, RANKS), *(Reduction(energy=energy) for energy in ENERGIES)):
+            extraction = extract_lora(str(self.work / name), str(BASE), reduction)
+            file = self.work / "extracted.safetensors"
+            save_tuner(extraction.tuner, file)
+            with self._attached(file) as unet:
+                loss, images = self.measured(unet)
+            report = extraction.report
+            yield {
+                "trained": name,
+                "model": _label(reduction),
+                "rank": max(layer.rank for layer in report.layers),
+                "loss": loss,
+                "pixels": _difference(images, expected),
+                "kept": report.kept,
+                "left_out": {
+                    kind: sum(each.norm**2 for each in report.left_out if each.kind == kind) / report.total
+                    for kind in sorted({each.kind for each in report.left_out})
+                },
+                "megabytes": file.stat().st_size / 1e6,
+            }
+
+    @contextmanager
+    def _attached(self, file: Path) -> Iterator[Any]:
+        with attach(self.pipeline.unet, load_tuner(file)):
+            yield self.pipeline.unet
+
+
+def _of_lora(unet: Any) -> set[str]:
+    return {f"{module_path(site)}.weight" for site in unet_shapes(describe_base(unet))}
+
+
+def _label(reduction: Reduction) -> str:
+    if reduction.energy is not None:
+        return f"`--energy {reduction.energy:g}`"
+    return "full rank" if reduction.rank is None else f"`--rank {reduction.rank}`"
+
+
+def _difference(images: torch.Tensor, expected: torch.Tensor) -> float:
+    """Return the root mean square difference of images, in values from 0 to 255."""
+    return float((images - expected).square().mean().sqrt() * 255)
+
+
+def table(rows: list[Row]) -> list[str]:
+    """Return the Markdown table."""
+    lines = [
+        "| trained | model | largest rank | change kept | held-out loss | image difference | MB |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        kept = f"{row['kept']:.2%}" if "kept" in row else ""
+        size = f"{row['megabytes']:.1f}" if "megabytes" in row else ""
+        lines.append(
+            f"| {row['trained']} | {row['model']} | {row.get('rank', '')} | {kept} | {row['loss']:.5f} | "
+            f"{row['pixels']:.3f} | {size} |"
+        )
+    return lines
+
+
+def main() -> None:
+    """Run the benchmark."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--icons", type=Path, required=True)
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--output", type=Path)
+    parser.add_argument("--style", default="openmoji")
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--learning-rate", type=float, default=1e-4)
+    options = parser.parse_args()
+    study = Study(options.icons, options.work, options.style, options.steps, options.learning_rate)
+    rows = [row for name in ("all weights", "weights of layers") for row in study.rows(name)]
+    how = (
+        f"{options.steps} steps of {BATCH} images at {options.learning_rate:g}, {len(study.training)} images in "
+        f"{options.style}'s style; "
+        f"loss on its held-out images; root mean square difference of {PROMPTS} images from the fine-tuned model's, "
+        "in values from 0 to 255"
+    )
+    publish("benchmarks.extraction", rows, table(rows), how, options.output)
+
+
+if __name__ == "__main__":
+    main()
