@@ -72,7 +72,8 @@ class ExtractionReport:
     @property
     def total(self) -> float:
         """Squared norm of the whole change."""
-        return sum(each.norm**2 for each in (*self.layers, *self.left_out))
+        changes: list[ExtractedLayer | LeftOut] = [*self.layers, *self.left_out]
+        return sum(each.norm**2 for each in changes)
 
     @property
     def kept(self) -> float:
