@@ -12,6 +12,8 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -34,10 +36,27 @@ from restune_diffusion.training.latents.batches import Batches
 from restune_diffusion.training.latents.cache import Cache, build_cache
 from restune_diffusion.training.losses.objective import Objective
 
-RANKS = (4, 16, 64, None)
-ENERGIES = (0.9, 0.99)
-BATCH, WARMUP, PROMPTS = 8, 0.05, 24
+RANKS = (16, 64, None)
+ENERGIES = (0.9,)
+BATCH, WARMUP, PROMPTS = 8, 0.05, 12
 Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Measures:
+    """Held-out loss of a U-Net, its prediction for a batch of held-out images, and its samples."""
+
+    loss: float
+    prediction: torch.Tensor
+    images: torch.Tensor
+
+    def compared(self, expected: Measures) -> Row:
+        """Return the loss, and the differences from the fine-tuned model: largest of the prediction, RMS of images."""
+        return {
+            "loss": self.loss,
+            "prediction": float((self.prediction - expected.prediction).abs().max()),
+            "pixels": float((self.images - expected.images).square().mean().sqrt() * 255),
+        }
 
 
 class Study:
@@ -82,30 +101,41 @@ class Study:
             unet.save_pretrained(folder)
         return kind.from_pretrained(folder).eval().requires_grad_(False)
 
-    def measured(self, unet: Any) -> tuple[float, torch.Tensor]:
-        """Return the held-out loss of a U-Net and its images."""
-        loss = held_out_loss(unet, self.held_out, self.objective)
-        return loss, self.sampler.generate(self.prompts, seed=1, unet=unet)
+    @torch.no_grad()
+    def measured(self, unet: Any) -> Measures:
+        """Return what is compared of a U-Net."""
+        latents = torch.stack([latent.mean for latent in self.held_out.latents[:BATCH]])
+        states = torch.stack([self.held_out.conditioning(index).states for index in range(BATCH)])
+        timesteps = torch.linspace(1, self.objective.timesteps - 1, BATCH).long()
+        noisy = self.objective.add_noise(latents, torch.randn(latents.shape, generator=_seeded()), timesteps)
+        return Measures(
+            held_out_loss(unet, self.held_out, self.objective),
+            unet(noisy, timesteps, states, return_dict=False)[0],
+            self.sampler.generate(self.prompts, seed=1, unet=unet),
+        )
+
+    @cached_property
+    def of_base(self) -> Measures:
+        """Measures of the base."""
+        return self.measured(self.pipeline.unet)
 
     def rows(self, name: str) -> Iterator[Row]:
         """Yield the base, the fine-tuned model and its extractions."""
-        loss, expected = self.measured(self.tuned(name))
-        own, before = self.measured(self.pipeline.unet)
-        yield {"trained": name, "model": "base", "loss": own, "pixels": _difference(before, expected)}
-        yield {"trained": name, "model": "fine-tuned", "loss": loss, "pixels": 0.0}
+        expected = self.measured(self.tuned(name))
+        yield {"trained": name, "model": "base", **self.of_base.compared(expected)}
+        yield {"trained": name, "model": "fine-tuned", **expected.compared(expected)}
         for reduction in (*map(Reduction, RANKS), *(Reduction(energy=energy) for energy in ENERGIES)):
             extraction = extract_lora(str(self.work / name), str(BASE), reduction)
             file = self.work / "extracted.safetensors"
             save_tuner(extraction.tuner, file)
             with self._attached(file) as unet:
-                loss, images = self.measured(unet)
+                measures = self.measured(unet)
             report = extraction.report
             yield {
                 "trained": name,
                 "model": _label(reduction),
                 "rank": max(layer.rank for layer in report.layers),
-                "loss": loss,
-                "pixels": _difference(images, expected),
+                **measures.compared(expected),
                 "kept": report.kept,
                 "left_out": {
                     kind: sum(each.norm**2 for each in report.left_out if each.kind == kind) / report.total
@@ -130,23 +160,22 @@ def _label(reduction: Reduction) -> str:
     return "full rank" if reduction.rank is None else f"`--rank {reduction.rank}`"
 
 
-def _difference(images: torch.Tensor, expected: torch.Tensor) -> float:
-    """Return the root mean square difference of images, in values from 0 to 255."""
-    return float((images - expected).square().mean().sqrt() * 255)
+def _seeded() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
 
 
 def table(rows: list[Row]) -> list[str]:
     """Return the Markdown table."""
     lines = [
-        "| trained | model | largest rank | change kept | held-out loss | image difference | MB |",
-        "|---|---|---|---|---|---|---|",
+        "| trained | model | largest rank | change kept | held-out loss | prediction | images | MB |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         kept = f"{row['kept']:.2%}" if "kept" in row else ""
         size = f"{row['megabytes']:.1f}" if "megabytes" in row else ""
         lines.append(
             f"| {row['trained']} | {row['model']} | {row.get('rank', '')} | {kept} | {row['loss']:.5f} | "
-            f"{row['pixels']:.3f} | {size} |"
+            f"{row['prediction']:.1e} | {row['pixels']:.3f} | {size} |"
         )
     return lines
 
@@ -162,12 +191,16 @@ def main() -> None:
     parser.add_argument("--learning-rate", type=float, default=1e-4)
     options = parser.parse_args()
     study = Study(options.icons, options.work, options.style, options.steps, options.learning_rate)
-    rows = [row for name in ("all weights", "weights of layers") for row in study.rows(name)]
+    rows = []
+    for name in ("all weights", "weights of layers"):
+        for row in study.rows(name):
+            print(row, flush=True)
+            rows.append(row)
     how = (
         f"{options.steps} steps of {BATCH} images at {options.learning_rate:g}, {len(study.training)} images in "
-        f"{options.style}'s style; "
-        f"loss on its held-out images; root mean square difference of {PROMPTS} images from the fine-tuned model's, "
-        "in values from 0 to 255"
+        f"{options.style}'s style; loss on {len(study.held_out)} held-out images. Differences from the fine-tuned "
+        f"model: largest of the prediction of {BATCH} held-out images; root mean square of {PROMPTS} samples, in "
+        "values from 0 to 255"
     )
     publish("benchmarks.extraction", rows, table(rows), how, options.output)
 
