@@ -134,6 +134,8 @@ def test_the_decomposition_of_a_full_rank_is_exact(shape):
     shares = values.cumsum(0) / values.sum()
     assert half.rank == int((shares < 0.5).sum()) + 1
     assert kept == pytest.approx(float(shares[half.rank - 1]), abs=1e-6)
+    error = (change.flatten(1) - half.up @ half.down).double().square().sum() / values.sum()
+    assert float(error) == pytest.approx(1 - kept, abs=1e-5)
 
 
 def test_what_no_tuner_represents_is_listed_with_its_share(tmp_path, capsys):
