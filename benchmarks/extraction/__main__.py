@@ -3,15 +3,14 @@
     python research/restune_tiny/prepare_icons.py data/icons --download --benchmark
     python -m benchmarks.extraction --icons data/icons --work work/extraction --output benchmarks/results/extraction
 
-Two trainings: of all weights of the U-Net, and of those alone that LoRA can act on. Both models stay in the work
-folder and are not trained again.
+Two trainings: of all weights of the U-Net, and of those alone that LoRA can act on. Both models and finished
+rows stay in the work folder and are not computed again.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
-from contextlib import contextmanager
+import json
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -35,9 +34,15 @@ from restune_diffusion.pipelines.load_base import load_base
 from restune_diffusion.training.latents.batches import Batches
 from restune_diffusion.training.latents.cache import Cache, build_cache
 from restune_diffusion.training.losses.objective import Objective
+from restune_diffusion.utils.atomic_write import atomic_write
 
-RANKS = (16, 64, None)
-ENERGIES = (0.9,)
+MODELS = {
+    "`--rank 16`": Reduction(rank=16),
+    "`--rank 64`": Reduction(rank=64),
+    "full rank": Reduction(),
+    "`--energy 0.9`": Reduction(energy=0.9),
+}
+TRAINED = ("all weights", "weights of layers")
 BATCH, WARMUP, PROMPTS = 8, 0.05, 12
 Row = dict[str, Any]
 
@@ -73,6 +78,7 @@ class Study:
         self.held_out = self._cache("selection", split.selection)
         self.prompts = [self._style.prompt(concept) for concept in data.test[:: len(data.test) // PROMPTS][:PROMPTS]]
         self.sampler = ImageSampler(self.pipeline)
+        self._expected: dict[str, Measures] = {}
 
     def _cache(self, name: str, concepts: list[str]) -> Cache:
         folder = write_tuning_images(self._style, concepts, self.work / name)
@@ -119,45 +125,41 @@ class Study:
         """Measures of the base."""
         return self.measured(self.pipeline.unet)
 
-    def rows(self, name: str) -> Iterator[Row]:
-        """Yield the base, the fine-tuned model and its extractions."""
-        expected = self.measured(self.tuned(name))
-        yield {"trained": name, "model": "base", **self.of_base.compared(expected)}
-        yield {"trained": name, "model": "fine-tuned", **expected.compared(expected)}
-        for reduction in (*map(Reduction, RANKS), *(Reduction(energy=energy) for energy in ENERGIES)):
-            extraction = extract_lora(str(self.work / name), str(BASE), reduction)
-            file = self.work / "extracted.safetensors"
-            save_tuner(extraction.tuner, file)
-            with self._attached(file) as unet:
-                measures = self.measured(unet)
-            report = extraction.report
-            yield {
-                "trained": name,
-                "model": _label(reduction),
-                "rank": max(layer.rank for layer in report.layers),
-                **measures.compared(expected),
-                "kept": report.kept,
-                "left_out": {
-                    kind: sum(each.norm**2 for each in report.left_out if each.kind == kind) / report.total
-                    for kind in sorted({each.kind for each in report.left_out})
-                },
-                "megabytes": file.stat().st_size / 1e6,
-            }
+    def row(self, name: str, model: str) -> Row:
+        """Return what is measured of the base, the fine-tuned model or an extraction; finished rows are kept."""
+        path = self.work / name / f"{model.strip('`- ').replace(' ', '-')}.json"
+        if not path.exists():
+            with atomic_write(path) as file:
+                file.write(json.dumps({"trained": name, "model": model, **self._measured(name, model)}).encode())
+        row: Row = json.loads(path.read_text())
+        return row
 
-    @contextmanager
-    def _attached(self, file: Path) -> Iterator[Any]:
+    def _measured(self, name: str, model: str) -> Row:
+        tuned = self.tuned(name)
+        if name not in self._expected:
+            self._expected[name] = self.measured(tuned)
+        expected = self._expected[name]
+        if model not in MODELS:
+            return (self.of_base if model == "base" else expected).compared(expected)
+        extraction = extract_lora(str(self.work / name), str(BASE), MODELS[model])
+        report, file = extraction.report, self.work / name / "extracted.safetensors"
+        save_tuner(extraction.tuner, file)
         with attach(self.pipeline.unet, load_tuner(file)):
-            yield self.pipeline.unet
+            measures = self.measured(self.pipeline.unet)
+        return {
+            "rank": max(layer.rank for layer in report.layers),
+            **measures.compared(expected),
+            "kept": report.kept,
+            "left_out": {
+                kind: sum(each.norm**2 for each in report.left_out if each.kind == kind) / report.total
+                for kind in sorted({each.kind for each in report.left_out})
+            },
+            "megabytes": file.stat().st_size / 1e6,
+        }
 
 
 def _of_lora(unet: Any) -> set[str]:
     return {f"{module_path(site)}.weight" for site in unet_shapes(describe_base(unet))}
-
-
-def _label(reduction: Reduction) -> str:
-    if reduction.energy is not None:
-        return f"`--energy {reduction.energy:g}`"
-    return "full rank" if reduction.rank is None else f"`--rank {reduction.rank}`"
 
 
 def _seeded() -> torch.Generator:
@@ -191,11 +193,7 @@ def main() -> None:
     parser.add_argument("--learning-rate", type=float, default=1e-4)
     options = parser.parse_args()
     study = Study(options.icons, options.work, options.style, options.steps, options.learning_rate)
-    rows = []
-    for name in ("all weights", "weights of layers"):
-        for row in study.rows(name):
-            print(row, flush=True)
-            rows.append(row)
+    rows = [study.row(name, model) for name in TRAINED for model in ("base", "fine-tuned", *MODELS)]
     how = (
         f"{options.steps} steps of {BATCH} images at {options.learning_rate:g}, {len(study.training)} images in "
         f"{options.style}'s style; loss on {len(study.held_out)} held-out images. Differences from the fine-tuned "
