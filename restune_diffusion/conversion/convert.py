@@ -7,12 +7,14 @@ from typing import Literal, TypeAlias
 
 from safetensors import SafetensorError, safe_open
 
+from ..storage.base_files.contents import holds_unet
 from ..storage.tuner_file import load_tuner, save_tuner
 from ..tuners.tuner import Tuner
 from ..utils.errors import RestuneError
 from ..utils.same_file import is_same_file
 from .arithmetic import reduced
 from .bases import checkpoint_weights, describe_checkpoint
+from .extraction import extract_lora
 from .foreign import read_foreign
 from .formats import ExportLayout, export_tuner, import_tuner
 from .products.reduction import Reduction
@@ -33,7 +35,8 @@ def convert(
     """Read a tuner in any supported layout and write it in another.
 
     Args:
-        source: a file of this package, of diffusers, kohya's sd-scripts, ms-swift or SCEPTER, or a folder with one.
+        source: a file of this package, of diffusers, kohya's sd-scripts, ms-swift or SCEPTER, or a folder with one; or
+            a checkpoint that was fine-tuned from `base`, whose difference is converted.
         output: output path: a file, or for ms-swift a folder.
         layout: layout of the output.
         base: checkpoint that a file of another program was trained for: a directory, or a repository id on the Hub.
@@ -50,12 +53,16 @@ def convert(
     """
     _refuse_own_input(source, output)
     reduction = Reduction(rank, energy)
-    tuner = load_any(source, base=base, partial=partial, reduction=reduction)
+    write_any(load_any(source, base=base, partial=partial, reduction=reduction), output, layout)
+    return reduction.kept
+
+
+def write_any(tuner: Tuner, output: Path, layout: Layout) -> None:
+    """Write a tuner in any layout; the arguments are those of `convert`."""
     if layout == "restune":
         save_tuner(tuner, output)
     else:
         export_tuner(tuner, output, layout)
-    return reduction.kept
 
 
 def _refuse_own_input(source: Path, output: Path) -> None:
@@ -74,6 +81,12 @@ def load_any(
         return reduced(tuner, reduction) if reduction.active else tuner
     if not source.expanduser().exists():
         raise RestuneError(f"There is no file or folder {source}.")
+    if holds_unet(source):
+        if base is None:
+            raise RestuneError(
+                f"{source} is a whole checkpoint; pass the checkpoint that it was trained from with --base."
+            )
+        return extract_lora(str(source), base, reduction).tuner
     if base is None:
         read_foreign(source)  # names what is wrong with the file itself
         raise RestuneError(

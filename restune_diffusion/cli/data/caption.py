@@ -71,7 +71,8 @@ class CaptionOptions(Settings):
             DataError: if no image has a caption at the end.
         """
         self._check()
-        from ...data.captioning.folder import CaptionJob, Outcome, caption_folder, refusals
+        from ...data.captioning.folder import caption_folder, refusals
+        from ...data.captioning.job import CaptionJob, Outcome
 
         existing = "overwrite" if self.overwrite else self.existing
         key = f"{self.captioner} {self._settings()}"

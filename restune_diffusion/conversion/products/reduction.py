@@ -50,14 +50,23 @@ class Reduction:
         left, small_left = torch.linalg.qr(layer.factor * layer.up.double())
         right, small_right = torch.linalg.qr(layer.down.double().T)
         u, values, v = torch.linalg.svd(small_left @ small_right.T)
-        rank = self._rank(values)
-        self._kept += float(values[:rank].square().sum())
-        self._total += float(values.square().sum())
+        rank = self.choose(values)
         root = values[:rank].sqrt()
         dtype = torch.promote_types(torch.promote_types(layer.up.dtype, layer.down.dtype), torch.float32)
         up = (left @ u[:, :rank] * root).to(dtype)
         down = (root[:, None] * v[:rank] @ right.T).to(dtype)
         return LoraLayer(down, up, float(rank))
+
+    def choose(self, values: torch.Tensor) -> int:
+        """Return the rank of a layer within the limits from its singular values, and count the energy kept.
+
+        Args:
+            values: singular values, from the largest.
+        """
+        rank = self._rank(values)
+        self._kept += float(values[:rank].square().sum())
+        self._total += float(values.square().sum())
+        return rank
 
     def _rank(self, values: torch.Tensor) -> int:
         rank, total = values.numel(), values.square().sum()

@@ -5,12 +5,10 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ...utils.errors import DataError
-
-if TYPE_CHECKING:
-    from .folder import CaptionJob
+from .job import CaptionJob
 
 PROGRESS_FILE = ".restune-captions.jsonl"
 """Hidden file in the image folder: the job's description, then one line for each image; removed at the end."""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Literal, TypeAlias
 
 from ...utils.errors import RestuneError
-from .tensor_header import TensorHeader
+from .tensor_header import TensorHeader, read_tensor_header
 
 Family: TypeAlias = Literal["sd1", "sd2", "sdxl"]
 UNET = "model.diffusion_model."
@@ -46,14 +48,40 @@ _OTHERS: tuple[tuple[str, Callable[[TensorHeader], bool]], ...] = (
     ("a TAESD autoencoder", _starts("encoder.layers.", "decoder.layers.", "taesd_")),
     ("a VQ autoencoder", _starts("quantize.embedding.")),
 )
+_UNET_ALONE = "a U-Net alone in diffusers' format"
 _PARTS: tuple[tuple[str, Callable[[TensorHeader], bool]], ...] = (
-    ("a U-Net alone in diffusers' format", _starts("down_blocks.0.resnets.", "conv_in.")),
+    (_UNET_ALONE, _starts("down_blocks.0.resnets.", "conv_in.")),
     ("a VAE", _starts("encoder.conv_in.", "decoder.conv_in.", VAE)),
     (
         "a text encoder",
         _starts("text_model.", "transformer.text_model.", "transformer.resblocks.", "cond_stage_model."),
     ),
 )
+
+
+def is_whole_checkpoint(header: TensorHeader) -> bool:
+    """Return whether a file has a U-Net in the original LDM layout, with or without the other models."""
+    return header.has(f"{UNET}input_blocks.") and not any(fits(header) for _, fits in _OTHERS)
+
+
+def holds_unet(path: Path) -> bool:
+    """Return whether a path is a checkpoint: a folder with a U-Net, or a file of one; no adapter of one."""
+    if path.is_dir():
+        return any(_is_unet_config(folder / "config.json") for folder in (path, path / "unet"))
+    if path.suffix.lower() != ".safetensors" or not path.is_file():
+        return False
+    try:
+        header = read_tensor_header(path)
+    except RestuneError:
+        return False
+    return is_whole_checkpoint(header) or kind_of(header) == _UNET_ALONE
+
+
+def _is_unet_config(file: Path) -> bool:
+    try:
+        return bool(json.loads(file.read_text(encoding="utf-8"))["_class_name"] == "UNet2DConditionModel")
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def kind_of(header: TensorHeader) -> str:

@@ -1,9 +1,9 @@
 """Tagger in the layout of WD14: a folder with `model.onnx` and `selected_tags.csv`.
 
-The input is that of sd-scripts (finetune/tag_images_by_wd14_tagger.py): float32 images of shape (batch, side, side, 3),
-channels blue, green and red, values from 0 to 255, padded with white to a square. The output has a probability for each
-row of the table, whose category is 0 for general tags, 4 for characters and 9 for ratings. The kaomojis are those of
-stable-diffusion-webui-wd14-tagger (tagger/ui.py).
+The input is that of sd-scripts (finetune/tag_images_by_wd14_tagger.py): float32 images of shape (batch, side, side,
+3), channels blue, green and red, values from 0 to 255, padded with white to a square. The output has a probability for
+each row of the table, whose category is 0 for general tags, 4 for characters and 9 for ratings. The kaomojis are those
+of stable-diffusion-webui-wd14-tagger (tagger/ui.py).
 """
 
 from __future__ import annotations
@@ -26,29 +26,12 @@ MODEL_FILE, TAGS_FILE = "model.onnx", "selected_tags.csv"
 _GENERAL, _CHARACTER = "0", "4"  # a third category, 9, is the rating
 _SIDE = 448
 # Tags that are faces: their underscores stay.
-_KAOMOJIS = frozenset(
-    [
-        "0_0",
-        "(o)_(o)",
-        "+_+",
-        "+_-",
-        "._.",
-        "<o>_<o>",
-        "<|>_<|>",
-        "=_=",
-        ">_<",
-        "3_3",
-        "6_9",
-        ">_o",
-        "@_@",
-        "^_^",
-        "o_o",
-        "u_u",
-        "x_x",
-        "|_|",
-        "||_||",
-    ]
-)
+# fmt: off
+_KAOMOJIS = frozenset([
+    "0_0", "(o)_(o)", "+_+", "+_-", "._.", "<o>_<o>", "<|>_<|>", "=_=", ">_<", "3_3", "6_9", ">_o", "@_@", "^_^",
+    "o_o", "u_u", "x_x", "|_|", "||_||",
+])
+# fmt: on
 
 
 def load_onnx_tagger(settings: CaptionerSettings) -> Captioner:

@@ -87,13 +87,16 @@ class VisionLanguageModel:
 
     def _inputs(self, images: list[Image.Image]) -> dict[str, Any]:
         prompt = self._settings.prompt
+        given: list[Any] = images
         if getattr(self._processor, "chat_template", None):
             image, text = {"type": "image"}, {"type": "text", "text": prompt or CHAT_PROMPT}
             prompt = self._processor.apply_chat_template(
                 [{"role": "user", "content": [image, text]}], add_generation_prompt=True
             )
+            # Some processors take a flat list for the images of one conversation.
+            given = [[image] for image in images]
         texts = {} if prompt is None else {"text": [prompt] * len(images), "padding": True}
-        inputs = self._processor(images=images, return_tensors="pt", **texts)
+        inputs = self._processor(images=given, return_tensors="pt", **texts)
         # `to` converts floating-point tensors alone to the dtype.
         return dict(inputs.to(self._model.device, self._model.dtype))
 

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from restune_diffusion.data.captioning.folder import CaptionJob, Outcome, caption_folder, joined, run_captioner
+from restune_diffusion.data.captioning.folder import caption_folder, joined, run_captioner
+from restune_diffusion.data.captioning.job import CaptionJob, Outcome
 from restune_diffusion.data.captioning.progress import PROGRESS_FILE
 from restune_diffusion.utils.errors import DataError
 

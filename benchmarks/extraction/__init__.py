@@ -1,0 +1,1 @@
+"""Benchmark of LoRA extracted from a fine-tuned checkpoint."""
