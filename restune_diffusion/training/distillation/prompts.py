@@ -10,7 +10,7 @@ from ...data.conventions.caption_files import is_caption_file
 from ...data.example import Example, check_caption
 from ...data.files import list_files, read_text
 from ...utils.errors import DataError
-from ..config.teacher import TeacherConfig
+from ..config.teacher.settings import TeacherConfig
 
 DEFAULT_LATENTS = 128
 

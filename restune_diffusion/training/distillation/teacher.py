@@ -25,7 +25,7 @@ from ...tuners.registry import ConditionedConfig, PartConfig
 from ...tuners.tuner import Tuner
 from ...utils.errors import BaseMismatchError, TrainingError, TunerFileError
 from ...utils.weighted_path import split_weight
-from ..config.teacher import TeacherConfig
+from ..config.teacher.settings import TeacherConfig
 
 TEACHER_NAME = "teacher"
 """Name under which the teacher is attached to the base."""
@@ -115,9 +115,7 @@ def check_teacher(config: TeacherConfig) -> None:
         return
     path, weight = _location(config.file)
     if not path.exists():
-        raise TunerFileError(
-            f"There is no teacher at {path}; give a tuner file, or a LoRA file of diffusers or kohya."
-        )
+        raise TunerFileError(f"There is no teacher at {path}; give a tuner, or a LoRA file of diffusers or kohya.")
     if not math.isfinite(weight) or weight == 0 or abs(weight) > _LARGEST:
         raise TrainingError(
             f"The teacher {path} has the weight {weight:g}; give one between -{_LARGEST:g} and {_LARGEST:g} that is "
