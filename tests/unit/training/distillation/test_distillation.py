@@ -254,11 +254,12 @@ def test_a_teacher_of_text_alone_needs_no_encoders_in_training(taught: MakeConfi
     assert all(loss > 0 for loss in result.losses)
 
 
-def test_trigger_words_are_carried_over(taught: MakeConfig, tmp_path: Path) -> None:
+def test_trigger_words_are_carried_over(taught: MakeConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     file = written(tmp_path / "trigger.safetensors", LORA, metadata={"modelspec.trigger_phrase": "sks, inked"})
     info = read_info(train(taught(teacher=str(file), trigger_word="mine"), verbose=False).path)
     assert info.trigger_words == ["mine", "sks", "inked"]
     assert info.metadata["modelspec.trigger_phrase"] == "mine, sks, inked"
+    assert "No prompt or caption contains sks or inked, the trigger word of the teacher" in caplog.text
 
 
 def test_gradient_checkpointing_and_cached_features_change_nothing(taught: MakeConfig, tmp_path: Path) -> None:
