@@ -17,7 +17,8 @@ from ..training.callbacks.tracker_names import check_tracker
 from ..training.config.config_file import given_settings
 from ..training.config.length.precedence import LENGTHS, without_replaced_length
 from ..training.config.presets import PRESETS
-from ..training.config.teacher import NO_DATA
+from ..training.config.teacher.data import NO_DATA
+from ..training.config.teacher.files import check_teacher_files
 from ..training.config.train_config import SETTINGS, TrainConfig
 from ..training.config.tuner_settings import TUNER_ALIASES, command_line_class, with_families
 from ..training.output_folder import check_output
@@ -59,6 +60,7 @@ class TrainOptions(_Flags):
     def run(self) -> None:
         """Train a tuner, or the tuners of a sweep, and print their paths."""
         config = self.settings()
+        check_teacher_files(config.teacher)
         if not config.teacher.generates:
             check_data(config.data.folder)
         if isinstance(config.validation.holdout, Path):

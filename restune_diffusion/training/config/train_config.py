@@ -36,7 +36,8 @@ from .optimizer import OptimizerConfig
 from .preservation import PreservationConfig
 from .presets import PRESETS, PresetName
 from .renamed import RENAMED, renamed, sentence, warn
-from .teacher import TeacherConfig, with_generated_data
+from .teacher.data import with_generated_data
+from .teacher.settings import TeacherConfig
 from .tuner_settings import FamilyName, checked_families, with_families, without_aliases
 from .validation import ValidationConfig
 

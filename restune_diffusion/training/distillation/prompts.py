@@ -10,7 +10,7 @@ from ...data.conventions.caption_files import is_caption_file
 from ...data.example import Example, check_caption
 from ...data.files import list_files, read_text
 from ...utils.errors import DataError
-from ..config.teacher import TeacherConfig
+from ..config.teacher.settings import TeacherConfig
 
 DEFAULT_LATENTS = 128
 
@@ -23,7 +23,7 @@ def prompt_examples(teacher: TeacherConfig, data: DataConfig) -> list[Example]:
         data: settings of the trigger word and the caption template, which apply to prompts as to captions.
 
     Raises:
-        DataError: if the file or folder does not exist, cannot be read, or has no prompt.
+        DataError: if the file or folder cannot be read, or has no prompt.
     """
     prompts = teacher.prompts if teacher.prompts_file is None else read_prompts(teacher.prompts_file.expanduser())
     prompts = [apply_rule(prompt.strip(), data) for prompt in prompts]
@@ -35,17 +35,15 @@ def read_prompts(path: Path) -> list[str]:
     """Return the lines of a text file, or the captions of a folder of caption files, without empty ones.
 
     Raises:
-        DataError: if there is no such file or folder, a file cannot be read, or there is no prompt.
+        DataError: if a file cannot be read, or there is no prompt.
     """
     if path.is_dir():
         found = [(str(file), read_text(file)) for file in list_files(path, []) if is_caption_file(file)]
         texts = [(name, " ".join(text.split())) for name, text in found]
         missing = f"The folder {path} has no captions; put .txt or .caption files there, or give a file of prompts."
-    elif path.is_file():
+    else:
         texts = [(f"Line {number} of {path}", line) for number, line in enumerate(read_text(path).splitlines(), 1)]
         missing = f"The file {path} has no prompts; write one per line."
-    else:
-        raise DataError(f"There is no file of prompts at {path}; give a text file, or a folder of caption files.")
     prompts = []
     for name, text in texts:
         if text.strip():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -20,12 +21,15 @@ from ...data.example import Example
 from ...hooks.attachment import attach
 from ...hooks.manager import TunerManager
 from ...hooks.placeholder_tokens import contains_token
+from ...storage.header import phrase_words
 from ...storage.tuner_file import load_tuner, read_info
 from ...tuners.registry import ConditionedConfig, PartConfig
 from ...tuners.tuner import Tuner
-from ...utils.errors import BaseMismatchError, TrainingError, TunerFileError
-from ...utils.weighted_path import split_weight
-from ..config.teacher import TeacherConfig
+from ...utils.errors import BaseMismatchError, TrainingError
+from ..config.teacher.files import check_teacher_files, teacher_location
+from ..config.teacher.settings import TeacherConfig
+
+logger = logging.getLogger(__name__)
 
 TEACHER_NAME = "teacher"
 """Name under which the teacher is attached to the base."""
@@ -105,19 +109,17 @@ class Teacher:
 
 
 def check_teacher(config: TeacherConfig) -> None:
-    """Check the weight of the teacher and that its file exists, before the base is loaded.
+    """Check the files of the teacher and its weight, before the base is loaded.
 
     Raises:
         TrainingError: if the weight cannot be used, or the teacher is a control tuner.
-        TunerFileError: if there is no file.
+        TunerFileError: if there is no teacher.
+        DataError: if there is no file of prompts.
     """
     if config.file is None:
         return
-    path, weight = _location(config.file)
-    if not path.exists():
-        raise TunerFileError(
-            f"There is no teacher at {path}; give a tuner file, or a LoRA file of diffusers or kohya."
-        )
+    check_teacher_files(config)
+    path, weight = teacher_location(config.file)
     if not math.isfinite(weight) or weight == 0 or abs(weight) > _LARGEST:
         raise TrainingError(
             f"The teacher {path} has the weight {weight:g}; give one between -{_LARGEST:g} and {_LARGEST:g} that is "
@@ -143,7 +145,7 @@ def load_teacher(config: TeacherConfig, pipeline: Any, base: str, examples: Sequ
     """
     if config.file is None:
         return None
-    path, weight = _location(config.file)
+    path, weight = teacher_location(config.file)
     described = describe_base(pipeline.unet)
     encoders = text_encoders(pipeline)
     try:
@@ -152,32 +154,20 @@ def load_teacher(config: TeacherConfig, pipeline: Any, base: str, examples: Sequ
         else:
             with_text = described.model_copy(update={"text": describe_text(encoders)})
             tuner = import_tuner(path, with_text, base_weights=checkpoint_weights(base))
-            words = _phrases(tuner.metadata.get("modelspec.trigger_phrase", ""))
+            words = phrase_words(tuner.metadata)
         tuner.base.check_fits(described)
         if tuner.base.text:
             tuner.base.check_text_fits(describe_text(encoders))
     except BaseMismatchError as error:
         raise BaseMismatchError(f"{path} cannot be the teacher of this run: {error}") from error
     _refuse_control(path, tuner.configs)
-    _check_tokens(path, tuner.configs, examples)
+    _check_words(path, tuner.configs, words, examples)
     tuner.to(pipeline.unet.device, pipeline.unet.dtype).requires_grad_(False).eval()
     file = path if path.is_file() else next(iter(sorted(path.glob("*.safetensors"))))
     digest = hashlib.sha256(file.read_bytes()).hexdigest()
     counts = (len({example.caption for example in examples}), len(examples)) if config.generates else (None, None)
     record = TeacherRecord(path.name, digest, weight, config.loss_weight, tuple(words), *counts)
     return Teacher(tuner, _on_denoiser(tuner), record)
-
-
-def _location(argument: str) -> tuple[Path, float]:
-    path, weight = split_weight(argument)
-    # A file whose name ends like a weight.
-    if Path(argument).expanduser().exists():
-        path, weight = argument, 1.0
-    return Path(path).expanduser(), weight
-
-
-def _phrases(text: str) -> list[str]:
-    return [word for word in (part.strip() for part in text.split(",")) if word]
 
 
 def _refuse_control(path: Path, configs: Sequence[PartConfig]) -> None:
@@ -188,12 +178,24 @@ def _refuse_control(path: Path, configs: Sequence[PartConfig]) -> None:
         )
 
 
-def _check_tokens(path: Path, configs: Sequence[PartConfig], examples: Sequence[Example]) -> None:
+def _check_words(path: Path, configs: Sequence[PartConfig], words: Sequence[str], examples: Sequence[Example]) -> None:
+    """Raise `TrainingError` without captions with a placeholder token, and warn without ones with a trigger word."""
+
+    def missing(wanted: Sequence[str]) -> bool:
+        return bool(wanted) and not any(contains_token(example.caption, wanted) for example in examples)
+
     tokens = [token for config in configs for token in config.new_words]
-    if tokens and not any(contains_token(example.caption, tokens) for example in examples):
+    if missing(tokens):
         raise TrainingError(
             f"No prompt or caption contains {' or '.join(tokens)}, the placeholder token of the teacher {path}, so "
             f"there is nothing to learn from it; add it to some of them."
+        )
+    if missing(words):
+        logger.warning(
+            "No prompt or caption contains %s, the trigger word of the teacher %s; add it to the prompts, or its "
+            "effect may be weak.",
+            " or ".join(words),
+            path,
         )
 
 

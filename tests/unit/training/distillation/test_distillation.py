@@ -254,11 +254,24 @@ def test_a_teacher_of_text_alone_needs_no_encoders_in_training(taught: MakeConfi
     assert all(loss > 0 for loss in result.losses)
 
 
-def test_trigger_words_are_carried_over(taught: MakeConfig, tmp_path: Path) -> None:
+def test_a_student_may_act_on_the_text_itself(taught: MakeConfig) -> None:
+    text = {"tokens": ("<disc>",), "initializers": ("red",), "rank": 2}
+    settings = {"tuner": ("skip", "text"), "text": text, "teacher_prompts": ("a <disc>", "a teal disc")}
+    with running(taught(**settings)) as run:
+        loss = batch_loss(run, run.batches[0])
+        loss.backward()
+        assert loss.item() > 0
+        assert all(parameter.grad is not None for parameter in run.tuner.parameters())
+    with pytest.raises(TrainingError, match="No caption contains the placeholder token <disc>, so it cannot be"):
+        train(taught(**settings | {"teacher_prompts": PROMPTS}), verbose=False)
+
+
+def test_trigger_words_are_carried_over(taught: MakeConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     file = written(tmp_path / "trigger.safetensors", LORA, metadata={"modelspec.trigger_phrase": "sks, inked"})
     info = read_info(train(taught(teacher=str(file), trigger_word="mine"), verbose=False).path)
     assert info.trigger_words == ["mine", "sks", "inked"]
     assert info.metadata["modelspec.trigger_phrase"] == "mine, sks, inked"
+    assert "No prompt or caption contains sks or inked, the trigger word of the teacher" in caplog.text
 
 
 def test_gradient_checkpointing_and_cached_features_change_nothing(taught: MakeConfig, tmp_path: Path) -> None:
