@@ -32,6 +32,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "bypass": {"tuner": "bypass", "noise_offset": 0.1},
     "res": {"tuner": "res", "gradient_accumulation_steps": 2},
     "control": {"tuner": "control", "control": {"conditions": ["palette"]}},
+    "consistency": {"tuner": "skip", "consistency": 0.5},
     "text": {"tuner": ["text", "skip"], "text": {"tokens": ["<zorp>"], "initializers": ["disc"], "rank": 2}},
 }
 
