@@ -14,6 +14,7 @@ import statistics
 import sys
 import time
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ import tyro
 
 from benchmarks.icon_style.data import IconData
 from benchmarks.icon_style.judges import load_judges
-from benchmarks.icon_style.methods import Method, Trainable
+from benchmarks.icon_style.methods import Method, Trainable, held_out_loss
 from benchmarks.icon_style.report import environment, table
 from benchmarks.icon_style.runner import Row, Settings, StyleRun, describe, slug
 from benchmarks.icon_style.scores import Yardsticks
@@ -84,6 +85,8 @@ class Run:
     """Number of test concepts."""
     drift_concepts: int = 1
     inference_steps: int = 10
+    score: bool = True
+    """Score the tuners; if not, only train them."""
     only_report: bool = False
     """Compute nothing."""
 
@@ -100,24 +103,23 @@ class Study:
         self.run, self.style = run, style
         self.unet, self.objective, self.seed = style.pipeline.unet, style.objective, style.seed
 
-    def rows(self) -> None:
-        """Compute the missing rows."""
-        style = self.style
-        _say(style._row("base, not tuned", TABLE, self._base))
-        missing = [variant for variant in VARIANTS if not style._row_path(variant.name, TABLE).exists()]
-        untrained = [variant for variant in missing if not self._file(variant).exists()]
+    def train(self) -> None:
+        """Train the missing tuners."""
+        untrained = [variant for variant in VARIANTS if not self._file(variant).exists()]
         beside = [variant for variant in untrained if variant.config.writes_at_out_alone]
         if beside:
             self._train_beside(beside)
         for variant in untrained:
             if variant not in beside:
                 self._train_inside(variant)
-        for variant in missing:
-            _say(style._row(variant.name, TABLE, lambda variant=variant: self._score(variant)))
+
+    def score(self) -> None:
+        """Compute the missing rows."""
+        _say(self.style._row("base, not tuned", TABLE, self._base))
+        for variant in VARIANTS:
+            _say(self.style._row(variant.name, TABLE, partial(self._score, variant)))
 
     def _base(self) -> Row:
-        from benchmarks.icon_style.methods import held_out_loss
-
         loss = held_out_loss(self.unet, self.style.selection, self.objective)
         return self.style._base() | {"held_out": loss}
 
@@ -198,8 +200,10 @@ def compute(run: Run) -> None:
     for module in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
         module.requires_grad_(False).eval()
     data = IconData(run.icons)
-    judges = load_judges(data, pipeline.vae, run.judges or run.work, epochs=run.judge_epochs)
-    yardsticks = Yardsticks(InceptionFeatures(), Lpips(), judges)
+    yardsticks: Any = None
+    if run.score:
+        judges = load_judges(data, pipeline.vae, run.judges or run.work, epochs=run.judge_epochs)
+        yardsticks = Yardsticks(InceptionFeatures(), Lpips(), judges)
     settings = Settings(
         steps=run.steps,
         batch=run.batch,
@@ -210,7 +214,10 @@ def compute(run: Run) -> None:
     )
     for seed in run.seeds:
         for style in run.styles:
-            Study(run, StyleRun(pipeline, data, yardsticks, style, seed, settings, run.work)).rows()
+            study = Study(run, StyleRun(pipeline, data, yardsticks, style, seed, settings, run.work))
+            study.train()
+            if run.score:
+                study.score()
 
 
 def report(run: Run) -> None:
