@@ -27,8 +27,8 @@ class LossConfig(SettingGroup):
     rescaling and the timestep spacing `trailing`."""
     consistency: float | None = setting(None, affects="tuner", ge=0, allow_inf_nan=False)
     """Weight of the consistency between two predictions with multiplicative noise on the tuner's outputs (PACE,
-    NeurIPS 2024), against overfitting on few images; 0 adds the noise alone. A step computes both predictions: about
-    twice the time and the activations, but for a bypass tuner one pass of the base's blocks."""
+    NeurIPS 2024), against overfitting on few images; 0 adds the noise alone. A step computes both predictions, which
+    takes about twice the time and the activations. With a bypass tuner, both share one pass of the base's blocks."""
     consistency_sigma: float | None = setting(None, affects="tuner", gt=0, allow_inf_nan=False)
     """Standard deviation of this noise where the tuner first acts; it falls linearly with depth. If not set, 1."""
 

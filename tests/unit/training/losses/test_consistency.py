@@ -216,6 +216,26 @@ def test_a_bypass_trains_from_the_feature_cache(config: MakeConfig, tmp_path: Pa
     assert plain.losses[1:] != first.losses[1:]
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"tuner": "control", "control": {"conditions": ["palette"]}},
+        {"masked_loss": "alpha", "noise_offset": 0.1, "input_perturbation": 0.1, "snr_gamma": 5},
+        {"tuner": "bypass", "preservation": "output", "class_prompt": "a disc"},
+        {"tuner": "res", "mixed_precision": "bf16"},
+    ],
+    ids=str,
+)
+def test_a_fresh_tuner_has_the_plain_loss_and_no_distance(
+    config: MakeConfig, tmp_path: Path, settings: dict[str, Any]
+) -> None:
+    losses = []
+    for weight in (None, 5.0):
+        made = config(output=tmp_path / str(weight), steps=1, consistency=weight, **settings)
+        losses += train(made, pipeline=sd_pipeline(), verbose=False).losses
+    assert losses[1] == pytest.approx(losses[0], rel=2e-2 if "mixed_precision" in settings else 1e-5)
+
+
 def test_a_large_weight_brings_the_draws_together(config: MakeConfig, images: Path, tmp_path: Path) -> None:
     pipeline = sd_pipeline()
     batch = batch_of(pipeline, images, 6)
