@@ -13,6 +13,7 @@ import json
 import statistics
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -103,9 +104,9 @@ class Study:
         self.run, self.style = run, style
         self.unet, self.objective, self.seed = style.pipeline.unet, style.objective, style.seed
 
-    def train(self) -> None:
-        """Train the missing tuners."""
-        untrained = [variant for variant in VARIANTS if not self._file(variant).exists()]
+    def train(self, variants: Sequence[Variant]) -> None:
+        """Train the missing tuners of these variants."""
+        untrained = [variant for variant in variants if not self._file(variant).exists()]
         beside = [variant for variant in untrained if variant.config.writes_at_out_alone]
         if beside:
             self._train_beside(beside)
@@ -113,10 +114,10 @@ class Study:
             if variant not in beside:
                 self._train_inside(variant)
 
-    def score(self) -> None:
-        """Compute the missing rows."""
+    def score(self, variants: Sequence[Variant]) -> None:
+        """Compute the missing rows of these variants and of the base."""
         _say(self.style._row("base, not tuned", TABLE, self._base))
-        for variant in VARIANTS:
+        for variant in variants:
             _say(self.style._row(variant.name, TABLE, partial(self._score, variant)))
 
     def _base(self) -> Row:
@@ -212,12 +213,18 @@ def compute(run: Run) -> None:
         drift_concepts=run.drift_concepts,
         sweep=False,
     )
-    for seed in run.seeds:
-        for style in run.styles:
-            study = Study(run, StyleRun(pipeline, data, yardsticks, style, seed, settings, run.work))
-            study.train()
+    studies = [
+        Study(run, StyleRun(pipeline, data, yardsticks, style, seed, settings, run.work))
+        for seed in run.seeds
+        for style in run.styles
+    ]
+    # The bypasses first, because they take less time.
+    for beside in (True, False):
+        variants = [variant for variant in VARIANTS if variant.config.writes_at_out_alone == beside]
+        for study in studies:
+            study.train(variants)
             if run.score:
-                study.score()
+                study.score(variants)
 
 
 def report(run: Run) -> None:
