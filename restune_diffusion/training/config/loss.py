@@ -39,3 +39,17 @@ class LossConfig(SettingGroup):
         if self.consistency_sigma is not None and self.consistency is None:
             raise ValueError("consistency_sigma needs consistency; set consistency, or omit consistency_sigma")
         return self
+
+    def check_consistency(self, only_text: bool, checkpointing: bool) -> None:
+        """Raise `ValueError` if consistency does not go with the tuner to train or with gradient checkpointing."""
+        if self.consistency is None:
+            return
+        if only_text:
+            raise ValueError(
+                "consistency adds noise to a tuner of the denoiser, but the tuner to train acts on the text encoders "
+                "only; leave consistency out, or add another family to tuner"
+            )
+        if checkpointing:
+            raise ValueError(
+                "gradient_checkpointing computes outputs again without the noise of consistency; leave one of them out"
+            )
