@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import ConfigDict, Field
 
 from ..storage.base_files.check import check_base
+from ..utils.weighted_path import split_weight
 from .options.early_checks import check_data, check_device, check_tuners
 from .options.interruption import stoppable
-from .options.mix import split_weight
 from .options.outputs import OverwriteOption
 
 if TYPE_CHECKING:

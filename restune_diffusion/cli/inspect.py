@@ -116,8 +116,11 @@ def as_text(info: TunerInfo) -> str:
         facts.append(("trigger", ", ".join(words)))
     # A tuner saved from Python may have other training facts, or none; `--json` shows all of them.
     if {"steps", "images", "data_hash"} <= training.keys():
+        taught = _mapping(training.get("teacher"))
+        seen = f"{taught['latents']} generated latents" if "latents" in taught else f"{training.get('images')} images"
         facts += [
-            ("trained", f"{training.get('steps')} steps on {training.get('images')} images of "
+            *([("teacher", f"{taught.get('file')}, weight {taught.get('weight')}")] if taught else []),
+            ("trained", f"{training.get('steps')} steps on {seen} of "
                         f"{training.get('resolution')} px, {training.get('prediction_type')}"),
             ("recipe", _settings({key: config[key] for key in _RECIPE if config.get(key) is not None})),
             ("images", f"sha256 {str(training.get('data_hash'))[:16]}…"),

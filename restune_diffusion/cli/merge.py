@@ -39,7 +39,7 @@ class MergeOptions(OverwriteOption):
 
     def run(self) -> None:
         """Merge the tuners and print the output path."""
-        from .options.mix import split_weight
+        from ..utils.weighted_path import split_weight
 
         sources = [split_weight(tuner) for tuner in self.tuners]
         with stoppable(lambda: f"{self.output} is not written"):

@@ -17,6 +17,8 @@ from ..training.callbacks.tracker_names import check_tracker
 from ..training.config.config_file import given_settings
 from ..training.config.length.precedence import LENGTHS, without_replaced_length
 from ..training.config.presets import PRESETS
+from ..training.config.teacher.data import NO_DATA
+from ..training.config.teacher.files import check_teacher_files
 from ..training.config.train_config import SETTINGS, TrainConfig
 from ..training.config.tuner_settings import TUNER_ALIASES, command_line_class, with_families
 from ..training.output_folder import check_output
@@ -58,7 +60,9 @@ class TrainOptions(_Flags):
     def run(self) -> None:
         """Train a tuner, or the tuners of a sweep, and print their paths."""
         config = self.settings()
-        check_data(config.data.folder)
+        check_teacher_files(config.teacher)
+        if not config.teacher.generates:
+            check_data(config.data.folder)
         check_writable(config.output)
         if config.sweep is None:
             check_output(config)
@@ -108,6 +112,7 @@ def parse_train_options(
     first = ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--config", type=Path, nargs="?")
     first.add_argument("--preset", nargs="?")
+    first.add_argument("--teacher", nargs="?")
     for name in LENGTHS:
         first.add_argument(f"--{name}", nargs="?")
     first.add_argument("--tuner", nargs="*", default=[])
@@ -118,6 +123,9 @@ def parse_train_options(
         preset = known.preset if known.preset in PRESETS else None
         settings = given_settings(known.config, preset, defaults, tuner)
     settings = without_replaced_length(settings, vars(known))
+    if known.teacher is not None or settings.get("teacher") is not None:
+        # A run with a teacher needs no images; the settings check that it has prompts instead.
+        settings.setdefault("data", NO_DATA)
     required = {name: tyro.MISSING for name, info in SETTINGS.items() if info.field.is_required()}
     options = command_line_class(TrainOptions)
     if {"-h", "--help"} & {*args}:

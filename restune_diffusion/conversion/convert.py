@@ -69,7 +69,7 @@ def load_any(
 ) -> Tuner:
     """Read a tuner file of this package or of another program; the arguments are those of `convert`."""
     reduction = reduction or Reduction()
-    if _is_ours(source):
+    if is_tuner_file(source):
         tuner = load_tuner(source)
         return reduced(tuner, reduction) if reduction.active else tuner
     if not source.expanduser().exists():
@@ -88,7 +88,8 @@ def load_any(
     )
 
 
-def _is_ours(path: Path) -> bool:
+def is_tuner_file(path: Path) -> bool:
+    """Return whether a path is a tuner file of this package, by its header."""
     if not path.is_file():
         return False
     try:

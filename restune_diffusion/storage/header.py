@@ -63,8 +63,13 @@ class TunerInfo:
         words = self.training.get("trigger_words")
         if isinstance(words, list) and words:
             return [str(word) for word in words]
-        phrase = self.metadata.get("modelspec.trigger_phrase", "")
-        return [word for word in (part.strip() for part in phrase.split(",")) if word]
+        return phrase_words(self.metadata)
+
+
+def phrase_words(metadata: Mapping[str, str]) -> list[str]:
+    """Return the trigger words of the model specification, in the header of any program's file."""
+    phrase = metadata.get("modelspec.trigger_phrase", "")
+    return [word for word in (part.strip() for part in phrase.split(",")) if word]
 
 
 def read_info(path: str | os.PathLike[str]) -> TunerInfo:

@@ -112,9 +112,13 @@ image = pipe({(prompt or _phrase(info) or "a prompt")!r}).images[0]
 def _training(training: Mapping[str, Any]) -> str:
     config = training.get("config")
     recipe = config if isinstance(config, dict) else {}
+    teacher = training.get("teacher")
+    taught = teacher if isinstance(teacher, dict) else {}
     facts = {
         "steps": training.get("steps"),
-        "images": training.get("images"),
+        "teacher": taught.get("file"),
+        "images": training.get("images") if "latents" not in taught else None,
+        "generated latents": taught.get("latents"),
         "resolution": training.get("resolution"),
         "VAE": recipe.get("vae"),
         **{key.replace("_", " "): recipe.get(key) for key in _RECIPE},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -22,6 +23,7 @@ from .config.loss import DEFAULT_SIGMA, LossConfig
 from .config.noise import NoiseConfig
 from .config.optimizer import OptimizerConfig
 from .config.train_config import TrainConfig
+from .distillation.loss import check_effect
 from .feature_cache.use import cached_feature_sampler
 from .initial_tuner import load_initial_tuner
 from .inputs import TrainingInputs
@@ -30,7 +32,7 @@ from .latents.cache import Cache
 from .latents.inpainting import InpaintingInputs
 from .latents.noising import Noising
 from .latents.sampler import SeededSampler
-from .latents.text_conditioning import LiveEncoder
+from .latents.text_conditioning import Conditioning, LiveEncoder
 from .losses.consistency import Consistency
 from .losses.objective import Objective
 from .losses.preservation import make_preservation
@@ -107,7 +109,10 @@ def build_training_state(config: TrainConfig, accelerator: Accelerator, inputs: 
         lr_scheduler=lr_scheduler,
         cache=cache,
         batches=batches(
-            cache, seed=config.seed, sampler=cached_feature_sampler(config.feature_cache, cache, config.seed)
+            cache,
+            seed=config.seed,
+            sampler=cached_feature_sampler(config.feature_cache, cache, config.seed),
+            teacher=inputs.teacher_text,
         ),
         objective=objective,
         resolution=inputs.resolution,
@@ -117,11 +122,13 @@ def build_training_state(config: TrainConfig, accelerator: Accelerator, inputs: 
         image_loss=_image_loss(config, tuner),
         initial=initial,
         vae=inputs.vae,
+        teacher=inputs.teacher,
         average=TunerAverage(tuner, config.optimizer.ema_decay) if config.optimizer.ema_decay is not None else None,
     )
     checkpoint = latest_checkpoint(config.output) if config.checkpoints.resume else None
     if checkpoint is not None:
         restore_checkpoint(run, checkpoint)
+    check_effect(run)
     return run
 
 
@@ -146,6 +153,7 @@ def _batches(
     *,
     seed: int,
     sampler: SeededSampler | None = None,
+    teacher: Mapping[str | None, Conditioning] | None = None,
 ) -> Batches:
     """Return the batches of a cache."""
     return Batches(
@@ -162,6 +170,7 @@ def _batches(
         unmasked_weight=config.data.unmasked_weight,
         inpainting=InpaintingInputs(encoder, cache.images) if cache.images else None,
         sampler=sampler,
+        teacher=teacher,
     )
 
 

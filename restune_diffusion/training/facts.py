@@ -9,7 +9,6 @@ from typing import Any
 from ..utils.settings_merge import flat
 from ..utils.version import __version__
 from .config.shared_settings import identity_settings
-from .config.train_config import TrainConfig
 from .state import TrainState
 
 # Learning rate schedules that do not depend on the number of steps, so that a run may be extended.
@@ -29,6 +28,10 @@ def run_identity(run: TrainState) -> dict[str, Any]:
     # A caption from the prompt is part of the data hash.
     del settings["prompt"]
     settings["resolution"] = run.resolution
+    # Before the data, which may be latents that the teacher changes.
+    if run.teacher is not None:
+        record = run.teacher.record
+        settings["teacher"] = f"{record.sha256} with weight {record.weight:g} and loss weight {record.loss_weight:g}"
     settings["images and captions"] = run.cache.data_hash
     if run.preservation is not None:
         settings["class images or prompt"] = run.preservation.identity
@@ -46,20 +49,22 @@ def training_facts(run: TrainState) -> dict[str, Any]:
     """Return the training facts for the tuner's file; they contain no local paths."""
     return {
         "steps": run.step,
-        "images": len(run.cache),
+        "images": 0 if run.config.teacher.generates else len(run.cache),
         "images_seen": run.step * run.images_per_step,
         "data_hash": run.cache.data_hash,
         "resolution": run.resolution,
         "prediction_type": run.objective.prediction_type,
         **({"initial_tuner": asdict(run.initial)} if run.initial is not None else {}),
-        **({"trigger_words": triggers} if (triggers := trigger_words(run.config)) else {}),
+        **({"teacher": run.teacher.record.as_json()} if run.teacher is not None else {}),
+        **({"trigger_words": triggers} if (triggers := trigger_words(run)) else {}),
         **({"vae_sha256": run.vae} if run.vae is not None else {}),
         "versions": library_versions(),
         "config": run.config.recorded(),
     }
 
 
-def trigger_words(config: TrainConfig) -> list[str]:
-    """Return the trigger words of a tuner: the placeholder tokens of its text part and the data's trigger word."""
-    tokens, trigger_word = list(config.new_words), config.data.trigger_word
-    return tokens if trigger_word is None or trigger_word in tokens else [*tokens, trigger_word]
+def trigger_words(run: TrainState) -> list[str]:
+    """Return the trigger words: placeholder tokens of the text part, that of the data, and those of the teacher."""
+    config = run.config
+    words = [*config.new_words, *([config.data.trigger_word] if config.data.trigger_word is not None else [])]
+    return list(dict.fromkeys([*words, *(run.teacher.record.trigger_words if run.teacher is not None else ())]))

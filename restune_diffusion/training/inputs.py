@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,6 +25,10 @@ from ..pipelines.load_base import PRECISIONS, is_inpainting, load_base, training
 from ..utils.errors import NoImageError, TrainingError
 from .callbacks.drift import DriftPrompt, encode_drift_prompts
 from .config.train_config import TrainConfig
+from .distillation.generated_data import generated_cache
+from .distillation.prompts import prompt_examples
+from .distillation.teacher import Teacher, load_teacher
+from .distillation.teacher_text import encode_teacher_text
 from .feature_cache.use import hash_of_models, hash_of_vae
 from .frozen_base import check_trainable, frozen, move_encoders
 from .initial_tuner import check_initial_tuner
@@ -59,6 +64,10 @@ class TrainingInputs:
     """Hash of the VAE that replaces that of the base, if one does."""
     encoder: Any = None
     """VAE that encodes the masked images of an inpainting base in each step."""
+    teacher: Teacher | None = None
+    """Teacher of a distillation, attached to the base with weight 0."""
+    teacher_text: Mapping[str | None, Conditioning] | None = None
+    """Its text embeddings by caption, if it acts on the text encoders."""
 
 
 @contextmanager
@@ -85,8 +94,9 @@ def prepared(
         raise TrainingError("A pipeline passed as an argument is not quantized; leave base_quantization out.")
     if config.vae is not None and pipeline is not None:
         raise TrainingError("A pipeline passed as an argument has its own VAE; leave vae out, or set pipeline.vae.")
-    sheet = DataSheet(config.data.folder, [])
-    examples = read_examples(config.data, sheet.refused)
+    generates = config.teacher.generates
+    sheet = DataSheet(Path("generated latents") if generates else config.data.folder, [])
+    examples = prompt_examples(config.teacher, config.data) if generates else read_examples(config.data, sheet.refused)
     _check_placeholder_tokens(config, examples)
     conditions = ConditionSource(config.conditioned, config.control_data) if config.conditioned else None
     if conditions is not None:
@@ -98,6 +108,7 @@ def prepared(
             quantize_base(pipeline.unet)
     check_trainable(pipeline)
     check_initial_tuner(config, pipeline)
+    teacher = load_teacher(config.teacher, pipeline, config.base, examples)
     inpainting = is_inpainting(pipeline)
     if config.memory.drop_encoders and inpainting:
         raise TrainingError("An inpainting base encodes masked images in each step; leave drop_encoders out.")
@@ -105,7 +116,11 @@ def prepared(
     control_images = conditions.samples(config.validation.control_images, resolution) if conditions is not None else []
     pipeline.to(accelerator.device)
     with frozen(pipeline):
-        cache = _encode(config, accelerator, pipeline, examples, resolution, conditions, sheet)
+        if teacher is not None and generates:
+            cache = generated_cache(config, accelerator, pipeline, teacher, examples, resolution, sheet, verbose)
+        else:
+            cache = _encode(config, accelerator, pipeline, examples, resolution, conditions, sheet)
+        teacher_text = encode_teacher_text(teacher, pipeline, cache.conditionings)
         known = encode_class(config, accelerator, pipeline, resolution, verbose=verbose)
         drift_prompts = _drift_prompts(config, pipeline, resolution) if accelerator.is_main_process else []
         models = hash_of_models(pipeline) if config.feature_cache.draws is not None else None
@@ -119,19 +134,22 @@ def prepared(
         )
         move_encoders(pipeline, torch.device("cpu"), keep=kept)
         try:
-            yield TrainingInputs(
-                pipeline,
-                cache,
-                sheet,
-                resolution,
-                conditions,
-                control_images,
-                known,
-                drift_prompts,
-                models,
-                vae,
-                encoder,
-            )
+            with nullcontext() if teacher is None else teacher.attached(pipeline.unet):
+                yield TrainingInputs(
+                    pipeline,
+                    cache,
+                    sheet,
+                    resolution,
+                    conditions,
+                    control_images,
+                    known,
+                    drift_prompts,
+                    models,
+                    vae,
+                    encoder,
+                    teacher,
+                    teacher_text,
+                )
         finally:
             move_encoders(pipeline, accelerator.device)
 

@@ -11,6 +11,7 @@ import torch
 
 from ..utils.errors import TrainingError, TrainingInterrupted
 from .callbacks.base import Callback
+from .distillation.loss import sample_losses, teacher_prediction
 from .latents.batches import Batch
 from .losses.prediction import predict
 from .optimization.optimizers import effective_learning_rate
@@ -209,9 +210,8 @@ def _report(run: TrainState, step: _Step | None, callbacks: Sequence[Callback]) 
 
 def batch_loss(run: TrainState, batch: Batch) -> torch.Tensor:
     """Return the loss of one batch under the run's precision."""
-    prediction = predict(run, batch)
-    target = run.objective.target(batch.latents, batch.noise, batch.timesteps)
-    losses = run.objective.sample_losses(prediction, target, batch.timesteps, batch.mask)
+    taught = teacher_prediction(run, batch)
+    losses = sample_losses(run, batch, predict(run, batch), taught)
     run.bands.add(losses, batch.timesteps)
     return losses.mean()
 

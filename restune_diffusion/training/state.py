@@ -17,6 +17,7 @@ from ..data.data_sheet import DataSheet
 from ..tuners.tuner import Tuner
 from .config.length.resolve import Length
 from .config.train_config import TrainConfig
+from .distillation.teacher import Teacher
 from .latents.batches import Batch, BatchSource
 from .latents.cache import Cache
 from .losses.bands import BandLosses
@@ -108,6 +109,8 @@ class TrainState:
     """Tuner file that the run started from, if any."""
     vae: str | None = None
     """Hash of the VAE that replaces that of the base, if one does."""
+    teacher: Teacher | None = None
+    """Teacher of a distillation, if there is one."""
     step: int = 0
     resumed_from: Path | None = None
     """Checkpoint that the run continues from, if any."""

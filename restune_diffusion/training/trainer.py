@@ -25,6 +25,7 @@ from .callbacks.tuner_files import FinalFile, StepFiles
 from .callbacks.validation import ValidationSamples
 from .checkpoint import Checkpoints
 from .config.train_config import TrainConfig
+from .distillation.teacher import check_teacher
 from .feature_cache.use import use_feature_cache
 from .initial_tuner import check_initial_tuner
 from .inputs import TrainingInputs, prepared
@@ -78,6 +79,7 @@ def train(
         raise TrainingError("The config has a sweep, which trains several tuners; call `sweep` instead of `train`.")
     check_output(config)
     check_initial_tuner(config)
+    check_teacher(config.teacher)
     accelerator = build_accelerator(config)
     with prepared(config, accelerator, pipeline, verbose=verbose) as inputs:
         try:

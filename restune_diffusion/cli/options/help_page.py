@@ -25,6 +25,7 @@ _SECTIONS: Mapping[str, Sequence[str]] = {
     "Tuner": ("init_tuner", "control_data"),
     "Optimization": ("gradient_accumulation_steps", "optimizer", "caption_dropout", "sweep"),
     "Loss and noise": ("loss", "noise"),
+    "Distillation": ("teacher",),
     "Preservation of the class": ("preservation",),
     "Precision and memory": ("memory", "feature_cache"),
     "Validation": ("validation",),

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel, ConfigDict
 
 from ...utils.errors import RestuneError
+from ...utils.weighted_path import split_weight
 
 if TYPE_CHECKING:
     from ...hooks.weights import TunerWeight
@@ -128,18 +129,6 @@ def read_sites(text: str) -> dict[str, float]:
                 f"Invalid site weight `{piece.strip()}`. Expected `SITES=FACTOR`, for example `skip.0-3=0.2, up.*=0`."
             ) from None
     return factors
-
-
-def split_weight(argument: str) -> tuple[str, float]:
-    """Split `FILE:WEIGHT`; the weight is optional (1 by default), and the file name may contain colons."""
-    path, colon, weight = argument.rpartition(":")
-    if not colon or not path:
-        return argument, 1.0
-    try:
-        return path, float(weight)
-    except ValueError:
-        # `C:\\tuners\\a.safetensors`, or an invalid weight; the latter is reported as a missing file.
-        return argument, 1.0
 
 
 def unique_names(paths: list[str]) -> list[str]:

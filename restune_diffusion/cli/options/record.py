@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from ...storage.base_files.location import public_name
 from ...utils.version import __version__
-from .mix import split_weight, unique_names
+from ...utils.weighted_path import split_weight
+from .mix import unique_names
 
 if TYPE_CHECKING:
     from .sampling import SamplingOptions

@@ -9,8 +9,9 @@ from pydantic import Field
 
 from ...storage.base_files.check import check_base
 from ...utils.errors import RestuneError
+from ...utils.weighted_path import split_weight
 from .early_checks import check_device, check_exists, check_tuners
-from .mix import MixOptions, split_weight
+from .mix import MixOptions
 from .outputs import OverwriteOption
 
 

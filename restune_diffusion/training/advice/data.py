@@ -14,6 +14,8 @@ _MANY_IMAGES = 30
 
 def data_warnings(run: RunOutline) -> Iterator[str]:
     """Yield the warnings about the training images and their captions."""
+    if run.config.teacher.generates:
+        return
     if run.images == 1:
         yield (
             "there is one training image, so the tuner learns its composition too; use 5 or more images of a subject, "

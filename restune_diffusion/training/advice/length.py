@@ -16,7 +16,7 @@ def length_warnings(run: RunOutline) -> Iterator[str]:
     """Yield the warnings about steps, epochs and warm-up."""
     images, per_step = run.images, run.images_per_step
     shown = run.steps * per_step / images
-    if images < _FEW_IMAGES and shown > _MANY_EPOCHS:
+    if images < _FEW_IMAGES and shown > _MANY_EPOCHS and not run.config.teacher.generates:
         fewer = max(1, _MANY_EPOCHS // 3 * images // per_step)
         yield (
             f"{counted(run.steps, 'step')} show each of {counted(images, 'image')} {shown:.0f} times, which usually "

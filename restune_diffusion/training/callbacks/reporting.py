@@ -39,6 +39,7 @@ def describe_plan(run: TrainState) -> str:
         *([f"vae         {config.vae}"] if config.vae is not None else []),
         *_describe_data(run),
         f"tuner       {' + '.join(config.kinds)}, {run.tuner.num_parameters():,} parameters{started}",
+        *([f"teacher     {run.teacher.describe()}"] if run.teacher is not None else []),
         *(["masks       random in every step"] if cache.images else []),
         *([f"control     {run.conditions.describe()}"] if run.conditions is not None else []),
         *([f"preserved   {run.preservation.describe()}"] if run.preservation is not None else []),
@@ -65,7 +66,8 @@ def _describe_data(run: TrainState) -> list[str]:
     if run.data is None:
         return [f"images      {len(run.cache)} at {run.resolution} x {run.resolution}"]
     data = run.data
-    lines = [f"images      {data.images_line(run.resolution)}"]
+    name = "latents" if run.config.teacher.generates else "images"
+    lines = [f"{name:<12}{data.images_line(run.resolution)}"]
     for name, facts in (
         ("left out", data.notes()),
         ("truncated", data.truncated()),

@@ -45,7 +45,7 @@ def _write(run: TrainState, path: Path) -> None:
     """Write the tuner with its released weights and the facts of its training, in the main process."""
     if run.accelerator.is_main_process:
         with run.released_weights():
-            triggers = trigger_words(run.config)
+            triggers = trigger_words(run)
             metadata = {"modelspec.trigger_phrase": ", ".join(triggers)} if triggers else {}
             save_tuner(run.tuner, path, training=training_facts(run), metadata=metadata)
     run.accelerator.wait_for_everyone()

@@ -98,12 +98,16 @@ def given_settings(
 def config_yaml(config: TrainConfig) -> str:
     """Return all settings of a run as YAML that reproduces the run from any working directory."""
     left_out: dict[str, Any] = dict.fromkeys(config.untrained, True)
+    if config.teacher.generates:
+        left_out["data"] = {"folder"}
     settings = config.model_dump(exclude={**left_out, "checkpoints": {"resume"}})
     settings = _plain(settings)
     if Path(config.base).expanduser().exists():
         settings["base"] = str(Path(config.base).expanduser().absolute())
     if config.vae is not None and Path(config.vae).expanduser().exists():
         settings["vae"] = str(Path(config.vae).expanduser().absolute())
+    if config.teacher.file is not None:
+        settings["teacher"]["file"] = str(Path(config.teacher.file).expanduser().absolute())
     return to_yaml(_without_part_names(settings))
 
 

@@ -36,6 +36,8 @@ from .optimizer import OptimizerConfig
 from .preservation import PreservationConfig
 from .presets import PRESETS, PresetName
 from .renamed import RENAMED, renamed, sentence, warn
+from .teacher.data import check_data_settings, with_generated_data
+from .teacher.settings import TeacherConfig
 from .tuner_settings import FamilyName, checked_families, with_families, without_aliases
 from .validation import ValidationConfig
 
@@ -76,6 +78,7 @@ class TrainConfig(FamilyFields):
     `condition` in `metadata.jsonl` are used; conditions named canny, palette, blur or mask can also be computed from
     the training images."""
 
+    teacher: TeacherConfig = TeacherConfig()
     preservation: PreservationConfig = PreservationConfig()
 
     steps: int | None = setting(None, affects="tuner", gt=0)
@@ -155,7 +158,7 @@ class TrainConfig(FamilyFields):
         name = flat.get("preset")
         # The validation of the fields reports an unknown preset.
         below = PRESETS[name].settings if isinstance(name, str) and name in PRESETS else {}
-        return close_groups(with_families(cls), without_aliases(flat, below))
+        return close_groups(with_families(cls), with_generated_data(without_aliases(flat, below)))
 
     @model_validator(mode="after")
     def _settings_fit_together(self) -> TrainConfig:
@@ -170,6 +173,7 @@ class TrainConfig(FamilyFields):
         if self.steps is not None and self.epochs is not None:
             raise ValueError("steps and epochs are both set, but either gives the length of the run; keep one")
         self._check_control()
+        self._check_teacher()
         self._check_preservation()
         self._check_text()
         cached = self.feature_cache.draws is not None
@@ -187,6 +191,15 @@ class TrainConfig(FamilyFields):
         if self.memory.drop_encoders and self.validation.prompts:
             raise ValueError("validation prompts need the encoders; leave drop_encoders or the validation prompts out")
         return self
+
+    def _check_teacher(self) -> None:
+        if self.teacher.generates:
+            check_data_settings(self.data)
+        if self.teacher.file is not None and self.conditioned is not None:
+            raise ValueError(
+                "a control tuner learns from condition images, which a teacher does not have; "
+                "leave teacher out, or train another tuner"
+            )
 
     def _check_text(self) -> None:
         given = self.optimizer.text_learning_rate is not None and not self._is_from_preset("text_learning_rate")

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 
+from ...data.image_files import SizeConditioning
 from ..feature_cache.tap_features import TapFeatures
 from ..transfers.to_device import to_device
 from .cache import Cache
@@ -36,6 +37,8 @@ class Batch:
     inpainting: torch.Tensor | None = None
     features: TapFeatures | None = None
     """Features of the base for this batch, if they are known without another forward pass."""
+    teacher_inputs: dict[str, Any] | None = None
+    """Keyword arguments of the denoiser for the teacher of a distillation, if its text embeddings are other ones."""
 
     def denoiser_sample(self, noisy: torch.Tensor) -> torch.Tensor:
         """Return the denoiser's `sample`, with channels in diffusers' order: noisy latents, mask, masked latents."""
@@ -73,6 +76,7 @@ class Batches:
         inpainting: computes the extra channels of an inpainting base from the indices of a batch's images and the
             generators of its samples.
         sampler: sample at each position; by default all images in random order.
+        teacher: text embeddings of the teacher of a distillation by caption, None for a dropped one.
 
     Raises:
         TrainingError: if the range of timesteps is invalid for the base.
@@ -94,6 +98,7 @@ class Batches:
         unmasked_weight: float = 0.0,
         inpainting: Callable[[Sequence[int], Sequence[torch.Generator]], torch.Tensor] | None = None,
         sampler: SeededSampler | None = None,
+        teacher: Mapping[str | None, Conditioning] | None = None,
     ) -> None:
         self._noising = noising or Noising()
         self._noising.range(timesteps)
@@ -108,6 +113,7 @@ class Batches:
         self._dtype = dtype
         self._encode = encode if encode is not None else self._cached
         self._inpainting = inpainting
+        self._teacher = teacher
 
     def __getitem__(self, number: int) -> Batch:
         return self.of(self._sampler.draws(number * self._size, self._size))
@@ -142,6 +148,7 @@ class Batches:
             to_device(torch.stack(perturbations), self._device) if perturbations else None,
             to_device(torch.stack(masks), self._device) if masks else None,
             self._inpainting_inputs(entries, draws),
+            teacher_inputs=self._teacher_inputs(captions, size_conditionings),
         )
 
     def _make_sampler(self, seed: int, step_size: int) -> SeededSampler:
@@ -161,6 +168,13 @@ class Batches:
         if self._inpainting is None:
             return None
         return self._inpainting(entries, [draw.generator for draw in draws])
+
+    def _teacher_inputs(
+        self, captions: Sequence[str | None], sizes: Sequence[SizeConditioning]
+    ) -> dict[str, Any] | None:
+        if self._teacher is None:
+            return None
+        return denoiser_inputs([self._teacher[caption] for caption in captions], sizes, self._device, self._dtype)
 
     def _cached(self, captions: Sequence[str | None]) -> list[Conditioning]:
         cache = self._cache

@@ -24,6 +24,7 @@ from ...backbones.site_names import OUT, SiteName, of_family
 from ...tuners.base import Part
 from ...tuners.tuner import Tuner
 from ...utils.seeds import seeded
+from ..distillation.loss import sample_losses, teacher_prediction
 from ..feature_cache.shared_pass import features_of, tapped_by
 from ..feature_cache.tap_features import TapFeatures
 from ..latents.batches import Batch
@@ -130,6 +131,7 @@ class Consistency(ImageLoss):
     def loss(self, run: TrainState, batch: Batch, number: int) -> torch.Tensor:
         """Return the loss of a batch."""
         rows = len(batch.latents)
+        taught = teacher_prediction(run, batch)
         twice = doubled(_with_features(run, batch))
         first = number * rows
         # By the position of each sample, as its other random numbers, so that batches can be split.
@@ -138,8 +140,7 @@ class Consistency(ImageLoss):
         ]
         with self._noise.applied(generators):
             one, two = predict(run, twice).float().chunk(2)
-        target = run.objective.target(batch.latents, batch.noise, batch.timesteps)
-        losses = run.objective.sample_losses(one, target, batch.timesteps, batch.mask)
+        losses = sample_losses(run, batch, one, taught)
         run.bands.add(losses, batch.timesteps)
         return losses.mean() + self._weight * (one - two).square().mean()
 

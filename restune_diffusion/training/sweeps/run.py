@@ -24,6 +24,7 @@ from ..callbacks.tracking import start_trackers
 from ..callbacks.validation import ValidationSamples
 from ..config.shared_settings import batch_settings
 from ..config.train_config import TrainConfig
+from ..distillation.teacher import check_teacher
 from ..feature_cache.shared_pass import share_passes
 from ..feature_cache.use import use_feature_cache
 from ..initial_tuner import check_initial_tuner
@@ -83,6 +84,7 @@ def sweep(
     for variant in variants:
         check_output(variant.config)
         check_initial_tuner(variant.config)
+    check_teacher(config.teacher)
     accelerators = [build_accelerator(variant.config) for variant in variants]
     with prepared(config, accelerators[0], pipeline, verbose=verbose) as inputs, ExitStack() as stack:
         for accelerator in accelerators:

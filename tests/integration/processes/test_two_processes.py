@@ -15,13 +15,17 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import nn
 
-from restune_diffusion.storage.tuner_file import load_tuner
+from restune_diffusion.storage.tuner_file import load_tuner, save_tuner
 from restune_diffusion.training import TrainConfig, train
+from restune_diffusion.training.config.teacher.data import NO_DATA
 from restune_diffusion.training.latents.cache_shards import share
 from restune_diffusion.training.processes import average_gradients, check_distribution, gather_objects
+from restune_diffusion.tuners.configs import ResConfig
+from restune_diffusion.tuners.tuner import Tuner
 from restune_diffusion.utils.errors import TrainingError
 
 from ... import tiny_training as tiny
+from ...conftest import randomize
 from ...training_fixtures import start_script
 from ...unit.training.test_train import assert_same
 
@@ -34,6 +38,14 @@ KINDS: dict[str, dict[str, Any]] = {
     "control": {"tuner": "control", "control": {"conditions": ["palette"]}},
     "consistency": {"tuner": "skip", "consistency": 0.5},
     "text": {"tuner": ["text", "skip"], "text": {"tokens": ["<zorp>"], "initializers": ["disc"], "rank": 2}},
+    # The latents of five prompts, two in a batch, are generated in shares.
+    "distilled": {
+        "teacher": "lora.safetensors",
+        "teacher_prompts": ["a red disc", "a teal disc"],
+        "teacher_latents": 5,
+        "teacher_steps": 2,
+        "teacher_batch_size": 2,
+    },
 }
 
 
@@ -47,7 +59,10 @@ class Group:
     ranks: list[dict[str, Any]]
 
     def config(self, name: str, **changes: Any) -> dict[str, Any]:
-        return settings(self.base, self.data, self.folder / name, **changes)
+        data = self.data
+        if "teacher" in changes:
+            changes["teacher"], data = str(self.folder / changes["teacher"]), NO_DATA
+        return settings(self.base, data, self.folder / name, **changes)
 
 
 def settings(base: str, data: Path, output: Path, **changes: Any) -> dict[str, Any]:
@@ -87,6 +102,9 @@ def group(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Group:
     folder = tmp_path_factory.mktemp("group")
     data = words(folder / "data")
     made = Group(folder, str(base), data, [])
+    teacher = Tuner.for_pipeline(tiny.sd_pipeline(), ResConfig(cross_attention="lora", width=4))
+    randomize(teacher)
+    save_tuner(teacher, folder / "lora.safetensors")
     configs = [made.config(kind, **changes) for kind, changes in KINDS.items()]
     configs += [
         made.config("whole", checkpoint_every=9),

@@ -153,7 +153,8 @@ def test_help_begins_with_the_most_used_flags_and_shows_each_flag_once(restune: 
     titles = re.findall(r"^(\w.*)\n-+$", output, re.MULTILINE)
     assert [title for title in titles if not title.startswith("Tuner `")] == [
         *("Most used", "Presets", "Base and data", "Tuner", "Optimization", "Loss and noise"),
-        *("Preservation of the class", "Precision and memory", "Validation", "Output, checkpoints and logging"),
+        *("Distillation", "Preservation of the class", "Precision and memory", "Validation"),
+        "Output, checkpoints and logging",
     ]
     assert output.startswith("usage: restune train [--help] --base BASE --data FOLDER --output FOLDER [OPTIONS]\n")
     # A preset changes the defaults that the page shows.

@@ -97,6 +97,8 @@ def test_the_annotations_give_the_lists_that_were_kept_by_hand() -> None:
     assert {name for name, info in SETTINGS.items() if info.record is None} == {
         "data", "mask_data", "output", "control_data", "class_data", "feature_cache_dir", "sweep", "resume", "cpu",
         "class_batch_size", "epochs", "init_tuner", "save_every", "keep_last",
+        "teacher", "teacher_prompts", "prompts_file", "teacher_loss_weight", "teacher_latents", "teacher_steps",
+        "teacher_guidance", "teacher_batch_size", "teacher_latents_dir",
     }  # fmt: skip
     assert {name for name, info in SETTINGS.items() if info.affects in ("order", "content")} == {
         "base", "vae", "prompt", "batch_size", "gradient_accumulation_steps",
