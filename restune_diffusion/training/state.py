@@ -57,6 +57,10 @@ class ImageLoss(ABC):
     """Base class of losses that replace the plain loss of a batch of images."""
 
     @abstractmethod
+    def describe(self) -> str:
+        """Return a line for the plan of the run: a title of up to 11 letters, and a short description."""
+
+    @abstractmethod
     def loss(self, run: TrainState, batch: Batch, number: int) -> torch.Tensor:
         """Return the loss of a batch, a scalar.
 

@@ -47,6 +47,7 @@ def describe_plan(run: TrainState) -> str:
         *(["masks       random in every step"] if cache.images else []),
         *([f"control     {run.conditions.describe()}"] if run.conditions is not None else []),
         *([f"preserved   {run.preservation.describe()}"] if run.preservation is not None else []),
+        *([run.image_loss.describe()] if run.image_loss is not None else []),
         f"training    {counted(run.steps, 'step')} of {counted(images, 'image')} = {epochs:.1f} epochs{derived}",
         f"memory      U-Net {readable_size(base_memory)}, tuner and optimizer {readable_size(tuner_memory)}, "
         f"cached data {readable_size(cache.bytes)} (in main memory), and activations",

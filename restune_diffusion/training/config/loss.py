@@ -27,8 +27,8 @@ class LossConfig(SettingGroup):
     rescaling and the timestep spacing `trailing`."""
     consistency: float | None = setting(None, affects="tuner", ge=0, allow_inf_nan=False)
     """Weight of the consistency between two predictions with multiplicative noise on the tuner's outputs (PACE,
-    NeurIPS 2024), against overfitting on few images; 0 adds the noise alone. A step computes both predictions: about
-    twice the time and the activations, but for a bypass tuner one pass of the base's blocks."""
+    NeurIPS 2024), against overfitting on few images; 0 adds the noise alone. A step computes both predictions, which
+    takes about twice the time and the activations. With a bypass tuner, both share one pass of the base's blocks."""
     consistency_sigma: float | None = setting(None, affects="tuner", gt=0, allow_inf_nan=False)
     """Standard deviation of this noise where the tuner first acts; it falls linearly with depth. If not set, 1."""
 
@@ -39,3 +39,17 @@ class LossConfig(SettingGroup):
         if self.consistency_sigma is not None and self.consistency is None:
             raise ValueError("consistency_sigma needs consistency; set consistency, or omit consistency_sigma")
         return self
+
+    def check_consistency(self, only_text: bool, checkpointing: bool) -> None:
+        """Raise `ValueError` if consistency does not go with the tuner to train or with gradient checkpointing."""
+        if self.consistency is None:
+            return
+        if only_text:
+            raise ValueError(
+                "consistency adds noise to a tuner of the denoiser, but the tuner to train acts on the text encoders "
+                "only; leave consistency out, or add another family to tuner"
+            )
+        if checkpointing:
+            raise ValueError(
+                "gradient_checkpointing computes outputs again without the noise of consistency; leave one of them out"
+            )

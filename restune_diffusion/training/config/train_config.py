@@ -188,22 +188,11 @@ class TrainConfig(FamilyFields):
             raise ValueError(
                 "a feature cache supports neither bucketing nor preservation; leave feature_cache or these out"
             )
-        if self.loss.consistency is not None:
-            self._check_consistency()
+        only_text = all(part.acts_on_text_encoders for part in self.parts)
+        self.loss.check_consistency(only_text, self.memory.gradient_checkpointing)
         if self.memory.drop_encoders and self.validation.prompts:
             raise ValueError("validation prompts need the encoders; leave drop_encoders or the validation prompts out")
         return self
-
-    def _check_consistency(self) -> None:
-        if all(part.acts_on_text_encoders for part in self.parts):
-            raise ValueError(
-                "consistency adds noise to a tuner of the denoiser, but the tuner to train acts on the text encoders "
-                "only; leave consistency out, or add another family to tuner"
-            )
-        if self.memory.gradient_checkpointing:
-            raise ValueError(
-                "gradient_checkpointing computes outputs again without the noise of consistency; leave one of them out"
-            )
 
     def _check_text(self) -> None:
         given = self.optimizer.text_learning_rate is not None and not self._is_from_preset("text_learning_rate")
@@ -328,9 +317,8 @@ class TrainConfig(FamilyFields):
             recorded["base"] = Path(self.base).resolve().name
         # Left out without a value, so that the records of earlier releases hold.
         del recorded["vae"]
-        for name in ("consistency", "consistency_sigma"):
-            if recorded[name] is None:
-                del recorded[name]
+        unset = [name for name in ("consistency", "consistency_sigma") if recorded[name] is None]
+        recorded = {name: value for name, value in recorded.items() if name not in unset}
         if self.vae is not None:
             recorded["vae"] = public_name(self.vae)
         return recorded

@@ -122,7 +122,11 @@ class Consistency(ImageLoss):
 
     def __init__(self, tuner: Tuner, weight: float, sigma: float, seed: int) -> None:
         self._noise = TunerNoise(tuner, sigma)
-        self._weight, self._seed = weight, seed
+        self._weight, self._sigma, self._seed = weight, sigma, seed
+
+    def describe(self) -> str:
+        """Return a line with the weight and the noise."""
+        return f"consistency weight {self._weight:g}, noise of sigma {self._sigma:g}: two predictions in each step"
 
     def loss(self, run: TrainState, batch: Batch, number: int) -> torch.Tensor:
         """Return the loss of a batch."""

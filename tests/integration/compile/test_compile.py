@@ -31,6 +31,8 @@ SMALL = {**TWO_LEVELS, "cross_attention_dim": 16}
 CONFIGS = {
     "skip": SkipConfig(ratio=0.5),
     "bypass": BypassConfig(ratio=0.5),
+    "redundancy": BypassConfig(form="redundancy", ratio=0.5),
+    "mixers": BypassConfig(form="mixers", mixer_rank=4),
     "adapter": ResConfig(feed_forward="adapter", width=4),
     "lora": ResConfig(self_attention="lora", cross_attention="lora", feed_forward=None, width=2),
     "layers outside": ResConfig(

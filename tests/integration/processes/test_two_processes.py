@@ -37,6 +37,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "res": {"tuner": "res", "gradient_accumulation_steps": 2},
     "control": {"tuner": "control", "control": {"conditions": ["palette"]}},
     "captions": {"captions": "all", "wildcards": True, "shuffle_tags": True, "tag_dropout": 0.3},
+    "consistency": {"tuner": "skip", "consistency": 0.5},
     "text": {"tuner": ["text", "skip"], "text": {"tokens": ["<zorp>"], "initializers": ["disc"], "rank": 2}},
     # The latents of five prompts, two in a batch, are generated in shares.
     "distilled": {

@@ -83,7 +83,7 @@ def test_the_annotations_give_the_lists_that_were_kept_by_hand() -> None:
     assert {
         "bypass", "optimizer", "learning_rate", "text_learning_rate", "weight_decay", "lr_scheduler",
         "lr_warmup_steps", "lr_num_cycles", "lr_power", "lr_step_rules", "ema_decay", "max_grad_norm", "snr_gamma",
-        "debiased_estimation", "steps",
+        "debiased_estimation", "consistency", "consistency_sigma", "steps",
     } == OF_THE_TUNER  # fmt: skip
     # Both what no batch depends on and what a resumed run may change.
     assert {

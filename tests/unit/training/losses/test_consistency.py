@@ -12,7 +12,7 @@ import torch
 from restune_diffusion.data.captions import find_examples
 from restune_diffusion.data.training_images import load_samples
 from restune_diffusion.hooks.attachment import attach
-from restune_diffusion.storage.tuner_file import load_tuner, read_info
+from restune_diffusion.storage.tuner_file import load_tuner, read_info, save_tuner
 from restune_diffusion.training import TrainConfig, sweep, train
 from restune_diffusion.training.build import build_accelerator, build_training_state
 from restune_diffusion.training.feature_cache.tap_features import record_features
@@ -214,6 +214,34 @@ def test_a_bypass_trains_from_the_feature_cache(config: MakeConfig, tmp_path: Pa
     plain = train(config(output=tmp_path / "plain", **{**settings, "consistency": None}), verbose=False)
     assert plain.losses[0] == pytest.approx(first.losses[0], rel=1e-6), "a fresh tuner has no noise"
     assert plain.losses[1:] != first.losses[1:]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"tuner": "control", "control": {"conditions": ["palette"]}},
+        {"masked_loss": "alpha", "noise_offset": 0.1, "input_perturbation": 0.1, "snr_gamma": 5},
+        {"tuner": "bypass", "preservation": "output", "class_prompt": "a disc"},
+        {"tuner": "res", "mixed_precision": "bf16"},
+        {"tuner": "bypass", "teacher": "teacher.safetensors"},
+    ],
+    ids=str,
+)
+def test_a_fresh_tuner_has_the_plain_loss_and_no_distance(
+    config: MakeConfig, tmp_path: Path, settings: dict[str, Any]
+) -> None:
+    losses = []
+    if "teacher" in settings:
+        teacher = Tuner.for_base(sd_pipeline().unet, SkipConfig())
+        randomize(teacher)
+        save_tuner(teacher, tmp_path / settings["teacher"])
+        settings = {**settings, "teacher": str(tmp_path / settings["teacher"])}
+    for weight in (None, 5.0):
+        made = config(output=tmp_path / str(weight), steps=1, consistency=weight, **settings)
+        losses += train(made, pipeline=sd_pipeline(), verbose=False).losses
+    assert losses[1] == pytest.approx(losses[0], rel=2e-2 if "mixed_precision" in settings else 1e-5)
+    # Against the noise it is about 1; the teacher changes the base's predictions by little.
+    assert (losses[0] < 0.5) == ("teacher" in settings)
 
 
 def test_a_large_weight_brings_the_draws_together(config: MakeConfig, images: Path, tmp_path: Path) -> None:
