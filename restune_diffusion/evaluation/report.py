@@ -7,17 +7,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
 
 from ..imaging.contact_sheet import labelled_grid
-from ..training.facts import library_versions
 from ..utils.atomic_write import atomic_write
-
-Row: TypeAlias = dict[str, float | None]
-"""Metrics by name; None if a metric is not measured, or is trivial by definition."""
+from ..utils.library_versions import library_versions
+from .comparison import Row
 
 
 class _Column(NamedTuple):
