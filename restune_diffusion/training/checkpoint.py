@@ -26,6 +26,7 @@ from .optimization.optimizer_state import flatten_state, unflatten_state, with_o
 from .optimization.parameter_groups import optimized_names
 from .output_folder import list_checkpoints
 from .state import InitialTuner, StepReport, TrainState
+from .validation.measurements import Measurements
 
 logger = logging.getLogger(__name__)
 
@@ -92,6 +93,7 @@ def save_checkpoint(run: TrainState) -> Path:
         "average": average_settings,
         "lr_scheduler": run.lr_scheduler.state_dict(),
         "grad_scaler": scaler.state_dict() if scaler is not None else None,
+        "measurements": run.measurements.as_json(),
     }
     try:
         save_tuner(run.tuner, temporary / "tuner.safetensors")
@@ -120,6 +122,8 @@ def restore_checkpoint(run: TrainState, checkpoint: Path) -> None:
         tensors = load((checkpoint / "optimizer.safetensors").read_bytes())
         averages = load((checkpoint / "average.safetensors").read_bytes()) if state["average"] else {}
         saved_run, step, versions = state["run"], int(state["step"]), state["versions"]
+        # Checkpoints of earlier releases have none.
+        measurements = Measurements.from_json(state.get("measurements", []))
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise TrainingError(
             f"{checkpoint} is damaged ({error}); delete it to resume from an older checkpoint."
@@ -141,6 +145,7 @@ def restore_checkpoint(run: TrainState, checkpoint: Path) -> None:
     run.lr_scheduler.load_state_dict(state["lr_scheduler"])
     if run.accelerator.scaler is not None:
         run.accelerator.scaler.load_state_dict(state["grad_scaler"])
+    run.measurements = measurements
     run.step = step
     run.resumed_from = checkpoint
 

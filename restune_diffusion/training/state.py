@@ -22,6 +22,8 @@ from .latents.cache import Cache
 from .losses.bands import BandLosses
 from .losses.objective import Objective
 from .optimization.averaging import TunerAverage
+from .validation.held_out import HeldOut
+from .validation.measurements import Measurements
 
 ATTACHED_NAME = "in training"
 """Name under which the tuner is attached to the base during training."""
@@ -91,6 +93,12 @@ class TrainState:
     step: int = 0
     resumed_from: Path | None = None
     """Checkpoint that the run continues from, if any."""
+    held_out: HeldOut | None = None
+    """Images that are held out of training, if any."""
+    measurements: Measurements = field(default_factory=Measurements)
+    """Measurements of the tuner so far."""
+    stopped_early: str | None = None
+    """Reason why the run ends before its last step, if it does."""
 
     def __post_init__(self) -> None:
         self.bands = BandLosses(self.objective.timesteps)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Literal
+
 from pydantic import model_validator
 
 from ...utils.setting_groups import SettingGroup, setting
@@ -19,6 +22,12 @@ class CheckpointsConfig(SettingGroup):
     none. Unlike a checkpoint it holds the averaged weights, if there are any, and nothing to resume from."""
     keep_last: int | None = setting(None, affects="output", recorded=False, gt=0)
     """Number of these files to keep; older ones are deleted. If not set, all are kept."""
+    keep: Literal["best"] | None = setting(None, affects="output", recorded=False)
+    """`best` keeps the tuner with the best measurement so far as OUTPUT/NAME.best.safetensors."""
+    best_by: str = setting("validation_loss", affects="output", recorded=False)
+    """Measurement that --keep best and --patience go by: validation_loss, which needs --validation.holdout."""
+    patience: int | None = setting(None, affects="output", recorded=False, gt=0)
+    """Stop early, after this number of measurements in a row without a new best one."""
     resume: bool = setting(False, affects="output", recorded=False)
     """Resume from the newest checkpoint in OUTPUT. The result is the same as that of an uninterrupted run."""
 
@@ -27,3 +36,22 @@ class CheckpointsConfig(SettingGroup):
         if self.keep_last is not None and not self.save_every:
             raise ValueError("keep_last limits the files of save_every, which is 0; set save_every, or omit keep_last")
         return self
+
+    def check_measured(self, measured: Sequence[str]) -> None:
+        """Raise `ValueError` if the run does not measure what these settings go by.
+
+        Args:
+            measured: names of the run's measurements.
+        """
+        used = [name for name, value in (("keep best", self.keep), ("patience", self.patience)) if value is not None]
+        if not used and self.best_by != "validation_loss":
+            raise ValueError("best_by is for keep and patience; set keep to best or patience to a number, or omit it")
+        if not used or self.best_by in measured:
+            return
+        if not measured:
+            raise ValueError(
+                f"{used[0]} needs a measurement, but nothing is measured; hold out images with validation.holdout"
+            )
+        raise ValueError(
+            f"{used[0]} goes by {self.best_by}, which is not measured; set best_by to {' or '.join(measured)}"
+        )

@@ -33,6 +33,20 @@ class ValidationConfig(Settings):
     """Control images for the samples of a `control` tuner: one per prompt and condition. As in training, these are
     condition images, or images to compute the condition from if it is computed."""
 
+    holdout: int | float | Path | None = setting(None, affects="output", recorded=False)
+    """Images to hold out of training, for the validation loss: a fraction of them (0.1), a number of them (8), or a
+    folder of other images, which is read by the same rules as --data."""
+    holdout_seed: int = setting(0, affects="output", recorded=False)
+    """Seed of the choice of the held-out images. The choice depends on it and on the content of the images alone."""
+    loss_every: int | None = setting(None, affects="output", recorded=False, gt=0)
+    """Measure the validation loss every N steps, in addition to the start and the end. If not set, with the samples of
+    `every`; if that is 0 too, 20 times in the run."""
+
+    @property
+    def measured(self) -> tuple[str, ...]:
+        """Names of the measurements of a run."""
+        return () if self.holdout is None else ("validation_loss",)
+
     def due(self, step: int) -> bool:
         """Return whether a step is a multiple of `every`."""
         return self.every > 0 and step % self.every == 0
