@@ -101,7 +101,8 @@ class Comparison:
         counts = {"true": len(references.true), "training": len(references.training), "drift": len(references.drift)}
         self.missing = without_reference(names, **counts)
         """Metrics that cannot be measured, each with what it needs."""
-        self._names = set(names) - self.missing.keys()
+        self.measures = [name for name in METRICS if name in names and name not in self.missing]
+        """Metrics that are measured, in the order of the report."""
 
     def row(self, images: Images, drift_images: Images = ()) -> Row:
         """Return the metrics of images, one for each caption.
@@ -111,8 +112,8 @@ class Comparison:
             drift_images: images of the drift prompts; without them the drift is not measured.
         """
         row: Row = dict.fromkeys(METRICS)
-        found = self._networks.features(images) if INCEPTION_METRICS & self._names else torch.empty(0)
-        for name in self._names:
+        found = self._networks.features(images) if INCEPTION_METRICS & set(self.measures) else torch.empty(0)
+        for name in self.measures:
             if name != "drift":
                 row[name] = self._value(name, images, found)
             elif drift_images:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from PIL import Image
@@ -16,65 +16,9 @@ from ..imaging.contact_sheet import labelled_grid
 from ..utils.atomic_write import atomic_write
 from ..utils.library_versions import library_versions
 from .comparison import Row
+from .metric_names import METRICS, Metric, MetricName
 
 
-class _Column(NamedTuple):
-    """Heading, explanation and number format of one metric."""
-
-    key: str
-    heading: str
-    meaning: str
-    digits: int = 3
-    factor: float = 1
-
-    def shown(self, row: Row) -> str:
-        value = row[self.key]
-        return "–" if value is None else f"{value * self.factor:.{self.digits}f}"
-
-
-_COLUMNS = (
-    _Column(
-        "kid",
-        "KID x1000",
-        "kernel distance to the true images, lower is better; slightly negative values are possible. The row of the "
-        "true images compares one half of them with the other.",
-        digits=2,
-        factor=1e3,
-    ),
-    _Column(
-        "style_share",
-        "style share",
-        "share of images that are closer to another caption's true image than to another caption's image by the "
-        "base. The value of the true images is the target.",
-        digits=2,
-    ),
-    _Column(
-        "retrieval_top1",
-        "own subject, top 1",
-        "share of images that are closer to the true image of their own caption than to any other true image.",
-        digits=2,
-    ),
-    _Column(
-        "retrieval_top5",
-        "own subject, top 5",
-        "share of images for which the true image of their own caption is among the five most similar true images.",
-        digits=2,
-    ),
-    _Column("lpips", "LPIPS", "perceptual distance to the true image of the same caption, lower is closer."),
-    _Column("similarity", "similarity", "cosine similarity to the true image of the same caption, higher is closer."),
-    _Column(
-        "nearest_training",
-        "to nearest training image",
-        "mean of 1 - cosine similarity to the most similar training image. A value clearly below that of the true "
-        "images means that training images are reproduced.",
-    ),
-    _Column(
-        "drift",
-        "drift",
-        "LPIPS between the base's and the tuner's images for the drift prompts, which do not name the style; lower "
-        "means less unwanted change.",
-    ),
-)
 _GRID_ROWS = 8
 # Words for the row names and settings of report.json.
 _LABELS = {"true pictures": "true images", "pictures": "images", "training_pictures": "training images"}
@@ -94,10 +38,10 @@ class Evaluation:
 
     def table(self) -> str:
         """Return the metrics as a Markdown table; columns without a value are omitted."""
-        columns = self._measured()
-        lines = [["", *(column.heading for column in columns)]]
+        metrics = self._measured()
+        lines = [["", *(metric.heading for metric in metrics.values())]]
         for name, row in self.rows.items():
-            lines.append([_label(name), *(column.shown(row) for column in columns)])
+            lines.append([_label(name), *(metric.shown(row[key]) for key, metric in metrics.items())])
         widths = [max(map(len, cells)) for cells in zip(*lines, strict=True)]
         rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
         first, *others = [
@@ -113,7 +57,7 @@ class Evaluation:
     def as_markdown(self) -> str:
         """Return the table with explanations of its columns, the settings and the library versions."""
         count = self.settings["pictures"]
-        meanings = [f"- **{column.heading}**: {column.meaning}" for column in self._measured()]
+        meanings = [f"- **{metric.heading}**: {metric.meaning}" for metric in self._measured().values()]
         facts = [f"- {_label(name)}: {_listed(value)}" for name, value in self.settings.items()]
         versions = [f"- {name} {number}" for name, number in _versions().items()]
         return "\n".join(
@@ -143,8 +87,12 @@ class Evaluation:
             ]
         )
 
-    def _measured(self) -> list[_Column]:
-        return [column for column in _COLUMNS if any(row[column.key] is not None for row in self.rows.values())]
+    def _measured(self) -> dict[MetricName, Metric]:
+        return {
+            name: metric
+            for name, metric in METRICS.items()
+            if any(row[name] is not None for row in self.rows.values())
+        }
 
 
 def write_report(

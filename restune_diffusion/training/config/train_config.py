@@ -183,8 +183,9 @@ class TrainConfig(FamilyFields):
             raise ValueError(
                 "a feature cache supports neither bucketing nor preservation; leave feature_cache or these out"
             )
-        if self.memory.drop_encoders and self.validation.prompts:
-            raise ValueError("validation prompts need the encoders; leave drop_encoders or the validation prompts out")
+        if self.memory.drop_encoders and (self.validation.prompts or self.validation.metrics):
+            asked = "prompts" if self.validation.prompts else "metrics"
+            raise ValueError(f"validation {asked} need the encoders; leave drop_encoders or the validation {asked} out")
         return self
 
     def _check_text(self) -> None:
@@ -204,6 +205,11 @@ class TrainConfig(FamilyFields):
             raise ValueError(
                 f"the validation prompts need {needed} control images, one for each condition of each prompt, "
                 f"but {given} are given"
+            )
+        if self.validation.metrics and self.conditioned is not None:
+            raise ValueError(
+                "metrics do not support a control tuner, which generates no image without condition images; "
+                "leave validation.metrics out"
             )
         if self.control_data is not None and self.conditioned is None:
             raise ValueError(
