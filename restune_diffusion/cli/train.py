@@ -59,6 +59,8 @@ class TrainOptions(_Flags):
         """Train a tuner, or the tuners of a sweep, and print their paths."""
         config = self.settings()
         check_data(config.data.folder)
+        if isinstance(config.validation.holdout, Path):
+            check_data(config.validation.holdout, "folder of held-out images")
         check_writable(config.output)
         if config.sweep is None:
             check_output(config)
@@ -81,6 +83,10 @@ class TrainOptions(_Flags):
             return
         result = train(config, stop_on_signal=True)
         print(f"Trained {counted(result.steps, 'step')} in {result.seconds:.0f} s: {result.path}")
+        if result.stopped_early is not None:
+            print(f"Stopped early: {result.stopped_early}")
+        if result.best is not None:
+            print(f"Best: {result.best}")
         if result.samples:
             print(f"Samples: {result.samples[-1]}")
 

@@ -55,6 +55,7 @@ class DataSheet:
         entries: the training images, in training order.
         beyond_limit: captions longer than the tokenizer's limit, with their number of tokens.
         hints: hints about settings that do not fit the data.
+        held_out: images that are held out of training.
     """
 
     folder: Path
@@ -62,6 +63,7 @@ class DataSheet:
     entries: list[Entry] = field(default_factory=list)
     beyond_limit: dict[str, int] = field(default_factory=dict)
     hints: list[str] = field(default_factory=list)
+    held_out: list[Entry] = field(default_factory=list)
 
     def watched(self, samples: Iterable[Sample]) -> Iterator[Sample]:
         """Yield the samples unchanged and record an entry for each image."""
@@ -87,7 +89,7 @@ class DataSheet:
             views += self.entries.pop().views
         self.entries.append(
             Entry(
-                _inside(sample.name, self.folder),
+                name_inside(sample.name, self.folder),
                 sample.caption,
                 (size_conditioning.original[1], size_conditioning.original[0]),
                 (size_conditioning.size[1], size_conditioning.size[0]),
@@ -174,6 +176,12 @@ class DataSheet:
         count = counted(len(self.beyond_limit), "caption")
         return [f"{count} of up to {longest} tokens; the text encoder reads a caption up to its token limit."]
 
+    def held_out_line(self) -> str:
+        """Return a one-line summary of the held-out images: their number and first names."""
+        names = ", ".join(printable(entry.name) for entry in self.held_out[:_LISTED])
+        more = len(self.held_out) - _LISTED
+        return f"{counted(len(self.held_out), 'image')}: {names}" + (f" and {more} more" if more > 0 else "")
+
     def unused(self) -> list[str]:
         """Return the files that are not used, one line for each reason."""
         names: dict[str, list[str]] = {}
@@ -210,6 +218,8 @@ class DataSheet:
         - `enlarged`: names of the images that are smaller than their bucket.
         - `duplicates`: lists of names of files with the same bytes.
         - `left_out`: `{"name", "reason", "fault"}`; `fault` is false for files that are not training images.
+        - `held_out`: `{"name", "caption", "width", "height", "bucket"}` of each image that is held out of training;
+          only there if images are held out.
         """
         return {
             "version": _VERSION,
@@ -223,23 +233,13 @@ class DataSheet:
                 | ({"tokens": self.beyond_limit[text]} if text in self.beyond_limit else {})
                 for text, count in self.captions
             ],
-            "files": [
-                {
-                    "name": entry.name,
-                    "caption": entry.caption,
-                    "width": entry.original[0],
-                    "height": entry.original[1],
-                    "bucket": list(entry.size),
-                    "repeats": entry.repeats,
-                    "views": entry.views,
-                }
-                for entry in self.entries
-            ],
+            "files": [{**_facts(entry), "repeats": entry.repeats, "views": entry.views} for entry in self.entries],
             "enlarged": [entry.name for entry in self.entries if entry.enlarged > 1],
             "duplicates": self.duplicates,
             "left_out": [
                 {"name": each.name, "reason": each.reason, "fault": each.fault} for each in self.faults + self.others
             ],
+            **({"held_out": [_facts(entry) for entry in self.held_out]} if self.held_out else {}),
         }
 
     def write(self, output: Path) -> None:
@@ -252,6 +252,17 @@ class DataSheet:
             file.write(json.dumps(self.as_json(), indent=1).encode())
 
 
-def _inside(name: str, folder: Path) -> str:
+def _facts(entry: Entry) -> dict[str, Any]:
+    return {
+        "name": entry.name,
+        "caption": entry.caption,
+        "width": entry.original[0],
+        "height": entry.original[1],
+        "bucket": list(entry.size),
+    }
+
+
+def name_inside(name: str, folder: Path) -> str:
+    """Return the name of a file for the report: relative to the data folder, if it is in there."""
     path = Path(name)
     return printable(str(path.relative_to(folder) if path.is_relative_to(folder) else path))

@@ -115,6 +115,8 @@ def build_training_state(config: TrainConfig, accelerator: Accelerator, inputs: 
         preservation=make_preservation(config.preservation.class_prompt, inputs.known_class, class_batches, encode),
         initial=initial,
         vae=inputs.vae,
+        held_out=inputs.held_out,
+        metrics=inputs.metrics,
         average=TunerAverage(tuner, config.optimizer.ema_decay) if config.optimizer.ema_decay is not None else None,
     )
     checkpoint = latest_checkpoint(config.output) if config.checkpoints.resume else None

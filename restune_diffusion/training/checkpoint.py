@@ -24,11 +24,13 @@ from .config.train_config import current_names
 from .facts import run_identity
 from .optimization.optimizer_state import flatten_state, unflatten_state, with_own_kernels
 from .optimization.parameter_groups import optimized_names
-from .output_folder import list_checkpoints
+from .output_folder import best_file, list_checkpoints
 from .state import InitialTuner, StepReport, TrainState
 from .validation.measurements import Measurements
 
 logger = logging.getLogger(__name__)
+
+_BEST = "best.safetensors"
 
 
 class Checkpoints(Callback):
@@ -41,7 +43,8 @@ class Checkpoints(Callback):
                 for leftover in run.config.output.glob(pattern):
                     shutil.rmtree(leftover)
             step_files = f"{run.config.name}-*.safetensors"
-            for name in (run.config.file.name, step_files, METRICS_FILE, DATA_FILE, CONFIG_FILE):
+            best = best_file(run.config).name
+            for name in (run.config.file.name, step_files, best, METRICS_FILE, DATA_FILE, CONFIG_FILE):
                 for leftover in run.config.output.glob(f".{name}.*.tmp"):
                     leftover.unlink()
 
@@ -51,8 +54,8 @@ class Checkpoints(Callback):
         return bool(every) and (step % every == 0 or step == run.steps)
 
     def on_step(self, run: TrainState, report: StepReport) -> None:
-        """Save a checkpoint if one is due."""
-        if self.reads_state(run, report.step):
+        """Save a checkpoint if one is due, and after the last step of a run that stops early."""
+        if self.reads_state(run, report.step) or (run.stopped_early and run.config.checkpoints.every):
             self._save(run)
 
     def on_stop(self, run: TrainState) -> None:
@@ -102,6 +105,8 @@ def save_checkpoint(run: TrainState) -> Path:
         if averages:
             with atomic_write(temporary / "average.safetensors") as file:
                 file.write(save(averages))
+        if run.config.checkpoints.keep == "best" and best_file(run.config).exists():
+            shutil.copyfile(best_file(run.config), temporary / _BEST)
         with atomic_write(temporary / "state.json") as file:
             file.write(json.dumps(state, indent=2).encode())
         temporary.rename(final)
@@ -145,6 +150,10 @@ def restore_checkpoint(run: TrainState, checkpoint: Path) -> None:
     run.lr_scheduler.load_state_dict(state["lr_scheduler"])
     if run.accelerator.scaler is not None:
         run.accelerator.scaler.load_state_dict(state["grad_scaler"])
+    if (checkpoint / _BEST).exists() and run.config.checkpoints.keep == "best" and run.accelerator.is_main_process:
+        # A file of a later step, of which the checkpoint knows nothing, would stay if its measurement did not recur.
+        with atomic_write(best_file(run.config)) as file:
+            file.write((checkpoint / _BEST).read_bytes())
     run.measurements = measurements
     run.step = step
     run.resumed_from = checkpoint

@@ -30,6 +30,8 @@ def run_identity(run: TrainState) -> dict[str, Any]:
         settings["initial tuner"] = run.initial.sha256
     if run.vae is not None:
         settings["VAE weights"] = run.vae
+    if run.held_out is not None:
+        settings["held-out images and captions"] = run.held_out.cache.data_hash
     settings["number of processes"] = run.accelerator.num_processes
     if run.config.optimizer.lr_scheduler not in _ENDLESS:
         settings["steps"] = steps
@@ -48,6 +50,8 @@ def training_facts(run: TrainState) -> dict[str, Any]:
         **({"initial_tuner": asdict(run.initial)} if run.initial is not None else {}),
         **({"trigger_words": triggers} if (triggers := trigger_words(run.config)) else {}),
         **({"vae_sha256": run.vae} if run.vae is not None else {}),
+        **({"held_out_images": len(run.held_out.cache)} if run.held_out is not None else {}),
+        **({"stopped_early": run.stopped_early} if run.stopped_early is not None else {}),
         "versions": library_versions(),
         "config": run.config.recorded(),
     }

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,23 +19,23 @@ from ..data.condition_source import ConditionSource
 from ..data.data_sheet import DataSheet
 from ..data.example import Example
 from ..data.image_transform import ImageTransform
-from ..data.training_images import load_samples
 from ..hooks.placeholder_tokens import contains_token
 from ..pipelines.load_base import PRECISIONS, is_inpainting, load_base, training_resolution
-from ..utils.errors import NoImageError, TrainingError
+from ..utils.errors import TrainingError
 from .callbacks.drift import DriftPrompt, encode_drift_prompts
 from .config.train_config import TrainConfig
 from .feature_cache.use import hash_of_models, hash_of_vae
 from .frozen_base import check_trainable, frozen, move_encoders
 from .initial_tuner import check_initial_tuner
-from .latents.cache import Cache, build_cache
-from .latents.cache_shards import build_together
+from .latents.cache import Cache
+from .latents.examples import encode_examples
 from .latents.precision import held_encoder
 from .latents.text_conditioning import Conditioning
 from .losses.preservation import encode_class
 from .memory import drop_encoders
-from .processes import gather_objects
 from .quantization import quantize_base
+from .validation.held_out import HeldOut, Split, encode_held_out, hold_out
+from .validation.metric_inputs import MetricInputs, prepare_metrics
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,10 @@ class TrainingInputs:
     """Hash of the VAE that replaces that of the base, if one does."""
     encoder: Any = None
     """VAE that encodes the masked images of an inpainting base in each step."""
+    held_out: HeldOut | None = None
+    """Images that are held out of training, if any."""
+    metrics: MetricInputs | None = None
+    """What the metrics of checkpoints compare with, in the main process, if they are measured."""
 
 
 @contextmanager
@@ -87,10 +92,11 @@ def prepared(
         raise TrainingError("A pipeline passed as an argument has its own VAE; leave vae out, or set pipeline.vae.")
     sheet = DataSheet(config.data.folder, [])
     examples = read_examples(config.data, sheet.refused)
-    _check_placeholder_tokens(config, examples)
     conditions = ConditionSource(config.conditioned, config.control_data) if config.conditioned else None
     if conditions is not None:
         examples = conditions.paired(examples, config.data.folder)
+    split = hold_out(config, examples, conditions, sheet.refused)
+    _check_placeholder_tokens(config, split.training)
     if pipeline is None:
         pipeline = load_base(config.base, PRECISIONS[config.memory.mixed_precision], config.vae)
         if config.memory.base_quantization is not None:
@@ -105,9 +111,10 @@ def prepared(
     control_images = conditions.samples(config.validation.control_images, resolution) if conditions is not None else []
     pipeline.to(accelerator.device)
     with frozen(pipeline):
-        cache = _encode(config, accelerator, pipeline, examples, resolution, conditions, sheet)
+        cache, held_out = _encode(config, accelerator, pipeline, split, resolution, conditions, sheet)
         known = encode_class(config, accelerator, pipeline, resolution, verbose=verbose)
         drift_prompts = _drift_prompts(config, pipeline, resolution) if accelerator.is_main_process else []
+        metrics = prepare_metrics(config, accelerator, pipeline, split.training, held_out)
         models = hash_of_models(pipeline) if config.feature_cache.draws is not None else None
         vae = hash_of_vae(pipeline.vae) if config.vae is not None else None
         if config.memory.drop_encoders:
@@ -131,6 +138,8 @@ def prepared(
                 models,
                 vae,
                 encoder,
+                held_out,
+                metrics,
             )
         finally:
             move_encoders(pipeline, accelerator.device)
@@ -145,29 +154,26 @@ def _encode(
     config: TrainConfig,
     accelerator: Accelerator,
     pipeline: Any,
-    examples: Sequence[Example],
+    split: Split,
     resolution: int,
     conditions: ConditionSource | None,
     sheet: DataSheet,
-) -> Cache:
-    """Encode the data, a share in each process, and record the used and skipped images in the sheet."""
+) -> tuple[Cache, HeldOut | None]:
+    """Encode the training images and the held-out ones, and record the used and skipped images in the sheet."""
     transform = ImageTransform.of(config.data, resolution, bucket_step(pipeline), config.seed)
-    own = DataSheet(config.data.folder, [])
-
-    def build(share: Sequence[Example]) -> Cache:
-        samples = load_samples(share, resolution, conditions, preparation=transform, refused=own.refused)
-        return build_cache(pipeline, own.watched(samples), is_inpainting(pipeline))
-
-    cache: Cache | None = None
-    with suppress(NoImageError):
-        cache = build_together(accelerator, examples, build)
-    sheet.add(gather_objects(accelerator, [own]))
+    folder = config.data.folder
+    cache, own = encode_examples(accelerator, pipeline, split.training, folder, resolution, transform, conditions)
+    sheet.add([own])
     sheet.check()
     assert cache is not None
     vectors = {token: getattr(part, "vectors_per_token", 1) for part in config.parts for token in part.new_words}
     sheet.count_tokens([encoder.tokenizer for encoder in text_encoders(pipeline).values()], vectors)
     sheet.hint(config.data, resolution)
-    return cache
+    if isinstance(config.validation.holdout, Path):
+        transform = ImageTransform.of(
+            config.data.model_copy(update={"folder": split.folder}), resolution, bucket_step(pipeline), config.seed
+        )
+    return cache, encode_held_out(accelerator, pipeline, split, resolution, transform, sheet)
 
 
 def _check_placeholder_tokens(config: TrainConfig, examples: Sequence[Example]) -> None:

@@ -35,6 +35,9 @@ def steps_of(
 ) -> Generator[int, None, None]:
     """Train until the run's last step, run the callbacks, and yield the number of each finished step.
 
+    A callback ends the run early by setting `stopped_early` in `on_start`, or in `on_step` of a step after which some
+    callback reads the state.
+
     On CUDA the numbers of a step are read while the device computes the next one, because a GPU that waits for the
     host between steps is idle. They are read at once where a callback uses the state after the step, and at the end.
 
@@ -48,7 +51,7 @@ def steps_of(
     try:
         for callback in callbacks:
             callback.on_start(run)
-        while run.step < run.steps:
+        while run.step < run.steps and run.stopped_early is None:
             if stop is not None and stop.agreed(run.accelerator):
                 _report(run, behind, callbacks)
                 raise _interrupted(run, callbacks, stop)

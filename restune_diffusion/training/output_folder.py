@@ -29,6 +29,11 @@ def step_files(config: TrainConfig) -> list[Path]:
     return [path for _, path in sorted(found)]
 
 
+def best_file(config: TrainConfig) -> Path:
+    """Return the path of the tuner file with the best measurement."""
+    return config.output / f"{config.name}.best.safetensors"
+
+
 def check_output(config: TrainConfig) -> None:
     """Check the output folder.
 
@@ -51,7 +56,7 @@ def check_output(config: TrainConfig) -> None:
             f"{config.file} is a finished tuner without a checkpoint to resume, and this run would replace it; choose "
             "another --output or --name, or move the file away."
         )
-    saved = step_files(config)
+    saved = [*step_files(config), *(path for path in [best_file(config)] if path.exists())]
     if saved and not config.checkpoints.resume:
         raise TrainingError(
             f"{config.output} holds {saved[-1].name} of an earlier run, which this run could replace; "

@@ -17,12 +17,14 @@ from ..utils.errors import TrainingError
 from .advice import log_warnings
 from .build import build_accelerator, build_training_state
 from .callbacks.base import Callback, UpdateAverage
+from .callbacks.best import BestFile, EarlyStop
 from .callbacks.config_record import ConfigFile
 from .callbacks.drift import DriftProbe
 from .callbacks.reporting import MetricsLog, Progress, ProgressBar, SheetFile, describe_plan
 from .callbacks.tracking import start_trackers
 from .callbacks.tuner_files import FinalFile, StepFiles
 from .callbacks.validation import ValidationSamples
+from .callbacks.validation_loss import ValidationLoss
 from .checkpoint import Checkpoints
 from .config.train_config import TrainConfig
 from .feature_cache.use import use_feature_cache
@@ -30,9 +32,10 @@ from .initial_tuner import check_initial_tuner
 from .inputs import TrainingInputs, prepared
 from .loop import run_loop
 from .memory import gradient_checkpointing
-from .output_folder import check_output
+from .output_folder import best_file, check_output
 from .state import ATTACHED_NAME, StepReport, TrainState
 from .stopping import StopRequest
+from .validation.checkpoint_metrics import CheckpointMetrics
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,10 @@ class TrainResult:
     seconds: float
     losses: tuple[float, ...]
     samples: tuple[Path, ...]
+    stopped_early: str | None = None
+    """Reason why the run ended before its last step, if it did."""
+    best: Path | None = None
+    """Path of the tuner with the best measurement, if it is kept."""
 
 
 def train(
@@ -101,7 +108,8 @@ def train(
         finally:
             accelerator.end_training()
     seconds = time.perf_counter() - started
-    return TrainResult(config.file, run.step, seconds, tuple(losses), tuple(samples.folders))
+    best = best_file(config) if config.checkpoints.keep == "best" else None
+    return TrainResult(config.file, run.step, seconds, tuple(losses), tuple(samples.folders), run.stopped_early, best)
 
 
 def run_callbacks(
@@ -113,13 +121,17 @@ def run_callbacks(
         inputs: inputs of the run.
         samples: callback that generates the validation samples.
         shown: callbacks that show the progress.
-        verbose: whether to print the drift.
+        verbose: whether to print the drift, the validation loss and the metrics.
     """
     log = MetricsLog()
-    drift = DriftProbe(inputs.drift_prompts, log.note, tqdm.write if verbose else None)
-    # Checkpoints come last, so that a saved step implies that all files of its other callbacks are complete.
-    files = [ConfigFile(), SheetFile(), *shown, drift, FinalFile(), StepFiles(), samples, Checkpoints()]
-    return [log, UpdateAverage(), *files]
+    show = tqdm.write if verbose else None
+    drift = DriftProbe(inputs.drift_prompts, log.note, show)
+    loss = ValidationLoss(log.note, show, inputs.encoder)
+    # What measures comes before what acts on measurements. Checkpoints come last, so that a saved step implies that all
+    # files of its other callbacks are complete.
+    metrics = CheckpointMetrics(inputs.metrics, log.note, show)
+    files = [loss, metrics, BestFile(), EarlyStop(), drift, FinalFile(), StepFiles(), samples, Checkpoints()]
+    return [log, UpdateAverage(), ConfigFile(), SheetFile(), *shown, *files]
 
 
 @contextmanager

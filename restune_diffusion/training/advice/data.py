@@ -10,6 +10,8 @@ from .outline import RunOutline
 _FAR_ENLARGED = 1.5
 # A subject often has the same caption for its 5 to 20 images.
 _MANY_IMAGES = 30
+# If training helps and harms images at random, the losses of n images all rise together once in 2^n times.
+_FEW_HELD_OUT = 4
 
 
 def data_warnings(run: RunOutline) -> Iterator[str]:
@@ -31,4 +33,9 @@ def data_warnings(run: RunOutline) -> Iterator[str]:
         yield (
             f"all {len(run.entries)} images have the same caption, so prompts will have little control over the "
             f"content; describe the content of each image in its own caption."
+        )
+    if 0 < run.held_out < _FEW_HELD_OUT:
+        yield (
+            f"the loss of {counted(run.held_out, 'held-out image')} says little: even a rise on each of them happens "
+            f"by chance once in {2**run.held_out} times; hold out {_FEW_HELD_OUT} or more, better 8."
         )

@@ -21,6 +21,7 @@ class RunOutline:
         samples: samples in one epoch: the images, each as often as it is repeated.
         images_per_step: images in one optimizer step, over all batches and processes.
         entries: the training images; empty if they are not recorded.
+        held_out: number of held-out images.
     """
 
     config: TrainConfig
@@ -29,9 +30,12 @@ class RunOutline:
     samples: int
     images_per_step: int
     entries: Sequence[Entry] = ()
+    held_out: int = 0
 
     @classmethod
     def of(cls, run: TrainState) -> RunOutline:
         """Return the outline of a run."""
         entries = run.data.entries if run.data is not None else ()
-        return cls(run.config, run.steps, len(run.cache), sum(run.cache.repeats), run.images_per_step, entries)
+        held_out = len(run.held_out.cache) if run.held_out is not None else 0
+        samples = sum(run.cache.repeats)
+        return cls(run.config, run.steps, len(run.cache), samples, run.images_per_step, entries, held_out)

@@ -105,6 +105,7 @@ class DriftProbe(Callback):
         self._show = show
         self._batches: list[list[Batch]] = []
         self._base: list[list[torch.Tensor]] = []
+        self._last: int | None = None
 
     def on_start(self, run: TrainState) -> None:
         """Store the base's predictions, which all later predictions are compared with."""
@@ -126,10 +127,12 @@ class DriftProbe(Callback):
             self._report(run)
 
     def on_end(self, run: TrainState) -> None:
-        """Log the drift of the finished tuner."""
-        self._report(run)
+        """Log the drift of the finished tuner, unless a run that stops early has logged it already."""
+        if run.stopped_early is None or self._last != run.step:
+            self._report(run)
 
     def _report(self, run: TrainState) -> None:
+        self._last = run.step
         if self._prompts and run.accelerator.is_main_process:
             with run.released_weights(), tuner_attached(run):
                 drifts = self.measure(run)

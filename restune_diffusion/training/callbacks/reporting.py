@@ -19,6 +19,7 @@ from ..state import StepReport, TrainState
 from .base import Callback
 from .metrics_file import METRICS_FILE
 from .peak_memory import peak_memory, reset_peak_memory
+from .validation_loss import loss_interval
 
 # Losses of single steps vary far more by their random timesteps than by learning.
 LOSS_WINDOW = 50
@@ -38,6 +39,8 @@ def describe_plan(run: TrainState) -> str:
         f"base        {config.base} ({run.objective.prediction_type}, {precision}, {run.accelerator.device})",
         *([f"vae         {config.vae}"] if config.vae is not None else []),
         *_describe_data(run),
+        *_describe_held_out(run),
+        *_describe_metrics(run),
         f"tuner       {' + '.join(config.kinds)}, {run.tuner.num_parameters():,} parameters{started}",
         *(["masks       random in every step"] if cache.images else []),
         *([f"control     {run.conditions.describe()}"] if run.conditions is not None else []),
@@ -73,6 +76,18 @@ def _describe_data(run: TrainState) -> list[str]:
     ):
         lines += [f"{'' if number else name:<12}{fact}" for number, fact in enumerate(facts)]
     return lines
+
+
+def _describe_held_out(run: TrainState) -> list[str]:
+    if run.held_out is None or run.data is None:
+        return []
+    interval = loss_interval(run.config.validation, run.steps)
+    return [f"held out    {run.data.held_out_line()}; loss every {counted(interval, 'step')}"]
+
+
+def _describe_metrics(run: TrainState) -> list[str]:
+    lines = run.metrics.describe() if run.metrics is not None else []
+    return [f"{'' if number else 'metrics':<12}{line}" for number, line in enumerate(lines)]
 
 
 class SheetFile(Callback):

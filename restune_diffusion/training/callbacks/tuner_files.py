@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from ...storage.tuner_file import save_tuner
 from ..facts import training_facts, trigger_words
@@ -16,7 +18,7 @@ class FinalFile(Callback):
 
     def on_end(self, run: TrainState) -> None:
         """Write the tuner's file."""
-        _write(run, run.config.file)
+        write_file(run, run.config.file)
 
 
 class StepFiles(Callback):
@@ -35,17 +37,23 @@ class StepFiles(Callback):
         """Write the file of the step if it is due."""
         config, kept = run.config, run.config.checkpoints.keep_last
         if self.reads_state(run, report.step):
-            _write(run, config.output / f"{config.name}-{run.step:06d}.safetensors")
+            write_file(run, config.output / f"{config.name}-{run.step:06d}.safetensors")
             if kept is not None and run.accelerator.is_main_process:
                 for old in step_files(config)[:-kept]:
                     old.unlink(missing_ok=True)
 
 
-def _write(run: TrainState, path: Path) -> None:
-    """Write the tuner with its released weights and the facts of its training, in the main process."""
+def write_file(run: TrainState, path: Path, facts: Mapping[str, Any] | None = None) -> None:
+    """Write the tuner with its released weights and the facts of its training, in the main process.
+
+    Args:
+        run: state of the run.
+        path: path of the file.
+        facts: further facts.
+    """
     if run.accelerator.is_main_process:
         with run.released_weights():
             triggers = trigger_words(run.config)
             metadata = {"modelspec.trigger_phrase": ", ".join(triggers)} if triggers else {}
-            save_tuner(run.tuner, path, training=training_facts(run), metadata=metadata)
+            save_tuner(run.tuner, path, training={**training_facts(run), **(facts or {})}, metadata=metadata)
     run.accelerator.wait_for_everyone()

@@ -41,6 +41,7 @@ class ValidationSamples(Callback):
         self.folders: list[Path] = []
         self._control_images = control_images
         self._start = start
+        self._last: int | None = None
 
     def on_start(self, run: TrainState) -> None:
         """Generate samples before the first step, unless the run is resumed."""
@@ -57,8 +58,9 @@ class ValidationSamples(Callback):
             self._sample_from_state(run)
 
     def on_end(self, run: TrainState) -> None:
-        """Generate samples from the finished file."""
-        self._sample(run, run.config.file)
+        """Generate samples from the finished file, unless a run that stops early has them already."""
+        if run.stopped_early is None or self._last != run.step:
+            self._sample(run, run.config.file)
 
     def _sample_from_state(self, run: TrainState) -> None:
         if run.step == 0 and self._start:
@@ -85,6 +87,7 @@ class ValidationSamples(Callback):
         self._write(run, images)
 
     def _write(self, run: TrainState, images: Sequence[Image.Image]) -> None:
+        self._last = run.step
         validation = run.config.validation
         inpainting = validation_inputs(run.cache.images, len(validation.prompts), validation.seed)
         folder = run.config.output / "samples" / f"step-{run.step:06d}"

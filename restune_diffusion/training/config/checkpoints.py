@@ -8,6 +8,7 @@ from typing import Literal
 from pydantic import model_validator
 
 from ...utils.setting_groups import SettingGroup, setting
+from ..validation.measurements import VALIDATION_LOSS
 
 
 class CheckpointsConfig(SettingGroup):
@@ -24,7 +25,7 @@ class CheckpointsConfig(SettingGroup):
     """Number of these files to keep; older ones are deleted. If not set, all are kept."""
     keep: Literal["best"] | None = setting(None, affects="output", recorded=False)
     """`best` keeps the tuner with the best measurement so far as OUTPUT/NAME.best.safetensors."""
-    best_by: str = setting("validation_loss", affects="output", recorded=False)
+    best_by: str = setting(VALIDATION_LOSS, affects="output", recorded=False)
     """Measurement that --keep best and --patience go by: validation_loss, which needs --validation.holdout."""
     patience: int | None = setting(None, affects="output", recorded=False, gt=0)
     """Stop early, after this number of measurements in a row without a new best one."""
@@ -44,7 +45,7 @@ class CheckpointsConfig(SettingGroup):
             measured: names of the run's measurements.
         """
         used = [name for name, value in (("keep best", self.keep), ("patience", self.patience)) if value is not None]
-        if not used and self.best_by != "validation_loss":
+        if not used and self.best_by != VALIDATION_LOSS:
             raise ValueError("best_by is for keep and patience; set keep to best or patience to a number, or omit it")
         if not used or self.best_by in measured:
             return

@@ -185,7 +185,9 @@ class TrainConfig(FamilyFields):
             )
         if self.memory.drop_encoders and (self.validation.prompts or self.validation.metrics):
             asked = "prompts" if self.validation.prompts else "metrics"
-            raise ValueError(f"validation {asked} need the encoders; leave drop_encoders or the validation {asked} out")
+            raise ValueError(
+                f"validation {asked} need the encoders; leave drop_encoders or the validation {asked} out"
+            )
         return self
 
     def _check_text(self) -> None:

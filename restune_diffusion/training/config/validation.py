@@ -10,6 +10,7 @@ from pydantic import model_validator
 from ...evaluation.metric_names import METRICS
 from ...utils.setting_groups import setting
 from ...utils.settings import Settings
+from ..validation.measurements import VALIDATION_LOSS
 from .renamed import renamed
 
 CheckpointMetric: TypeAlias = Literal[
@@ -60,7 +61,7 @@ class ValidationConfig(Settings):
         """Names of the measurements of a run."""
         compared = {logged_name(name) for name, metric in METRICS.items() if metric.true_images}
         metrics = [name for name in self.metrics if self.holdout is not None or name not in compared]
-        return (*(() if self.holdout is None else ("validation_loss",)), *metrics)
+        return (*(() if self.holdout is None else (VALIDATION_LOSS,)), *metrics)
 
     def due(self, step: int) -> bool:
         """Return whether a step is a multiple of `every`."""
@@ -72,6 +73,19 @@ class ValidationConfig(Settings):
             raise ValueError("metrics need captions to generate; hold out images with holdout, or give prompts")
         if self.metric_images is not None and not self.metrics:
             raise ValueError("metric_images limits the images of metrics, which is not set; set it, or omit it")
+        return self
+
+    @model_validator(mode="after")
+    def _holdout_fits(self) -> ValidationConfig:
+        holdout = self.holdout
+        fits = 0 < holdout < 1 if isinstance(holdout, float) else not isinstance(holdout, int) or holdout >= 1
+        if not fits:
+            raise ValueError(
+                f"holdout = {holdout} is not valid; use a fraction between 0 and 1, a whole number of images, or a "
+                f"folder"
+            )
+        if self.loss_every is not None and holdout is None:
+            raise ValueError("loss_every is for the loss of held-out images, but none are held out; set holdout")
         return self
 
     @model_validator(mode="before")

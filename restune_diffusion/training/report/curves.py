@@ -14,7 +14,7 @@ from ...utils.errors import RestuneError
 # More points are not visible on a screen.
 _POINTS = 800
 _SIZE = 5.6, 2.7
-_RAW, _SMOOTH = "#c3cfdf", "#1f4e8c"
+_RAW, _SMOOTH, _OTHER = "#c3cfdf", "#1f4e8c", "#c8641b"
 _STYLE = {
     "svg.fonttype": "none",
     "svg.hashsalt": "restune",
@@ -46,14 +46,27 @@ def running_mean(values: NDArray[np.float64], window: int) -> NDArray[np.float64
     return (sums[ends] - sums[starts]) / (ends - starts)
 
 
-def raw_and_smooth(series: Series, label: str) -> str:
-    """Draw a noisy metric in a pale color, and its running mean on top."""
+def raw_and_smooth(series: Series, label: str, beside: Mapping[str, Series] | None = None) -> str:
+    """Draw a noisy metric in a pale color, and its running mean on top.
+
+    Args:
+        series: the metric.
+        label: description of the plot.
+        beside: metrics without noise by name, drawn as they are; the plot then has a legend.
+    """
     steps, values = _arrays(series)
     smooth = running_mean(values, smoothing_window(len(values)))
+    shown = [smooth, np.quantile(values, [0.01, 0.99])]
     with _Figure(label) as figure:
         figure.line(steps, values, color=_RAW, linewidth=0.7)
-        figure.line(steps, smooth, color=_SMOOTH, linewidth=1.7)
-        figure.limit(np.concatenate([smooth, np.quantile(values, [0.01, 0.99])]))
+        figure.line(steps, smooth, color=_SMOOTH, linewidth=1.7, label="training images")
+        for name, each in (beside or {}).items():
+            other_steps, other = _arrays(each)
+            figure.line(other_steps, other, color=_OTHER, linewidth=1.7, marker="o", ms=3, label=name)
+            shown.append(other)
+        figure.limit(np.concatenate(shown))
+        if beside:
+            figure.legend(1 + len(beside))
     return figure.svg
 
 

@@ -16,6 +16,7 @@ from ...utils.settings_merge import flat
 from ..callbacks.metrics_file import Series
 from ..config.config_file import recorded_yaml
 from ..config.train_config import TrainConfig, current_names
+from ..validation.measurements import VALIDATION_LOSS
 from .curves import plain, raw_and_smooth, several, smoothing_window
 from .images import chosen_steps, data_url
 from .run_folder import RunFolder
@@ -26,7 +27,16 @@ _MOST_STEPS = 6
 _MOST_PROMPTS = 16
 _BAND = "loss_by_timestep/"
 # Metrics with their own place on the page.
-_PLACED = {"loss", "learning_rate", "images_per_second", "seconds", "peak_memory_mib", "grad_norm", "drift"}
+_PLACED = {
+    "loss",
+    "learning_rate",
+    "images_per_second",
+    "seconds",
+    "peak_memory_mib",
+    "grad_norm",
+    "drift",
+    VALIDATION_LOSS,
+}
 
 
 @dataclass(frozen=True)
@@ -73,18 +83,28 @@ def _facts(run: RunFolder) -> list[tuple[str, str]]:
             f"{facts[0][1]}, {tuner[1].num_parameters:,} parameters, {tuner[1].bytes / 2**20:.1f} MiB",
         )
     facts.append(("Steps", f"{run.step:,} of {run.steps:,}"))
+    if run.stopped_early is not None:
+        facts.append(("Stopped early", run.stopped_early))
     losses = [value for _, value in run.series.get("loss", [])]
     if losses:
         window = smoothing_window(len(losses))
         first, last = (sum(each) / len(each) for each in (losses[:window], losses[-window:]))
         facts.append(("Loss", f"{first:.4f} → {last:.4f} (means of {window} steps)"))
+    if held_out := run.series.get(VALIDATION_LOSS):
+        step, lowest = min(held_out, key=lambda each: each[1])
+        facts.append(
+            ("Validation loss", f"{held_out[0][1]:.4f} → {held_out[-1][1]:.4f}, lowest {lowest:.4f} at {step}")
+        )
+    if run.best is not None:
+        path, name, step, value = run.best
+        facts.append(("Best tuner", f"{path.name}: {name} {value:.4f} at step {step}"))
     speeds = [value for _, value in run.series.get("images_per_second", [])]
     if speeds:
         facts.append(("Speed", f"{median(speeds):.3g} images/s"))
     seconds = [value for _, value in run.series.get("seconds", [])]
     if seconds:
         facts.append(("Time in steps", _duration(sum(seconds))))
-        if run.step < run.steps:
+        if run.step < run.steps and not run.finished:
             facts.append(("Time left", f"about {_duration((run.steps - run.step) * median(seconds[-50:]))}"))
     memory = [value for _, value in run.series.get("peak_memory_mib", [])]
     if memory:
@@ -117,7 +137,10 @@ def _charts(config: TrainConfig, series: Mapping[str, Series]) -> list[Chart]:
     if loss := series.get("loss"):
         window = smoothing_window(len(loss))
         note = f"Each step (pale), and the mean of {window} steps. Steps differ mostly by their random timesteps."
-        charts.append(Chart("Loss", Markup(raw_and_smooth(loss, "loss by step")), note))
+        held_out = series.get(VALIDATION_LOSS, [])
+        note += " Held-out images (orange) have the same noise and timesteps in each measurement." if held_out else ""
+        beside = {"held-out images": held_out} if held_out else None
+        charts.append(Chart("Loss", Markup(raw_and_smooth(loss, "loss by step", beside)), note))
     if bands := _bands(series):
         note = "Running means of the samples in each band of timesteps; high timesteps are noisy."
         charts.append(Chart("Loss by timestep", Markup(several(bands, "loss by step, for bands of timesteps")), note))

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from ...storage.tuner_file import TunerInfo, read_info
 from ...utils.errors import RestuneError
@@ -14,7 +16,7 @@ from ..callbacks.config_record import CONFIG_FILE
 from ..callbacks.metrics_file import METRICS_FILE, Series, read_metrics
 from ..config.config_file import read_config
 from ..config.train_config import TrainConfig
-from ..output_folder import latest_checkpoint
+from ..output_folder import best_file, latest_checkpoint
 from .data_sheet import DataSheet, read_data_sheet
 
 _SAMPLES = re.compile(r"step-(\d+)")
@@ -67,8 +69,34 @@ class RunFolder:
 
     @property
     def finished(self) -> bool:
-        """Whether the last step has finished and the tuner file exists."""
-        return self.step >= self.steps and (self.path / self.config.file.name).is_file()
+        """Whether the last step has finished, or the run has stopped early, and the tuner file exists."""
+        file = self.path / self.config.file.name
+        return file.is_file() and (self.step >= self.steps or self.stopped_early is not None)
+
+    @cached_property
+    def stopped_early(self) -> str | None:
+        """Reason why the run ended before its last step, if it did, from the finished tuner's file."""
+        facts = self._facts(self.path / self.config.file.name)
+        # A run that was resumed with more patience is beyond the step of the file.
+        reason = facts.get("stopped_early") if facts.get("steps") == self.step else None
+        return reason if isinstance(reason, str) else None
+
+    @cached_property
+    def best(self) -> tuple[Path, str, int, float] | None:
+        """Path of the tuner with the best measurement, if it was kept, with the measurement's name, step and value."""
+        path = best_file(self.config.model_copy(update={"output": self.path}))
+        best = self._facts(path).get("best")
+        try:
+            return path, str(best["measurement"]), int(best["step"]), float(best["value"])
+        except (TypeError, KeyError, ValueError):
+            return None
+
+    @staticmethod
+    def _facts(path: Path) -> Mapping[str, Any]:
+        try:
+            return read_info(path).training or {}
+        except RestuneError:
+            return {}
 
 
 def read_run_folder(path: Path) -> RunFolder:

@@ -25,7 +25,7 @@ class CheckpointMetrics(Callback):
     Place it before `BestFile`, which goes by the measurements.
 
     Args:
-        inputs: what the metrics compare with; None in processes that do not measure.
+        inputs: what the metrics compare with; None if nothing is measured.
         log: called with the run and the metrics.
         show: called with a line for the terminal; nothing is printed if None.
     """
@@ -43,12 +43,13 @@ class CheckpointMetrics(Callback):
 
     def on_start(self, run: TrainState) -> None:
         """Measure before the first step, unless the run is resumed."""
-        if run.config.validation.metrics and run.step == 0:
+        if run.step == 0:
             self._measure(run)
 
     def reads_state(self, run: TrainState, step: int) -> bool:
         """Return whether the metrics are due: every `validation.every` steps and after the last one."""
-        return bool(run.config.validation.metrics) and (run.config.validation.due(step) or step == run.steps)
+        measures = self._inputs is not None and bool(self._inputs.names)
+        return measures and (run.config.validation.due(step) or step == run.steps)
 
     def on_step(self, run: TrainState, report: StepReport) -> None:
         """Measure if it is due."""
@@ -57,32 +58,30 @@ class CheckpointMetrics(Callback):
 
     def on_end(self, run: TrainState) -> None:
         """Measure the finished tuner of a run that stopped early between two measurements."""
-        if run.config.validation.metrics and self._measured != run.step and run.stopped_early is not None:
+        if run.stopped_early is not None and run.step != self._measured:
             self._measure(run)
 
     def _measure(self, run: TrainState) -> None:
-        own = [self._rows(run)] if run.accelerator.is_main_process else []
+        inputs, self._measured = self._inputs, run.step
+        if inputs is None or not inputs.names:
+            return
+        own = [self._row(run, inputs)] if run.accelerator.is_main_process else []
         (row,) = gather_objects(run.accelerator, own)
-        self._measured = run.step
-        values = {logged_name(name): value for name in METRICS if (value := row.get(name)) is not None}
-        for name, metric in METRICS.items():
-            if (value := row.get(name)) is not None:
-                run.measurements.add(Measurement(logged_name(name), run.step, value, metric.lower_is_better))
-        if values:
-            self._log(run, values)
-            if self._show is not None and run.accelerator.is_main_process:
-                shown = ", ".join(f"{name} {value:.4f}" for name, value in values.items())
-                self._show(f"metrics     {shown} at step {run.step}")
+        values = {name: value for name in inputs.names if (value := row[name]) is not None}
+        for name, value in values.items():
+            lower = METRICS[name].lower_is_better
+            run.measurements.add(Measurement(logged_name(name), run.step, value, lower))
+        self._log(run, {logged_name(name): value for name, value in values.items()})
+        if self._show is not None and run.accelerator.is_main_process:
+            shown = ", ".join(f"{logged_name(name)} {value:.4f}" for name, value in values.items())
+            self._show(f"metrics     {shown} at step {run.step}")
 
-    def _rows(self, run: TrainState) -> Row:
+    def _row(self, run: TrainState, inputs: MetricInputs) -> Row:
         """Return the metrics of the tuner, from a file of its released weights."""
-        inputs = self._inputs
-        if inputs is None or inputs.comparison is None or not inputs.comparison.measures:
-            return {}
         sampler = sampling_pipeline(run.pipeline, run.objective.scheduler_changes)
         with TemporaryDirectory(dir=run.config.output, prefix=".sample-", suffix=".tmp") as folder:
             file = Path(folder) / "tuner.safetensors"
             with run.released_weights():
                 save_tuner(run.tuner, file)
             with only_tuner(sampler, file), encoders_on(run.pipeline, run.accelerator.device):
-                return inputs.generate(sampler)
+                return inputs.measure(sampler)

@@ -7,6 +7,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+VALIDATION_LOSS = "validation_loss"
+"""Name of the mean loss of the held-out images."""
+
 
 @dataclass(frozen=True)
 class Measurement:
