@@ -18,7 +18,6 @@ from ..utils.library_versions import library_versions
 from .comparison import Row
 from .metric_names import METRICS, Metric, MetricName
 
-
 _GRID_ROWS = 8
 # Words for the row names and settings of report.json.
 _LABELS = {"true pictures": "true images", "pictures": "images", "training_pictures": "training images"}
