@@ -16,6 +16,7 @@ from ...utils.display import counted, readable_size
 from ..advice import warnings_of
 from ..quantization import parameter_bytes
 from ..state import StepReport, TrainState
+from ..validation.loss import TIMESTEPS
 from .base import Callback
 from .metrics_file import METRICS_FILE
 from .peak_memory import peak_memory, reset_peak_memory
@@ -82,7 +83,9 @@ def _describe_held_out(run: TrainState) -> list[str]:
     if run.held_out is None or run.data is None:
         return []
     interval = loss_interval(run.config.validation, run.steps)
-    return [f"held out    {run.data.held_out_line()}; loss every {counted(interval, 'step')}"]
+    passes = TIMESTEPS * len(run.held_out.cache)
+    every = f"loss every {counted(interval, 'step')}, {passes} forward passes each"
+    return [f"held out    {run.data.held_out_line()}; {every}"]
 
 
 def _describe_metrics(run: TrainState) -> list[str]:
