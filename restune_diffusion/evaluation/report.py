@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,12 @@ from .metric_names import METRICS, Metric, MetricName
 
 _GRID_ROWS = 8
 # Words for the row names and settings of report.json.
-_LABELS = {"true pictures": "true images", "pictures": "images", "training_pictures": "training images"}
+_LABELS = {
+    "true pictures": "true images",
+    "pictures": "images",
+    "training_pictures": "training images",
+    "true_pictures": "true images",
+}
 
 
 @dataclass(frozen=True)
@@ -28,12 +33,18 @@ class Evaluation:
     """Metrics and settings of an evaluation.
 
     Attributes:
-        rows: metrics of the rows `base`, `tuner` and `true pictures`.
+        rows: metrics of the rows `base`, `tuner` and `true pictures`; with several tuners, one row for each file.
         settings: settings of the evaluation, JSON values by name.
+        title: heading of the report; the name of the tuner by default.
+        remarks: sentences below the table.
+        files: step and SHA-256 of each file, with several tuners.
     """
 
     rows: dict[str, Row]
     settings: dict[str, Any]
+    title: str = ""
+    remarks: Sequence[str] = ()
+    files: Mapping[str, dict[str, Any]] = field(default_factory=dict)
 
     def table(self) -> str:
         """Return the metrics as a Markdown table; columns without a value are omitted."""
@@ -51,7 +62,8 @@ class Evaluation:
 
     def as_json(self) -> dict[str, Any]:
         """Return the metrics, settings and library versions as plain JSON values."""
-        return {"rows": self.rows, "settings": self.settings, "versions": _versions()}
+        files = {"files": dict(self.files)} if self.files else {}
+        return {"rows": self.rows, **files, "settings": self.settings, "versions": _versions()}
 
     def as_markdown(self) -> str:
         """Return the table with explanations of its columns, the settings and the library versions."""
@@ -61,12 +73,13 @@ class Evaluation:
         versions = [f"- {name} {number}" for name, number in _versions().items()]
         return "\n".join(
             [
-                f"# {self.settings['tuner']} on {count} images",
+                f"# {self.title or self.settings['tuner']} on {count} images",
                 "",
                 self.table(),
                 "",
-                "The base and the tuner generated images for the captions of the true images from the same noise. A "
-                "dash marks a value that is fixed by definition or not measured.",
+                *(line for remark in self.remarks for line in (remark, "")),
+                "All images of a caption start from the same noise. A dash marks a value that is fixed by definition "
+                "or not measured.",
                 "",
                 *meanings,
                 "",
@@ -85,6 +98,18 @@ class Evaluation:
                 "",
             ]
         )
+
+    def summary(self, name: str) -> str:
+        """Return the metrics of a row in one line, without those that it has no value of."""
+        row = self.rows[name]
+        shown = [
+            f"{metric.heading} {metric.shown(row[key])}" for key, metric in METRICS.items() if row[key] is not None
+        ]
+        return ", ".join(shown)
+
+    def label(self, name: str) -> str:
+        """Return the label of a row."""
+        return _label(name)
 
     def _measured(self) -> dict[MetricName, Metric]:
         return {
@@ -110,7 +135,7 @@ def write_report(
     """
     shown = range(min(len(captions), _GRID_ROWS))
     grid = labelled_grid(
-        [[_image(column[number]) for column in columns] for number in shown],
+        [[as_image(column[number]) for column in columns] for number in shown],
         [captions[number] for number in shown],
         ["true", "base", "tuner"],
     )
@@ -129,7 +154,8 @@ def _versions() -> dict[str, str]:
     }
 
 
-def _image(pixels: torch.Tensor) -> Image.Image:
+def as_image(pixels: torch.Tensor) -> Image.Image:
+    """Return an image, 3 x H x W in uint8, as a PIL image."""
     return Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
 
 
