@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 class EvaluateOptions(OverwriteOption):
     """Measure a tuner against its base on held-out images of its style, or all saved tuners of a run.
 
-    With --run, base, held-out images, training images, prompts and sampling settings are those of the run unless given.
+    With --run, base, images, prompts and sampling settings are those of the run unless given.
 
     Example: restune evaluate --base ./stable-diffusion-v1-5 --tuner out/watercolor.safetensors
     --data ./held-out --training-images ./watercolors --output ./evaluation

@@ -17,7 +17,7 @@ from ..utils.atomic_write import atomic_write
 from ..utils.errors import RestuneError
 from .comparison import Comparison, Images, MetricNetworks, References, Row
 from .evaluate import digest, warn_of_shared_images
-from .metric_names import METRICS
+from .metric_names import KID_IMAGES, METRICS
 from .report import Evaluation, as_image
 from .sampling import Sampling, as_bytes, generate
 
@@ -134,7 +134,7 @@ def evaluate_tuners(
             "resolution": base.images[0].shape[-1],
         },
         title=title,
-        remarks=[*_best(rows, tuners), *(f"No {name}, which {why}." for name, why in comparison.missing.items())],
+        remarks=[*_best(rows, tuners), *_unsure(len(true)), *_unmeasured(comparison)],
         files={
             name: {"step": (info.training or {}).get("steps"), "sha256": digest(tuners[name])}
             for name, info in infos.items()
@@ -145,15 +145,24 @@ def evaluate_tuners(
 
 
 def _best(rows: Mapping[str, Row], tuners: Mapping[str, Path]) -> list[str]:
-    """Return a sentence with the best file by each metric that compares with the true images."""
+    """Return a sentence with the best files by each metric that compares with the true images and tells them apart."""
     found = []
     for key, metric in METRICS.items():
         values = {name: value for name in tuners if (value := rows[name][key]) is not None}
-        if metric.true_images and values:
+        if metric.true_images and len(set(values.values())) > 1:
             best = (min if metric.lower_is_better else max)(values.values())
             names = [name for name, value in values.items() if value == best]
             found.append(f"{metric.heading}: {' and '.join(names)}")
     return [f"Best by {'; by '.join(found)}."] if found else []
+
+
+def _unsure(true: int) -> list[str]:
+    few = METRICS["kid"].true_images <= true < KID_IMAGES
+    return [f"The KID of {true} images is mostly noise; it needs {KID_IMAGES} or more."] if few else []
+
+
+def _unmeasured(comparison: Comparison) -> list[str]:
+    return [f"No {METRICS[name].heading}: it {reason}." for name, reason in comparison.missing.items()]
 
 
 def _write(evaluation: Evaluation, output: Path, material: Material, shown: Mapping[str, _Shown]) -> None:

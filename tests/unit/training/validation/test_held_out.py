@@ -167,7 +167,9 @@ def test_a_copy_of_a_training_image_is_refused(config: MakeConfig, images: Path,
 
 @pytest.mark.parametrize("holdout", [6, 60, 0.99])
 def test_a_holdout_of_all_images_is_refused(config: MakeConfig, holdout: int | float) -> None:
-    with pytest.raises(DataError, match=rf"Holding out 6 images leaves none to train on, .*\(now {holdout}\), or give"):
+    with pytest.raises(
+        DataError, match=rf"Holding out 6 images leaves none to train on, .*\(now {holdout}\), or give"
+    ):
         train(config(validation={"holdout": holdout}), verbose=False)
 
 
