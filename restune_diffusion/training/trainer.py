@@ -127,9 +127,9 @@ def run_callbacks(
     show = tqdm.write if verbose else None
     drift = DriftProbe(inputs.drift_prompts, log.note, show)
     loss = ValidationLoss(log.note, show, inputs.encoder)
-    # What measures comes before what acts on measurements. Checkpoints come last, so that a saved step implies that all
-    # files of its other callbacks are complete.
     metrics = CheckpointMetrics(inputs.metrics, log.note, show)
+    # What measures comes before what acts on measurements. Checkpoints come last, so that a saved step implies that
+    # all files of its other callbacks are complete.
     files = [loss, metrics, BestFile(), EarlyStop(), drift, FinalFile(), StepFiles(), samples, Checkpoints()]
     return [log, UpdateAverage(), ConfigFile(), SheetFile(), *shown, *files]
 

@@ -69,6 +69,14 @@ def _network_arguments(values: Sequence[str]) -> list[str]:
     return ["--res.convolutions", "lora", "--res.conv-width", given["conv_dim"], "--res.conv-alpha", alpha]
 
 
+def _split(values: Sequence[str]) -> list[str]:
+    try:
+        nothing = float(values[0]) == 0
+    except ValueError:
+        nothing = False
+    return [] if nothing else ["--validation.holdout", *values]
+
+
 def _prompts(values: Sequence[str]) -> list[str]:
     path = Path(values[0])
     if path.suffix in (".json", ".toml"):
@@ -87,7 +95,6 @@ _CAPTIONS = "captions are read from .txt and .caption files; rename them"
 _HUGGING_FACE = "call `push_to_hub` in Python after training"
 _DEEPSPEED = "DeepSpeed is not supported; use --mixed-precision and --gradient-checkpointing"
 _EPOCHS = "--save-every N counts steps"
-_VALIDATION = "`restune evaluate --data HELD_OUT` measures a tuner on held-out images"
 _HUBER = "the loss is the squared error; leave the flag out"
 _MEMORY = "memory is managed here by --drop-encoders and --gradient-checkpointing"
 
@@ -249,11 +256,11 @@ KOHYA: tuple[ForeignFlag, ...] = (
     *ignored("console_log_level console_log_file", "messages are printed to the terminal"),
     *ignored("console_log_simple", "messages are printed to the terminal", "nothing"),
     refused("output_config", "each run writes OUTPUT/config.yaml", "nothing"),
-    refused("validation_split", _VALIDATION),
-    *ignored(
-        "validation_seed validate_every_n_steps validate_every_n_epochs max_validation_steps",
-        "no images are held out for validation",
-    ),
+    same("validation_split", "--validation.holdout", "0.1", "0 holds out nothing", _split),
+    same("validation_seed", "--validation.holdout-seed", "7", "0 by default, not that of the run"),
+    same("validate_every_n_steps", "--validation.loss-every", "5", "needs `--validation_split`"),
+    *ignored("validate_every_n_epochs", "--validation.loss-every N counts steps"),
+    *ignored("max_validation_steps", "each held-out image is measured at eight timesteps"),
     *ignored("no_metadata", "`restune inspect FILE` shows what the tuner file records", "nothing"),
     *ignored(
         "training_comment metadata_title metadata_author metadata_description metadata_license metadata_tags "

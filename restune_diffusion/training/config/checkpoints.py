@@ -24,7 +24,8 @@ class CheckpointsConfig(SettingGroup):
     keep_last: int | None = setting(None, affects="output", recorded=False, gt=0)
     """Number of these files to keep; older ones are deleted. If not set, all are kept."""
     keep: Literal["best"] | None = setting(None, affects="output", recorded=False)
-    """`best` keeps the tuner with the best measurement so far as OUTPUT/NAME.best.safetensors."""
+    """Tuner to keep beside the last one. `best` keeps the tuner with the best measurement so far as
+    OUTPUT/NAME.best.safetensors."""
     best_by: str = setting(VALIDATION_LOSS, affects="output", recorded=False)
     """Measurement that --keep best and --patience go by: validation_loss, which needs --validation.holdout."""
     patience: int | None = setting(None, affects="output", recorded=False, gt=0)

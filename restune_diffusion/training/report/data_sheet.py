@@ -37,6 +37,13 @@ class LeftOut(_Facts):
     fault: bool = True
 
 
+class HeldOutImage(_Facts):
+    """Image held out of training, for the validation loss."""
+
+    name: str
+    caption: str = ""
+
+
 class DataSheet(_Facts):
     """Number of images, captions and sizes of a run, and the files left out with their reasons."""
 
@@ -47,6 +54,7 @@ class DataSheet(_Facts):
     enlarged: tuple[str, ...] = ()
     duplicates: tuple[tuple[str, ...], ...] = ()
     left_out: tuple[LeftOut, ...] = ()
+    held_out: tuple[HeldOutImage, ...] = ()
 
 
 def read_data_sheet(folder: Path) -> DataSheet | None:

@@ -15,6 +15,7 @@ from ...utils.settings_merge import flat
 from ..callbacks.config_record import CONFIG_FILE
 from ..callbacks.reporting import LOSS_WINDOW
 from ..config.train_config import current_names
+from ..validation.measurements import VALIDATION_LOSS
 from .curves import several
 from .images import data_url
 from .page import Chart
@@ -36,11 +37,14 @@ class Comparison:
 
 
 def runs_of_sweep(folder: Path) -> list[RunFolder]:
-    """Return the runs of a sweep's folder by ascending loss; empty if it is not the folder of a sweep."""
+    """Return the runs of a sweep's folder by ascending loss: that of held-out images, if there are any.
+
+    The list is empty if it is not the folder of a sweep.
+    """
     if (folder / CONFIG_FILE).is_file() or not folder.is_dir():
         return []
     runs = [read_run_folder(each) for each in sorted(folder.iterdir()) if (each / CONFIG_FILE).is_file()]
-    return sorted(runs, key=_loss)
+    return sorted(runs, key=_validation_loss if _validated(runs) else _loss)
 
 
 def render_sweep(folder: Path, runs: list[RunFolder]) -> str:
@@ -51,13 +55,15 @@ def render_sweep(folder: Path, runs: list[RunFolder]) -> str:
         name=folder.resolve().name,
         base=Path(runs[0].config.base).name or runs[0].config.base,
         settings=list(settings),
+        validated=_validated(runs),
         runs=[
             {
                 "name": run.config.name,
                 "settings": [values[number] for values in settings.values()],
                 "step": run.step,
                 "steps": run.steps,
-                "loss": "" if math.isinf(_loss(run)) else f"{_loss(run):.4f}",
+                "loss": _shown_loss(_loss(run)),
+                "validation_loss": _shown_loss(_validation_loss(run)),
                 "error": errors.get(run.config.name),
             }
             for number, run in enumerate(runs)
@@ -72,6 +78,19 @@ def render_sweep(folder: Path, runs: list[RunFolder]) -> str:
 def _loss(run: RunFolder) -> float:
     losses = [value for _, value in run.series.get("loss", [])[-LOSS_WINDOW:]]
     return mean(losses) if losses else math.inf
+
+
+def _validation_loss(run: RunFolder) -> float:
+    losses = run.series.get(VALIDATION_LOSS, [])
+    return losses[-1][1] if losses else math.inf
+
+
+def _validated(runs: list[RunFolder]) -> bool:
+    return any(VALIDATION_LOSS in run.series for run in runs)
+
+
+def _shown_loss(loss: float) -> str:
+    return "" if math.isinf(loss) else f"{loss:.4f}"
 
 
 def _differing_settings(runs: list[RunFolder]) -> dict[str, list[str]]:
@@ -120,11 +139,15 @@ def _strips(runs: list[RunFolder]) -> list[Comparison]:
 
 
 def _charts(runs: list[RunFolder]) -> list[Chart]:
-    curves = {run.config.name: run.series["loss"] for run in runs if run.series.get("loss")}
-    shown = dict(list(curves.items())[:_MOST_CURVES])
-    if not shown:
-        return []
-    note = "Running means."
-    if len(curves) > len(shown):
-        note += f" The {len(shown)} tuners of lowest loss."
-    return [Chart("Loss", Markup(several(shown, "loss by step, for each tuner", columns=2)), note)]
+    charts = []
+    for name, title, note in (
+        ("loss", "Loss", "Running means."),
+        (VALIDATION_LOSS, "Validation loss", "Loss of the held-out images."),
+    ):
+        curves = {run.config.name: run.series[name] for run in runs if run.series.get(name)}
+        shown = dict(list(curves.items())[:_MOST_CURVES])
+        if shown:
+            note += f" The {len(shown)} tuners of lowest loss." if len(curves) > len(shown) else ""
+            label = f"{title.lower()} by step, for each tuner"
+            charts.append(Chart(title, Markup(several(shown, label, columns=2)), note))
+    return charts

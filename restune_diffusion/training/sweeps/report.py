@@ -15,13 +15,15 @@ from ...imaging.contact_sheet import labelled_grid
 from ...utils.atomic_write import atomic_write
 from ..callbacks.metrics_file import METRICS_FILE, read_metrics
 from ..callbacks.reporting import LOSS_WINDOW
+from ..validation.measurements import VALIDATION_LOSS
 
 
 @dataclass(frozen=True)
 class SweepRow:
     """Result of one tuner of a sweep; `error` is the reason if it stopped early.
 
-    `loss` is the mean of its last 50 steps, and None on processes other than the main one.
+    `loss` is the mean of its last 50 steps, and `validation_loss` the last loss of the held-out images, if there are
+    any. Both are None on processes other than the main one.
     """
 
     name: str
@@ -30,6 +32,7 @@ class SweepRow:
     loss: float | None
     file: Path | None
     error: str | None = None
+    validation_loss: float | None = None
 
 
 @dataclass(frozen=True)
@@ -46,23 +49,36 @@ class SweepResult:
         return replace(self, sheet=sheet)
 
     def table(self) -> str:
-        """Return the rows as a text table, sorted by ascending loss."""
-        ordered = sorted(self.rows, key=lambda row: (row.loss is None, row.loss or 0.0))
+        """Return the rows as a text table, sorted by ascending loss: that of held-out images, if there are any."""
+        validated = any(row.validation_loss is not None for row in self.rows)
+        loss_of = {row.name: row.validation_loss if validated else row.loss for row in self.rows}
+        ordered = sorted(self.rows, key=lambda row: (loss_of[row.name] is None, loss_of[row.name] or 0.0))
         names = list(ordered[0].settings)
-        cells = [[*names, "loss", "file"]]
+        cells = [[*names, "loss", *(["validation"] if validated else []), "file"]]
         for row in ordered:
-            loss = "stopped" if row.error is not None else "" if row.loss is None else f"{row.loss:.4f}"
-            cells.append([*row.settings.values(), loss, str(row.file or row.error)])
+            loss = "stopped" if row.error is not None else _shown(row.loss)
+            held_out = [_shown(row.validation_loss)] if validated else []
+            cells.append([*row.settings.values(), loss, *held_out, str(row.file or row.error)])
         widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
         return "\n".join(
             "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in cells
         )
 
 
+def _shown(loss: float | None) -> str:
+    return "" if loss is None else f"{loss:.4f}"
+
+
 def final_loss(output: Path) -> float | None:
     """Return the mean loss of the last 50 steps of the run in an output folder, or None if it has no steps."""
     losses = [loss for _, loss in read_metrics(output / METRICS_FILE).get("loss", [])[-LOSS_WINDOW:]]
     return mean(losses) if losses else None
+
+
+def last_validation_loss(output: Path) -> float | None:
+    """Return the last loss of the held-out images of the run in an output folder, or None if it measured none."""
+    losses = read_metrics(output / METRICS_FILE).get(VALIDATION_LOSS, [])
+    return losses[-1][1] if losses else None
 
 
 def write_summary(result: SweepResult) -> None:

@@ -34,7 +34,7 @@ from ..state import StepReport, TrainState
 from ..stopping import StopRequest
 from ..trainer import acting, run_callbacks
 from .grid import Variant, parse_sweep
-from .report import SweepResult, SweepRow, comparison, final_loss, write_summary
+from .report import SweepResult, SweepRow, comparison, final_loss, last_validation_loss, write_summary
 
 
 @dataclass(eq=False)
@@ -209,6 +209,7 @@ def _row(member: _Member) -> SweepRow:
         loss=final_loss(config.output) if done and is_main else None,
         file=config.file if done else None,
         error=member.error,
+        validation_loss=last_validation_loss(config.output) if done and is_main else None,
     )
 
 

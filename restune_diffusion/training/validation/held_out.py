@@ -158,7 +158,7 @@ def _check_apart(training: Sequence[Entry], held_out: Sequence[Entry]) -> None:
     for entry in held_out:
         if entry.digest in known:
             raise DataError(
-                f"The held-out image {entry.name} is also the training image {known[entry.digest]}; remove one of them."
+                f"The held-out image {entry.name} is also the training image {known[entry.digest]}; remove one."
             )
 
 

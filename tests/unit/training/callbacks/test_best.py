@@ -99,10 +99,9 @@ def test_the_best_file_is_the_tuner_of_its_step(
     assert weights(best) == weights(tmp_path / "out" / "disc-000002.safetensors")
     assert facts(best)["best"] == {"measurement": "validation_loss", "step": 2, "value": 1.5}
     assert (facts(best)["steps"], facts(result.path)["steps"], result.stopped_early) == (2, 5, None)
+    for path in [result.path, *(tmp_path / "out").glob("disc-*")]:
+        path.unlink()
     with pytest.raises(TrainingError, match=r"holds disc\.best\.safetensors of an earlier run"):
-        result.path.unlink()
-        for path in (tmp_path / "out").glob("disc-*"):
-            path.unlink()
         train(config(steps=5, keep="best", **SETTINGS), verbose=False)
 
 

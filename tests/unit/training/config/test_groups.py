@@ -96,13 +96,16 @@ def test_the_annotations_give_the_lists_that_were_kept_by_hand() -> None:
     } == SWEPT  # fmt: skip
     assert {name for name, info in SETTINGS.items() if info.record is None} == {
         "data", "mask_data", "output", "control_data", "class_data", "feature_cache_dir", "sweep", "resume", "cpu",
-        "class_batch_size", "epochs", "init_tuner", "save_every", "keep_last",
+        "class_batch_size", "epochs", "init_tuner", "save_every", "keep_last", "keep", "best_by",
+        "patience",
     }  # fmt: skip
     assert {name for name, info in SETTINGS.items() if info.affects in ("order", "content")} == {
         "base", "vae", "prompt", "batch_size", "gradient_accumulation_steps",
     }  # fmt: skip
     validation = all_settings(ValidationConfig)
-    assert {name for name, info in validation.items() if info.record is None} == {"control_images"}
+    assert {name for name, info in validation.items() if info.record is None} == {
+        "control_images", "holdout", "holdout_seed", "loss_every", "metrics", "metric_images",
+    }  # fmt: skip
     assert {info.affects for info in validation.values()} == {"output"}
 
 

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 
-from restune_diffusion.data.captions import find_examples
 from restune_diffusion.data.example import Example
 from restune_diffusion.storage.tuner_file import load_tuner, read_info
 from restune_diffusion.training import TrainConfig, train
