@@ -150,12 +150,7 @@ def _charts(config: TrainConfig, series: Mapping[str, Series]) -> list[Chart]:
     if drift := series.get("drift"):
         note = "Change of the base's predictions on prompts without the subject, in percent; 0 is unchanged."
         charts.append(Chart("Drift", Markup(plain(drift, "drift by step")), note))
-    for key, metric in METRICS.items():
-        if values := series.get(logged_name(key)):
-            title = metric.heading[0].upper() + metric.heading[1:]
-            shown = [(step, value * metric.factor) for step, value in values]
-            note = f"Of the saved tuner: {metric.meaning}"
-            charts.append(Chart(title, Markup(plain(shown, f"{metric.heading} by step")), note))
+    charts += _metric_charts(series)
     if rate := series.get("learning_rate"):
         charts.append(Chart("Learning rate", Markup(plain(rate, "learning rate by step"))))
     if norm := series.get("grad_norm"):
@@ -165,6 +160,17 @@ def _charts(config: TrainConfig, series: Mapping[str, Series]) -> list[Chart]:
         if name not in _PLACED | _METRICS and not name.startswith(_BAND):
             svg = raw_and_smooth(each, "a logged metric by step")
             charts.append(Chart(name.replace("_", " ").capitalize(), Markup(svg)))
+    return charts
+
+
+def _metric_charts(series: Mapping[str, Series]) -> list[Chart]:
+    charts = []
+    for key, metric in METRICS.items():
+        if values := series.get(logged_name(key)):
+            heading = "image drift" if key == "drift" else metric.heading
+            shown = [(step, value * metric.factor) for step, value in values]
+            note = f"Of the saved tuner: {metric.meaning.partition('. ')[0].rstrip('.')}."
+            charts.append(Chart(heading[0].upper() + heading[1:], Markup(plain(shown, f"{heading} by step")), note))
     return charts
 
 
