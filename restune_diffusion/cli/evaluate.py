@@ -26,6 +26,7 @@ class EvaluateOptions(OverwriteOption):
 
     Example: restune evaluate --base ./stable-diffusion-v1-5 --tuner out/watercolor.safetensors
     --data ./held-out --training-images ./watercolors --output ./evaluation
+
     Example: restune evaluate --run ./out
     """
 

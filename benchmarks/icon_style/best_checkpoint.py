@@ -1,7 +1,7 @@
 """Compare the checkpoint with the lowest validation loss and the last one, on the icon-style benchmark.
 
     python research/restune_tiny/prepare_icons.py data/icons --download --benchmark
-    python -m benchmarks.best_checkpoint --icons data/icons --work work/best \\
+    python -m benchmarks.icon_style.best_checkpoint --icons data/icons --work work/best \\
         --output benchmarks/results/best_checkpoint
 
 Each run trains a skip tuner on 20 images of a style that the base does not know, and holds 4 out. It is long enough
@@ -24,10 +24,6 @@ from typing import Any
 
 import torch
 
-from benchmarks.icon_style.data import IconData, to_images, write_tuning_images
-from benchmarks.icon_style.judges import Judges, load_judges
-from benchmarks.icon_style.runner import read_strip
-from benchmarks.icon_style.sampling import ImageSampler
 from benchmarks.results_file import publish
 from research.restune_tiny.icon_sources import DEVELOPMENT_SETS
 from restune_diffusion import attach, load_tuner
@@ -38,6 +34,11 @@ from restune_diffusion.training import TrainConfig, train
 from restune_diffusion.training.callbacks.metrics_file import METRICS_FILE, read_metrics
 from restune_diffusion.training.output_folder import best_file
 from restune_diffusion.utils.atomic_write import atomic_write
+
+from .data import IconData, to_images, write_tuning_images
+from .judges import Judges, load_judges
+from .runner import read_strip
+from .sampling import ImageSampler
 
 SEEDS = (0, 1, 2)
 FILES = ("best", "last")
@@ -229,7 +230,7 @@ def main() -> None:
             f"{LOSS_EVERY} steps, {len(study.test)} test concepts, {INFERENCE_STEPS} denoising steps, guidance "
             f"{GUIDANCE:g}, concept judge of {study.judge_epochs} epochs"
         )
-        publish("benchmarks.best_checkpoint", rows, table(rows), how, arguments.output)
+        publish("benchmarks.icon_style.best_checkpoint", rows, table(rows), how, arguments.output)
 
 
 if __name__ == "__main__":
