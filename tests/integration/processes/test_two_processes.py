@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import nn
 
-from restune_diffusion.storage.tuner_file import load_tuner
+from restune_diffusion.storage.tuner_file import load_tuner, read_info
 from restune_diffusion.training import TrainConfig, train
 from restune_diffusion.training.latents.cache_shards import share
 from restune_diffusion.training.processes import average_gradients, check_distribution, gather_objects
@@ -34,6 +34,12 @@ KINDS: dict[str, dict[str, Any]] = {
     "control": {"tuner": "control", "control": {"conditions": ["palette"]}},
     "text": {"tuner": ["text", "skip"], "text": {"tokens": ["<zorp>"], "initializers": ["disc"], "rank": 2}},
 }
+
+# A rate too low to change anything: two measurements without improvement end both processes at the same step.
+HELD_OUT: dict[str, Any] = {
+    "steps": 9, "learning_rate": 1e-12, "keep": "best", "patience": 2,
+    "validation": {"holdout": 3, "loss_every": 1},
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -91,6 +97,7 @@ def group(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Group:
         made.config("whole", checkpoint_every=9),
         made.config("part", steps=2, checkpoint_every=2),
         made.config("part", steps=3, checkpoint_every=9, resume=True),
+        made.config("held out", **HELD_OUT),
     ]
     jobs = {"configs": configs, "base": made.base, "half_broken": str(broken(folder / "half", 2)),
             "broken": str(broken(folder / "none", 0))}  # fmt: skip
@@ -107,6 +114,23 @@ def group(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Group:
 def course(folder: Path) -> dict[str, list[float]]:
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return {key: [row[key] for row in rows] for key in ("step", "loss", "grad_norm")}
+
+
+def test_two_processes_measure_and_stop_as_one(group: Group, tmp_path: Path) -> None:
+    alone = group.config("unused", **HELD_OUT) | {"output": str(tmp_path / "one"), "batch_size": 2}
+    one = train(TrainConfig.model_validate(alone), verbose=False)
+    first, second = measured(tmp_path / "one"), measured(group.folder / "held out")
+    assert [*first] == [*second] == [0, 1, 2]
+    assert first == pytest.approx(second, rel=1e-6)
+    folders = (tmp_path / "one", group.folder / "held out")
+    best: Any = [read_info(folder / "tuner.best.safetensors").training for folder in folders]
+    assert best[0]["best"]["step"] == best[1]["best"]["step"] == 0
+    assert one.stopped_early is not None
+
+
+def measured(folder: Path) -> dict[int, float]:
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return {row["step"]: row["validation_loss"] for row in rows if "validation_loss" in row}
 
 
 @pytest.mark.parametrize("kind", KINDS)
