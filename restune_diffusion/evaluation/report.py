@@ -3,83 +3,29 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any
 
 import torch
 from PIL import Image
 
 from ..imaging.contact_sheet import labelled_grid
-from ..training.facts import library_versions
 from ..utils.atomic_write import atomic_write
+from ..utils.library_versions import library_versions
+from .comparison import Row
+from .metric_names import METRICS, Metric, MetricName
 
-Row: TypeAlias = dict[str, float | None]
-"""Metrics by name; None if a metric is not measured, or is trivial by definition."""
-
-
-class _Column(NamedTuple):
-    """Heading, explanation and number format of one metric."""
-
-    key: str
-    heading: str
-    meaning: str
-    digits: int = 3
-    factor: float = 1
-
-    def shown(self, row: Row) -> str:
-        value = row[self.key]
-        return "–" if value is None else f"{value * self.factor:.{self.digits}f}"
-
-
-_COLUMNS = (
-    _Column(
-        "kid",
-        "KID x1000",
-        "kernel distance to the true images, lower is better; slightly negative values are possible. The row of the "
-        "true images compares one half of them with the other.",
-        digits=2,
-        factor=1e3,
-    ),
-    _Column(
-        "style_share",
-        "style share",
-        "share of images that are closer to another caption's true image than to another caption's image by the "
-        "base. The value of the true images is the target.",
-        digits=2,
-    ),
-    _Column(
-        "retrieval_top1",
-        "own subject, top 1",
-        "share of images that are closer to the true image of their own caption than to any other true image.",
-        digits=2,
-    ),
-    _Column(
-        "retrieval_top5",
-        "own subject, top 5",
-        "share of images for which the true image of their own caption is among the five most similar true images.",
-        digits=2,
-    ),
-    _Column("lpips", "LPIPS", "perceptual distance to the true image of the same caption, lower is closer."),
-    _Column("similarity", "similarity", "cosine similarity to the true image of the same caption, higher is closer."),
-    _Column(
-        "nearest_training",
-        "to nearest training image",
-        "mean of 1 - cosine similarity to the most similar training image. A value clearly below that of the true "
-        "images means that training images are reproduced.",
-    ),
-    _Column(
-        "drift",
-        "drift",
-        "LPIPS between the base's and the tuner's images for the drift prompts, which do not name the style; lower "
-        "means less unwanted change.",
-    ),
-)
 _GRID_ROWS = 8
 # Words for the row names and settings of report.json.
-_LABELS = {"true pictures": "true images", "pictures": "images", "training_pictures": "training images"}
+_LABELS = {
+    "true pictures": "true images",
+    "pictures": "images",
+    "training_pictures": "training images",
+    "true_pictures": "true images",
+}
 
 
 @dataclass(frozen=True)
@@ -87,19 +33,25 @@ class Evaluation:
     """Metrics and settings of an evaluation.
 
     Attributes:
-        rows: metrics of the rows `base`, `tuner` and `true pictures`.
+        rows: metrics of the rows `base`, `tuner` and `true pictures`; with several tuners, one row for each file.
         settings: settings of the evaluation, JSON values by name.
+        title: heading of the report; the name of the tuner by default.
+        remarks: sentences below the table.
+        files: step and SHA-256 of each file, with several tuners.
     """
 
     rows: dict[str, Row]
     settings: dict[str, Any]
+    title: str = ""
+    remarks: Sequence[str] = ()
+    files: Mapping[str, dict[str, Any]] = field(default_factory=dict)
 
     def table(self) -> str:
         """Return the metrics as a Markdown table; columns without a value are omitted."""
-        columns = self._measured()
-        lines = [["", *(column.heading for column in columns)]]
+        metrics = self._measured()
+        lines = [["", *(metric.heading for metric in metrics.values())]]
         for name, row in self.rows.items():
-            lines.append([_label(name), *(column.shown(row) for column in columns)])
+            lines.append([_label(name), *(metric.shown(row[key]) for key, metric in metrics.items())])
         widths = [max(map(len, cells)) for cells in zip(*lines, strict=True)]
         rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
         first, *others = [
@@ -110,22 +62,24 @@ class Evaluation:
 
     def as_json(self) -> dict[str, Any]:
         """Return the metrics, settings and library versions as plain JSON values."""
-        return {"rows": self.rows, "settings": self.settings, "versions": _versions()}
+        files = {"files": dict(self.files)} if self.files else {}
+        return {"rows": self.rows, **files, "settings": self.settings, "versions": _versions()}
 
     def as_markdown(self) -> str:
         """Return the table with explanations of its columns, the settings and the library versions."""
         count = self.settings["pictures"]
-        meanings = [f"- **{column.heading}**: {column.meaning}" for column in self._measured()]
+        meanings = [f"- **{metric.heading}**: {metric.meaning}" for metric in self._measured().values()]
         facts = [f"- {_label(name)}: {_listed(value)}" for name, value in self.settings.items()]
         versions = [f"- {name} {number}" for name, number in _versions().items()]
         return "\n".join(
             [
-                f"# {self.settings['tuner']} on {count} images",
+                f"# {self.title or self.settings['tuner']} on {count} images",
                 "",
                 self.table(),
                 "",
-                "The base and the tuner generated images for the captions of the true images from the same noise. A "
-                "dash marks a value that is fixed by definition or not measured.",
+                *(line for remark in self.remarks for line in (remark, "")),
+                "All images of a caption start from the same noise. A dash marks a value that is fixed by definition "
+                "or not measured.",
                 "",
                 *meanings,
                 "",
@@ -145,8 +99,24 @@ class Evaluation:
             ]
         )
 
-    def _measured(self) -> list[_Column]:
-        return [column for column in _COLUMNS if any(row[column.key] is not None for row in self.rows.values())]
+    def summary(self, name: str) -> str:
+        """Return the metrics of a row in one line, without those that it has no value of."""
+        row = self.rows[name]
+        shown = [
+            f"{metric.heading} {metric.shown(row[key])}" for key, metric in METRICS.items() if row[key] is not None
+        ]
+        return ", ".join(shown)
+
+    def label(self, name: str) -> str:
+        """Return the label of a row."""
+        return _label(name)
+
+    def _measured(self) -> dict[MetricName, Metric]:
+        return {
+            name: metric
+            for name, metric in METRICS.items()
+            if any(row[name] is not None for row in self.rows.values())
+        }
 
 
 def write_report(
@@ -165,7 +135,7 @@ def write_report(
     """
     shown = range(min(len(captions), _GRID_ROWS))
     grid = labelled_grid(
-        [[_image(column[number]) for column in columns] for number in shown],
+        [[as_image(column[number]) for column in columns] for number in shown],
         [captions[number] for number in shown],
         ["true", "base", "tuner"],
     )
@@ -184,7 +154,8 @@ def _versions() -> dict[str, str]:
     }
 
 
-def _image(pixels: torch.Tensor) -> Image.Image:
+def as_image(pixels: torch.Tensor) -> Image.Image:
+    """Return an image, 3 x H x W in uint8, as a PIL image."""
     return Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
 
 

@@ -22,6 +22,7 @@ def labelled_grid(
     row_labels: Sequence[str],
     column_labels: Sequence[str] = (),
     *,
+    row_notes: Sequence[str] = (),
     cell: int = 192,
 ) -> Image.Image:
     """Draw images in rows and columns, the row labels on the left and the column labels on top.
@@ -30,17 +31,21 @@ def labelled_grid(
         rows: the images, the same number in each row.
         row_labels: one label per row, wrapped to the lines that fit the row's height, then truncated.
         column_labels: one label per column, or none; wrapped in the same way.
+        row_notes: one text per row, or none; written below the images of the row, wrapped to their width.
         cell: side of the square that each image is fitted into, in pixels.
     """
     font = ImageFont.load_default(size=_FONT)
     fitted = [[_fitted(image, cell) for image in images] for images in rows]
     width = max(image.width for images in fitted for image in images)
     height = max(image.height for images in fitted for image in images)
+    across = width + _MARGIN
+    notes = [_wrapped(note, font, across * max(map(len, rows)) - _MARGIN, _HEADLINES) for note in row_notes]
+    below = _LINE * max(map(len, notes)) + _MARGIN if notes else 0
     titles = [_wrapped(label, font, width, _HEADLINES) for label in column_labels]
     label = max(_LABEL, cell // 2)
     left = 2 * _MARGIN + label
     top = _MARGIN + (_LINE * max(1, *map(len, titles)) + _MARGIN if titles else 0)
-    across, down = width + _MARGIN, height + _MARGIN
+    down = height + _MARGIN + below
     sheet = Image.new("RGB", (left + across * max(map(len, rows)), top + down * len(rows)), _PAPER)
     draw = ImageDraw.Draw(sheet)
     for number, lines in enumerate(titles):
@@ -54,6 +59,9 @@ def labelled_grid(
             draw.text((_MARGIN, top + down * row + _LINE * offset), line, fill=_INK, font=font)
         for column, image in enumerate(images):
             _paste_framed(sheet, image, (left + across * column, top + down * row))
+        for offset, line in enumerate(notes[row] if notes else ()):
+            place = (left, top + down * row + height + _MARGIN // 2 + _LINE * offset)
+            draw.text(place, line, fill=_INK, font=font)
     return sheet
 
 

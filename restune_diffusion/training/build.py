@@ -124,6 +124,7 @@ def build_training_state(config: TrainConfig, accelerator: Accelerator, inputs: 
         vae=inputs.vae,
         held_out=inputs.held_out,
         teacher=inputs.teacher,
+        metrics=inputs.metrics,
         average=TunerAverage(tuner, config.optimizer.ema_decay) if config.optimizer.ema_decay is not None else None,
     )
     checkpoint = latest_checkpoint(config.output) if config.checkpoints.resume else None

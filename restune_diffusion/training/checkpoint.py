@@ -16,11 +16,12 @@ from ..data.data_sheet import FILE_NAME as DATA_FILE
 from ..storage.tuner_file import load_tuner, save_tuner
 from ..utils.atomic_write import atomic_write, sync_directory
 from ..utils.errors import TrainingError
+from ..utils.library_versions import library_versions
 from .callbacks.base import Callback
 from .callbacks.config_record import CONFIG_FILE
 from .callbacks.metrics_file import METRICS_FILE
 from .config.train_config import current_names
-from .facts import library_versions, run_identity
+from .facts import run_identity
 from .optimization.optimizer_state import flatten_state, unflatten_state, with_own_kernels
 from .optimization.parameter_groups import optimized_names
 from .output_folder import best_file, list_checkpoints

@@ -3,21 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from importlib.metadata import version
 from typing import Any
 
+from ..utils.library_versions import library_versions
 from ..utils.settings_merge import flat
-from ..utils.version import __version__
 from .config.shared_settings import identity_settings
 from .state import TrainState
 
 # Learning rate schedules that do not depend on the number of steps, so that a run may be extended.
 _ENDLESS = ("constant", "constant_with_warmup", "piecewise_constant")
-
-
-def library_versions() -> dict[str, str]:
-    """Return the versions of the libraries that affect the numerical result."""
-    return {"restune-diffusion": __version__, **{name: version(name) for name in ("torch", "diffusers")}}
 
 
 def run_identity(run: TrainState) -> dict[str, Any]:

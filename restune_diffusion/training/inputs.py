@@ -39,6 +39,7 @@ from .losses.preservation import encode_class
 from .memory import drop_encoders
 from .quantization import quantize_base
 from .validation.held_out import HeldOut, Split, encode_held_out, hold_out
+from .validation.metric_inputs import MetricInputs, prepare_metrics
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,8 @@ class TrainingInputs:
     """VAE that encodes the masked images of an inpainting base in each step."""
     held_out: HeldOut | None = None
     """Images that are held out of training, if any."""
+    metrics: MetricInputs | None = None
+    """What the metrics of checkpoints compare with, in the main process, if they are measured."""
     teacher: Teacher | None = None
     """Teacher of a distillation, attached to the base with weight 0."""
     teacher_text: Mapping[str | None, Conditioning] | None = None
@@ -129,6 +132,7 @@ def prepared(
         teacher_text = encode_teacher_text(teacher, pipeline, cache.conditionings)
         known = encode_class(config, accelerator, pipeline, resolution, verbose=verbose)
         drift_prompts = _drift_prompts(config, pipeline, resolution) if accelerator.is_main_process else []
+        metrics = prepare_metrics(config, accelerator, pipeline, [] if generates else split.training, held_out)
         models = hash_of_models(pipeline) if config.feature_cache.draws is not None else None
         vae = hash_of_vae(pipeline.vae) if config.vae is not None else None
         if config.memory.drop_encoders:
@@ -154,6 +158,7 @@ def prepared(
                     vae,
                     encoder,
                     held_out,
+                    metrics,
                     teacher,
                     teacher_text,
                 )

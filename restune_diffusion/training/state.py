@@ -25,6 +25,7 @@ from .losses.objective import Objective
 from .optimization.averaging import TunerAverage
 from .validation.held_out import HeldOut
 from .validation.measurements import Measurements
+from .validation.metric_inputs import MetricInputs
 
 ATTACHED_NAME = "in training"
 """Name under which the tuner is attached to the base during training."""
@@ -118,6 +119,8 @@ class TrainState:
     """Checkpoint that the run continues from, if any."""
     held_out: HeldOut | None = None
     """Images that are held out of training, if any."""
+    metrics: MetricInputs | None = None
+    """What the metrics of the tuner compare with, if they are measured."""
     measurements: Measurements = field(default_factory=Measurements)
     """Measurements of the tuner so far."""
     stopped_early: str | None = None

@@ -36,6 +36,7 @@ from .memory import gradient_checkpointing
 from .output_folder import best_file, check_output
 from .state import ATTACHED_NAME, StepReport, TrainState
 from .stopping import StopRequest
+from .validation.checkpoint_metrics import CheckpointMetrics
 
 
 @dataclass(frozen=True)
@@ -122,15 +123,16 @@ def run_callbacks(
         inputs: inputs of the run.
         samples: callback that generates the validation samples.
         shown: callbacks that show the progress.
-        verbose: whether to print the drift and the validation loss.
+        verbose: whether to print the drift, the validation loss and the metrics.
     """
     log = MetricsLog()
     show = tqdm.write if verbose else None
     drift = DriftProbe(inputs.drift_prompts, log.note, show)
     loss = ValidationLoss(log.note, show, inputs.encoder)
+    metrics = CheckpointMetrics(inputs.metrics, log.note, show)
     # What measures comes before what acts on measurements. Checkpoints come last, so that a saved step implies that
     # all files of its other callbacks are complete.
-    files = [loss, BestFile(), EarlyStop(), drift, FinalFile(), StepFiles(), samples, Checkpoints()]
+    files = [loss, metrics, BestFile(), EarlyStop(), drift, FinalFile(), StepFiles(), samples, Checkpoints()]
     return [log, UpdateAverage(), ConfigFile(), SheetFile(), *shown, *files]
 
 

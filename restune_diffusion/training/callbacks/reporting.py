@@ -42,6 +42,7 @@ def describe_plan(run: TrainState) -> str:
         *_describe_data(run),
         *_describe_variants(run),
         *_describe_held_out(run),
+        *_describe_metrics(run),
         f"tuner       {' + '.join(config.kinds)}, {run.tuner.num_parameters():,} parameters{started}",
         *([f"teacher     {run.teacher.describe()}"] if run.teacher is not None else []),
         *(["masks       random in every step"] if cache.images else []),
@@ -98,6 +99,11 @@ def _describe_held_out(run: TrainState) -> list[str]:
     passes = TIMESTEPS * len(run.held_out.cache)
     every = f"loss every {counted(interval, 'step')}, {passes} forward passes each"
     return [f"held out    {run.data.held_out_line()}; {every}"]
+
+
+def _describe_metrics(run: TrainState) -> list[str]:
+    lines = run.metrics.describe() if run.metrics is not None else []
+    return [f"{'' if number else 'metrics':<12}{line}" for number, line in enumerate(lines)]
 
 
 class SheetFile(Callback):

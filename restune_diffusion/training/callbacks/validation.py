@@ -127,7 +127,7 @@ def generate_samples(
     """
     sampler = sampling_pipeline(pipeline, scheduler_changes)
     images = []
-    with _only_tuner(sampler, file), _encoders_on(pipeline, device):
+    with only_tuner(sampler, file), encoders_on(pipeline, device):
         for number, prompt in enumerate(config.prompts):
             result = sampler(
                 prompt,
@@ -143,7 +143,7 @@ def generate_samples(
 
 
 @contextmanager
-def _only_tuner(sampler: Any, file: Path) -> Iterator[None]:
+def only_tuner(sampler: Any, file: Path) -> Iterator[None]:
     """Context manager that loads a tuner file as the only active tuner, and restores the others' weights at exit."""
     before = sampler.get_list_tuners()
     sampler.load_tuner_weights(file, tuner_name=_NAME)
@@ -158,7 +158,7 @@ def _only_tuner(sampler: Any, file: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _encoders_on(pipeline: Any, device: torch.device) -> Iterator[None]:
+def encoders_on(pipeline: Any, device: torch.device) -> Iterator[None]:
     """Context manager that moves the encoders, which training steps do not need, to the device."""
     models = {name: model for name, model in pipeline.components.items() if isinstance(model, nn.Module)}
     before = {name: next(model.parameters()).device for name, model in models.items()}

@@ -27,7 +27,8 @@ class CheckpointsConfig(SettingGroup):
     """Tuner to keep beside the last one. `best` keeps the tuner with the best measurement so far as
     OUTPUT/NAME.best.safetensors."""
     best_by: str = setting(VALIDATION_LOSS, affects="output", recorded=False)
-    """Measurement that --keep best and --patience go by: validation_loss, which needs --validation.holdout."""
+    """Measurement that --keep best and --patience go by: validation_loss, which needs --validation.holdout, or one of
+    --validation.metrics."""
     patience: int | None = setting(None, affects="output", recorded=False, gt=0)
     """Stop early, after this number of measurements in a row without a new best one."""
     resume: bool = setting(False, affects="output", recorded=False)

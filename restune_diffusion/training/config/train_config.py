@@ -177,6 +177,7 @@ class TrainConfig(FamilyFields):
         self._check_preservation()
         self._check_text()
         self.validation.check_holdout()
+        self.validation.check_metrics()
         self.checkpoints.check_measured(self.validation.measured)
         cached = self.feature_cache.draws is not None
         if cached and not self.learns_from_features:
@@ -190,8 +191,11 @@ class TrainConfig(FamilyFields):
             )
         only_text = all(part.acts_on_text_encoders for part in self.parts)
         self.loss.check_consistency(only_text, self.memory.gradient_checkpointing)
-        if self.memory.drop_encoders and self.validation.prompts:
-            raise ValueError("validation prompts need the encoders; leave drop_encoders or the validation prompts out")
+        if self.memory.drop_encoders and (self.validation.prompts or self.validation.metrics):
+            asked = "prompts" if self.validation.prompts else "metrics"
+            raise ValueError(
+                f"validation {asked} need the encoders; leave drop_encoders or the validation {asked} out"
+            )
         return self
 
     def _check_text(self) -> None:
@@ -211,6 +215,11 @@ class TrainConfig(FamilyFields):
             raise ValueError(
                 f"the validation prompts need {needed} control images, one for each condition of each prompt, "
                 f"but {given} are given"
+            )
+        if self.validation.metrics and self.conditioned is not None:
+            raise ValueError(
+                "metrics do not support a control tuner, which generates no image without condition images; "
+                "leave validation.metrics out"
             )
         if self.control_data is not None and self.conditioned is None:
             raise ValueError(

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 from pydantic import model_validator
 
+from ...evaluation.metric_names import METRICS
 from ...utils.setting_groups import setting
 from ...utils.settings import Settings
 from ..validation.measurements import VALIDATION_LOSS
 from .renamed import renamed
+
+CheckpointMetric: TypeAlias = Literal[
+    "kid", "style_share", "retrieval_top1", "retrieval_top5", "lpips", "similarity", "nearest_training", "image_drift"
+]
+"""Name of a metric that training can measure, under which it is logged."""
 
 
 class ValidationConfig(Settings):
@@ -42,15 +48,31 @@ class ValidationConfig(Settings):
     loss_every: int | None = setting(None, affects="output", recorded=False, gt=0)
     """Measure the validation loss every N steps, in addition to the start and the end. If not set, with the samples of
     `every`; if that is 0 too, 20 times in the run."""
+    metrics: tuple[CheckpointMetric, ...] = setting((), affects="output", recorded=False)
+    """Metrics of `restune evaluate` to measure every `every` steps, at the start and at the end, on images that the
+    saved file generates for the held-out captions, or for `prompts` without held-out images: lpips, style_share,
+    retrieval_top1, retrieval_top5, similarity and kid compare with the held-out images, nearest_training with the
+    training images, image_drift with the base's images of the drift prompts."""
+    metric_images: int | None = setting(None, affects="output", recorded=False, gt=0)
+    """Maximum number of held-out images that the metrics use; the first ones are used."""
 
     @property
     def measured(self) -> tuple[str, ...]:
         """Names of the measurements of a run."""
-        return () if self.holdout is None else (VALIDATION_LOSS,)
+        compared = {logged_name(name) for name, metric in METRICS.items() if metric.true_images}
+        metrics = [name for name in self.metrics if self.holdout is not None or name not in compared]
+        return (*(() if self.holdout is None else (VALIDATION_LOSS,)), *metrics)
 
     def due(self, step: int) -> bool:
         """Return whether a step is a multiple of `every`."""
         return self.every > 0 and step % self.every == 0
+
+    def check_metrics(self) -> None:
+        """Raise `ValueError` if the settings of the metrics are not valid."""
+        if self.metrics and self.holdout is None and not self.prompts:
+            raise ValueError("metrics need captions to generate; hold out images with holdout, or give prompts")
+        if self.metric_images is not None and not self.metrics:
+            raise ValueError("metric_images limits the images of metrics, which is not set; set it, or omit it")
 
     def check_holdout(self) -> None:
         """Raise `ValueError` if the settings of the held-out images are not valid.
@@ -73,3 +95,8 @@ class ValidationConfig(Settings):
     @classmethod
     def _new_names(cls, values: Any) -> Any:
         return renamed(values, within="validation.").values if isinstance(values, dict) else values
+
+
+def logged_name(metric: str) -> str:
+    """Return the name under which training logs a metric of an evaluation; `drift` is that of the predictions."""
+    return "image_drift" if metric == "drift" else metric

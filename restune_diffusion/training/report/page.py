@@ -11,11 +11,13 @@ from typing import Any
 
 from markupsafe import Markup
 
+from ...evaluation.metric_names import METRICS
 from ...storage.base_files.location import public_name
 from ...utils.settings_merge import flat
 from ..callbacks.metrics_file import Series
 from ..config.config_file import recorded_yaml
 from ..config.train_config import TrainConfig, current_names
+from ..config.validation import logged_name
 from ..validation.measurements import VALIDATION_LOSS
 from .curves import plain, raw_and_smooth, several, smoothing_window
 from .images import chosen_steps, data_url
@@ -37,6 +39,7 @@ _PLACED = {
     "drift",
     VALIDATION_LOSS,
 }
+_METRICS = {logged_name(name) for name in METRICS}
 
 
 @dataclass(frozen=True)
@@ -147,15 +150,27 @@ def _charts(config: TrainConfig, series: Mapping[str, Series]) -> list[Chart]:
     if drift := series.get("drift"):
         note = "Change of the base's predictions on prompts without the subject, in percent; 0 is unchanged."
         charts.append(Chart("Drift", Markup(plain(drift, "drift by step")), note))
+    charts += _metric_charts(series)
     if rate := series.get("learning_rate"):
         charts.append(Chart("Learning rate", Markup(plain(rate, "learning rate by step"))))
     if norm := series.get("grad_norm"):
         note = f"Before clipping to {config.optimizer.max_grad_norm:g}."
         charts.append(Chart("Gradient norm", Markup(raw_and_smooth(norm, "gradient norm by step")), note))
     for name, each in series.items():
-        if name not in _PLACED and not name.startswith(_BAND):
+        if name not in _PLACED | _METRICS and not name.startswith(_BAND):
             svg = raw_and_smooth(each, "a logged metric by step")
             charts.append(Chart(name.replace("_", " ").capitalize(), Markup(svg)))
+    return charts
+
+
+def _metric_charts(series: Mapping[str, Series]) -> list[Chart]:
+    charts = []
+    for key, metric in METRICS.items():
+        if values := series.get(logged_name(key)):
+            heading = "image drift" if key == "drift" else metric.heading
+            shown = [(step, value * metric.factor) for step, value in values]
+            note = f"Of the saved tuner: {metric.meaning.partition('. ')[0].rstrip('.')}."
+            charts.append(Chart(heading[0].upper() + heading[1:], Markup(plain(shown, f"{heading} by step")), note))
     return charts
 
 

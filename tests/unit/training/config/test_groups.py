@@ -107,7 +107,7 @@ def test_the_annotations_give_the_lists_that_were_kept_by_hand() -> None:
     }  # fmt: skip
     validation = all_settings(ValidationConfig)
     assert {name for name, info in validation.items() if info.record is None} == {
-        "control_images", "holdout", "holdout_seed", "loss_every",
+        "control_images", "holdout", "holdout_seed", "loss_every", "metrics", "metric_images",
     }  # fmt: skip
     assert {info.affects for info in validation.values()} == {"output"}
 

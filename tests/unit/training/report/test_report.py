@@ -199,6 +199,15 @@ def test_metrics_of_other_tools_are_shown_too(unfinished: Callable[..., Path]) -
     assert "Other figure" in text
 
 
+def test_metrics_of_the_saved_tuner_have_a_curve_and_a_meaning(unfinished: Callable[..., Path]) -> None:
+    lines = [{"step": step, "lpips": 0.4 - step / 100, "image_drift": step / 10} for step in (0, 5, 10)]
+    page = write_report(unfinished([json.dumps(line) for line in lines])).read_text(encoding="utf-8")
+    assert 'aria-label="LPIPS by step"' in page
+    assert "Of the saved tuner: perceptual distance to the true image of the same caption, lower is closer." in page
+    assert 'aria-label="image drift by step"' in page
+    assert "Of the saved tuner: LPIPS between the base&#39;s and the tuner&#39;s images" in page
+
+
 def test_the_drift_of_old_logs_is_shown(unfinished: Callable[..., Path]) -> None:
     """A run that version 0.1 began and that was resumed later has lines with both names."""
     lines = ['{"step": 0, "leak": 0.0}', '{"step": 1, "loss": 1.0}', '{"step": 2, "leak": 1.5}']

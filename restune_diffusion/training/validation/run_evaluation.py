@@ -1,0 +1,154 @@
+"""Evaluate all saved tuners of a finished, interrupted or running run, or of a sweep."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ...data.captions import find_examples, read_examples
+from ...data.example import Example
+from ...evaluation.report import Evaluation
+from ...evaluation.sampling import Sampling, load_images, read_images
+from ...evaluation.several import Material, evaluate_tuners
+from ...pipelines.load_base import is_inpainting, sampling_pipeline
+from ...utils.errors import DataError, RestuneError
+from ..callbacks.config_record import CONFIG_FILE
+from ..config.config_file import read_config
+from ..config.train_config import TrainConfig
+from ..losses.objective import scheduler_changes
+from ..output_folder import best_file, list_checkpoints, step_files
+from .held_out import hold_out
+
+
+@dataclass(frozen=True)
+class SavedTuners:
+    """Saved tuners of a run or a sweep.
+
+    Attributes:
+        folder: output folder.
+        config: settings of the run, or of any run of the sweep.
+        files: paths by their names in the folder, in the order of their steps: those of single steps and checkpoints,
+            then the best and the finished one.
+    """
+
+    folder: Path
+    config: TrainConfig
+    files: dict[str, Path]
+
+
+def find_saved_tuners(folder: Path) -> SavedTuners:
+    """Find the saved tuners of an output folder.
+
+    Raises:
+        RestuneError: if it is not the folder of a run or a sweep, has no saved tuner, or holds control tuners.
+        SettingsError: if the settings of the run cannot be read.
+    """
+    if not folder.is_dir():
+        raise RestuneError(f"There is no folder {folder}; give the output folder of a training run.")
+    runs = (
+        [folder]
+        if (folder / CONFIG_FILE).is_file()
+        else sorted(path.parent for path in folder.glob(f"*/{CONFIG_FILE}"))
+    )
+    if not runs:
+        raise RestuneError(f"{folder} has no {CONFIG_FILE}; give the output folder of a training run or a sweep.")
+    # The folder may have been moved since.
+    configs = [read_config(run / CONFIG_FILE).model_copy(update={"output": run}) for run in runs]
+    files = {str(path.relative_to(folder)): path for config in configs for path in _files(config)}
+    if not files:
+        raise RestuneError(
+            f"{folder} has no saved tuner yet; wait for the end of the run, or save some on the way with --save-every."
+        )
+    if configs[0].conditioned is not None:
+        raise RestuneError(f"{folder} holds control tuners, which generate nothing without condition images.")
+    return SavedTuners(folder, configs[0], files)
+
+
+def _files(config: TrainConfig) -> list[Path]:
+    """Return the tuner files of a run in the order of their steps; a checkpoint counts if its step has no file."""
+    steps = {int(path.stem.removeprefix(f"{config.name}-")): path for path in step_files(config)}
+    finished = [path for path in (best_file(config), config.file) if path.is_file()]
+    for checkpoint in list_checkpoints(config.output):
+        step, path = int(checkpoint.name.partition("-")[2]), checkpoint / "tuner.safetensors"
+        if path.is_file() and not (config.file.is_file() and step == config.steps):
+            steps.setdefault(step, path)
+    return [steps[step] for step in sorted(steps)] + finished
+
+
+@dataclass(frozen=True)
+class Overrides:
+    """Values that replace those of the run; None keeps them."""
+
+    data: Path | None = None
+    training_images: Path | None = None
+    prompts: Sequence[str] | None = None
+    drift_prompts: Sequence[str] | None = None
+    steps: int | None = None
+    guidance: float | None = None
+    seed: int | None = None
+    limit: int | None = None
+    batch_size: int = 16
+
+
+def evaluate_run(saved: SavedTuners, pipeline: Any, output: Path, overrides: Overrides | None = None) -> Evaluation:
+    """Evaluate the saved tuners of a run on its held-out images, or without any on its validation prompts.
+
+    Args:
+        saved: the tuners.
+        pipeline: pipeline of the base, with no tuner loaded.
+        output: folder for report.json, report.md and grid.png.
+        overrides: values that replace those of the run.
+
+    Raises:
+        DataError: if the images of the run are gone, or those of another folder cannot be used.
+        RestuneError: if there is nothing to generate, a tuner does not fit, or the extra `evaluate` is not installed.
+    """
+    given, config = overrides or Overrides(), saved.config
+    if is_inpainting(pipeline):
+        raise RestuneError("An inpainting base cannot generate images from a prompt alone, so nothing is measured.")
+    validation = config.validation
+    training, held_out = _examples(config, given)
+    material = Material(
+        true=read_images(pipeline, given.data, given.limit)
+        if given.data is not None
+        else load_images(pipeline, held_out[: given.limit]),
+        prompts=validation.prompts if given.prompts is None else given.prompts,
+        training=load_images(pipeline, training),
+        drift_prompts=config.drift_prompts if given.drift_prompts is None else given.drift_prompts,
+    )
+    sampling = Sampling(
+        validation.steps if given.steps is None else given.steps,
+        validation.guidance if given.guidance is None else given.guidance,
+        validation.seed if given.seed is None else given.seed,
+        given.batch_size,
+    )
+    sampler = sampling_pipeline(pipeline, scheduler_changes(config.loss.prediction_type))
+    name = saved.folder.resolve().name
+    settings = {"run": name, "base": Path(config.base).name}
+    return evaluate_tuners(
+        sampler, saved.files, output, material, sampling, title=f"Tuners of {name}", settings=settings
+    )
+
+
+def _examples(config: TrainConfig, given: Overrides) -> tuple[list[Example], list[Example]]:
+    """Return the training and the held-out examples of a run; none of a data folder that is gone and not needed."""
+    holdout = config.validation.holdout
+    if given.training_images is not None:
+        # No image is generated from the captions of the training images, so a constant one is enough.
+        training = find_examples(given.training_images, "any")
+        if given.data is not None or holdout is None:
+            return training, []
+        return training, _split(config)[1]
+    if not config.data.folder.exists() and (given.data is not None or holdout is None):
+        return [], []
+    return _split(config)
+
+
+def _split(config: TrainConfig) -> tuple[list[Example], list[Example]]:
+    try:
+        split = hold_out(config, read_examples(config.data, []), None, [])
+    except DataError as error:
+        raise DataError(f"{str(error).rstrip('.')}; or give held-out images with --data.") from error
+    return split.training, split.held_out
