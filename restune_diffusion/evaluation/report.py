@@ -14,7 +14,7 @@ from PIL import Image
 
 from ..imaging.contact_sheet import labelled_grid
 from ..utils.atomic_write import atomic_write
-from ..utils.library_versions import library_versions
+from ..utils.version import library_versions
 from .comparison import Row
 from .metric_names import METRICS, Metric, MetricName
 

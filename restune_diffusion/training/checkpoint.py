@@ -16,7 +16,7 @@ from ..data.data_sheet import FILE_NAME as DATA_FILE
 from ..storage.tuner_file import load_tuner, save_tuner
 from ..utils.atomic_write import atomic_write, sync_directory
 from ..utils.errors import TrainingError
-from ..utils.library_versions import library_versions
+from ..utils.version import library_versions
 from .callbacks.base import Callback
 from .callbacks.config_record import CONFIG_FILE
 from .callbacks.metrics_file import METRICS_FILE

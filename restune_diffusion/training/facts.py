@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
-from ..utils.library_versions import library_versions
 from ..utils.settings_merge import flat
+from ..utils.version import library_versions
 from .config.shared_settings import identity_settings
 from .state import TrainState
 
