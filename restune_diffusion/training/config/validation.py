@@ -68,11 +68,15 @@ class ValidationConfig(Settings):
         return self.every > 0 and step % self.every == 0
 
     def check_metrics(self) -> None:
-        """Raise `ValueError` if the settings of the metrics are not valid."""
+        """Raise `ValueError` if there is nothing to measure the metrics on; `TrainConfig` calls it."""
         if self.metrics and self.holdout is None and not self.prompts:
-            raise ValueError("metrics need captions to generate; hold out images with holdout, or give prompts")
+            raise ValueError(
+                "validation.metrics need captions to generate; set validation.holdout, or give validation.prompts"
+            )
         if self.metric_images is not None and not self.metrics:
-            raise ValueError("metric_images limits the images of metrics, which is not set; set it, or omit it")
+            raise ValueError(
+                "validation.metric_images limits the images of validation.metrics, which are not set; omit it"
+            )
 
     def check_holdout(self) -> None:
         """Raise `ValueError` if the settings of the held-out images are not valid.
