@@ -3,13 +3,14 @@
     python research/restune_tiny/prepare_icons.py data/icons --download --benchmark
     python -m benchmarks.extraction --icons data/icons --work work/extraction --output benchmarks/results/extraction
 
-Two trainings: of all weights of the U-Net, and of those alone that LoRA can act on. Both models and finished
-rows stay in the work folder and are not computed again.
+A second model is the fine-tuned one with the norms and biases of the base, which is all that no tuner represents. The
+models and finished rows stay in the work folder and are not computed again.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 from dataclasses import dataclass
 from functools import cached_property
@@ -42,7 +43,8 @@ MODELS = {
     "full rank": Reduction(),
     "`--energy 0.9`": Reduction(energy=0.9),
 }
-TRAINED = ("all weights", "weights of layers")
+ALL, WITHOUT = "all weights", "without norms and biases"
+COMPARED = {ALL: ("base", "fine-tuned", *MODELS), WITHOUT: ("fine-tuned", "full rank")}
 BATCH, WARMUP, PROMPTS = 8, 0.05, 12
 Row = dict[str, Any]
 
@@ -87,25 +89,32 @@ class Study:
     def tuned(self, name: str) -> Any:
         """Return the fine-tuned U-Net, and train it first if it is not in the work folder."""
         folder = self.work / name / "unet"
-        kind = type(self.pipeline.unet)
         if not (folder / "config.json").exists():
-            unet = kind.from_pretrained(str(BASE), subfolder="unet", torch_dtype=torch.float32).requires_grad_(False)
-            chosen = [
-                value for key, value in unet.named_parameters() if name == "all weights" or key in _of_lora(unet)
-            ]
-            batches = Batches(
-                self.training,
-                seed=0,
-                size=BATCH,
-                timesteps=self.objective.timesteps,
-                caption_dropout=0.0,
-                device=torch.device("cpu"),
-                dtype=torch.float32,
-            )
-            trainable = Trainable(unet, [value.requires_grad_(True) for value in chosen])
-            tune(trainable, batches, self.objective, steps=self.steps, learning_rate=self.learning_rate, warmup=WARMUP)
-            unet.save_pretrained(folder)
-        return kind.from_pretrained(folder).eval().requires_grad_(False)
+            (self._trained() if name == ALL else self._without_others()).save_pretrained(folder)
+        return type(self.pipeline.unet).from_pretrained(folder).eval().requires_grad_(False)
+
+    def _trained(self) -> Any:
+        unet = copy.deepcopy(self.pipeline.unet).requires_grad_(True)
+        batches = Batches(
+            self.training,
+            seed=0,
+            size=BATCH,
+            timesteps=self.objective.timesteps,
+            caption_dropout=0.0,
+            device=torch.device("cpu"),
+            dtype=torch.float32,
+        )
+        trainable = Trainable(unet, list(unet.parameters()))
+        tune(trainable, batches, self.objective, steps=self.steps, learning_rate=self.learning_rate, warmup=WARMUP)
+        return unet
+
+    def _without_others(self) -> Any:
+        """Return the fine-tuned U-Net with the base's tensors where LoRA cannot act."""
+        unet, of_lora = self.tuned(ALL), _of_lora(self.pipeline.unet)
+        before = self.pipeline.unet.state_dict()
+        kept = {key: value if key in of_lora else before[key] for key, value in unet.state_dict().items()}
+        unet.load_state_dict(kept)
+        return unet
 
     @torch.no_grad()
     def measured(self, unet: Any) -> Measures:
@@ -169,7 +178,7 @@ def _seeded() -> torch.Generator:
 def table(rows: list[Row]) -> list[str]:
     """Return the Markdown table."""
     lines = [
-        "| trained | model | largest rank | change kept | held-out loss | prediction | images | MB |",
+        "| changed | model | largest rank | change kept | held-out loss | prediction | images | MB |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
@@ -193,7 +202,7 @@ def main() -> None:
     parser.add_argument("--learning-rate", type=float, default=1e-4)
     options = parser.parse_args()
     study = Study(options.icons, options.work, options.style, options.steps, options.learning_rate)
-    rows = [study.row(name, model) for name in TRAINED for model in ("base", "fine-tuned", *MODELS)]
+    rows = [study.row(name, model) for name, models in COMPARED.items() for model in models]
     how = (
         f"{options.steps} steps of {BATCH} images at {options.learning_rate:g}, {len(study.training)} images in "
         f"{options.style}'s style; loss on {len(study.held_out)} held-out images. Differences from the fine-tuned "
