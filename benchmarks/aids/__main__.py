@@ -11,10 +11,9 @@ from __future__ import annotations
 
 import json
 import statistics
-import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
@@ -51,6 +50,7 @@ from .variants import (
     with_tuner,
 )
 
+COMMAND = "python -m benchmarks.aids --icons data/icons --work work/aids --output benchmarks/results/aids"
 TABLE = "aids"
 UNTUNED = "base, not tuned"
 COLUMNS = {
@@ -269,7 +269,7 @@ def report(run: Run) -> None:
     order = [UNTUNED, *(variant.name for variant in VARIANTS)]
     rows = [json.loads(path.read_text()) for path in sorted(run.work.glob(f"*-seed*/rows/*-{TABLE}.json"))]
     rows.sort(key=lambda row: (run.styles.index(row["style"]), order.index(row["method"]), row["seed"]))
-    facts = environment(" ".join(["python -m benchmarks.aids", *sys.argv[1:]]))
+    facts = environment(COMMAND)
     parts = [
         "# Generalization aids",
         f"24 images of a style that the base was not trained on, {run.steps} steps of 8 or 4; {run.concepts} "
@@ -281,13 +281,28 @@ def report(run: Run) -> None:
         own = [row for row in rows if row["style"] == style]
         seeds = sorted({row["seed"] for row in own})
         parts += [f"## `{style}`, seeds {', '.join(map(str, seeds))}", table(own, COLUMNS), *_pairs(own)]
+        losses = _held_out(run, style)
+        parts += ["Held-out loss of each seed, also of tuners without samples:", losses]
     versions = ", ".join(f"{name} {number}" for name, number in facts["versions"].items())
     parts.append(f"`{facts['command']}` on {facts['machine']}; {versions}.")
     run.output.parent.mkdir(parents=True, exist_ok=True)
     run.output.with_suffix(".md").write_text("\n\n".join(parts) + "\n")
-    content = {**facts, "settings": json.loads(json.dumps(asdict(run), default=str)), "rows": rows}
+    shown = ("steps", "concepts", "drift_concepts", "inference_steps", "judge_epochs")
+    content = {**facts, "settings": {name: getattr(run, name) for name in shown}, "rows": rows}
     run.output.with_suffix(".json").write_text(json.dumps(content, indent=1) + "\n")
     print(run.output.with_suffix(".md"))
+
+
+def _held_out(run: Run, style: str) -> str:
+    """Return a table of the held-out loss of each trained tuner."""
+    folders = [run.work / f"{style}-seed{seed}" / "tuners" for seed in run.seeds]
+    lines = [f"| tuner | {' | '.join(f'seed {seed}' for seed in run.seeds)} |", "|---" * (len(folders) + 1) + "|"]
+    for variant in VARIANTS:
+        found = [folder / f"{slug(variant.name)}.json" for folder in folders]
+        losses = [json.loads(path.read_text())["held_out"] if path.exists() else None for path in found]
+        cells = ["" if loss is None else f"{loss:.4f}" for loss in losses]
+        lines.append(f"| {variant.name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def _pairs(rows: list[Row]) -> list[str]:
