@@ -38,6 +38,8 @@ class BaseFacts:
     """Spacing of its sigmas, if it is not the default."""
     size: tuple[int, int]
     """Native width and height."""
+    factor: int
+    """Width and height are multiples of this."""
     dtype: str
     device: str
 

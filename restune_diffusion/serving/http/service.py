@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import secrets
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +20,8 @@ from .limits import Limits
 from .model_names import BASE_NAME
 
 if TYPE_CHECKING:
+    from PIL import Image
+
     from ..engine import Engine
     from ..library import TunerEntry, TunerLibrary
 
@@ -58,6 +60,20 @@ class Service:
         """Return the entries of the tuners in the library."""
         return [] if self.library is None else self.library.list()
 
+    def check_size(self, width: int, height: int, param: str) -> None:
+        """Raise `RequestError` if an image is larger than the limits, or its sides do not fit the base."""
+        factor, most = self.base.factor, self.limits.side
+        if max(width, height) > most or min(width, height) < factor or width % factor or height % factor:
+            raise RequestError(
+                f"A size of {width}x{height} is not possible; use multiples of {factor} up to {most}.", param=param
+            )
+
+    def size_of(self, image: Image.Image) -> tuple[int, int]:
+        """Return the size of an edited image: that of the image if the base supports it, else the native size."""
+        factor, most = self.base.factor, self.limits.side
+        fits = max(image.size) <= most and all(side % factor == 0 for side in image.size)
+        return image.size if fits else self.base.size
+
     def submit(self, request: ImageRequest, count: int) -> list[Ticket]:
         """Submit a request for several images with consecutive seeds.
 
@@ -95,11 +111,14 @@ async def events(tickets: Sequence[Ticket]) -> AsyncIterator[tuple[int, Progress
     loop = asyncio.get_running_loop()
     states: asyncio.Queue[tuple[int, Progress]] = asyncio.Queue()
 
-    def listen(number: int, ticket: Ticket) -> None:
-        ticket.listen(lambda progress: loop.call_soon_threadsafe(states.put_nowait, (number, progress)))
+    def listener(number: int) -> Callable[[Progress], None]:
+        def listen(progress: Progress) -> None:
+            loop.call_soon_threadsafe(states.put_nowait, (number, progress))
+
+        return listen
 
     for number, ticket in enumerate(tickets):
-        listen(number, ticket)
+        ticket.listen(listener(number))
     unfinished = len(tickets)
     while unfinished:
         number, progress = await states.get()

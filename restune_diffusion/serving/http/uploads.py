@@ -9,6 +9,7 @@ import re
 import warnings
 from typing import TYPE_CHECKING
 
+from ...imaging.rgb import has_transparency, to_rgb, to_rgba
 from ...imaging.upright import decode_upright
 from .errors import RequestError
 from .limits import Limits
@@ -71,3 +72,32 @@ def decode_base64_image(text: str, limits: Limits, param: str) -> Image.Image:
             f"`{param}` is not a base64 string; encode the bytes of a PNG, JPEG or WebP file.", param=param
         ) from error
     return decode_image(content, limits, param)
+
+
+def edit_mask(mask: Image.Image, image: Image.Image) -> Image.Image:
+    """Return an OpenAI mask as a mask for inpainting: white where it is transparent, which is repainted.
+
+    A mask without transparency is taken as it is: white is repainted.
+
+    Raises:
+        RequestError: if the mask has another size than the image, or no area to repaint.
+    """
+    from PIL import ImageOps
+
+    if mask.size != image.size:
+        raise RequestError(
+            f"`mask` has {mask.width} x {mask.height} pixels and `image` {image.width} x {image.height}; send one of "
+            "the image's size.",
+            param="mask",
+        )
+    area = ImageOps.invert(to_rgba(mask).getchannel("A")) if has_transparency(mask) else to_rgb(mask).convert("L")
+    if area.getextrema()[1] == 0:
+        raise RequestError("`mask` has no transparent pixels; make the area to repaint transparent.", param="mask")
+    return area
+
+
+def fitted(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """Return an image resized to a width and height, and cropped around its center."""
+    from PIL import Image, ImageOps
+
+    return image if image.size == size else ImageOps.fit(image, size, Image.Resampling.LANCZOS)
