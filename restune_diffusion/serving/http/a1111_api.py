@@ -144,29 +144,28 @@ def a1111_routes(service: Service) -> APIRouter:
 
 def _add_lists(router: APIRouter, service: Service) -> None:
     """Add the routes that list what the server has."""
-    answers: dict[str, Callable[[], Any]] = {
-        "samplers": samplers,
-        "schedulers": schedule_types,
-        "sd-models": lambda: [
-            {
-                "title": service.base.name,
-                "model_name": service.base.name,
-                "hash": None,
-                "sha256": None,
-                "filename": service.base.name,
-                "config": None,
-            }
-        ],
-        "scripts": lambda: {"txt2img": [], "img2img": []},
-        "embeddings": lambda: {"loaded": {}, "skipped": {}},
-        "cmd-flags": dict,
-        "memory": lambda: {"ram": {}, "cuda": {}},
-        **dict.fromkeys(_EMPTY_LISTS, list),
+    base = {key: service.base.name for key in ("title", "model_name", "filename")}
+    answers: dict[str, Any] = {
+        "samplers": samplers(),
+        "schedulers": schedule_types(),
+        "sd-models": [{**base, "hash": None, "sha256": None, "config": None}],
+        "scripts": {"txt2img": [], "img2img": []},
+        "embeddings": {"loaded": {}, "skipped": {}},
+        "cmd-flags": {},
+        "memory": {"ram": {}, "cuda": {}},
+        **{name: [] for name in _EMPTY_LISTS},
     }
     for name, answer in answers.items():
-        router.add_api_route(f"/{name}", answer, methods=["GET"], response_model=None)
+        router.add_api_route(f"/{name}", _always(answer), methods=["GET"], response_model=None)
     for name in ("refresh-loras", "refresh-checkpoints"):
-        router.add_api_route(f"/{name}", dict, methods=["POST"], response_model=None)
+        router.add_api_route(f"/{name}", _always({}), methods=["POST"], response_model=None)
+
+
+def _always(answer: Any) -> Callable[[], Any]:
+    def endpoint():  # type: ignore[no-untyped-def]  # FastAPI evaluates annotations
+        return answer
+
+    return endpoint
 
 
 def _text_request(service: Service, options: Options, body: Txt2ImgBody, **images: Any) -> Wanted:

@@ -1,0 +1,77 @@
+"""A server process of `restune serve` for tests on real sockets."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import TracebackType
+
+from .conftest import ROOT
+
+
+class ServerProcess:
+    """Server that runs `restune serve` on a free port until the end of a `with` statement."""
+
+    def __init__(self, *arguments: str, env: dict[str, str] | None = None) -> None:
+        self.command = [
+            sys.executable,
+            "-m",
+            "restune_diffusion",
+            "serve",
+            "--port",
+            "0",
+            "--device",
+            "cpu",
+            *arguments,
+        ]
+        self.env = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", **(env or {})}
+        self.env["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+
+    def __enter__(self) -> ServerProcess:
+        self.process = subprocess.Popen(
+            self.command, env=self.env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+        assert self.process.stdout is not None
+        lines = []
+        for line in self.process.stdout:
+            lines.append(line)
+            if found := re.search(r"Serving .* at http://\S+:(\d+)$", line.strip()):
+                self.port = int(found[1])
+                self.url = f"http://127.0.0.1:{self.port}"
+                return self
+        raise AssertionError("".join(lines))
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.communicate()
+
+    def send(self, number: signal.Signals) -> None:
+        """Send a signal to the server."""
+        self.process.send_signal(number)
+
+    def rest(self, timeout: float = 120) -> tuple[int, str]:
+        """Wait for the end of the server; return its exit code and the rest of its output."""
+        output, _ = self.process.communicate(timeout=timeout)
+        return self.process.returncode, output
+
+    @property
+    def resident_bytes(self) -> int:
+        """Memory of the server in use."""
+        pages = Path(f"/proc/{self.process.pid}/statm").read_text().split()[1]
+        return int(pages) * os.sysconf("SC_PAGE_SIZE")
+
+
+def wait_for(condition, timeout: float = 60.0) -> None:
+    """Wait until a condition is true."""
+    end = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < end, "the condition did not become true"
+        time.sleep(0.02)
