@@ -253,7 +253,7 @@ class TunerLibrary:
         from ..storage.header import VERSION_KEY, open_tensors
         from ..storage.tuner_file import load_tuner
 
-        assert self._base is not None and self._cache is not None
+        assert self._base is not None
         with open_tensors(path, "numpy") as file:
             is_ours = VERSION_KEY in (file.metadata() or {})
         return load_tuner(path, dtype=self._cache.dtype) if is_ours else import_tuner(path, self._base)

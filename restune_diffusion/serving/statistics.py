@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from bisect import bisect_left
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Literal, TypeAlias
+
+Stage: TypeAlias = Literal["unet", "vae", "text", "tuner", "scheduler"]
 
 LATENCY_BOUNDS = (0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 30.0, 60.0, 120.0, 300.0)
 """Upper bounds of the latency histogram's buckets in seconds; the last bucket has no bound."""
@@ -48,8 +54,10 @@ class EngineStats:
     text_seconds: float = 0.0
     tuner_seconds: float = 0.0
     """Reading and attaching tuners, in the thread of the engine."""
+    scheduler_seconds: float = 0.0
+    """Schedulers, guidance and the noise of new requests, which a pipeline computes too."""
     overhead_seconds: float = 0.0
-    """Everything else in the engine's steps: scheduling, schedulers, guidance, copies."""
+    """Everything else in the engine's steps: batching, copies, bookkeeping."""
     latency_bounds: tuple[float, ...] = LATENCY_BOUNDS
     latency_counts: list[int] = field(default_factory=lambda: [0] * (len(LATENCY_BOUNDS) + 1))
     """Finished images by latency: counts of the buckets, not cumulative."""
@@ -60,3 +68,46 @@ class EngineStats:
         """Count a finished image."""
         self.latency_counts[bisect_left(self.latency_bounds, seconds)] += 1
         self.latency_sum += seconds
+
+
+class Stopwatch:
+    """Clock of an engine's steps, which adds the seconds of each stage to its counters.
+
+    Args:
+        stats: the counters.
+    """
+
+    def __init__(self, stats: EngineStats) -> None:
+        self._stats = stats
+        self._inside = 0.0
+
+    @contextmanager
+    def step(self) -> Iterator[None]:
+        """Context manager of a step; what no stage takes is overhead."""
+        start, self._inside = time.perf_counter(), 0.0
+        try:
+            yield
+        finally:
+            self._stats.overhead_seconds += time.perf_counter() - start - self._inside
+
+    @contextmanager
+    def __call__(self, stage: Stage, rows: int = 0) -> Iterator[None]:
+        """Context manager of a stage; stages are not nested.
+
+        Args:
+            stage: name of the stage.
+            rows: rows of a U-Net call.
+        """
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            seconds = time.perf_counter() - start
+            self._inside += seconds
+            name = f"{stage}_seconds"
+            setattr(self._stats, name, getattr(self._stats, name) + seconds)
+            if rows:
+                self._stats.calls += 1
+                self._stats.rows = rows
+                self._stats.total_rows += rows
+                self._stats.max_rows = max(self._stats.max_rows, rows)

@@ -177,6 +177,12 @@ class Ticket:
             with self._lock:
                 self._listeners.remove(states.put)
 
+    def _begin(self, steps: int) -> None:
+        """Start the denoising, with its exact number of steps."""
+        with self._lock:
+            self._progress = Progress(self._progress.state, 0, steps)
+        self._advance("running", 0)
+
     def _advance(self, state: State, step: int | None = None, preview: Image.Image | None = None) -> None:
         """Set the state and call the listeners; only the engine calls it."""
         with self._lock:
