@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from types import TracebackType
@@ -33,34 +34,37 @@ class ServerProcess:
         self.env["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
 
     def __enter__(self) -> ServerProcess:
-        self.process = subprocess.Popen(
-            self.command, env=self.env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        )
-        assert self.process.stdout is not None
-        lines = []
-        for line in self.process.stdout:
-            lines.append(line)
-            if found := re.search(r"Serving .* at http://\S+:(\d+)$", line.strip()):
-                self.port = int(found[1])
-                self.url = f"http://127.0.0.1:{self.port}"
-                return self
-        raise AssertionError("".join(lines))
+        # A file, because a full pipe would stop the server.
+        self._log = tempfile.TemporaryFile("w+")
+        self.process = subprocess.Popen(self.command, env=self.env, stdout=self._log, stderr=subprocess.STDOUT)
+        while not (found := re.search(r"^Serving .* at http://\S+:(\d+)$", self.output, re.MULTILINE)):
+            assert self.process.poll() is None, self.output
+            time.sleep(0.05)
+        self.port = int(found[1])
+        self.url = f"http://127.0.0.1:{self.port}"
+        return self
+
+    @property
+    def output(self) -> str:
+        """All that the server has printed."""
+        self._log.seek(0)
+        return self._log.read()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         if self.process.poll() is None:
             self.process.kill()
-        self.process.communicate()
+        self.process.wait()
+        self._log.close()
 
     def send(self, number: signal.Signals) -> None:
         """Send a signal to the server."""
         self.process.send_signal(number)
 
-    def rest(self, timeout: float = 120) -> tuple[int, str]:
-        """Wait for the end of the server; return its exit code and the rest of its output."""
-        output, _ = self.process.communicate(timeout=timeout)
-        return self.process.returncode, output
+    def exit_code(self, timeout: float = 120) -> int:
+        """Wait for the end of the server; return its exit code."""
+        return self.process.wait(timeout)
 
     @property
     def resident_bytes(self) -> int:

@@ -144,7 +144,7 @@ def a1111_routes(service: Service) -> APIRouter:
 
 def _add_lists(router: APIRouter, service: Service) -> None:
     """Add the routes that list what the server has."""
-    base = {key: service.base.name for key in ("title", "model_name", "filename")}
+    base = dict.fromkeys(("title", "model_name", "filename"), service.base.name)
     answers: dict[str, Any] = {
         "samplers": samplers(),
         "schedulers": schedule_types(),

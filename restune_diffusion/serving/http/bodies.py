@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, TypeVar
 
-from pydantic import AfterValidator, BaseModel, Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 
 from .errors import RequestError
 
@@ -13,17 +13,6 @@ Body = TypeVar("Body", bound=BaseModel)
 MAX_SEED = 2**63 - 1
 
 
-def _encodable(text: str) -> str:
-    """Return a text that can be encoded as UTF-8; JSON can contain halves of surrogate pairs."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise ValueError("contains half of a surrogate pair") from None
-    return text
-
-
-Text = Annotated[str, AfterValidator(_encodable)]
-"""Text without lone surrogates."""
 Number = Annotated[float, Field(allow_inf_nan=False)]
 """Finite number."""
 
@@ -60,17 +49,17 @@ def body_error(faults: Sequence[Mapping[str, Any]]) -> RequestError:
 class NamedTuner(BaseModel, extra="forbid"):
     """Tuner of a request and its weight."""
 
-    name: Text
+    name: str
     weight: Number = 1.0
 
 
 class GenerationBody(BaseModel, extra="forbid"):
     """Body of `POST /v1/images/generations`."""
 
-    prompt: Text = Field(min_length=1)
-    model: Text | None = None
+    prompt: str = Field(min_length=1)
+    model: str | None = None
     n: int | None = Field(default=1, ge=1)
-    size: Text | None = "auto"
+    size: str | None = "auto"
     response_format: str | None = Field(default=None, pattern="^(b64_json|url)$")
     output_format: str | None = Field(default="png", pattern="^(png|jpeg|webp)$")
     output_compression: int | None = Field(default=None, ge=0, le=100)
@@ -78,37 +67,37 @@ class GenerationBody(BaseModel, extra="forbid"):
     stream: bool | None = False
     partial_images: int | None = Field(default=0, ge=0, le=3)
     # Settings of other models, which change nothing here.
-    quality: Text | None = None
-    style: Text | None = None
-    moderation: Text | None = None
-    user: Text | None = None
-    safety_identifier: Text | None = None
+    quality: str | None = None
+    style: str | None = None
+    moderation: str | None = None
+    user: str | None = None
+    safety_identifier: str | None = None
     # Settings of this server, for `extra_body`.
     tuners: list[NamedTuner] | None = None
-    conditions: dict[Text, str] | None = None
-    negative_prompt: Text | None = None
+    conditions: dict[str, str] | None = None
+    negative_prompt: str | None = None
     seed: int | None = Field(default=None, ge=0, le=MAX_SEED)
     steps: int | None = Field(default=None, ge=1)
     guidance: Number | None = Field(default=None, ge=0, le=100)
-    scheduler: Text | None = None
+    scheduler: str | None = None
 
 
 class EditBody(GenerationBody):
     """Text fields of `POST /v1/images/edits`."""
 
-    input_fidelity: Text | None = None
+    input_fidelity: str | None = None
     strength: Number | None = Field(default=None, gt=0, le=1)
 
 
 class Txt2ImgBody(BaseModel, extra="ignore"):
     """Body of `POST /sdapi/v1/txt2img`; fields that change nothing here are ignored."""
 
-    prompt: Text = ""
-    negative_prompt: Text | None = ""
+    prompt: str = ""
+    negative_prompt: str | None = ""
     seed: int | None = Field(default=-1, le=MAX_SEED)
-    sampler_name: Text | None = None
-    sampler_index: Text | None = None
-    scheduler: Text | None = None
+    sampler_name: str | None = None
+    sampler_index: str | None = None
+    scheduler: str | None = None
     steps: int | None = Field(default=None, ge=1)
     batch_size: int = Field(default=1, ge=1)
     n_iter: int = Field(default=1, ge=1)
@@ -116,7 +105,7 @@ class Txt2ImgBody(BaseModel, extra="ignore"):
     width: int | None = Field(default=None, ge=1)
     height: int | None = Field(default=None, ge=1)
     send_images: bool = True
-    override_settings: dict[Text, Any] | None = None
+    override_settings: dict[str, Any] | None = None
     # Functions that this server does not have; a request that asks for one is refused.
     save_images: bool | None = False
     enable_hr: bool | None = False
@@ -124,8 +113,8 @@ class Txt2ImgBody(BaseModel, extra="ignore"):
     tiling: bool | None = False
     subseed_strength: Number | None = 0.0
     styles: list[Any] | None = None
-    script_name: Text | None = None
-    alwayson_scripts: dict[Text, Any] | None = None
+    script_name: str | None = None
+    alwayson_scripts: dict[str, Any] | None = None
 
 
 class Img2ImgBody(Txt2ImgBody):
