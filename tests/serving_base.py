@@ -15,7 +15,7 @@ from restune_diffusion import BypassConfig, ControlConfig, ResConfig, SkipConfig
 from restune_diffusion.backbones import describe_base, describe_text, text_encoders
 from restune_diffusion.conversion.formats import export_tuner, import_tuner
 from restune_diffusion.pipelines.schedulers import named_scheduler
-from restune_diffusion.serving import Engine, GeneratedImage, ImageRequest
+from restune_diffusion.serving import Engine, GeneratedImage, ImageRequest, Ticket
 from restune_diffusion.storage.tuner_file import load_tuner
 
 from .conftest import TWO_LEVELS, make_unet, randomize
@@ -106,21 +106,19 @@ def alone(pipeline: Any, folder: Path, request: ImageRequest, seed: int) -> torc
 
 def run(engine: Engine, arrivals: Sequence[tuple[int, ImageRequest]]) -> list[GeneratedImage]:
     """Submit each request before its step, and compute steps until all are done."""
-    tickets, step = [], 0
-    waiting = sorted(enumerate(arrivals), key=lambda each: each[1][0])
-    by_place: dict[int, Any] = {}
-    while waiting or engine.step():
-        while waiting and waiting[0][1][0] <= step:
-            place, (_, request) = waiting.pop(0)
-            by_place[place] = engine.submit(request)
-        if waiting:
-            engine.step()
-        step += 1
-    tickets = [by_place[place] for place in range(len(arrivals))]
-    return [ticket.result(0) for ticket in tickets]
+    tickets: dict[int, Ticket] = {}
+    for step in range(1 + max(arrival for arrival, _ in arrivals)):
+        for place, (arrival, request) in enumerate(arrivals):
+            if arrival == step:
+                tickets[place] = engine.submit(request)
+        engine.step()
+    while engine.step():
+        pass
+    return [tickets[place].result(0) for place in range(len(arrivals))]
 
 
 def assert_as_alone(pipeline: Any, folder: Path, results: Sequence[GeneratedImage]) -> None:
+    """Assert that the latents are those of the pipeline alone, within rounding."""
     for result in results:
         expected = alone(pipeline, folder, result.request, result.seed)
         error = float((expected - result.latents).abs().max())

@@ -13,9 +13,11 @@ from ...serving_base import (
     SCHEDULERS,
     STYLES,
     alone,
+    assert_as_alone,
     gray,
     image,
     mask,
+    run,
     small_pipeline,
     write_tuners,
 )
