@@ -102,17 +102,21 @@ class Admittance:
             )
 
     def _check_tuners(self, request: ImageRequest) -> None:
-        active = request.active_tuners
         if request.tuners and self._library is None:
             raise TunerNameError("This engine serves the base alone, because it has no tuner library.")
-        if len(active) > self._limits.max_attached:
-            raise RequestRefused(f"{len(active)} tuners are too many; use {self._limits.max_attached} at most.")
-        assert self._library is not None or not request.tuners
+        if len(request.active_tuners) > self._limits.max_attached:
+            raise RequestRefused(
+                f"{len(request.tuners)} tuners are too many; use {self._limits.max_attached} at most."
+            )
+        takes_conditions = False
         for name, weight in request.tuners:
             assert self._library is not None
             entry = self._library.usable(name) if weight else self._library.entry(name)
+            takes_conditions |= "control" in entry.families
             if weight and entry.conditions and request.conditions is None:
                 raise ConditionError(
                     f"The tuner {name!r} needs an image for {' or '.join(map(repr, entry.conditions))}; give one as a "
                     "condition, or give the tuner no weight."
                 )
+        if request.conditions is not None and not takes_conditions:
+            raise ConditionError("No tuner of the request takes a condition image; name a control tuner, or omit it.")

@@ -249,8 +249,6 @@ def _condition_images(request: ImageRequest, loaded: Loaded) -> dict[str, tuple[
     """Return the tensors of the condition images of each control tuner of a request, by its name in the library."""
     parts = {entry.name: part for entry, tuner in loaded for part in tuner.parts() if part.conditions}
     if not parts:
-        if request.conditions is not None:
-            raise ConditionError("No tuner of the request takes a condition image; name a control tuner, or omit it.")
         return {}
     given: Image.Image | Mapping[str, Any] | None = request.conditions
     shares = {} if given is None else shares_of(given, {name: part.conditions for name, part in parts.items()})
