@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import signal
 import subprocess
 import sys
 import tempfile
@@ -18,7 +17,8 @@ from .conftest import ROOT
 class ServerProcess:
     """Server that runs `restune serve` on a free port until the end of a `with` statement."""
 
-    def __init__(self, *arguments: str, env: dict[str, str] | None = None) -> None:
+    def __init__(self, *arguments: str, env: dict[str, str] | None = None, cwd: Path | None = None) -> None:
+        self.cwd = cwd
         self.command = [
             sys.executable,
             "-m",
@@ -36,7 +36,9 @@ class ServerProcess:
     def __enter__(self) -> ServerProcess:
         # A file, because a full pipe would stop the server.
         self._log = tempfile.TemporaryFile("w+")
-        self.process = subprocess.Popen(self.command, env=self.env, stdout=self._log, stderr=subprocess.STDOUT)
+        self.process = subprocess.Popen(
+            self.command, env=self.env, cwd=self.cwd, stdout=self._log, stderr=subprocess.STDOUT
+        )
         while not (found := re.search(r"^Serving .* at http://\S+:(\d+)$", self.output, re.MULTILINE)):
             assert self.process.poll() is None, self.output
             time.sleep(0.05)
@@ -57,14 +59,6 @@ class ServerProcess:
             self.process.kill()
         self.process.wait()
         self._log.close()
-
-    def send(self, number: signal.Signals) -> None:
-        """Send a signal to the server."""
-        self.process.send_signal(number)
-
-    def exit_code(self, timeout: float = 120) -> int:
-        """Wait for the end of the server; return its exit code."""
-        return self.process.wait(timeout)
 
     @property
     def resident_bytes(self) -> int:

@@ -10,11 +10,9 @@ from ...imaging.rgb import has_transparency, to_rgb, to_rgba
 from .bodies import Img2ImgBody
 from .errors import RequestError
 
-STRETCH, CROP = 0, 1
-"""Values of `resize_mode` that this server supports."""
+_CROP = 1
 _RADII = (64, 16, 4, 1)
-FILL, ORIGINAL = 0, 1
-"""Values of `inpainting_fill` that this server supports."""
+_ORIGINAL = 1
 
 
 @dataclass(frozen=True)
@@ -52,13 +50,8 @@ def repaint(image: Image.Image, mask: Image.Image, body: Img2ImgBody, size: tupl
         size: width and height of the generated image.
 
     Raises:
-        RequestError: if the mask is empty, or the request asks for noise in the area.
+        RequestError: if the mask is empty.
     """
-    if body.inpainting_fill not in (None, FILL, ORIGINAL):
-        raise RequestError(
-            "`inpainting_fill` with latent noise is not supported; use 0 (fill) or 1 (original).",
-            param="inpainting_fill",
-        )
     gray = to_rgb(mask, (0, 0, 0)).convert("L") if not _is_alpha_mask(mask) else to_rgba(mask).getchannel("A")
     gray = gray.resize(image.size, Image.Resampling.BILINEAR) if gray.size != image.size else gray
     if body.inpainting_mask_invert:
@@ -69,7 +62,7 @@ def repaint(image: Image.Image, mask: Image.Image, body: Img2ImgBody, size: tupl
     if box is None:
         raise RequestError("The mask is empty; paint the area to change white.", param="mask")
     area = _crop_box(box, image.size, size, body.inpaint_full_res_padding or 0) if body.inpaint_full_res else None
-    filled = image if body.inpainting_fill == ORIGINAL else fill_area(image, gray)
+    filled = image if body.inpainting_fill == _ORIGINAL else fill_area(image, gray)
     mode = body.resize_mode
     return Repaint(image, _resized(filled, area, size, mode), _resized(gray, area, size, mode), area, gray)
 
@@ -124,15 +117,10 @@ def resized(image: Image.Image, size: tuple[int, int], mode: int | None) -> Imag
     Args:
         image: the image.
         size: width and height.
-        mode: A1111's `resize_mode`.
-
-    Raises:
-        RequestError: if the mode is not supported.
+        mode: A1111's `resize_mode`: 0 stretches, 1 crops.
     """
-    if mode not in (None, STRETCH, CROP):
-        raise RequestError(f"`resize_mode` {mode} is not supported; use 0 (stretch) or 1 (crop).", param="resize_mode")
     if image.size == size:
         return image
-    if mode == CROP:
+    if mode == _CROP:
         return ImageOps.fit(image, size, Image.Resampling.LANCZOS)
     return image.resize(size, Image.Resampling.LANCZOS)

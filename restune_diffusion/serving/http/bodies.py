@@ -122,10 +122,12 @@ class Img2ImgBody(Txt2ImgBody):
 
     init_images: list[str] = Field(min_length=1)
     denoising_strength: Number | None = Field(default=0.75, gt=0, le=1)
-    resize_mode: int | None = Field(default=0, ge=0, le=3)
+    # Filling the borders (2) and resizing the latents (3) are not supported.
+    resize_mode: int | None = Field(default=0, ge=0, le=1)
     mask: str | None = None
     mask_blur: Number | None = Field(default=4, ge=0, le=256)
-    inpainting_fill: int | None = Field(default=0, ge=0, le=3)
+    # Latent noise (2) and nothing (3) are not supported.
+    inpainting_fill: int | None = Field(default=0, ge=0, le=1)
     inpaint_full_res: bool | None = True
     inpaint_full_res_padding: int | None = Field(default=0, ge=0, le=4096)
     inpainting_mask_invert: bool | None = False

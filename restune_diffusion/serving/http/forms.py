@@ -6,6 +6,7 @@ import json
 from typing import Any
 
 from fastapi import Request
+from python_multipart.multipart import parse_options_header
 from starlette.datastructures import FormData, UploadFile
 
 from .errors import RequestError
@@ -21,8 +22,12 @@ async def edit_values(request: Request, limits: Limits) -> tuple[dict[str, Any],
     Raises:
         RequestError: if the form is malformed, or lacks the image.
     """
-    if not request.headers.get("content-type", "").startswith("multipart/form-data"):
+    kind, options = parse_options_header(request.headers.get("content-type", ""))
+    if kind != b"multipart/form-data" or not options.get(b"boundary"):
         raise RequestError("The body is not a form; send multipart/form-data with `image` and `prompt`.")
+    # The parser ignores a last part that is not complete.
+    if not (await request.body()).rstrip().endswith(b"--" + options[b"boundary"] + b"--"):
+        raise RequestError("The form is not complete; send it again.")
     values: dict[str, Any] = {}
     files: dict[str, bytes] = {}
     async with request.form(max_files=4, max_fields=_MOST_FIELDS, max_part_size=limits.body_bytes) as form:

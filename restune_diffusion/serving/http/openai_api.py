@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
     from ..library import TunerEntry
 
-_SIZE = re.compile(r"(\d{1,5})x(\d{1,5})")
+_SIZE = re.compile(r"([0-9]{1,5})x([0-9]{1,5})")
 _NO_TOKENS = {
     "input_tokens": 0,
     "output_tokens": 0,

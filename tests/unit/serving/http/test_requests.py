@@ -245,8 +245,8 @@ def test_a_whole_image_is_repainted_at_the_generated_size():
 
 
 def test_an_empty_mask_and_unknown_fillings_are_refused():
-    image, mask = halves()
+    image, _ = halves()
     with pytest.raises(RequestError, match="The mask is empty"):
         repaint(image, Image.new("L", (64, 48), 0), inpaint_body(), (64, 48))
-    with pytest.raises(RequestError, match="latent noise is not supported"):
-        repaint(image, mask, inpaint_body(inpainting_fill=2), (64, 48))
+    with pytest.raises(RequestError, match="Invalid `inpainting_fill`"):
+        inpaint_body(inpainting_fill=2)
