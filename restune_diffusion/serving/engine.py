@@ -52,7 +52,8 @@ class Engine:
         self._admittance = Admittance(pipeline, library, self.limits)
         self._denoiser = Denoiser(pipeline, self._admittance.views, library, self.limits, self._watch)
         self._decoder = Decoder(self._admittance.views)
-        self._lock = threading.Lock()
+        # Reentrant, because a file may be read already when `submit` asks to be called back.
+        self._lock = threading.RLock()
         """Guards the waiting requests, the counters of `submit` and the flags."""
         self._changed = threading.Condition(self._lock)
         self._stepping = threading.Lock()

@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from PIL import Image
 
+from ...imaging.rgb import to_rgb
 from .job import Denoising, Inpainting, Job
 from .text_cache import PromptEmbeddings
 from .views import PipelineViews
@@ -70,14 +72,14 @@ class Preparation:
     def _from_image(
         self, view: Any, job: Job, timestep: torch.Tensor, dtype: torch.dtype, generator: torch.Generator
     ) -> tuple[torch.Tensor, None]:
-        image = view.image_processor.preprocess(job.request.image, height=job.height, width=job.width)
+        image = view.image_processor.preprocess(_rgb(job), height=job.height, width=job.width)
         return view.prepare_latents(image, timestep, 1, 1, dtype, view._execution_device, generator), None
 
     def _from_masked(
         self, view: Any, job: Job, timestep: torch.Tensor, dtype: torch.dtype, generator: torch.Generator
     ) -> tuple[torch.Tensor, Inpainting]:
         device, size = view._execution_device, {"height": job.height, "width": job.width}
-        image = view.image_processor.preprocess(job.request.image, **size).to(torch.float32)
+        image = view.image_processor.preprocess(_rgb(job), **size).to(torch.float32)
         blended = not self._views.takes_mask
         latents, noise, *images = view.prepare_latents(
             1,
@@ -124,3 +126,8 @@ class Preparation:
             )
         ids = torch.cat([negative, positive]) if len(pooled) > 1 else positive
         return {"text_embeds": pooled, "time_ids": ids.to(pooled.device)}
+
+
+def _rgb(job: Job) -> Image.Image:
+    assert job.request.image is not None
+    return to_rgb(job.request.image)

@@ -52,7 +52,7 @@ class PipelineViews:
         pipeline: a pipeline of Stable Diffusion 1.x, 2.x or XL with `RestuneLoaderMixin`.
 
     Raises:
-        RestuneError: if the pipeline is of another type.
+        RestuneError: if the pipeline is of another type, or has tuners loaded.
     """
 
     def __init__(self, pipeline: Any) -> None:
@@ -61,6 +61,12 @@ class PipelineViews:
             raise RestuneError(
                 "The engine serves Stable Diffusion 1.x, 2.x and XL pipelines with RestuneLoaderMixin, but this is a "
                 f"{type(pipeline).__name__}; load the base with load_base."
+            )
+        loaded = list(pipeline.get_list_tuners())
+        if loaded:
+            raise RestuneError(
+                f"The pipeline has tuners loaded ({', '.join(loaded[:3])}), but the engine needs the base alone; "
+                "unload them with unload_tuner_weights, and put their files into the library."
             )
         self.pipeline = pipeline
         self.takes_mask = is_inpainting(pipeline)
