@@ -44,7 +44,7 @@ class Preparation:
         request, scheduler = job.request, job.scheduler
         view = self._views.of(job.task, scheduler)
         generator = torch.Generator("cpu").manual_seed(job.ticket.seed)
-        device, dtype = view._execution_device, prompt.embeds.dtype
+        device, dtype = self._views.device, prompt.embeds.dtype
         inpainting = None
         if job.task == "text":
             timesteps = scheduler.timesteps
@@ -73,12 +73,12 @@ class Preparation:
         self, view: Any, job: Job, timestep: torch.Tensor, dtype: torch.dtype, generator: torch.Generator
     ) -> tuple[torch.Tensor, None]:
         image = view.image_processor.preprocess(_rgb(job), height=job.height, width=job.width)
-        return view.prepare_latents(image, timestep, 1, 1, dtype, view._execution_device, generator), None
+        return view.prepare_latents(image, timestep, 1, 1, dtype, self._views.device, generator), None
 
     def _from_masked(
         self, view: Any, job: Job, timestep: torch.Tensor, dtype: torch.dtype, generator: torch.Generator
     ) -> tuple[torch.Tensor, Inpainting]:
-        device, size = view._execution_device, {"height": job.height, "width": job.width}
+        device, size = self._views.device, {"height": job.height, "width": job.width}
         image = view.image_processor.preprocess(_rgb(job), **size).to(torch.float32)
         blended = not self._views.takes_mask
         latents, noise, *images = view.prepare_latents(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from typing import Any, Literal, TypeAlias
 
+import torch
 from diffusers import (
     StableDiffusionImg2ImgPipeline,
     StableDiffusionInpaintPipeline,
@@ -69,6 +70,8 @@ class PipelineViews:
                 "unload them with unload_tuner_weights, and put their files into the library."
             )
         self.pipeline = pipeline
+        # Diffusers walks all modules at each look-up.
+        self.device: torch.device = pipeline._execution_device
         self.takes_mask = is_inpainting(pipeline)
         tasks: list[Task] = ["inpaint"] if self.takes_mask else ["text", "image", "inpaint"]
         classes = _XL if self.is_xl else _SD
