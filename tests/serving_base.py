@@ -89,7 +89,7 @@ def alone(pipeline: Any, folder: Path, request: ImageRequest, seed: int) -> torc
         for name, _ in request.active_tuners:
             pipe.load_tuner_weights(_tuner(pipeline, folder / f"{name}.safetensors"), name)
         pipe.set_tuners([name for name, _ in request.active_tuners], [weight for _, weight in request.active_tuners])
-        if request.conditions is not None:
+        if "control" in dict(request.active_tuners):
             arguments["tuner_image"] = request.conditions
         return pipe(
             prompt=request.prompt,

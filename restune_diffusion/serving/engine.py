@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
@@ -39,20 +39,29 @@ class Engine:
         pipeline: a Stable Diffusion pipeline with `RestuneLoaderMixin`, for example from `load_base`.
         library: the tuners that requests may name; None serves the base alone.
         limits: limits on rows, queue and memory.
+        clock: clock of the seconds in `stats`; a benchmark may take `time.process_time`.
 
     Raises:
         RestuneError: if the pipeline is not supported, or the library serves another base.
     """
 
-    def __init__(self, pipeline: Any, library: TunerLibrary | None = None, limits: Limits | None = None) -> None:
+    def __init__(
+        self,
+        pipeline: Any,
+        library: TunerLibrary | None = None,
+        limits: Limits | None = None,
+        *,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
         self.limits = limits or Limits()
         self.library = library
         self._stats = EngineStats()
-        self._watch = Stopwatch(self._stats)
+        self._watch = Stopwatch(self._stats, clock)
         self._admittance = Admittance(pipeline, library, self.limits)
         self._denoiser = Denoiser(pipeline, self._admittance.views, library, self.limits, self._watch)
         self._decoder = Decoder(self._admittance.views)
-        self._lock = threading.Lock()
+        # Reentrant, because a file may be read already when `submit` asks to be called back.
+        self._lock = threading.RLock()
         """Guards the waiting requests, the counters of `submit` and the flags."""
         self._changed = threading.Condition(self._lock)
         self._stepping = threading.Lock()

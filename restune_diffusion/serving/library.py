@@ -82,7 +82,8 @@ class TunerLibrary:
         self._capacity, self._max_bytes = capacity, max_bytes
         self._lock = threading.Lock()
         self._entries: dict[Path, TunerEntry] = {}
-        self._problems: dict[tuple[Path, str], str] = {}
+        self._problems: dict[Path, tuple[str, str]] = {}
+        """Version of a file that could not be read, and the reason."""
         self._base: BaseInfo | None = None
         self._cache: Any = None
 
@@ -94,8 +95,10 @@ class TunerLibrary:
         """Return the entries of all tuner files, also of broken ones, in alphabetical order."""
         files = sorted(self._files())
         with self._lock:
-            for path in self._entries.keys() - {path for _, path in files}:
-                del self._entries[path]
+            present = {path for _, path in files}
+            for known in (self._entries, self._problems):
+                for path in known.keys() - present:
+                    del known[path]
         found = (self._entry(name, path) for name, path in files)
         return [entry for entry in found if entry is not None]
 
@@ -162,8 +165,7 @@ class TunerLibrary:
                 tuner = self._cache.get(entry.path)
             except RestuneError as error:
                 with self._lock:
-                    self._problems[entry.path, entry.version] = _of_file(error, entry)
-                    self._entries.pop(entry.path, None)
+                    self._problems[entry.path] = entry.version, _of_file(error, entry)
                 self.usable(name)
                 continue
             if _version(entry.path) == entry.version:
@@ -206,12 +208,12 @@ class TunerLibrary:
             return None
         with self._lock:
             entry = self._entries.get(path)
-            problem = self._problems.get((path, version))
+            problem = self._problems.get(path)
         if entry is None or entry.version != version:
             entry = self._described(name, path, version)
             with self._lock:
                 self._entries[path] = entry
-        return replace(entry, problem=problem) if problem is not None else entry
+        return replace(entry, problem=problem[1]) if problem is not None and problem[0] == version else entry
 
     def _described(self, name: str, path: Path, version: str) -> TunerEntry:
         """Read the header of a file; a file that cannot be used is described with the reason."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from bisect import bisect_left
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
@@ -75,20 +75,22 @@ class Stopwatch:
 
     Args:
         stats: the counters.
+        clock: function that returns seconds.
     """
 
-    def __init__(self, stats: EngineStats) -> None:
+    def __init__(self, stats: EngineStats, clock: Callable[[], float] = time.perf_counter) -> None:
         self._stats = stats
+        self._clock = clock
         self._inside = 0.0
 
     @contextmanager
     def step(self) -> Iterator[None]:
         """Context manager of a step; what no stage takes is overhead."""
-        start, self._inside = time.perf_counter(), 0.0
+        start, self._inside = self._clock(), 0.0
         try:
             yield
         finally:
-            self._stats.overhead_seconds += time.perf_counter() - start - self._inside
+            self._stats.overhead_seconds += self._clock() - start - self._inside
 
     @contextmanager
     def __call__(self, stage: Stage, rows: int = 0) -> Iterator[None]:
@@ -98,11 +100,11 @@ class Stopwatch:
             stage: name of the stage.
             rows: rows of a U-Net call.
         """
-        start = time.perf_counter()
+        start = self._clock()
         try:
             yield
         finally:
-            seconds = time.perf_counter() - start
+            seconds = self._clock() - start
             self._inside += seconds
             name = f"{stage}_seconds"
             setattr(self._stats, name, getattr(self._stats, name) + seconds)

@@ -76,11 +76,13 @@ class Attachments:
 
     Args:
         pipeline: the pipeline of the base.
+        device: device of the base.
         capacity: largest number of attached tuners.
     """
 
-    def __init__(self, pipeline: Any, capacity: int) -> None:
+    def __init__(self, pipeline: Any, device: torch.device, capacity: int) -> None:
         self._pipeline = pipeline
+        self._device = device
         self._base = pipeline.unet
         self._capacity = capacity
         self._slots: dict[_Key, Slot] = {}
@@ -142,9 +144,8 @@ class Attachments:
             if use.images and manager is not None:
                 attached = manager.attached(use.slot.name)
                 part = next(part for part in attached.tuner.parts() if part.conditions)
-                device = self._pipeline._execution_device
-                attached.place(device)
-                with attached.tuner.precision(device):
+                attached.place(self._device)
+                with attached.tuner.precision(self._device):
                     state.conditions[use.slot.name] = part.encode(use.images, job.size)
 
     def apply(self, jobs: Sequence[Job], size: Size) -> None:
@@ -172,14 +173,8 @@ class Attachments:
                 attached = manager.attached(name)
                 features = _by_row(encoded)
                 attached.conditions = Conditions([None] * len(features), (1.0,) * len(features), features, size)
+        manager.place(self._device)
         self._applied = states
-
-    def check(self) -> None:
-        """Move the active tuners to the base's device, and check that they have an effect."""
-        manager = TunerManager.of(self._base)
-        if manager is not None:
-            manager.check_modules()
-            manager.place(self._pipeline._execution_device)
 
     def invalidate(self) -> None:
         """Set the weights again in the next call."""

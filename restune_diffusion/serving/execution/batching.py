@@ -75,9 +75,14 @@ class Batches:
         if not self._groups:
             return []
         size = next(iter(self._groups))
-        # The order of the dictionary is that of the turns.
-        group = self._groups[size] = self._groups.pop(size)
-        return list(group)
+        # The order of the dictionary is that of the turns, the order of a group that of its requests.
+        group = self._groups.pop(size)
+        chosen: list[Job] = []
+        while group and (not chosen or _rows(chosen) + group[0].rows <= self.limit(size)):
+            chosen.append(group.pop(0))
+        # All of them, unless the limit has been lowered since they were admitted.
+        self._groups[size] = [*group, *chosen]
+        return chosen
 
     def remove(self, job: Job) -> None:
         """Remove a request that is done, failed or cancelled; its rows are free."""

@@ -32,11 +32,11 @@ class Denoiser:
         self, pipeline: Any, views: PipelineViews, library: TunerLibrary | None, limits: Limits, watch: Stopwatch
     ) -> None:
         self._unet = pipeline.unet
-        self._device = pipeline._execution_device
+        self._device = views.device
         self._library = library
         if library is not None:
             library.bind(pipeline)
-        self._attachments = Attachments(pipeline, limits.max_attached)
+        self._attachments = Attachments(pipeline, views.device, limits.max_attached)
         self._text = TextCache(views)
         self._preparation = Preparation(views)
         self._watch = watch
@@ -76,7 +76,6 @@ class Denoiser:
         states = [job.state for job in batch if job.state is not None]
         with self._watch("tuner"):
             self._attachments.apply(batch, batch[0].size)
-            self._attachments.check()
         latents = torch.cat([state.model_input() for state in states])
         times = torch.tensor([state.timestep for state in states for _ in range(state.rows)])
         embeds = torch.cat([state.embeds for state in states])

@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from PIL import Image
 
+from ...imaging.rgb import to_rgb
 from .job import Denoising, Inpainting, Job
 from .text_cache import PromptEmbeddings
 from .views import PipelineViews
@@ -42,7 +44,7 @@ class Preparation:
         request, scheduler = job.request, job.scheduler
         view = self._views.of(job.task, scheduler)
         generator = torch.Generator("cpu").manual_seed(job.ticket.seed)
-        device, dtype = view._execution_device, prompt.embeds.dtype
+        device, dtype = self._views.device, prompt.embeds.dtype
         inpainting = None
         if job.task == "text":
             timesteps = scheduler.timesteps
@@ -70,14 +72,14 @@ class Preparation:
     def _from_image(
         self, view: Any, job: Job, timestep: torch.Tensor, dtype: torch.dtype, generator: torch.Generator
     ) -> tuple[torch.Tensor, None]:
-        image = view.image_processor.preprocess(job.request.image, height=job.height, width=job.width)
-        return view.prepare_latents(image, timestep, 1, 1, dtype, view._execution_device, generator), None
+        image = view.image_processor.preprocess(_rgb(job), height=job.height, width=job.width)
+        return view.prepare_latents(image, timestep, 1, 1, dtype, self._views.device, generator), None
 
     def _from_masked(
         self, view: Any, job: Job, timestep: torch.Tensor, dtype: torch.dtype, generator: torch.Generator
     ) -> tuple[torch.Tensor, Inpainting]:
-        device, size = view._execution_device, {"height": job.height, "width": job.width}
-        image = view.image_processor.preprocess(job.request.image, **size).to(torch.float32)
+        device, size = self._views.device, {"height": job.height, "width": job.width}
+        image = view.image_processor.preprocess(_rgb(job), **size).to(torch.float32)
         blended = not self._views.takes_mask
         latents, noise, *images = view.prepare_latents(
             1,
@@ -124,3 +126,8 @@ class Preparation:
             )
         ids = torch.cat([negative, positive]) if len(pooled) > 1 else positive
         return {"text_embeds": pooled, "time_ids": ids.to(pooled.device)}
+
+
+def _rgb(job: Job) -> Image.Image:
+    assert job.request.image is not None
+    return to_rgb(job.request.image)

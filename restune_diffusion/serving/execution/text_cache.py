@@ -65,7 +65,7 @@ class TextCache:
         options = {} if negative is None else {"negative_prompt": negative}
         encoded: tuple[torch.Tensor, ...] = pipeline.encode_prompt(
             prompt,
-            device=pipeline._execution_device,
+            device=self._views.device,
             num_images_per_prompt=1,
             do_classifier_free_guidance=negative is not None,
             **options,

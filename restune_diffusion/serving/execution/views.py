@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from typing import Any, Literal, TypeAlias
 
+import torch
 from diffusers import (
     StableDiffusionImg2ImgPipeline,
     StableDiffusionInpaintPipeline,
@@ -52,7 +53,7 @@ class PipelineViews:
         pipeline: a pipeline of Stable Diffusion 1.x, 2.x or XL with `RestuneLoaderMixin`.
 
     Raises:
-        RestuneError: if the pipeline is of another type.
+        RestuneError: if the pipeline is of another type, or has tuners loaded.
     """
 
     def __init__(self, pipeline: Any) -> None:
@@ -62,7 +63,15 @@ class PipelineViews:
                 "The engine serves Stable Diffusion 1.x, 2.x and XL pipelines with RestuneLoaderMixin, but this is a "
                 f"{type(pipeline).__name__}; load the base with load_base."
             )
+        loaded = list(pipeline.get_list_tuners())
+        if loaded:
+            raise RestuneError(
+                f"The pipeline has tuners loaded ({', '.join(loaded[:3])}), but the engine needs the base alone; "
+                "unload them with unload_tuner_weights, and put their files into the library."
+            )
         self.pipeline = pipeline
+        # Diffusers walks all modules at each look-up.
+        self.device: torch.device = pipeline._execution_device
         self.takes_mask = is_inpainting(pipeline)
         tasks: list[Task] = ["inpaint"] if self.takes_mask else ["text", "image", "inpaint"]
         classes = _XL if self.is_xl else _SD

@@ -25,7 +25,7 @@ def pipelines(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any, Path]
 
 
 @settings(
-    max_examples=30,
+    max_examples=12,
     deadline=None,
     phases=[Phase.generate],
     suppress_health_check=[HealthCheck.function_scoped_fixture],
