@@ -24,7 +24,7 @@ from .inspect import InspectOptions
 from .merge import MergeOptions
 from .options.flag_check import check_flags
 from .report import ReportOptions
-from .serve.options import ServeOptions
+from .serve.command import ServeOptions
 
 if TYPE_CHECKING:
     from .train import TrainOptions

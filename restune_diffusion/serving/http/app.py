@@ -12,12 +12,12 @@ from starlette.exceptions import HTTPException
 
 from ...utils.errors import RestuneError
 from ...utils.version import __version__
-from .a1111_api import a1111_routes
+from .a1111.routes import a1111_routes
 from .bodies import body_error
 from .errors import RequestError
 from .gate import Application, Gate
 from .metrics import Metrics
-from .openai_api import openai_routes
+from .openai.routes import openai_routes
 from .service import Service
 
 

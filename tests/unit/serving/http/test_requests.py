@@ -12,8 +12,8 @@ import pytest
 from PIL import Image
 
 from restune_diffusion.pipelines.schedulers import SCHEDULER_NAMES, check_scheduler_name, sampler_labels
-from restune_diffusion.serving.http.a1111_inpaint import fill_area, repaint
-from restune_diffusion.serving.http.a1111_samplers import samplers, scheduler_of
+from restune_diffusion.serving.http.a1111.inpaint import fill_area, repaint
+from restune_diffusion.serving.http.a1111.samplers import samplers, scheduler_of
 from restune_diffusion.serving.http.bodies import GenerationBody, Img2ImgBody, Txt2ImgBody, read_body
 from restune_diffusion.serving.http.errors import RequestError
 from restune_diffusion.serving.http.limits import Limits

@@ -9,8 +9,8 @@ from fastapi import Request
 from python_multipart.multipart import parse_options_header
 from starlette.datastructures import FormData, UploadFile
 
-from .errors import RequestError
-from .limits import Limits
+from ..errors import RequestError
+from ..limits import Limits
 
 _FILES = {"image": "image", "image[]": "image", "mask": "mask"}
 _MOST_FIELDS = 64

@@ -12,19 +12,19 @@ from typing import TYPE_CHECKING, Any
 from fastapi import APIRouter, Body, Request
 from fastapi.concurrency import run_in_threadpool
 
-from ...imaging.generation_record import parse_a1111, text_of_image
-from ...imaging.rgb import to_rgb
-from ..requests import ImageRequest
-from ..tickets import GeneratedImage, Progress, Ticket
-from .a1111_inpaint import Repaint, repaint, resized
-from .a1111_options import Options, refuse_missing_functions
-from .a1111_samplers import samplers, schedule_types, scheduler_of
-from .bodies import Img2ImgBody, PngInfoBody, Txt2ImgBody
-from .errors import RequestError
-from .image_files import FileFormat, encode_image, record_of
-from .model_names import checked_tuners, tuners_of_prompt
-from .service import Service, finished
-from .uploads import decode_base64_image
+from ....imaging.generation_record import parse_a1111, text_of_image
+from ....imaging.rgb import to_rgb
+from ...requests import ImageRequest
+from ...tickets import GeneratedImage, Progress, Ticket
+from ..bodies import Img2ImgBody, PngInfoBody, Txt2ImgBody
+from ..errors import RequestError
+from ..image_files import FileFormat, encode_image, record_of
+from ..model_names import checked_tuners, tuners_of_prompt
+from ..service import Service, finished
+from ..uploads import decode_base64_image
+from .inpaint import Repaint, repaint, resized
+from .options import Options, refuse_missing_functions
+from .samplers import samplers, schedule_types, scheduler_of
 
 if TYPE_CHECKING:
     from PIL import Image

@@ -6,9 +6,9 @@ import threading
 from collections.abc import Mapping
 from typing import Any
 
-from .bodies import Txt2ImgBody
-from .errors import RequestError
-from .service import Service
+from ..bodies import Txt2ImgBody
+from ..errors import RequestError
+from ..service import Service
 
 _PREVIEWS, _EVERY, _MODEL, _CLIP = (
     "live_previews_enable",

@@ -14,22 +14,22 @@ from fastapi import APIRouter, Request
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
-from ...imaging.rgb import to_rgb
-from ...utils.errors import RestuneError
-from ..requests import ImageRequest
-from ..tickets import GeneratedImage, Ticket
-from .bodies import EditBody, GenerationBody, read_body
-from .errors import RequestError
+from ....imaging.rgb import to_rgb
+from ....utils.errors import RestuneError
+from ...requests import ImageRequest
+from ...tickets import GeneratedImage, Ticket
+from ..bodies import EditBody, GenerationBody, read_body
+from ..errors import RequestError
+from ..image_files import DEFAULT_QUALITY, FileFormat, encode_image, record_of
+from ..model_names import BASE_NAME, TunerWeights, checked_tuners, tuners_of_model
+from ..service import Service, cancel, events, finished
+from ..uploads import decode_base64_image, decode_image, edit_mask, fitted
 from .forms import edit_values
-from .image_files import DEFAULT_QUALITY, FileFormat, encode_image, record_of
-from .model_names import BASE_NAME, TunerWeights, checked_tuners, tuners_of_model
-from .service import Service, cancel, events, finished
-from .uploads import decode_base64_image, decode_image, edit_mask, fitted
 
 if TYPE_CHECKING:
     from PIL import Image
 
-    from ..library import TunerEntry
+    from ...library import TunerEntry
 
 _SIZE = re.compile(r"([0-9]{1,5})x([0-9]{1,5})")
 _NO_TOKENS = {

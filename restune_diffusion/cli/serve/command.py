@@ -1,15 +1,16 @@
-"""Options of `restune serve`."""
+"""`restune serve`: options, and the server's process."""
 
 from __future__ import annotations
 
 import os
+import socket
 from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
 from pydantic import BaseModel, ConfigDict, Field
 
-from ...serving.http.server import check_serve_extra, is_loopback
+from ...serving.http.server import bound_socket, check_serve_extra, is_loopback
 from ...storage.base_files.check import check_base
 from ...utils.errors import DataError, UsageError
 from ..options.early_checks import check_device
@@ -69,9 +70,9 @@ class ServeOptions(BaseModel):
         """Serve until the process is asked to end."""
         key = self.key()
         self.check_inputs()
-        from .run import serve
-
-        serve(self, key)
+        with bound_socket(self.host, self.port) as bound:
+            self._serve(bound, key)
+        print("The server has ended.", flush=True)
 
     @property
     def base_source(self) -> str:
@@ -109,3 +110,50 @@ class ServeOptions(BaseModel):
         if self.tuners is not None and not self.tuners.is_dir():
             raise DataError(f"The tuner folder {self.tuners} does not exist; give the path of a folder.")
         check_device(self.device)
+
+    def _serve(self, bound: socket.socket, key: str | None) -> None:
+        """Load the base, start the engine, and answer requests on a socket."""
+        from ...serving.engine import Engine
+        from ...serving.http.app import ServingApp
+        from ...serving.http.limits import Limits
+        from ...serving.http.server import run_server
+        from ...serving.http.service import Service
+        from ...serving.library import TunerLibrary
+        from ...serving.limits import Limits as EngineLimits
+        from ..options.placement import load_placed
+        from ..quiet import quiet_libraries
+        from .base_facts import base_facts
+
+        quiet_libraries()
+        pipeline = load_placed(self.base_source, self.device, self.dtype, self.vae)
+        pipeline.set_progress_bar_config(disable=True)
+        library = None if self.tuners is None else TunerLibrary(self.tuners)
+        upload = self.max_upload_mib * 2**20
+        limits = Limits(
+            body_bytes=upload,
+            all_bodies_bytes=8 * upload,
+            side=self.max_side,
+            images=self.max_images,
+            steps=self.max_steps,
+        )
+        engine_limits = EngineLimits(
+            max_rows=self.max_rows,
+            max_queue=self.max_queue,
+            max_side=self.max_side,
+            max_steps=self.max_steps,
+        )
+        engine = Engine(pipeline, library, engine_limits)
+        engine.start()
+        try:
+            app = ServingApp(Service(engine, library, base_facts(self.base_source, pipeline), limits), key)
+            host, port = bound.getsockname()[:2]
+            address = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+            run_server(
+                app,
+                bound,
+                drain=app.drain,
+                grace_seconds=self.grace_seconds,
+                on_start=lambda: print(f"Serving {app.service.base.name} at {address}", flush=True),
+            )
+        finally:
+            engine.close()

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from ...pipelines.schedulers import SCHEDULER_NAMES, SIGMA_NAMES, sampler_labels
-from .errors import RequestError
+from ....pipelines.schedulers import SCHEDULER_NAMES, SIGMA_NAMES, sampler_labels
+from ..errors import RequestError
 
 AUTOMATIC = "automatic"
 # Schedule types that A1111 takes for these samplers if none is named.

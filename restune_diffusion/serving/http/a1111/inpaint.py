@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 from PIL import Image, ImageFilter, ImageOps
 
-from ...imaging.rgb import has_transparency, to_rgb, to_rgba
-from .bodies import Img2ImgBody
-from .errors import RequestError
+from ....imaging.rgb import has_transparency, to_rgb, to_rgba
+from ..bodies import Img2ImgBody
+from ..errors import RequestError
 
 _CROP = 1
 _RADII = (64, 16, 4, 1)
