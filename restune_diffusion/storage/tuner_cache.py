@@ -147,7 +147,7 @@ class TunerCache:
 
     def _evict(self) -> None:
         """Remove the least recently used tuners until the cache is within its bounds."""
-        kept = sum(map(_bytes_of, self._entries.values()))
+        kept = 0 if self.max_bytes is None else sum(map(_bytes_of, self._entries.values()))
         for path in list(self._entries):
             too_many = self.capacity is not None and len(self._entries) > self.capacity
             too_large = self.max_bytes is not None and kept > self.max_bytes

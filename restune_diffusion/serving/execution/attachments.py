@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -200,7 +201,7 @@ class Attachments:
             name = next(name for name in _names(key[0]) if name not in taken)
             warn_of_other_prediction(self._pipeline, tuner, key[0])
             # The weight of a new tuner is zero until a call applies it.
-            attach(self._base, tuner, name, 0.0, text=text_encoders(self._pipeline))
+            attach(self._base, self._to_attach(tuner), name, 0.0, text=text_encoders(self._pipeline))
             self._applied = None
             slot = self._slots[key] = Slot(name, key, text_part(tuner) is not None)
             self._drop_older(slot)
@@ -208,6 +209,15 @@ class Attachments:
             self.counts.hits += 1
         slot.last_used = next(self._clock)
         return slot
+
+    def _to_attach(self, tuner: Tuner) -> Tuner:
+        """Return a tuner for the base; on the host it has the parameters of the cache, which are only read."""
+        if self._device.type != "cpu" or tuner.dtype != self._base.dtype:
+            # Attaching a shared tuner makes a copy, which moves to the device.
+            return tuner
+        twin = copy.copy(tuner)
+        twin.shared = False
+        return twin
 
     def _make_room(self, count: int, keep: Sequence[_Key]) -> bool:
         """Evict the least recently used tuners until `count` more fit; return whether they do."""
