@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import socket
+from dataclasses import fields
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 from pydantic import BaseModel, ConfigDict, Field
@@ -14,6 +15,9 @@ from ...serving.http.server import bound_socket, check_serve_extra, is_loopback
 from ...storage.base_files.check import check_base
 from ...utils.errors import DataError, UsageError
 from ..options.early_checks import check_device
+
+if TYPE_CHECKING:
+    from ...serving.http.starting import ServerSettings
 
 BUNDLED_BASE = Path(__file__).parents[2] / "assets" / "restune-tiny"
 KEY_VARIABLE = "RESTUNE_API_KEY"
@@ -113,41 +117,15 @@ class ServeOptions(BaseModel):
 
     def _serve(self, bound: socket.socket, key: str | None) -> None:
         """Load the base, start the engine, and answer requests on a socket."""
-        from ...serving.engine import Engine
-        from ...serving.http.app import ServingApp
-        from ...serving.http.limits import Limits
         from ...serving.http.server import run_server
-        from ...serving.http.service import Service
-        from ...serving.library import TunerLibrary
-        from ...serving.limits import Limits as EngineLimits
-        from ..options.placement import load_placed
+        from ...serving.http.starting import start_app
         from ..quiet import quiet_libraries
-        from .base_facts import base_facts
 
         quiet_libraries()
-        pipeline = load_placed(self.base_source, self.device, self.dtype, self.vae)
-        pipeline.set_progress_bar_config(disable=True)
-        library = None if self.tuners is None else TunerLibrary(self.tuners)
-        upload = self.max_upload_mib * 2**20
-        limits = Limits(
-            body_bytes=upload,
-            all_bodies_bytes=8 * upload,
-            side=self.max_side,
-            images=self.max_images,
-            steps=self.max_steps,
-        )
-        engine_limits = EngineLimits(
-            max_rows=self.max_rows,
-            max_queue=self.max_queue,
-            max_side=self.max_side,
-            max_steps=self.max_steps,
-        )
-        engine = Engine(pipeline, library, engine_limits)
-        engine.start()
+        app = start_app(self.settings(key))
+        host, port = bound.getsockname()[:2]
+        address = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
         try:
-            app = ServingApp(Service(engine, library, base_facts(self.base_source, pipeline), limits), key)
-            host, port = bound.getsockname()[:2]
-            address = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
             run_server(
                 app,
                 bound,
@@ -156,4 +134,21 @@ class ServeOptions(BaseModel):
                 on_start=lambda: print(f"Serving {app.service.base.name} at {address}", flush=True),
             )
         finally:
-            engine.close()
+            app.service.engine.close()
+
+    def settings(self, key: str | None) -> ServerSettings:
+        """Return the settings of the server.
+
+        Args:
+            key: the API key.
+        """
+        from ...serving.http.gate import key_digest
+        from ...serving.http.starting import ServerSettings
+
+        names = {field.name for field in fields(ServerSettings)} & type(self).model_fields.keys() - {"base", "tuners"}
+        return ServerSettings(
+            base=self.base_source,
+            tuners=None if self.tuners is None else str(self.tuners.resolve()),
+            key_sha256=None if key is None else key_digest(key.encode()).hex(),
+            **{name: getattr(self, name) for name in names},
+        )

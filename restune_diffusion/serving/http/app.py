@@ -26,14 +26,16 @@ class ServingApp:
 
     Args:
         service: engine, library and limits.
-        api_key: key that requests need; None lets local programs in.
+        key_digest: digest of the API key that requests need; None lets local programs in.
     """
 
-    def __init__(self, service: Service, api_key: str | None = None) -> None:
+    def __init__(self, service: Service, key_digest: bytes | None = None) -> None:
         self.service = service
         metrics = Metrics(service.engine)
         api = _api(service, metrics)
-        self.gate = Gate(api, api_key, service.limits)
+        self.behind_gate: Application = metrics.counted(api)
+        """Application for requests that another gate has let in."""
+        self.gate = Gate(api, key_digest, service.limits)
         self._app: Application = metrics.counted(self.gate)
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:

@@ -33,16 +33,17 @@ class Gate:
 
     Args:
         app: the API.
-        api_key: the key; None lets every local program in, but no web page of another site.
+        key_digest: digest of the API key, from the function `key_digest`; None lets every local program in,
+            but no web page of another site.
         limits: limits of the server.
     """
 
-    def __init__(self, app: Application, api_key: str | None, limits: Limits) -> None:
+    def __init__(self, app: Application, key_digest: bytes | None, limits: Limits) -> None:
         self.app = app
         self.limits = limits
         self.draining = False
         """Whether new requests are refused because the server shuts down."""
-        self._key = None if api_key is None else _digest(api_key.encode())
+        self._key = key_digest
         self._held = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -91,7 +92,7 @@ class Gate:
                 return False
         elif scheme.lower() != "bearer":
             return False
-        return hmac.compare_digest(_digest(given), self._key)
+        return hmac.compare_digest(key_digest(given), self._key)
 
     async def _body(self, scope: Scope, receive: Receive, held: _Held) -> bytes | None:
         """Return the body of a request; None if the client has gone.
@@ -196,8 +197,8 @@ def _origin_name(url: str) -> str:
         return ""
 
 
-def _digest(key: bytes) -> bytes:
-    # Keys of all lengths are compared in the same time.
+def key_digest(key: bytes) -> bytes:
+    """Return the digest of an API key: keys of all lengths are compared in the same time."""
     return hashlib.sha256(key).digest()
 
 

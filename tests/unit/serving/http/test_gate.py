@@ -13,7 +13,7 @@ import pytest
 
 from restune_diffusion.cli.app import parse
 from restune_diffusion.serving.http import server
-from restune_diffusion.serving.http.gate import Gate
+from restune_diffusion.serving.http.gate import Gate, key_digest
 from restune_diffusion.serving.http.limits import Limits
 from restune_diffusion.utils.errors import RestuneError, UsageError
 
@@ -68,14 +68,14 @@ def basic(user: str, password: str) -> str:
 )
 def test_a_key_is_a_bearer_token_or_a_password(authorization, status):
     headers = {} if authorization is None else {"authorization": authorization}
-    given, body = answer(Gate(echo, KEY, Limits()), headers)
+    given, body = answer(Gate(echo, key_digest(KEY.encode()), Limits()), headers)
     assert given == status
     if status == 401:
         assert json.loads(body)["error"]["code"] == "invalid_api_key"
 
 
 def test_each_api_gets_its_own_shape_of_error():
-    gate = Gate(echo, KEY, Limits())
+    gate = Gate(echo, key_digest(KEY.encode()), Limits())
     assert json.loads(answer(gate)[1])["error"]["type"] == "authentication_error"
     assert json.loads(answer(gate, path="/sdapi/v1/options")[1])["detail"].startswith("This server needs an API key")
     assert answer(gate, path="/healthz") == (200, "0")

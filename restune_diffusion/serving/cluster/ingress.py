@@ -1,0 +1,110 @@
+"""Ingress on Ray Serve: the gate, and forwarding of requests to replicas."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from ray.exceptions import RayActorError
+from starlette.responses import Response
+
+from ..http.errors import RequestError
+from ..http.gate import Application, Gate, Receive, Scope, Send, respond
+from ..http.starting import ServerSettings, http_limits
+
+TRIES = 3
+"""Replicas that a request is sent to, one after the other, if they end before they answer."""
+_SCOPE = ("type", "http_version", "method", "path", "raw_path", "query_string", "scheme")
+_TAG = re.compile(r"<(?:lora|lyco):([^<>:]*)", re.IGNORECASE)
+
+
+class Ingress:
+    """Ingress of one node; Ray Serve calls it with each request.
+
+    Args:
+        settings: fields of `ServerSettings`.
+        replicas: handle of the deployment of `EngineReplica`.
+    """
+
+    def __init__(self, settings: dict[str, Any], replicas: Any) -> None:
+        server = ServerSettings(**settings)
+        self._gate = Gate(Forwarder(replicas), server.key_digest, http_limits(server))
+
+    async def __call__(self, request: Any) -> Response:
+        """Return a response that passes the request through the gate when it is sent."""
+        return _Gated(self._gate)
+
+
+class _Gated(Response):
+    """Response that another application writes."""
+
+    def __init__(self, app: Application) -> None:
+        super().__init__()
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer the request."""
+        await self._app(scope, receive, send)
+
+
+class Forwarder:
+    """ASGI application that sends each request to a replica; one that ends before it answers is replaced by another.
+
+    Args:
+        replicas: handle of the deployment of `EngineReplica`.
+    """
+
+    def __init__(self, replicas: Any) -> None:
+        self._answer = replicas.options(method_name="answer", stream=True)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handle one request, whose body is read."""
+        body = (await receive()).get("body", b"")
+        plain = {name: scope[name] for name in _SCOPE if name in scope}
+        plain["headers"] = [(bytes(name), bytes(value)) for name, value in scope["headers"]]
+        for _ in range(TRIES):
+            started = False
+            stream = self._answer.remote(plain, body, tuners=wanted_tuners(body))
+            watch = asyncio.ensure_future(_cancel_when_gone(stream, receive))
+            try:
+                async for message in stream:
+                    started = True
+                    await send(message)
+                return
+            except RayActorError:
+                if started:
+                    raise
+            finally:
+                watch.cancel()
+        refusal = RequestError(
+            "The replicas ended while they worked on the request; send it again.", 503, retry_after=5
+        )
+        await respond(send, refusal, scope["path"])
+
+
+async def _cancel_when_gone(stream: Any, receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+    with contextlib.suppress(Exception):
+        stream.cancel()
+
+
+def wanted_tuners(body: bytes) -> list[str]:
+    """Return the names of tuners that a body of JSON seems to want; a wrong guess only costs time."""
+    try:
+        values = json.loads(body)
+    except (ValueError, RecursionError):
+        return []
+    if not isinstance(values, Mapping):
+        return []
+    names = [part.partition(":")[0] for part in str(values.get("model") or "").split("+")]
+    listed = values.get("tuners")
+    names += (
+        [str(each.get("name")) for each in listed if isinstance(each, Mapping)] if isinstance(listed, list) else []
+    )
+    names += _TAG.findall(str(values.get("prompt") or ""))
+    return sorted({name for name in names if name and len(name) < 200})[:8]
