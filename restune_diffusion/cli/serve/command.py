@@ -70,10 +70,24 @@ class ServeOptions(BaseModel):
     grace_seconds: int = Field(default=60, ge=0)
     """Time to finish requests after SIGTERM or Ctrl-C."""
 
+    ray: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Serve on Ray Serve: several replicas, on the cluster that RAY_ADDRESS names or on one of this machine."""
+    min_replicas: int = Field(default=1, ge=1)
+    """Replicas on Ray that always run."""
+    max_replicas: int = Field(default=1, ge=1)
+    """Replicas on Ray under load."""
+    gpus_per_replica: float | None = Field(default=None, ge=0)
+    """GPUs of a replica on Ray; 1 with --device cuda, otherwise 0."""
+    write_ray_config: Path | None = None
+    """Write a config file for Ray's `serve deploy`, and do not serve."""
+
     def run(self) -> None:
         """Serve until the process is asked to end."""
         key = self.key()
         self.check_inputs()
+        if self.ray or self.write_ray_config is not None:
+            self._use_ray(key)
+            return
         with bound_socket(self.host, self.port) as bound:
             self._serve(bound, key)
         print("The server has ended.", flush=True)
@@ -136,6 +150,26 @@ class ServeOptions(BaseModel):
         finally:
             app.service.engine.close()
 
+    def _use_ray(self, key: str | None) -> None:
+        """Serve on Ray, or write the config file for it."""
+        from ...serving.cluster.app import ClusterSettings
+        from ...serving.cluster.run import check_ray, run_on_ray, write_ray_config
+
+        cluster = ClusterSettings(
+            min_replicas=self.min_replicas,
+            max_replicas=max(self.min_replicas, self.max_replicas),
+            gpus=float(self.device == "cuda") if self.gpus_per_replica is None else self.gpus_per_replica,
+            grace_seconds=self.grace_seconds,
+        )
+        if self.write_ray_config is not None:
+            write_ray_config(self.write_ray_config, self.settings(key), cluster, self.host, self.port)
+            print(self.write_ray_config)
+            return
+        check_ray()
+        bound_socket(self.host, self.port).close()
+        run_on_ray(self.settings(key), cluster, self.host, self.port)
+        print("The server has ended.", flush=True)
+
     def settings(self, key: str | None) -> ServerSettings:
         """Return the settings of the server.
 
@@ -147,7 +181,7 @@ class ServeOptions(BaseModel):
 
         names = {field.name for field in fields(ServerSettings)} & type(self).model_fields.keys() - {"base", "tuners"}
         return ServerSettings(
-            base=self.base_source,
+            base=str(Path(self.base_source).resolve()) if Path(self.base_source).exists() else self.base_source,
             tuners=None if self.tuners is None else str(self.tuners.resolve()),
             key_sha256=None if key is None else key_digest(key.encode()).hex(),
             **{name: getattr(self, name) for name in names},

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ray.exceptions import RayActorError
@@ -19,6 +19,9 @@ from ..http.starting import ServerSettings, http_limits
 TRIES = 3
 """Replicas that a request is sent to, one after the other, if they end before they answer."""
 _SCOPE = ("type", "http_version", "method", "path", "raw_path", "query_string", "scheme")
+_PROGRESS = "/sdapi/v1/progress"
+# State of A1111's clients, which each replica has for itself.
+_OF_ALL = frozenset({_PROGRESS, *(f"/sdapi/v1/{name}" for name in ("interrupt", "skip", "options"))})
 _TAG = re.compile(r"<(?:lora|lyco):([^<>:]*)", re.IGNORECASE)
 
 
@@ -59,6 +62,7 @@ class Forwarder:
     """
 
     def __init__(self, replicas: Any) -> None:
+        self._replicas = replicas
         self._answer = replicas.options(method_name="answer", stream=True)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -66,6 +70,9 @@ class Forwarder:
         body = (await receive()).get("body", b"")
         plain = {name: scope[name] for name in _SCOPE if name in scope}
         plain["headers"] = [(bytes(name), bytes(value)) for name, value in scope["headers"]]
+        if scope["path"] in _OF_ALL and (scope["method"] == "POST" or scope["path"] == _PROGRESS):
+            await self._ask_all(plain, body, send)
+            return
         for _ in range(TRIES):
             started = False
             stream = self._answer.remote(plain, body, tuners=wanted_tuners(body))
@@ -73,6 +80,9 @@ class Forwarder:
             try:
                 async for message in stream:
                     started = True
+                    if message["type"] == "http.response.body" and not message.get("more_body"):
+                        # A client that leaves now has its whole response.
+                        watch.cancel()
                     await send(message)
                 return
             except RayActorError:
@@ -84,6 +94,21 @@ class Forwarder:
             "The replicas ended while they worked on the request; send it again.", 503, retry_after=5
         )
         await respond(send, refusal, scope["path"])
+
+    async def _ask_all(self, scope: dict[str, Any], body: bytes, send: Send) -> None:
+        """Send a request to all replicas, and answer with the response of one; for progress, of one that works."""
+        answers = await self._replicas.broadcast("reply", scope, body).results_async()
+        chosen = max(answers, key=_job_count) if scope["path"] == _PROGRESS else answers[0]
+        for message in chosen:
+            await send(message)
+
+
+def _job_count(messages: Sequence[Mapping[str, Any]]) -> int:
+    """Return the number of requests in a response of `progress`."""
+    try:
+        return int(json.loads(b"".join(each.get("body", b"") for each in messages))["state"]["job_count"])
+    except (ValueError, KeyError, TypeError):
+        return -1
 
 
 async def _cancel_when_gone(stream: Any, receive: Receive) -> None:

@@ -68,6 +68,10 @@ class EngineReplica:
             with contextlib.suppress(Exception):
                 await task
 
+    async def reply(self, scope: dict[str, Any], body: bytes) -> list[MutableMapping[str, Any]]:
+        """Return the ASGI messages of the response to a short request, for all replicas at once."""
+        return [message async for message in self.answer(scope, body)]
+
     def _remember(self, tuners: Sequence[str]) -> None:
         for name in tuners:
             self._recent[name] = None
