@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import socket
 import subprocess
 import sys
 import tempfile
@@ -17,7 +18,9 @@ from .conftest import ROOT
 class ServerProcess:
     """Server that runs `restune serve` on a free port until the end of a `with` statement."""
 
-    def __init__(self, *arguments: str, env: dict[str, str] | None = None, cwd: Path | None = None) -> None:
+    def __init__(
+        self, *arguments: str, env: dict[str, str] | None = None, cwd: Path | None = None, free_port: bool = False
+    ) -> None:
         self.cwd = cwd
         self.command = [
             sys.executable,
@@ -25,7 +28,7 @@ class ServerProcess:
             "restune_diffusion",
             "serve",
             "--port",
-            "0",
+            str(_free_port() if free_port else 0),
             "--device",
             "cpu",
             *arguments,
@@ -39,7 +42,7 @@ class ServerProcess:
         self.process = subprocess.Popen(
             self.command, env=self.env, cwd=self.cwd, stdout=self._log, stderr=subprocess.STDOUT
         )
-        while not (found := re.search(r"^Serving .* at http://\S+:(\d+)$", self.output, re.MULTILINE)):
+        while not (found := re.search(r"^Serving .* at http://\S+:(\d+)(?: on Ray)?$", self.output, re.MULTILINE)):
             assert self.process.poll() is None, self.output
             time.sleep(0.05)
         self.port = int(found[1])
@@ -65,6 +68,13 @@ class ServerProcess:
         """Memory of the server in use."""
         pages = Path(f"/proc/{self.process.pid}/statm").read_text().split()[1]
         return int(pages) * os.sysconf("SC_PAGE_SIZE")
+
+
+def _free_port() -> int:
+    """Return a port that is free now; Ray does not choose one."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def wait_for(condition, timeout: float = 60.0) -> None:
