@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,6 +14,7 @@ from starlette.responses import Response
 from ..http.errors import RequestError
 from ..http.gate import Application, Gate, Receive, Scope, Send, respond
 from ..http.starting import ServerSettings, http_limits
+from .hints import wanted_tuners
 
 TRIES = 3
 """Replicas that a request is sent to, one after the other, if they end before they answer."""
@@ -22,7 +22,6 @@ _SCOPE = ("type", "http_version", "method", "path", "raw_path", "query_string", 
 _PROGRESS = "/sdapi/v1/progress"
 # State of A1111's clients, which each replica has for itself.
 _OF_ALL = frozenset({_PROGRESS, *(f"/sdapi/v1/{name}" for name in ("interrupt", "skip", "options"))})
-_TAG = re.compile(r"<(?:lora|lyco):([^<>:]*)", re.IGNORECASE)
 
 
 class Ingress:
@@ -116,20 +115,3 @@ async def _cancel_when_gone(stream: Any, receive: Receive) -> None:
         pass
     with contextlib.suppress(Exception):
         stream.cancel()
-
-
-def wanted_tuners(body: bytes) -> list[str]:
-    """Return the names of tuners that a body of JSON seems to want; a wrong guess only costs time."""
-    try:
-        values = json.loads(body)
-    except (ValueError, RecursionError):
-        return []
-    if not isinstance(values, Mapping):
-        return []
-    names = [part.partition(":")[0] for part in str(values.get("model") or "").split("+")]
-    listed = values.get("tuners")
-    names += (
-        [str(each.get("name")) for each in listed if isinstance(each, Mapping)] if isinstance(listed, list) else []
-    )
-    names += _TAG.findall(str(values.get("prompt") or ""))
-    return sorted({name for name in names if name and len(name) < 200})[:8]
