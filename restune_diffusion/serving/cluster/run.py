@@ -38,20 +38,18 @@ def run_on_ray(server: ServerSettings, cluster: ClusterSettings, host: str, port
     def end(*_: Any) -> None:
         ended.set()
 
-    before = {number: signal.signal(number, end) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        if not ray.is_initialized():
-            ray.init(log_to_driver=False, logging_level="warning")
-        serve.start(http_options={"host": host, "port": port})
-        serve.run(build({"server": asdict(server), "cluster": asdict(cluster)}), name=NAME, route_prefix="/")
-        print(f"Serving {Path(server.base).name} at http://{host}:{port} on Ray", flush=True)
-        ended.wait()
-        serve.delete(NAME)
-        serve.shutdown()
-        ray.shutdown()
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    if not ray.is_initialized():
+        ray.init(log_to_driver=False, logging_level="warning")
+    serve.start(http_options={"host": host, "port": port})
+    serve.run(build({"server": asdict(server), "cluster": asdict(cluster)}), name=NAME, route_prefix="/")
+    # Ray has set handlers of its own, which end the process at once.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, end)
+    print(f"Serving {Path(server.base).name} at http://{host}:{port} on Ray", flush=True)
+    ended.wait()
+    serve.delete(NAME)
+    serve.shutdown()
+    ray.shutdown()
 
 
 def write_ray_config(path: Path, server: ServerSettings, cluster: ClusterSettings, host: str, port: int) -> None:

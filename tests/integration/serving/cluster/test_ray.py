@@ -75,5 +75,5 @@ def test_two_replicas_share_requests_and_one_may_die(files, pipe):
             thread.join(300)
         assert sorted(answers) == list(range(6))
         server.process.send_signal(signal.SIGTERM)
-        assert server.process.wait(120) == 0
+        assert server.process.wait(120) == 0, server.output
         wait_for(lambda: not replicas(server))
