@@ -46,7 +46,7 @@ def main(argv: list[str] | None = None) -> None:
             table += _throughput_table(found, gain)
         if arguments.only != "throughput":
             for steps in (workload.steps[:1], workload.steps):
-                found = latency.measure(workload, steps)
+                found = latency.measure(workload, steps, latency.LOADS[:1] if arguments.dry else latency.LOADS)
                 rows += found
                 table += ["", *_latency_table(found)]
     how = f"{arguments.base}, {workload.requests} requests over {workload.tuners} tuners, {workload.size} px, "

@@ -76,7 +76,7 @@ def make_workload(base: str, folder: Path, *, dry: bool) -> Workload:
     """
     pipeline = load_base(str(BASE), torch.float32) if base == "restune-tiny" else _sd15()
     pipeline.set_progress_bar_config(disable=True)
-    tuners, requests, steps = (2, 6, (2, 3)) if dry else (16, 64, (20, 10, 30))
+    tuners, requests, steps = (2, 4, (1, 2)) if dry else (16, 64, (20, 10, 30))
     for number in range(tuners):
         for family, config in (("lora", _LORA), ("skip", SkipConfig())):
             tuner = Tuner.for_base(pipeline.unet, config)
