@@ -28,6 +28,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--base", choices=("restune-tiny", "sd15"), default="restune-tiny", help="sd15: random weights"
     )
+    parser.add_argument("--requests", type=int, default=64, help="length of the queue (default: 64)")
+    parser.add_argument("--tuners", type=int, default=16, help="number of tuners (default: 16)")
+    parser.add_argument("--steps", type=int, default=20, help="denoising steps (default: 20)")
     parser.add_argument("--rounds", type=int, default=3, help="turns of each contestant (default: 3)")
     parser.add_argument("--threads", type=int, default=1, help="threads of torch (default: 1)")
     parser.add_argument("--only", choices=("throughput", "latency"), help="one of the two parts")
@@ -37,16 +40,18 @@ def main(argv: list[str] | None = None) -> None:
     torch.set_num_threads(arguments.threads)
     rows: list[dict[str, Any]] = []
     table: list[str] = ["A dry run: the figures mean nothing.", ""] if arguments.dry else []
-    rounds = 1 if arguments.dry else arguments.rounds
+    rounds, shape = arguments.rounds, {key: getattr(arguments, key) for key in ("tuners", "requests", "steps")}
+    if arguments.dry:
+        rounds, shape = 1, {"tuners": 2, "requests": 4, "steps": 2}
     with tempfile.TemporaryDirectory() as folder:
-        workload = make_workload(arguments.base, Path(folder), dry=arguments.dry)
+        workload = make_workload(arguments.base, Path(folder), **shape)
         if arguments.only != "latency":
             found, gain = throughput.measure(workload, rounds)
             rows += [*found, {"what": "plain pipeline, batch of 8 beside 8 calls", **gain}]
             table += _throughput_table(found, gain)
         if arguments.only != "throughput":
             for steps in (workload.steps[:1], workload.steps):
-                found = latency.measure(workload, steps)
+                found = latency.measure(workload, steps, latency.LOADS[:1] if arguments.dry else latency.LOADS)
                 rows += found
                 table += ["", *_latency_table(found)]
     how = f"{arguments.base}, {workload.requests} requests over {workload.tuners} tuners, {workload.size} px, "

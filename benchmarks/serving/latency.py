@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ import torch
 
 from benchmarks.serving.throughput import IMAGES
 from benchmarks.serving.workload import GUIDANCE, Workload
-from restune_diffusion.serving import Engine, ImageRequest, Limits, TunerLibrary
+from restune_diffusion.serving import Engine, ImageRequest, Limits, Ticket, TunerLibrary
 
 LOADS = (0.5, 0.8, 0.95)
 Arrivals = Sequence[tuple[float, ImageRequest]]
@@ -55,20 +56,19 @@ def step_batches(workload: Workload, arrivals: Arrivals) -> list[float]:
     limits = Limits(max_rows=2 * IMAGES, max_queue=len(arrivals), max_attached=workload.tuners)
     engine = Engine(workload.pipeline, TunerLibrary(workload.folder), limits)
     _warm(engine, arrivals)
-    now, waiting, running, latencies = 0.0, list(arrivals), {}, {}
+    now, waiting, latencies = 0.0, list(arrivals), list[float]()
+    running: list[tuple[float, Ticket]] = []
     while waiting or running:
         if not running:
             now = max(now, waiting[0][0])
         while waiting and waiting[0][0] <= now:
             arrival, request = waiting.pop(0)
-            running[len(latencies) + len(running)] = (arrival, engine.submit(request))
+            running.append((arrival, engine.submit(request)))
         now += _timed(engine.step)
-        for place, (arrival, ticket) in list(running.items()):
-            if ticket.done:
-                latencies[len(latencies)] = now - arrival
-                del running[place]
+        latencies += [now - arrival for arrival, ticket in running if ticket.done]
+        running = [each for each in running if not each[1].done]
     engine.close()
-    return list(latencies.values())
+    return latencies
 
 
 def request_batches(workload: Workload, arrivals: Arrivals) -> list[float]:
@@ -85,7 +85,7 @@ def request_batches(workload: Workload, arrivals: Arrivals) -> list[float]:
         present = [each for each in waiting if each[0] <= now and each[1].steps == waiting[0][1].steps][:IMAGES]
         waiting = [each for each in waiting if each not in present]
         requests = [request for _, request in present]
-        now += _timed(lambda requests=requests: _generate(pipe, requests))
+        now += _timed(partial(_generate, pipe, requests))
         latencies += [now - arrival for arrival, _ in present]
     pipe.unload_tuner_weights()
     return latencies

@@ -66,17 +66,18 @@ class Workload:
         return self.folder / f"{name}.safetensors"
 
 
-def make_workload(base: str, folder: Path, *, dry: bool) -> Workload:
+def make_workload(base: str, folder: Path, *, tuners: int, requests: int, steps: int) -> Workload:
     """Load a base, and write the tuner files.
 
     Args:
         base: `restune-tiny`, or `sd15` for random weights of that size with small latents.
         folder: an empty folder.
-        dry: few tuners, requests and steps.
+        tuners: number of tuners of each family.
+        requests: number of requests.
+        steps: number of steps of a request.
     """
     pipeline = load_base(str(BASE), torch.float32) if base == "restune-tiny" else _sd15()
     pipeline.set_progress_bar_config(disable=True)
-    tuners, requests, steps = (2, 6, (2, 3)) if dry else (16, 64, (20, 10, 30))
     for number in range(tuners):
         for family, config in (("lora", _LORA), ("skip", SkipConfig())):
             tuner = Tuner.for_base(pipeline.unet, config)
@@ -88,7 +89,7 @@ def make_workload(base: str, folder: Path, *, dry: bool) -> Workload:
                 export_tuner(tuner, path, "diffusers")
             else:
                 save_tuner(tuner, path)
-    return Workload(pipeline, folder, 64, tuners, requests, steps)
+    return Workload(pipeline, folder, 64, tuners, requests, (steps, max(1, steps // 2), steps * 3 // 2))
 
 
 def _sd15() -> Any:

@@ -182,13 +182,13 @@ class Engine:
     def stats(self) -> EngineStats:
         """Return a copy of the counters."""
         with self._lock:
+            self._denoiser.count(self._stats)
             return replace(
                 self._stats,
                 queued=len(self._waiting),
                 running=len(self._running),
                 decoding=len(self._decoding),
                 latency_counts=list(self._stats.latency_counts),
-                **self._denoiser.counts(),
             )
 
     def __enter__(self) -> Engine:

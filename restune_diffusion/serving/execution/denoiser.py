@@ -9,7 +9,7 @@ import torch
 
 from ..library import TunerLibrary
 from ..limits import Limits
-from ..statistics import Stopwatch
+from ..statistics import EngineStats, Stopwatch
 from .attachments import Attachments, Loaded
 from .job import Job
 from .preparation import Preparation
@@ -110,17 +110,12 @@ class Denoiser:
         """Set the weights again in the next call, after one that failed."""
         self._attachments.invalidate()
 
-    def counts(self) -> dict[str, int]:
-        """Return the counters of tuners and texts, by the names of `EngineStats`."""
+    def count(self, stats: EngineStats) -> None:
+        """Write the counters of tuners and texts."""
         counts = self._attachments.counts
-        return {
-            "tuners": len(self._attachments),
-            "tuner_hits": counts.hits,
-            "tuner_misses": counts.misses,
-            "tuner_evictions": counts.evictions,
-            "text_hits": self._text.hits,
-            "text_misses": self._text.misses,
-        }
+        stats.tuners = len(self._attachments)
+        stats.tuner_hits, stats.tuner_misses, stats.tuner_evictions = counts.hits, counts.misses, counts.evictions
+        stats.text_hits, stats.text_misses = self._text.hits, self._text.misses
 
     def close(self) -> None:
         """Detach all tuners."""

@@ -69,7 +69,7 @@ class PipelineViews:
                 f"The pipeline has tuners loaded ({', '.join(loaded[:3])}), but the engine needs the base alone; "
                 "unload them with unload_tuner_weights, and put their files into the library."
             )
-        self.pipeline = pipeline
+        self.pipeline: Any = pipeline
         # Diffusers walks all modules at each look-up.
         self.device: torch.device = pipeline._execution_device
         self.takes_mask = is_inpainting(pipeline)

@@ -107,6 +107,24 @@ def test_a_base_for_inpainting(tmp_path):
     assert_as_alone(pipeline, tmp_path, results)
 
 
+def test_a_distilled_base_gets_the_guidance_as_an_input(tmp_path):
+    pipeline = small_pipeline(time_cond_proj_dim=16)
+    engine = Engine(pipeline, limits=Limits(max_rows=3))
+    results = run(
+        engine,
+        [
+            (0, ImageRequest("a", seed=1, steps=3, guidance=8.0, scheduler="lcm")),
+            (1, ImageRequest("b", seed=2, steps=2, guidance=1.5, scheduler="lcm")),
+            (1, ImageRequest("b", seed=2, steps=2, guidance=6.0, scheduler="lcm", image=image(), strength=0.9)),
+        ],
+    )
+    # One row each, although their guidance is more than 1.
+    assert engine.stats().max_rows == 3
+    engine.close()
+    assert_as_alone(pipeline, tmp_path, results)
+    assert float((results[1].latents - results[2].latents).abs().max()) > 0.01
+
+
 def test_the_image_is_that_of_the_pipeline(reference, make_engine):
     request = ImageRequest("a", seed=7, steps=2, guidance=2.0)
     (result,) = run(make_engine(), [(0, request)])
