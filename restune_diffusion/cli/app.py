@@ -24,6 +24,7 @@ from .inspect import InspectOptions
 from .merge import MergeOptions
 from .options.flag_check import check_flags
 from .report import ReportOptions
+from .serve.command import ServeOptions
 
 if TYPE_CHECKING:
     from .train import TrainOptions
@@ -64,6 +65,7 @@ Command: TypeAlias = (
     | Annotated[InspectOptions, tyro.conf.subcommand("inspect")]
     | Annotated[ConvertOptions, tyro.conf.subcommand("convert")]
     | Annotated[MergeOptions, tyro.conf.subcommand("merge")]
+    | Annotated[ServeOptions, tyro.conf.subcommand("serve")]
     | Annotated[DemoOptions, tyro.conf.subcommand("demo")]
 )
 
@@ -77,6 +79,7 @@ _COMMANDS: dict[str, type[BaseModel]] = {
     "inspect": InspectOptions,
     "convert": ConvertOptions,
     "merge": MergeOptions,
+    "serve": ServeOptions,
     "demo": DemoOptions,
 }
 

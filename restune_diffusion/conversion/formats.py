@@ -41,6 +41,14 @@ _UNSUPPORTED = {
 }
 
 
+def recognized_family(keys: Iterable[str]) -> str | None:
+    """Return what `import_tuner` reads a file with these keys as: `skip`, `control` or `lora`; None if it cannot."""
+    listed = list(keys)
+    if any(recognizes(listed) for recognizes, _ in _READERS):
+        return "control" if csc.recognizes(listed) else "skip"
+    return "lora" if any(recognizes(listed) for recognizes, _ in _LORA_READERS) else None
+
+
 def import_tuner(
     path: Path,
     base: BaseInfo,

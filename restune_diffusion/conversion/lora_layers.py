@@ -7,7 +7,7 @@ import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from functools import reduce
+from functools import lru_cache, reduce
 
 import torch
 
@@ -181,6 +181,7 @@ def _loras_of(part: Part) -> dict[str, ResLora]:
     return {}
 
 
+@lru_cache(maxsize=4096)
 def _in_text_encoder(site: str) -> bool:
     return SiteName.find(site) is None
 

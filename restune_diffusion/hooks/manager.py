@@ -88,8 +88,12 @@ class TunerManager:
 
     def tuner(self, name: str) -> Tuner:
         """Return an attached tuner; raise `TunerNameError` for an unknown name."""
+        return self.attached(name).tuner
+
+    def attached(self, name: str) -> AttachedTuner:
+        """Return what the manager keeps of a tuner; raise `TunerNameError` for an unknown name."""
         self.check_known([name])
-        return self._tuners[name].tuner
+        return self._tuners[name]
 
     def add(
         self, name: str, tuner: Tuner, weight: Weight = 1.0, text: Mapping[str, TextEncoder] | None = None
@@ -143,8 +147,7 @@ class TunerManager:
             RestuneError: if the tuner has another config.
             BaseMismatchError: if the tuner is for a base of another structure.
         """
-        self.check_known([name])
-        attached = self._tuners[name]
+        attached = self.attached(name)
         checked = attached.weight if weight is None else as_weight(weight)
         factors = attached.site_factors(checked)
         attached.swap(tuner)
@@ -191,8 +194,7 @@ class TunerManager:
             TunerNameError: if the name is unknown.
             ConditionError: if the tuner takes no conditions, or another number of conditions.
         """
-        self.check_known([name])
-        self._tuners[name].set_conditions(images, weights)
+        self.attached(name).set_conditions(images, weights)
 
     def encode_conditions(self, size: tuple[int, int]) -> None:
         """Encode all condition images now instead of in the next forward pass.
@@ -230,8 +232,7 @@ class TunerManager:
 
     def has_conditions(self, name: str) -> bool:
         """Return whether a tuner has condition images; raise `TunerNameError` for an unknown name."""
-        self.check_known([name])
-        return self._tuners[name].conditions is not None
+        return self.attached(name).conditions is not None
 
     @contextlib.contextmanager
     def conditions_kept(self) -> Iterator[None]:

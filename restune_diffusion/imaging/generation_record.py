@@ -57,7 +57,7 @@ def read_record(path: str | PathLike[str]) -> GenerationRecord:
     try:
         with Image.open(path) as image:
             chunks = {key: str(value) for key, value in image.info.items() if key in (A1111_CHUNK, JSON_CHUNK)}
-            text = chunks.get(A1111_CHUNK) or _user_comment(image)
+            text = text_of_image(image)
     except FileNotFoundError:
         raise DataError(f"There is no file {path}.") from None
     except Exception as error:  # Pillow's decoders raise almost anything on a broken file
@@ -103,6 +103,18 @@ def parse_a1111(infotext: str) -> tuple[str, str, dict[str, str]]:
             target, text = negative, text.removeprefix(_NEGATIVE).strip()
         target.append(text)
     return "\n".join(prompt), "\n".join(negative), {key: _unquoted(value) for key, value in pairs}
+
+
+def with_user_comment(text: str) -> Image.Exif:
+    """Return EXIF data for a JPEG or WebP file, with A1111's text where A1111 stores it."""
+    exif = Image.Exif()
+    exif.get_ifd(_EXIF_IFD)[_USER_COMMENT] = b"UNICODE\0" + text.encode("utf-16-be")
+    return exif
+
+
+def text_of_image(image: Image.Image) -> str:
+    """Return A1111's text of an open image; empty if it has none."""
+    return str(image.info.get(A1111_CHUNK) or "") or _user_comment(image)
 
 
 def _quoted(value: object) -> str:

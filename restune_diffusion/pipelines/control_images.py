@@ -85,11 +85,13 @@ def _set_images(
 ) -> None:
     """Set the images of every control tuner; a tuner without new images keeps its current ones."""
     slots = {name: part.conditions for name, part in parts.items()}
-    shares = _shares(images, slots)
-    scales = _shares(scale, slots) if isinstance(scale, Mapping) else {}
+    shares = shares_of(images, slots)
+    scales = shares_of(scale, slots) if isinstance(scale, Mapping) else {}
     for name, share in shares.items():
         part = parts[name]
-        tensors = {condition: _tensor(condition, image, part.channels, layout) for condition, image in share.items()}
+        tensors = {
+            condition: condition_tensor(condition, image, part.channels, layout) for condition, image in share.items()
+        }
         default = 1.0 if isinstance(scale, Mapping) else scale
         weights = [float(scales.get(name, {}).get(condition, default)) for condition in part.conditions]
         manager.set_conditions(name, [tensors.get(condition) for condition in part.conditions], weights)
@@ -99,7 +101,7 @@ def _control_part(manager: TunerManager, name: str) -> Part | None:
     return next((part for part in manager.tuner(name).parts() if part.conditions), None)
 
 
-def _shares(given: Any, slots: Mapping[str, tuple[str, ...]]) -> dict[str, dict[str, Any]]:
+def shares_of(given: Any, slots: Mapping[str, tuple[str, ...]]) -> dict[str, dict[str, Any]]:
     """Return the given values by tuner and condition.
 
     Args:
@@ -116,7 +118,7 @@ def _shares(given: Any, slots: Mapping[str, tuple[str, ...]]) -> dict[str, dict[
     # Tuner names are more specific than condition names and take precedence.
     for key, value in sorted(given.items(), key=lambda item: item[0] not in slots):
         if key in slots:
-            shares.setdefault(key, {}).update(_shares(value, {key: slots[key]})[key])
+            shares.setdefault(key, {}).update(shares_of(value, {key: slots[key]})[key])
         elif key in conditions:
             for name in (name for name, names in slots.items() if key in names):
                 shares.setdefault(name, {}).setdefault(key, value)
@@ -125,7 +127,7 @@ def _shares(given: Any, slots: Mapping[str, tuple[str, ...]]) -> dict[str, dict[
     return shares
 
 
-def _tensor(name: str, images: ConditionImages, channels: int, layout: Layout | None) -> torch.Tensor:
+def condition_tensor(name: str, images: ConditionImages, channels: int, layout: Layout | None) -> torch.Tensor:
     """Convert condition images to one tensor `(images, channels, height, width)` with values from 0 to 1."""
     listed: Sequence[Any] = images if isinstance(images, list | tuple) else [images]
     batches = [_batch(name, image, channels) for image in listed]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import transformers
@@ -74,6 +74,32 @@ def load_base(base: str, dtype: torch.dtype, vae: str | None = None) -> Any:
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0]
         raise RestuneError(f"The base {base} cannot be loaded: {reason}") from error
+
+
+def load_placed(
+    base: str,
+    device: Literal["auto", "cpu", "cuda", "mps"],
+    dtype: Literal["auto", "fp32", "fp16", "bf16"],
+    vae: str | None = None,
+) -> Any:
+    """Load a base as a pipeline that supports tuners.
+
+    Args:
+        base: a directory, or a hub repository id.
+        device: compute device; `auto` uses a GPU if there is one.
+        dtype: precision; `auto` is fp16 on a GPU and fp32 on the CPU.
+        vae: VAE that replaces that of the base.
+
+    Raises:
+        RestuneError: if the base or the device does not exist.
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise RestuneError("No CUDA device is available; use --device cpu.")
+    automatic = torch.float32 if device == "cpu" else torch.float16
+    dtypes = {"auto": automatic, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+    return load_base(base, dtypes[dtype], vae).to(device)
 
 
 def _load_other_vae(vae: str, source: str, dtype: torch.dtype) -> Any:

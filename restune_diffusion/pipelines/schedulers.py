@@ -81,6 +81,11 @@ def named_scheduler(name: str, current: Any) -> Any:
     return scheduler_class.from_config(current.config, **sampler.settings, **spacing)
 
 
+def sampler_labels() -> dict[str, str]:
+    """Return the names of the samplers in A1111, by their names here."""
+    return {name: sampler.label for name, sampler in _SAMPLERS.items()}
+
+
 def scheduler_label(scheduler: Any) -> tuple[str, str | None]:
     """Return the name of a scheduler in A1111, and the spacing of its sigmas if it is not the default.
 

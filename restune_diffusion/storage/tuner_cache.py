@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections import OrderedDict
+from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +40,7 @@ class TunerCache:
         pin_memory: whether to keep the parameters in page-locked memory, for the fastest copy to a GPU; None pins them
             if CUDA is available.
         dtype: dtype of the parameters; None keeps the dtype of each file.
+        read: function that reads a file; defaults to `load_tuner`, which reads only the files of this package.
 
     Raises:
         RestuneError: if neither bound is positive, or `pin_memory` is set without CUDA.
@@ -51,6 +53,7 @@ class TunerCache:
         max_bytes: int | None = None,
         pin_memory: bool | None = None,
         dtype: torch.dtype | None = None,
+        read: Callable[[Path], Tuner] | None = None,
     ) -> None:
         bounds = [bound for bound in (capacity, max_bytes) if bound is not None]
         if not bounds or min(bounds) < 1:
@@ -61,6 +64,7 @@ class TunerCache:
         self.max_bytes = max_bytes
         self.dtype = dtype
         self.pin_memory = torch.cuda.is_available() if pin_memory is None else pin_memory
+        self._read_file = read
         self._lock = threading.Lock()
         self._entries: OrderedDict[Path, _Entry] = OrderedDict()
 
@@ -132,7 +136,9 @@ class TunerCache:
             del self._entries[path]
 
     def _load(self, path: Path) -> Tuner:
-        tuner = load_tuner(path, dtype=self.dtype).requires_grad_(False)
+        read = self._read_file
+        tuner = load_tuner(path, dtype=self.dtype) if read is None else read(path).to(self.dtype)
+        tuner.requires_grad_(False)
         for parameter in tuner.parameters():
             # load_tuner may return tensors mapped from the file, which may be truncated while the tuner is cached.
             parameter.data = parameter.data.pin_memory() if self.pin_memory else parameter.data.clone()
@@ -141,7 +147,7 @@ class TunerCache:
 
     def _evict(self) -> None:
         """Remove the least recently used tuners until the cache is within its bounds."""
-        kept = sum(map(_bytes_of, self._entries.values()))
+        kept = 0 if self.max_bytes is None else sum(map(_bytes_of, self._entries.values()))
         for path in list(self._entries):
             too_many = self.capacity is not None and len(self._entries) > self.capacity
             too_large = self.max_bytes is not None and kept > self.max_bytes

@@ -1,0 +1,1 @@
+"""`restune serve`: a server for one base and a folder of tuners."""

@@ -1,0 +1,1 @@
+"""The HTTP API on Ray Serve: an ingress, and replicas of the engine."""

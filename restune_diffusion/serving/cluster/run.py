@@ -1,0 +1,69 @@
+"""Run the HTTP API on a Ray cluster until the process is asked to end."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from dataclasses import asdict
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from ...utils.atomic_write import atomic_write
+from ...utils.errors import RestuneError
+from ..http.starting import ServerSettings
+from .app import NAME, ClusterSettings, build, ray_config
+
+
+def check_ray() -> None:
+    """Raise `RestuneError` if Ray Serve is not installed."""
+    if find_spec("ray") is None:
+        raise RestuneError("--ray needs Ray Serve; run pip install 'restune-diffusion[serve-ray]'.")
+
+
+def run_on_ray(server: ServerSettings, cluster: ClusterSettings, host: str, port: int) -> None:
+    """Serve on the cluster that RAY_ADDRESS names, or on one that is started on this machine.
+
+    Args:
+        server: settings of each replica's server.
+        cluster: settings of the replicas.
+        host: address to listen on.
+        port: port to listen on.
+    """
+    import ray
+    from ray import serve
+
+    ended = threading.Event()
+
+    def end(*_: Any) -> None:
+        ended.set()
+
+    if not ray.is_initialized():
+        ray.init(log_to_driver=False, logging_level="warning")
+    serve.start(http_options={"host": host, "port": port})
+    serve.run(build({"server": asdict(server), "cluster": asdict(cluster)}), name=NAME, route_prefix="/")
+    # Ray has set handlers of its own, which end the process at once.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, end)
+    print(f"Serving {Path(server.base).name} at http://{host}:{port} on Ray", flush=True)
+    ended.wait()
+    serve.delete(NAME)
+    serve.shutdown()
+    ray.shutdown()
+
+
+def write_ray_config(path: Path, server: ServerSettings, cluster: ClusterSettings, host: str, port: int) -> None:
+    """Write the config file for `serve deploy`.
+
+    Args:
+        path: the file.
+        server: settings of each replica's server.
+        cluster: settings of the replicas.
+        host: address to listen on.
+        port: port to listen on.
+    """
+    import yaml
+
+    content = yaml.safe_dump(ray_config(server, cluster, host, port), sort_keys=False)
+    with atomic_write(path) as file:
+        file.write(content.encode())

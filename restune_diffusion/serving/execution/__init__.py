@@ -1,0 +1,1 @@
+"""How the engine executes requests: admission, preparation, shared U-Net calls, decoding."""

@@ -1,0 +1,1 @@
+"""HTTP API: OpenAI Images and A1111, on one engine."""
