@@ -326,12 +326,11 @@ class Engine:
         assert state is not None
         total = time.perf_counter() - ticket.submitted
         timings = Timings(job.started - ticket.submitted, job.finished - job.started, total)
+        result = GeneratedImage(image, state.latents, ticket.request, ticket.seed, state.steps, timings, flagged)
         with self._lock:
             self._stats.done += 1
             self._stats.add_latency(total)
-        ticket._finish(
-            GeneratedImage(image, state.latents, ticket.request, ticket.seed, state.steps, timings, flagged)
-        )
+        ticket._finish(result)
 
     def _end(self, job: Job, error: BaseException) -> None:
         """End a request with an error, and free what it uses."""
@@ -339,13 +338,13 @@ class Engine:
         if job in self._decoding:
             self._decoding.remove(job)
         self._denoiser.release(job)
+        if not job.ticket._fail(error):
+            return
         with self._lock:
             if isinstance(error, RequestCancelled):
                 self._stats.cancelled += 1
             else:
                 self._stats.failed += 1
-        ticket: Ticket = job.ticket
-        ticket._fail(error)
 
 
 def _as_failure(error: Exception, job: Job) -> Exception:

@@ -180,32 +180,44 @@ class Ticket:
     def _begin(self, steps: int) -> None:
         """Start the denoising, with its exact number of steps."""
         with self._lock:
-            self._progress = Progress(self._progress.state, 0, steps)
+            if not self._done.is_set():
+                self._progress = Progress(self._progress.state, 0, steps)
         self._advance("running", 0)
 
     def _advance(self, state: State, step: int | None = None, preview: Image.Image | None = None) -> None:
         """Set the state and call the listeners; only the engine calls it."""
+        self._set(state, step, preview)
+
+    def _finish(self, result: GeneratedImage) -> bool:
+        """End the request with its result; return whether it had not ended before."""
+        return self._set("done", result=result)
+
+    def _fail(self, error: BaseException) -> bool:
+        """End the request with an error; return whether it had not ended before."""
+        return self._set("cancelled" if isinstance(error, RequestCancelled) else "failed", error=error)
+
+    def _set(
+        self,
+        state: State,
+        step: int | None = None,
+        preview: Image.Image | None = None,
+        result: GeneratedImage | None = None,
+        error: BaseException | None = None,
+    ) -> bool:
         with self._lock:
+            # A waiting request can be cancelled by one thread while another begins it.
             if self._done.is_set():
-                return
+                return False
             before = self._progress
             self._progress = Progress(state, before.step if step is None else step, before.steps)
+            self._result, self._error = result, error
             progress = Progress(state, self._progress.step, before.steps, preview)
             listeners = list(self._listeners)
             if progress.is_final:
                 self._done.set()
         for listener in listeners:
             _call(listener, progress)
-
-    def _finish(self, result: GeneratedImage) -> None:
-        self._result = result
-        self._advance("done")
-
-    def _fail(self, error: BaseException) -> None:
-        if self._done.is_set():
-            return
-        self._error = error
-        self._advance("cancelled" if isinstance(error, RequestCancelled) else "failed")
+        return True
 
 
 def _call(listener: Listener, progress: Progress) -> None:

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from restune_diffusion.serving import ImageRequest, RequestRefused
+from restune_diffusion.serving import ImageRequest, RequestCancelled, RequestFailed, RequestRefused, Ticket
 
 from ...serving_base import gray
 
@@ -64,3 +64,17 @@ def test_requests_and_library_load_no_torch():
         "ImageRequest('a', scheduler='euler'); assert 'torch' not in sys.modules and 'diffusers' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_ticket_ends_once():
+    ticket = Ticket(ImageRequest("a"), 1, 3)
+    states: list[str] = []
+    ticket.listen(lambda progress: states.append(progress.state))
+    assert ticket._fail(RequestCancelled("first"))
+    assert not ticket._fail(RequestFailed("second"))
+    ticket._begin(5)
+    assert states == ["waiting", "cancelled"]
+    with pytest.raises(RequestCancelled, match="first"):
+        ticket.result(0)
+    with pytest.raises(TimeoutError, match=r"after 0\.01 seconds"):
+        Ticket(ImageRequest("a"), 1, 3).result(0.01)
