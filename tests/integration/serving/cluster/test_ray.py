@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import io
 import signal
 import threading
+from types import SimpleNamespace
 
 import numpy as np
 import openai
@@ -30,6 +32,23 @@ def replicas(server) -> list[psutil.Process]:
         if "ServeReplica:restune:Engine" in title and process.status() != psutil.STATUS_ZOMBIE:
             found.append(process)
     return found
+
+
+def test_the_router_prefers_replicas_that_have_used_the_tuners():
+    from restune_diffusion.serving.cluster.router import TunerRouter
+
+    stats = {"a": {"tuners": ["ink"]}, "b": {}, "c": {"tuners": ["ink", "water"]}, "d": {"tuners": ["water"]}}
+    replicas = [SimpleNamespace(name=name, routing_stats=each) for name, each in stats.items()]
+    router = object.__new__(TunerRouter)
+
+    def ranks(*tuners):
+        pending = SimpleNamespace(kwargs={"tuners": list(tuners)})
+        chosen = asyncio.run(router.choose_replicas(replicas, pending))
+        return [sorted(replica.name for replica in rank) for rank in chosen]
+
+    assert ranks("ink", "water") == [["c"], ["a", "d"], ["b"]]
+    assert ranks("ink") == [["a", "c"], ["b", "d"]]
+    assert [len(rank) for rank in ranks()] == [2]
 
 
 def test_two_replicas_share_requests_and_one_may_die(files, pipe):
