@@ -40,6 +40,10 @@ HELD_OUT: dict[str, Any] = {
     "steps": 9, "learning_rate": 1e-12, "keep": "best", "patience": 2,
     "validation": {"holdout": 3, "loss_every": 1},
 }  # fmt: skip
+# The main process alone measures the metric that both stop by.
+METRICS: dict[str, Any] = {
+    **HELD_OUT, "best_by": "lpips", "validation": {"holdout": 3, "every": 1, "metrics": ["lpips"], "steps": 1},
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -98,6 +102,7 @@ def group(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Group:
         made.config("part", steps=2, checkpoint_every=2),
         made.config("part", steps=3, checkpoint_every=9, resume=True),
         made.config("held out", **HELD_OUT),
+        made.config("metrics", **METRICS),
     ]
     jobs = {"configs": configs, "base": made.base, "half_broken": str(broken(folder / "half", 2)),
             "broken": str(broken(folder / "none", 0))}  # fmt: skip
@@ -128,9 +133,17 @@ def test_two_processes_measure_and_stop_as_one(group: Group, tmp_path: Path) -> 
     assert one.stopped_early is not None
 
 
-def measured(folder: Path) -> dict[int, float]:
+def test_two_processes_stop_by_a_metric_that_one_measures(group: Group) -> None:
+    values = measured(group.folder / "metrics", "lpips")
+    assert [*values] == [0, 1, 2]
+    assert len(set(values.values())) == 1
+    training: Any = read_info(group.folder / "metrics" / "tuner.safetensors").training
+    assert training["steps"] == 2
+
+
+def measured(folder: Path, name: str = "validation_loss") -> dict[int, float]:
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return {row["step"]: row["validation_loss"] for row in rows if "validation_loss" in row}
+    return {row["step"]: row[name] for row in rows if name in row}
 
 
 @pytest.mark.parametrize("kind", KINDS)
