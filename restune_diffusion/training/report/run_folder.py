@@ -85,7 +85,7 @@ class RunFolder:
     def best(self) -> tuple[Path, str, int, float] | None:
         """Path of the tuner with the best measurement, if it was kept, with the measurement's name, step and value."""
         path = best_file(self.config.model_copy(update={"output": self.path}))
-        best = self._facts(path).get("best")
+        best: Any = self._facts(path).get("best")
         try:
             return path, str(best["measurement"]), int(best["step"]), float(best["value"])
         except (TypeError, KeyError, ValueError):

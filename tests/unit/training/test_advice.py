@@ -140,3 +140,12 @@ def test_the_plan_and_the_log_show_the_warnings(
     with caplog.at_level(logging.WARNING):
         train(config(learning_rate=0.1, steps=1, output=tmp_path / "other"), verbose=False)
     assert "--learning-rate 0.1 with adamw usually diverges" in caplog.text
+
+
+@pytest.mark.parametrize(("held_out", "chance"), [(0, None), (1, 2), (3, 8), (4, None)])
+def test_a_loss_of_few_held_out_images_says_little(held_out: int, chance: int | None) -> None:
+    config = TrainConfig(**NEEDED, steps=200)
+    found = list(warnings_about(RunOutline(config, 200, 24, 24, 1, entries(24), held_out)))
+    assert bool(found) == (chance is not None)
+    if found:
+        assert f"happens by chance once in {chance} times; hold out 4 or more" in found[0]

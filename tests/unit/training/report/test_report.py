@@ -255,3 +255,23 @@ def test_running_means_are_over_at_most_the_window() -> None:
 def test_first_and_last_of_many_steps_are_shown() -> None:
     assert chosen_steps(list(range(0, 1001, 100)), 6) == [0, 200, 400, 600, 800, 1000]
     assert chosen_steps([0, 5], 6) == [0, 5]
+
+
+def test_a_run_that_stopped_early_is_finished_and_tells_why(workplace: Path, tmp_path: Path) -> None:
+    # At this rate the weights do not change in fp32, and neither does the loss.
+    config = TrainConfig(
+        base="user/base", data=workplace / "images", output=tmp_path / "out", name="ink", steps=9, batch_size=4, cpu=True,
+        checkpoint_every=0, learning_rate=1e-12, log_with="none", keep="best", patience=2,
+        validation={"holdout": 4, "loss_every": 1},
+    )  # fmt: skip
+    train(config, pipeline=tiny.sd_pipeline(), verbose=False)
+    run = read_run_folder(config.output)
+    assert (run.finished, run.step, run.steps) == (True, 2, 9)
+    assert run.best is not None
+    assert run.best[:3] == (tmp_path / "out" / "ink.best.safetensors", "validation_loss", 0)
+    page = Page(write_report(config.output))
+    assert "Training finished" in page.text
+    assert "validation_loss was best at step 0" in page.text
+    assert "4 held out of training: " in page.text
+    assert "Held-out images (orange) have the same noise" in page.text
+    assert page.text.count("held-out images") >= 1, "in the legend of the plot"
