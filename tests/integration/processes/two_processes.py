@@ -7,7 +7,9 @@ saw to JOBS-<rank>.json.
 from __future__ import annotations
 
 import json
+import os
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +64,14 @@ def refused(action: Any) -> str | None:
     return None
 
 
+def wait_for_the_other(path: Path, number: int) -> None:
+    """Wait until both processes have left a group; the next one would else connect to the store of the last one."""
+    done = [path.with_name(f"done-{number}-{rank}") for rank in ("0", "1")]
+    done[int(os.environ["RANK"])].touch()
+    while not all(each.exists() for each in done):
+        time.sleep(0.05)
+
+
 def main() -> None:
     """Run the jobs."""
     torch.set_num_threads(1)
@@ -72,6 +82,7 @@ def main() -> None:
         messages.append(refused(lambda config=config: train(TrainConfig.model_validate(config), verbose=False)))
         # A training run ends the process group; the next run must create it again.
         AcceleratorState._reset_state(reset_partial_state=True)
+        wait_for_the_other(path, len(messages))
     accelerator = Accelerator(cpu=True)
     results = {
         "messages": messages,
