@@ -67,6 +67,7 @@ class ValidationConfig(Settings):
         """Return whether a step is a multiple of `every`."""
         return self.every > 0 and step % self.every == 0
 
+<<<<<<< HEAD
     @model_validator(mode="after")
     def _metrics_have_captions(self) -> ValidationConfig:
         if self.metrics and self.holdout is None and not self.prompts:
@@ -77,16 +78,24 @@ class ValidationConfig(Settings):
 
     @model_validator(mode="after")
     def _holdout_fits(self) -> ValidationConfig:
+=======
+    def check_holdout(self) -> None:
+        """Raise `ValueError` if the settings of the held-out images are not valid.
+
+        `TrainConfig` calls it: tyro would show an error of this class in a box.
+        """
+>>>>>>> validation
         holdout = self.holdout
         fits = 0 < holdout < 1 if isinstance(holdout, float) else not isinstance(holdout, int) or holdout >= 1
         if not fits:
             raise ValueError(
-                f"holdout = {holdout} is not valid; use a fraction between 0 and 1, a whole number of images, or a "
-                f"folder"
+                f"validation.holdout = {holdout} is not valid; use a fraction between 0 and 1, a whole number of "
+                f"images, or a folder"
             )
         if self.loss_every is not None and holdout is None:
-            raise ValueError("loss_every is for the loss of held-out images, but none are held out; set holdout")
-        return self
+            raise ValueError(
+                "validation.loss_every is for held-out images, but none are held out; set validation.holdout"
+            )
 
     @model_validator(mode="before")
     @classmethod

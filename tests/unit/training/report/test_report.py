@@ -260,8 +260,8 @@ def test_first_and_last_of_many_steps_are_shown() -> None:
 def test_a_run_that_stopped_early_is_finished_and_tells_why(workplace: Path, tmp_path: Path) -> None:
     # At this rate the weights do not change in fp32, and neither does the loss.
     config = TrainConfig(
-        base="user/base", data=workplace / "images", output=tmp_path / "out", name="ink", steps=9, batch_size=4, cpu=True,
-        checkpoint_every=0, learning_rate=1e-12, log_with="none", keep="best", patience=2,
+        base="user/base", data=workplace / "images", output=tmp_path / "out", name="ink", steps=9, batch_size=4,
+        cpu=True, checkpoint_every=0, learning_rate=1e-12, log_with="none", keep="best", patience=2,
         validation={"holdout": 4, "loss_every": 1},
     )  # fmt: skip
     train(config, pipeline=tiny.sd_pipeline(), verbose=False)

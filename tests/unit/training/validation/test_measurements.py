@@ -9,8 +9,10 @@ from typing import Any
 
 import pytest
 
+from restune_diffusion.cli.train import parse_train_options
 from restune_diffusion.training import TrainConfig
 from restune_diffusion.training.validation.measurements import Measurement, Measurements
+from restune_diffusion.utils.errors import UsageError
 
 NEEDED: dict[str, Any] = {"base": "b", "data": Path("d"), "output": Path("o")}
 
@@ -61,8 +63,11 @@ def test_a_checkpoints_json_gives_the_same_record() -> None:
             "patience goes by style, which is not measured; set best_by to validation_loss",
         ),
         ({"best_by": "style", "validation": {"holdout": 4}}, "best_by is for keep and patience; set keep to best or"),
-        ({"validation": {"loss_every": 4}}, "loss_every is for the loss of held-out images, but none are held out"),
-        ({"validation": {"holdout": 0}}, "holdout = 0 is not valid; use a fraction between 0 and 1, a whole number"),
+        ({"validation": {"loss_every": 4}}, "validation.loss_every is for held-out images, but none are held out"),
+        (
+            {"validation": {"holdout": 0}},
+            "validation.holdout = 0 is not valid; use a fraction between 0 and 1, a whole number",
+        ),
         ({"validation": {"holdout": 1.0}}, "holdout = 1.0 is not valid"),
         ({"validation": {"holdout": -0.5}}, "holdout = -0.5 is not valid"),
     ],
@@ -76,3 +81,13 @@ def test_what_cannot_be_done_is_refused(settings: dict[str, Any], message: str) 
 def test_a_holdout_is_a_fraction_a_number_or_a_folder(given: Any, value: Any) -> None:
     holdout = TrainConfig(**NEEDED, validation={"holdout": given}, keep="best", patience=2).validation.holdout
     assert (holdout, type(holdout)) == (value, type(value))
+
+
+def test_the_command_line_gives_the_sentence_alone() -> None:
+    flags = ["--base=b", "--data=d", "--output=o"]
+    for wrong, message in {
+        "--validation.holdout=1.5": r"validation\.holdout = 1\.5 is not valid; use a fraction between 0 and 1",
+        "--keep=best": r"keep best needs a measurement, but nothing is measured",
+    }.items():
+        with pytest.raises(UsageError, match=message):
+            parse_train_options("", [*flags, wrong])
