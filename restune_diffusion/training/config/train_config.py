@@ -173,6 +173,7 @@ class TrainConfig(FamilyFields):
         self._check_preservation()
         self._check_text()
         self.validation.check_holdout()
+        self.validation.check_metrics()
         self.checkpoints.check_measured(self.validation.measured)
         cached = self.feature_cache.draws is not None
         if cached and not self.learns_from_features:

@@ -67,24 +67,22 @@ class ValidationConfig(Settings):
         """Return whether a step is a multiple of `every`."""
         return self.every > 0 and step % self.every == 0
 
-<<<<<<< HEAD
-    @model_validator(mode="after")
-    def _metrics_have_captions(self) -> ValidationConfig:
+    def check_metrics(self) -> None:
+        """Raise `ValueError` if there is nothing to measure the metrics on; `TrainConfig` calls it."""
         if self.metrics and self.holdout is None and not self.prompts:
-            raise ValueError("metrics need captions to generate; hold out images with holdout, or give prompts")
+            raise ValueError(
+                "validation.metrics need captions to generate; set validation.holdout, or give validation.prompts"
+            )
         if self.metric_images is not None and not self.metrics:
-            raise ValueError("metric_images limits the images of metrics, which is not set; set it, or omit it")
-        return self
+            raise ValueError(
+                "validation.metric_images limits the images of validation.metrics, which are not set; omit it"
+            )
 
-    @model_validator(mode="after")
-    def _holdout_fits(self) -> ValidationConfig:
-=======
     def check_holdout(self) -> None:
         """Raise `ValueError` if the settings of the held-out images are not valid.
 
         `TrainConfig` calls it: tyro would show an error of this class in a box.
         """
->>>>>>> validation
         holdout = self.holdout
         fits = 0 < holdout < 1 if isinstance(holdout, float) else not isinstance(holdout, int) or holdout >= 1
         if not fits:

@@ -10,10 +10,8 @@ def rows() -> list[dict[str, object]]:
     for style in ("a", "b"):
         for seed in (0, 1):
             for file, step, gain in (("best", 100, 0.2 + seed / 10), ("last", 600, 0.0)):
-                scores = {name: 0.5 + gain for name in SCORES}
-                found.append(
-                    {"style": style, "seed": seed, "file": file, "step": step, "validation_loss": 0.3, **scores}
-                )
+                scores = dict.fromkeys(("validation_loss", *SCORES), 0.5 + gain) | {"validation_loss": 0.3}
+                found.append({"style": style, "seed": seed, "file": file, "step": step, **scores})
     return found
 
 

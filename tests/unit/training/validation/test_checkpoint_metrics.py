@@ -128,7 +128,7 @@ def test_without_held_out_images_the_prompts_are_measured(config: MakeConfig, tm
     [
         ({"validation": {"metrics": ["lpips"]}}, "metrics need captions to generate"),
         ({"validation": {"holdout": 2, "metrics": ["fid"]}}, "metrics.0: fid is not valid"),
-        ({"validation": {"metric_images": 2}}, "metric_images limits the images of metrics"),
+        ({"validation": {"metric_images": 2}}, "metric_images limits the images of validation.metrics"),
         (
             {"validation": {"prompts": ["a"], "metrics": ["lpips"]}, "keep": "best", "best_by": "lpips"},
             "nothing is measured",
