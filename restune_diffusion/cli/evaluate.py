@@ -125,17 +125,17 @@ class EvaluateOptions(OverwriteOption):
 
     def _evaluate_run(self, output: Path) -> Evaluation:
         assert self.run_folder is not None
-        from .quiet import quiet_libraries
-
-        quiet_libraries()
-        from ..training.validation.run_evaluation import Overrides, evaluate_run, find_saved_tuners
+        from ..training.validation.saved_tuners import find_saved_tuners
 
         saved = find_saved_tuners(self.run_folder)
         base, vae = self.base or saved.config.base, self.vae or saved.config.vae
         check_base(base, vae)
+        pipeline = self._load(base, vae)
+        from ..training.validation.run_evaluation import Overrides, evaluate_run
+
         names = ("data", "training_images", "prompts", "drift_prompts", "steps", "guidance", "seed", "limit")
         given = Overrides(**{name: getattr(self, name) for name in names}, batch_size=self.batch_size)
-        return evaluate_run(saved, self._load(base, vae), output, given)
+        return evaluate_run(saved, pipeline, output, given)
 
     def _load(self, base: str, vae: str | None) -> Any:
         from .quiet import quiet_libraries

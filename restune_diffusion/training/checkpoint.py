@@ -18,13 +18,12 @@ from ..utils.atomic_write import atomic_write, sync_directory
 from ..utils.errors import TrainingError
 from ..utils.library_versions import library_versions
 from .callbacks.base import Callback
-from .callbacks.config_record import CONFIG_FILE
 from .callbacks.metrics_file import METRICS_FILE
 from .config.train_config import current_names
 from .facts import run_identity
 from .optimization.optimizer_state import flatten_state, unflatten_state, with_own_kernels
 from .optimization.parameter_groups import optimized_names
-from .output_folder import best_file, list_checkpoints
+from .output_folder import CONFIG_FILE, best_file, list_checkpoints
 from .state import InitialTuner, StepReport, TrainState
 from .validation.measurements import Measurements
 

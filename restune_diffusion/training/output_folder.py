@@ -8,6 +8,8 @@ from pathlib import Path
 from ..utils.errors import TrainingError
 from .config.train_config import TrainConfig
 
+CONFIG_FILE = "config.yaml"
+"""File name of the settings of a run."""
 _NAME = re.compile(r"checkpoint-(\d{6,})")
 
 

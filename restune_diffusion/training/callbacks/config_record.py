@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from ...utils.atomic_write import atomic_write
 from ..config.config_file import config_yaml
+from ..output_folder import CONFIG_FILE
 from ..state import TrainState
 from .base import Callback
 
-CONFIG_FILE = "config.yaml"
 _HEADER = "# Settings of this run. To repeat it: restune train --config config.yaml --output OTHER\n"
 
 

@@ -12,11 +12,10 @@ from typing import Any
 
 from ...storage.tuner_file import TunerInfo, read_info
 from ...utils.errors import RestuneError
-from ..callbacks.config_record import CONFIG_FILE
 from ..callbacks.metrics_file import METRICS_FILE, Series, read_metrics
 from ..config.config_file import read_config
 from ..config.train_config import TrainConfig
-from ..output_folder import best_file, latest_checkpoint
+from ..output_folder import CONFIG_FILE, best_file, latest_checkpoint
 from .data_sheet import DataSheet, read_data_sheet
 
 _SAMPLES = re.compile(r"step-(\d+)")

@@ -12,9 +12,9 @@ from typing import Any
 from markupsafe import Markup
 
 from ...utils.settings_merge import flat
-from ..callbacks.config_record import CONFIG_FILE
 from ..callbacks.reporting import LOSS_WINDOW
 from ..config.train_config import current_names
+from ..output_folder import CONFIG_FILE
 from ..validation.measurements import VALIDATION_LOSS
 from .curves import several
 from .images import data_url

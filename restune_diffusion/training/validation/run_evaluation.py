@@ -14,67 +14,10 @@ from ...evaluation.sampling import Sampling, load_images, read_images
 from ...evaluation.several import Material, evaluate_tuners
 from ...pipelines.load_base import is_inpainting, sampling_pipeline
 from ...utils.errors import DataError, RestuneError
-from ..callbacks.config_record import CONFIG_FILE
-from ..config.config_file import read_config
 from ..config.train_config import TrainConfig
 from ..losses.objective import scheduler_changes
-from ..output_folder import best_file, list_checkpoints, step_files
 from .held_out import hold_out
-
-
-@dataclass(frozen=True)
-class SavedTuners:
-    """Saved tuners of a run or a sweep.
-
-    Attributes:
-        folder: output folder.
-        config: settings of the run, or of any run of the sweep.
-        files: paths by their names in the folder, in the order of their steps: those of single steps and checkpoints,
-            then the best and the finished one.
-    """
-
-    folder: Path
-    config: TrainConfig
-    files: dict[str, Path]
-
-
-def find_saved_tuners(folder: Path) -> SavedTuners:
-    """Find the saved tuners of an output folder.
-
-    Raises:
-        RestuneError: if it is not the folder of a run or a sweep, has no saved tuner, or holds control tuners.
-        SettingsError: if the settings of the run cannot be read.
-    """
-    if not folder.is_dir():
-        raise RestuneError(f"There is no folder {folder}; give the output folder of a training run.")
-    runs = (
-        [folder]
-        if (folder / CONFIG_FILE).is_file()
-        else sorted(path.parent for path in folder.glob(f"*/{CONFIG_FILE}"))
-    )
-    if not runs:
-        raise RestuneError(f"{folder} has no {CONFIG_FILE}; give the output folder of a training run or a sweep.")
-    # The folder may have been moved since.
-    configs = [read_config(run / CONFIG_FILE).model_copy(update={"output": run}) for run in runs]
-    files = {str(path.relative_to(folder)): path for config in configs for path in _files(config)}
-    if not files:
-        raise RestuneError(
-            f"{folder} has no saved tuner yet; wait for the end of the run, or save some on the way with --save-every."
-        )
-    if configs[0].conditioned is not None:
-        raise RestuneError(f"{folder} holds control tuners, which generate nothing without condition images.")
-    return SavedTuners(folder, configs[0], files)
-
-
-def _files(config: TrainConfig) -> list[Path]:
-    """Return the tuner files of a run in the order of their steps; a checkpoint counts if its step has no file."""
-    steps = {int(path.stem.removeprefix(f"{config.name}-")): path for path in step_files(config)}
-    finished = [path for path in (best_file(config), config.file) if path.is_file()]
-    for checkpoint in list_checkpoints(config.output):
-        step, path = int(checkpoint.name.partition("-")[2]), checkpoint / "tuner.safetensors"
-        if path.is_file() and not (config.file.is_file() and step == config.steps):
-            steps.setdefault(step, path)
-    return [steps[step] for step in sorted(steps)] + finished
+from .saved_tuners import SavedTuners
 
 
 @dataclass(frozen=True)

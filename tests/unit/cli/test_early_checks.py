@@ -41,6 +41,8 @@ CASES = [
     ("grid --base flux.safetensors --prompt x --output sheet.png", "The base flux.safetensors is Flux"),
     ("evaluate --base base --tuner lora.safetensors --data images --output e", "is a LoRA, not a tuner"),
     ("evaluate --base base --tuner gone --data images --output e", "There is no tuner at gone"),
+    ("evaluate --run gone", "There is no folder gone; give the output folder of a training run"),
+    ("evaluate --run images", "images has no config.yaml; give the output folder of a training run or a sweep"),
     ("merge lora.safetensors --output m.safetensors", "lora.safetensors is a LoRA, not a tuner of restune-diffusion"),
     ("convert gone.safetensors o.safetensors --to restune", "There is no file or folder gone.safetensors"),
     ("data inspect gone", "The image folder gone does not exist"),
