@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 
+from ..config.validation import logged_name
 from ..state import TrainState
 from .data import data_warnings
 from .length import length_warnings
@@ -27,7 +28,9 @@ def warnings_about(run: RunOutline) -> Iterator[str]:
 
 
 def log_warnings(run: TrainState) -> None:
-    """Log the warnings, for runs that print no plan."""
+    """Log the warnings and the metrics that cannot be measured, for runs that print no plan."""
     if run.accelerator.is_main_process:
         for warning in warnings_of(run):
             logger.warning("%s", warning)
+        for name, reason in run.metrics.missing.items() if run.metrics is not None else ():
+            logger.warning("%s is not measured: it %s.", logged_name(name), reason)

@@ -112,7 +112,9 @@ def test_the_plan_says_what_is_not_measured_and_why(config: MakeConfig, capsys: 
     assert "no image_drift, which needs drift prompts" in plan
 
 
-def test_without_held_out_images_the_prompts_are_measured(config: MakeConfig, tmp_path: Path) -> None:
+def test_without_held_out_images_the_prompts_are_measured(
+    config: MakeConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     validation = {
         "prompts": ["a red disc"], "steps": 2, "metrics": ["lpips", "image_drift"], "drift_prompts": ["a cat"],
     }  # fmt: skip
@@ -121,6 +123,7 @@ def test_without_held_out_images_the_prompts_are_measured(config: MakeConfig, tm
     assert drift[0] == 0
     assert drift[1] > 1e-4
     assert logged(tmp_path / "out", "lpips") == {}
+    assert "lpips is not measured: it needs a held-out image, and there are none." in caplog.text
 
 
 @pytest.mark.parametrize(
