@@ -259,7 +259,7 @@ def compute(run: Run) -> None:
         variants = [variant for variant in chosen if variant.config.writes_at_out_alone == beside]
         for study in studies:
             study.train(variants)
-            if run.score and variants:
+            if run.score:
                 study.score(variants)
 
 
@@ -282,7 +282,7 @@ def report(run: Run) -> None:
         seeds = sorted({row["seed"] for row in own})
         parts += [f"## `{style}`, seeds {', '.join(map(str, seeds))}", table(own, COLUMNS), *_pairs(own)]
         losses = _held_out(run, style)
-        parts += ["Held-out loss of each seed, also of tuners without samples:", losses]
+        parts += ["Held-out loss of each seed:", losses]
     versions = ", ".join(f"{name} {number}" for name, number in facts["versions"].items())
     parts.append(f"`{facts['command']}` on {facts['machine']}; {versions}.")
     run.output.parent.mkdir(parents=True, exist_ok=True)
