@@ -275,7 +275,8 @@ def report(run: Run) -> None:
         f"24 images of a style that the base was not trained on, {run.steps} steps of 8 or 4; {run.concepts} "
         f"other concepts, {run.inference_steps} DDIM steps, guidance 4; mean and standard deviation over the seeds. "
         f"The learning rate is chosen with seed 0 of each style by the held-out loss, on 48 images that are not "
-        f"trained on; that of skip is the one of docs/bypass.md. The judges are those of the icon-style benchmark.",
+        f"trained on; that of skip is the one of docs/bypass.md. Lambda and sigma were "
+        f"chosen once, with the bypass on `openmoji` and seed 0. The judges are those of the icon-style benchmark.",
     ]
     for style in dict.fromkeys(row["style"] for row in rows):
         own = [row for row in rows if row["style"] == style]
