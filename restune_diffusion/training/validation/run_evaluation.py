@@ -52,7 +52,7 @@ def evaluate_run(saved: SavedTuners, pipeline: Any, output: Path, overrides: Ove
     if is_inpainting(pipeline):
         raise RestuneError("An inpainting base cannot generate images from a prompt alone, so nothing is measured.")
     validation = config.validation
-    training, held_out = _examples(config, given)
+    training, held_out = examples_of_run(config, given)
     material = Material(
         true=read_images(pipeline, given.data, given.limit)
         if given.data is not None
@@ -75,7 +75,7 @@ def evaluate_run(saved: SavedTuners, pipeline: Any, output: Path, overrides: Ove
     )
 
 
-def _examples(config: TrainConfig, given: Overrides) -> tuple[list[Example], list[Example]]:
+def examples_of_run(config: TrainConfig, given: Overrides) -> tuple[list[Example], list[Example]]:
     """Return the training and the held-out examples of a run; none of a data folder that is gone and not needed."""
     holdout = config.validation.holdout
     if given.training_images is not None:
@@ -91,7 +91,9 @@ def _examples(config: TrainConfig, given: Overrides) -> tuple[list[Example], lis
 
 def _split(config: TrainConfig) -> tuple[list[Example], list[Example]]:
     try:
-        split = hold_out(config, read_examples(config.data, []), None, [])
+        # A run on latents that its teacher generated has no images of its own.
+        trained = [] if config.teacher.generates else read_examples(config.data, [])
+        split = hold_out(config, trained, None, [])
     except DataError as error:
         raise DataError(f"{str(error).rstrip('.')}; or give held-out images with --data.") from error
     return split.training, split.held_out

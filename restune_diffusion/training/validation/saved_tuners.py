@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ...utils.errors import RestuneError
 from ..config.config_file import read_config
@@ -31,7 +33,8 @@ def find_saved_tuners(folder: Path) -> SavedTuners:
     """Find the saved tuners of an output folder.
 
     Raises:
-        RestuneError: if it is not the folder of a run or a sweep, has no saved tuner, or holds control tuners.
+        RestuneError: if it is not the folder of a run or a sweep, has no saved tuner, holds control tuners, or its
+            runs are not those of one sweep.
         SettingsError: if the settings of the run cannot be read.
     """
     if not folder.is_dir():
@@ -45,6 +48,7 @@ def find_saved_tuners(folder: Path) -> SavedTuners:
         raise RestuneError(f"{folder} has no {CONFIG_FILE}; give the output folder of a training run or a sweep.")
     # The folder may have been moved since.
     configs = [read_config(run / CONFIG_FILE).model_copy(update={"output": run}) for run in runs]
+    _check_comparable(configs)
     files = {str(path.relative_to(folder)): path for config in configs for path in _files(config)}
     if not files:
         raise RestuneError(
@@ -53,6 +57,29 @@ def find_saved_tuners(folder: Path) -> SavedTuners:
     if configs[0].conditioned is not None:
         raise RestuneError(f"{folder} holds control tuners, which generate nothing without condition images.")
     return SavedTuners(folder, configs[0], files)
+
+
+def _check_comparable(configs: Sequence[TrainConfig]) -> None:
+    """Refuse runs that are not those of a sweep: they may have trained on each other's held-out images."""
+    first = _compared(configs[0])
+    for config in configs[1:]:
+        differing = [name for name, value in _compared(config).items() if value != first[name]]
+        if differing:
+            raise RestuneError(
+                f"{configs[0].output} and {config.output} are not runs of one sweep: they differ in "
+                f"{' and '.join(differing)}; evaluate the folder of each."
+            )
+
+
+def _compared(config: TrainConfig) -> dict[str, Any]:
+    validation = config.validation
+    return {
+        "base": config.base,
+        "vae": config.vae,
+        "data": config.data.folder,
+        "validation.holdout": validation.holdout,
+        "validation.holdout_seed": validation.holdout_seed,
+    }
 
 
 def _files(config: TrainConfig) -> list[Path]:

@@ -1,0 +1,44 @@
+"""The saved tuners of a folder are found if its runs may be compared."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from restune_diffusion.training.config.config_file import config_yaml
+from restune_diffusion.training.config.train_config import TrainConfig
+from restune_diffusion.training.validation.saved_tuners import find_saved_tuners
+from restune_diffusion.utils.errors import RestuneError
+
+HELD_OUT: dict[str, object] = {"validation": {"holdout": 2}}
+
+
+def run_in(folder: Path, **settings: object) -> None:
+    output = folder / str(settings["name"])
+    output.mkdir(parents=True)
+    config = TrainConfig(**{"base": "base", "data": folder / "images", "output": output, **settings})
+    (output / "config.yaml").write_text(config_yaml(config))
+    config.file.touch()
+
+
+def test_runs_that_differ_in_what_a_sweep_may_vary_are_found_together(tmp_path):
+    for name, rate in (("a", 1e-4), ("b", 1e-3)):
+        run_in(tmp_path, name=name, learning_rate=rate, **HELD_OUT)
+    assert list(find_saved_tuners(tmp_path).files) == ["a/a.safetensors", "b/b.safetensors"]
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("validation.holdout", {"validation": {"holdout": 3}}),
+        ("validation.holdout_seed", {"validation": {"holdout": 2, "holdout_seed": 7}}),
+        ("data", {"data": Path("others")}),
+        ("base", {"base": "other"}),
+    ],
+)
+def test_separate_runs_are_not_evaluated_on_the_held_out_images_of_the_first(tmp_path, name, settings):
+    run_in(tmp_path, name="a", **HELD_OUT)
+    run_in(tmp_path, name="b", **{**HELD_OUT, **settings})
+    with pytest.raises(RestuneError, match=f"are not runs of one sweep: they differ in {name}; evaluate the folder"):
+        find_saved_tuners(tmp_path)
