@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ...utils.errors import RestuneError
+from ...storage.header import read_header
+from ...utils.errors import RestuneError, TunerFileError
 from ..config.config_file import read_config
 from ..config.train_config import TrainConfig
 from ..output_folder import CONFIG_FILE, best_file, list_checkpoints, step_files
@@ -86,8 +87,18 @@ def _files(config: TrainConfig) -> list[Path]:
     """Return the tuner files of a run in the order of their steps; a checkpoint counts if its step has no file."""
     steps = {int(path.stem.removeprefix(f"{config.name}-")): path for path in step_files(config)}
     finished = [path for path in (best_file(config), config.file) if path.is_file()]
+    known = {*steps, *(_step(path, config) for path in finished)}
     for checkpoint in list_checkpoints(config.output):
         step, path = int(checkpoint.name.partition("-")[2]), checkpoint / "tuner.safetensors"
-        if path.is_file() and not (config.file.is_file() and step == config.steps):
-            steps.setdefault(step, path)
+        if path.is_file() and step not in known:
+            steps[step] = path
     return [steps[step] for step in sorted(steps)] + finished
+
+
+def _step(path: Path, config: TrainConfig) -> int:
+    """Return the step of a best or finished file; a run that stopped early finished before the last step."""
+    try:
+        training = read_header(path).training or {}
+    except TunerFileError:
+        return config.steps  # the evaluation reports the damaged file
+    return int(training.get("steps", config.steps))

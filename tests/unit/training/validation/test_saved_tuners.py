@@ -6,10 +6,14 @@ from pathlib import Path
 
 import pytest
 
+from restune_diffusion import SkipConfig, Tuner
+from restune_diffusion.storage.tuner_file import save_tuner
 from restune_diffusion.training.config.config_file import config_yaml
 from restune_diffusion.training.config.train_config import TrainConfig
 from restune_diffusion.training.validation.saved_tuners import find_saved_tuners
 from restune_diffusion.utils.errors import RestuneError
+
+from ....conftest import make_unet
 
 HELD_OUT: dict[str, object] = {"validation": {"holdout": 2}}
 
@@ -42,3 +46,15 @@ def test_separate_runs_are_not_evaluated_on_the_held_out_images_of_the_first(tmp
     run_in(tmp_path, name="b", **{**HELD_OUT, **settings})
     with pytest.raises(RestuneError, match=f"are not runs of one sweep: they differ in {name}; evaluate the folder"):
         find_saved_tuners(tmp_path)
+
+
+def test_the_checkpoint_of_the_step_at_which_a_run_stopped_early_is_left_out(tmp_path):
+    run_in(tmp_path, name="a", steps=8)
+    tuner = Tuner.for_base(make_unet(), SkipConfig(ratio=0.5))
+    save_tuner(tuner, tmp_path / "a" / "a.safetensors", training={"steps": 2})
+    for step in (1, 2):
+        folder = tmp_path / "a" / f"checkpoint-{step:06d}"
+        folder.mkdir()
+        save_tuner(tuner, folder / "tuner.safetensors")
+    found = list(find_saved_tuners(tmp_path / "a").files)
+    assert found == ["checkpoint-000001/tuner.safetensors", "a.safetensors"]
