@@ -95,10 +95,11 @@ def _files(config: TrainConfig) -> list[Path]:
     return [steps[step] for step in sorted(steps)] + finished
 
 
-def _step(path: Path, config: TrainConfig) -> int:
+def _step(path: Path, config: TrainConfig) -> int | None:
     """Return the step of a best or finished file; a run that stopped early finished before the last step."""
     try:
         training = read_header(path).training or {}
     except TunerFileError:
         return config.steps  # the evaluation reports the damaged file
-    return int(training.get("steps", config.steps))
+    steps = training.get("steps", config.steps)
+    return steps if isinstance(steps, int) else None
