@@ -53,7 +53,8 @@ class Flag:
         except ValidationError as error:
             reason = first_refused(error, self.field).reason
             raise UsageError(f"{name} {reason}." if NOT_VALID in reason else f"{name}: {reason}.") from error
-        if isinstance(result, int) and not re.fullmatch(r"[+-]?\d+", str(given).strip()):
+        whole = isinstance(result, int) and float not in alternatives(self.field.annotation)
+        if whole and not re.fullmatch(r"[+-]?\d+", str(given).strip()):
             # pydantic takes 3.0 for a whole number, and tyro does not.
             raise UsageError(f"{name} {not_valid(given, self.field)}.")
 

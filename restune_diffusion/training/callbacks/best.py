@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ...utils.display import counted
 from ..output_folder import best_file
 from ..state import StepReport, TrainState
 from ..validation.measurements import Measurement
@@ -59,7 +60,5 @@ class EarlyStop(Callback):
             return
         best, since = run.measurements.best(name), run.measurements.since_best(name)
         if best is not None and since >= patience:
-            run.stopped_early = (
-                f"{name} was best at step {best.step} ({best.value:.4g}), and {since} measurements since then were "
-                f"not better"
-            )
+            later = f"{counted(since, 'measurement')} since then {'was' if since == 1 else 'were'} not better"
+            run.stopped_early = f"{name} was best at step {best.step} ({best.value:.4g}), and {later}"

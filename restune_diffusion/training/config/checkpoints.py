@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, get_args
 
 from pydantic import model_validator
 
 from ...utils.setting_groups import SettingGroup, setting
 from ..validation.measurements import VALIDATION_LOSS
+from .validation import CheckpointMetric
 
 
 class CheckpointsConfig(SettingGroup):
@@ -55,6 +56,8 @@ class CheckpointsConfig(SettingGroup):
             raise ValueError(
                 f"{used[0]} needs a measurement, but nothing is measured; hold out images with validation.holdout"
             )
+        measurable = self.best_by in get_args(CheckpointMetric)
         raise ValueError(
             f"{used[0]} goes by {self.best_by}, which is not measured; set best_by to {' or '.join(measured)}"
+            + (f", or add {self.best_by} to validation.metrics" if measurable else "")
         )

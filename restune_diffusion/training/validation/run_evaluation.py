@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ...data.captions import find_examples, read_examples
+from ...data.data_sheet import FILE_NAME as DATA_FILE
+from ...data.data_sheet import name_inside
 from ...data.example import Example
 from ...evaluation.report import Evaluation
 from ...evaluation.sampling import Sampling, load_images, read_images
@@ -16,7 +19,7 @@ from ...pipelines.load_base import is_inpainting, sampling_pipeline
 from ...utils.errors import DataError, RestuneError
 from ..config.train_config import TrainConfig
 from ..losses.objective import scheduler_changes
-from .held_out import hold_out
+from .held_out import Split, hold_out
 from .saved_tuners import SavedTuners
 
 
@@ -52,7 +55,7 @@ def evaluate_run(saved: SavedTuners, pipeline: Any, output: Path, overrides: Ove
     if is_inpainting(pipeline):
         raise RestuneError("An inpainting base cannot generate images from a prompt alone, so nothing is measured.")
     validation = config.validation
-    training, held_out = _examples(config, given)
+    training, held_out = examples_of_run(config, given)
     material = Material(
         true=read_images(pipeline, given.data, given.limit)
         if given.data is not None
@@ -75,7 +78,7 @@ def evaluate_run(saved: SavedTuners, pipeline: Any, output: Path, overrides: Ove
     )
 
 
-def _examples(config: TrainConfig, given: Overrides) -> tuple[list[Example], list[Example]]:
+def examples_of_run(config: TrainConfig, given: Overrides) -> tuple[list[Example], list[Example]]:
     """Return the training and the held-out examples of a run; none of a data folder that is gone and not needed."""
     holdout = config.validation.holdout
     if given.training_images is not None:
@@ -83,15 +86,36 @@ def _examples(config: TrainConfig, given: Overrides) -> tuple[list[Example], lis
         training = find_examples(given.training_images, "any")
         if given.data is not None or holdout is None:
             return training, []
-        return training, _split(config)[1]
+        return training, _split(config, given)[1]
     if not config.data.folder.exists() and (given.data is not None or holdout is None):
         return [], []
-    return _split(config)
+    return _split(config, given)
 
 
-def _split(config: TrainConfig) -> tuple[list[Example], list[Example]]:
+def _split(config: TrainConfig, given: Overrides) -> tuple[list[Example], list[Example]]:
     try:
-        split = hold_out(config, read_examples(config.data, []), None, [])
+        # A run on latents that its teacher generated has no images of its own.
+        trained = [] if config.teacher.generates else read_examples(config.data, [])
+        split = hold_out(config, trained, None, [])
     except DataError as error:
         raise DataError(f"{str(error).rstrip('.')}; or give held-out images with --data.") from error
+    if given.data is None and not isinstance(config.validation.holdout, Path):
+        _check_unchanged(config, split)
     return split.training, split.held_out
+
+
+def _check_unchanged(config: TrainConfig, split: Split) -> None:
+    """Refuse a data folder whose present images are held out differently than the run did by its `data.json`."""
+    try:
+        sheet = json.loads((config.output / DATA_FILE).read_text("utf-8"))
+        trained, held_out = ({str(entry["name"]) for entry in sheet[key]} for key in ("files", "held_out"))
+    except (OSError, ValueError, KeyError, TypeError):
+        return
+    now = {name_inside(str(example.path), split.folder) for example in split.held_out}
+    changed = sorted((held_out - now) | (now & trained))
+    if changed:
+        raise DataError(
+            f"The images of {config.data.folder} have changed since the run, and {changed[0]} would be "
+            f"{'held out' if changed[0] in now else 'trained on'} now, unlike then; restore the folder, or give "
+            f"held-out images with --data."
+        )

@@ -198,3 +198,11 @@ def test_no_name_of_another_program_is_one_of_ours_or_translated() -> None:
     translated = {name.replace("_", "-") for table in TABLES.values() for name in table}
     assert not translated & {name for theirs in _OF_COMMAND["train"].values() for name in theirs.split()}
     assert name_here("generate", "steps") is None
+
+
+@pytest.mark.parametrize("share", ["1.0", "2.0"])
+def test_a_share_of_all_images_is_refused_with_what_is_allowed(restune: Restune, share: str) -> None:
+    """A float without a fractional part is a valid number of its field, so the field's own rule refuses it."""
+    code, _, errors = restune("train", "--base=b", "--data=d", "--output=o", f"--validation.holdout={share}")
+    assert code == 2
+    assert f"validation.holdout = {share} is not valid; use a fraction between 0 and 1" in errors

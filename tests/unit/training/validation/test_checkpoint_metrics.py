@@ -136,7 +136,7 @@ def test_without_held_out_images_the_prompts_are_measured(
             {"validation": {"prompts": ["a"], "metrics": ["lpips"]}, "keep": "best", "best_by": "lpips"},
             "nothing is measured",
         ),
-        ({"validation": {"holdout": 2}, "keep": "best", "best_by": "lpips"}, "goes by lpips, which is not measured"),
+        ({"validation": {"holdout": 2}, "keep": "best", "best_by": "lpips"}, "or add lpips to validation.metrics"),
         ({"validation": VALIDATION, "drop_encoders": True}, "validation metrics need the encoders"),
     ],
 )
