@@ -18,6 +18,8 @@ CheckpointMetric: TypeAlias = Literal[
 ]
 """Name of a metric that training can measure, under which it is logged."""
 
+_HOLDOUT = "a fraction between 0 and 1, a whole number of images, or a folder"
+
 
 class ValidationConfig(Settings):
     """Sample images, generated during training, and measurement of the drift from the base."""
@@ -40,7 +42,7 @@ class ValidationConfig(Settings):
     """Control images for the samples of a `control` tuner: one per prompt and condition. As in training, these are
     condition images, or images to compute the condition from if it is computed."""
 
-    holdout: int | float | Path | None = setting(None, affects="output", recorded=False)
+    holdout: int | float | Path | None = setting(None, affects="output", recorded=False, expected=_HOLDOUT)
     """Images to hold out of training, for the validation loss: a fraction of them (0.1), a number of them (8), or a
     folder of other images, which is read by the same rules as --data."""
     holdout_seed: int = setting(0, affects="output", recorded=False)
@@ -86,10 +88,7 @@ class ValidationConfig(Settings):
         holdout = self.holdout
         fits = 0 < holdout < 1 if isinstance(holdout, float) else not isinstance(holdout, int) or holdout >= 1
         if not fits:
-            raise ValueError(
-                f"validation.holdout = {holdout} is not valid; use a fraction between 0 and 1, a whole number of "
-                f"images, or a folder"
-            )
+            raise ValueError(f"validation.holdout = {holdout} is not valid; use {_HOLDOUT}")
         if self.loss_every is not None and holdout is None:
             raise ValueError(
                 "validation.loss_every is for held-out images, but none are held out; set validation.holdout"

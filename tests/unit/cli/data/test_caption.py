@@ -99,7 +99,7 @@ def test_a_stopped_command_leaves_whole_files_and_continues(tmp_path: Path, imag
         time.sleep(0.05)
     time.sleep(0.2)
     process.send_signal(stop)
-    errors = process.communicate(timeout=60)[1]
+    errors = process.communicate(timeout=300)[1]
     if stop == signal.SIGINT:
         assert process.returncode == 130
         assert "restune: stopped; 1 caption written; the same command continues." in errors
