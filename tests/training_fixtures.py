@@ -61,11 +61,12 @@ def start_script(*arguments: str | Path, **variables: str) -> subprocess.Popen[s
         env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", **variables},
         cwd=Path(__file__).parents[1],
         # In a shell's background, tests ignore Ctrl-C, and child processes inherit that.
-        preexec_fn=_heed_ctrl_c,
+        preexec_fn=heed_ctrl_c,
     )
 
 
-def _heed_ctrl_c() -> None:
+def heed_ctrl_c() -> None:
+    """Restore the default handling of Ctrl-C; give it to `Popen` as `preexec_fn`."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 

@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 
 from ....conftest import ROOT
+from ....training_fixtures import heed_ctrl_c
 from ...data.captioning.models import write_encoder_decoder, write_tagger
 from ...data.captioning.test_captioners import captioner, noise
 
@@ -92,7 +93,13 @@ def test_a_stopped_command_leaves_whole_files_and_continues(tmp_path: Path, imag
     (tmp_path / "slow_captioner.py").write_text(SLOW)
     arguments = ("images", "--captioner", "slow_captioner:describe", "--batch-size=1")
     process = subprocess.Popen(
-        command(*arguments), cwd=tmp_path, env=environment(), stderr=subprocess.PIPE, text=True, start_new_session=True
+        command(*arguments),
+        cwd=tmp_path,
+        env=environment(),
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=heed_ctrl_c,
     )
     deadline = time.monotonic() + 120
     while not (images / "0.txt").exists() and time.monotonic() < deadline:
