@@ -175,7 +175,8 @@ def _write(evaluation: Evaluation, output: Path, material: Material, shown: Mapp
         own = [as_image(image) for image in shown[name].further[:further]]
         rows.append(images + (own or [Image.new("RGB", images[0].size, "white") for _ in range(further)]))
         step = evaluation.files.get(name, {}).get("step")
-        labels.append(evaluation.label(name) + (f" (step {step})" if step is not None else ""))
+        label = evaluation.label(name).removesuffix(".safetensors").removesuffix("/tuner")
+        labels.append(label + (f" (step {step})" if step is not None else ""))
         notes.append(evaluation.summary(name))
     columns = [*material.captions[:captions], *material.further[:further]]
     cell = fitting_cell(len(rows), len(columns), max(rows[0][0].size))
