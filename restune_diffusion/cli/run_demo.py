@@ -11,13 +11,14 @@ from PIL import Image
 
 from ..imaging.contact_sheet import labelled_grid
 from ..pipelines.load_base import load_base
+from ..storage.base_files.location import BUNDLED_BASE
 from ..training import TrainConfig, train
 from ..tuners.configs import ResConfig
 from ..utils.atomic_write import atomic_write
 from ..utils.errors import RestuneError
 
 _ASSETS = Path(__file__).parents[1] / "assets"
-BASE = _ASSETS / "restune-tiny"
+BASE = BUNDLED_BASE
 IMAGES = _ASSETS / "demo"
 STYLE = "ink style"
 """Name of the new style in the captions of the demo's images."""

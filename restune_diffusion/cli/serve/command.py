@@ -13,13 +13,13 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from ...serving.http.server import bound_socket, check_serve_extra, is_loopback
 from ...storage.base_files.check import check_base
+from ...storage.base_files.location import BUNDLED_BASE
 from ...utils.errors import DataError, UsageError
 from ..options.early_checks import check_device
 
 if TYPE_CHECKING:
     from ...serving.http.starting import ServerSettings
 
-BUNDLED_BASE = Path(__file__).parents[2] / "assets" / "restune-tiny"
 KEY_VARIABLE = "RESTUNE_API_KEY"
 _SHORTEST_KEY = 8
 

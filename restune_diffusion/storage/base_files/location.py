@@ -1,4 +1,4 @@
-"""Tell a local base from a repository on the Hub."""
+"""Tell a local base from a repository on the Hub; the location of the bundled base."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ import re
 from pathlib import Path
 
 from ...utils.errors import RestuneError
+
+BUNDLED_BASE = Path(__file__).parents[2] / "assets" / "restune-tiny"
+"""Folder of the small base that the package brings."""
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9_][\w.-]*")
 _FILE_SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")

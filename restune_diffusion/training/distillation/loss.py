@@ -37,15 +37,17 @@ def sample_losses(
     run: TrainState, batch: Batch, prediction: torch.Tensor, taught: torch.Tensor | None
 ) -> torch.Tensor:
     """Return the loss of each sample, `(samples,)` in fp32, against the teacher, the data, or a mix of both."""
-    objective, timesteps, mask = run.objective, batch.timesteps, batch.mask
+    objective = run.objective
+
+    def against(target: torch.Tensor) -> torch.Tensor:
+        return objective.sample_losses(prediction, target, batch.timesteps, batch.mask)
+
     share = 0.0 if run.teacher is None else run.teacher.record.loss_weight
-    losses = []
-    if taught is not None:
-        losses.append(share * objective.sample_losses(prediction, taught, timesteps, mask))
-    if share < 1:
-        target = objective.target(batch.latents, batch.noise, timesteps)
-        losses.append((1 - share) * objective.sample_losses(prediction, target, timesteps, mask))
-    return sum(losses[1:], losses[0])
+    if taught is not None and share == 1:
+        return against(taught)
+    data = against(objective.target(batch.latents, batch.noise, batch.timesteps))
+    # A run without a teacher has nothing to weight.
+    return data if taught is None else share * against(taught) + (1 - share) * data
 
 
 @torch.no_grad()
