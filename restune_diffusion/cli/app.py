@@ -25,6 +25,7 @@ from .merge import MergeOptions
 from .options.flag_check import check_flags
 from .report import ReportOptions
 from .serve.command import ServeOptions
+from .studio import StudioOptions
 
 if TYPE_CHECKING:
     from .train import TrainOptions
@@ -66,6 +67,7 @@ Command: TypeAlias = (
     | Annotated[ConvertOptions, tyro.conf.subcommand("convert")]
     | Annotated[MergeOptions, tyro.conf.subcommand("merge")]
     | Annotated[ServeOptions, tyro.conf.subcommand("serve")]
+    | Annotated[StudioOptions, tyro.conf.subcommand("studio")]
     | Annotated[DemoOptions, tyro.conf.subcommand("demo")]
 )
 
@@ -80,6 +82,7 @@ _COMMANDS: dict[str, type[BaseModel]] = {
     "convert": ConvertOptions,
     "merge": MergeOptions,
     "serve": ServeOptions,
+    "studio": StudioOptions,
     "demo": DemoOptions,
 }
 

@@ -14,8 +14,8 @@ from ..conftest import ROOT
 PACKAGE = "restune_diffusion"
 # From the top floor to the ground: a room may import those that come after it.
 ROOMS = (
-    "cli", "studio", "serving", "run_queue", "training", "evaluation", "data", "pipelines", "conversion", "storage", "hooks",
-    "tuners", "backbones", "imaging", "utils",
+    "cli", "studio", "serving", "run_queue", "training", "evaluation", "data", "pipelines", "conversion", "storage",
+    "hooks", "tuners", "backbones", "imaging", "utils",
 )  # fmt: skip
 # Public names from before the rooms; nothing inside the package imports them.
 FACADES = ("conditions", "interchange")

@@ -74,7 +74,7 @@ class Gate:
         if scope["path"] in OPEN_PATHS:
             return
         if self._key is None:
-            _check_local(headers)
+            check_local(scope)
         elif not self._is_key(headers.get("authorization", "")):
             raise RequestError(_KEY_NEEDED, 401, code="invalid_api_key")
         if self.draining:
@@ -172,12 +172,19 @@ async def respond(send: Send, error: RequestError, path: str) -> None:
     await send({"type": "http.response.body", "body": content})
 
 
-def _check_local(headers: dict[str, str]) -> None:
-    """Refuse requests of web pages: without a key, only programs of this machine may use the server.
+def check_local(scope: Scope) -> None:
+    """Refuse requests of other sites' web pages: without a key, only programs of this machine may use the server.
 
     A page of any site can send requests to this machine. The browser names the site in `Origin`. With DNS rebinding,
     the page reaches the server under the site's own name, which stands in `Host`.
+
+    Args:
+        scope: ASGI scope of the request.
+
+    Raises:
+        RequestError: if the request comes from such a page.
     """
+    headers = _headers(scope)
     host = _host_name(headers.get("host", ""))
     origin = headers.get("origin")
     if host not in LOOPBACK_NAMES or (origin is not None and _origin_name(origin) not in LOOPBACK_NAMES):

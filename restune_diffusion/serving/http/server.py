@@ -7,7 +7,7 @@ import errno
 import ipaddress
 import socket
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Literal
 
 from ...utils.errors import RestuneError
 
@@ -69,7 +69,13 @@ def bound_socket(host: str, port: int) -> socket.socket:
 
 
 def run_server(
-    app: Any, bound: socket.socket, *, drain: Callable[[], None], grace_seconds: int, on_start: Callable[[], None]
+    app: Any,
+    bound: socket.socket,
+    *,
+    drain: Callable[[], None],
+    grace_seconds: int,
+    on_start: Callable[[], None],
+    lifespan: Literal["on", "off"] = "off",
 ) -> None:
     """Answer requests until the process is asked to end by Ctrl-C or SIGTERM.
 
@@ -79,6 +85,7 @@ def run_server(
         drain: called first when the server ends; makes the application refuse new requests.
         grace_seconds: longest time to finish requests after that.
         on_start: called when the server answers.
+        lifespan: whether the application has tasks of its own at start and end.
     """
     import uvicorn
 
@@ -105,7 +112,7 @@ def run_server(
         log_level="warning",
         access_log=False,
         server_header=False,
-        lifespan="off",
+        lifespan=lifespan,
         ws="none",
         loop="asyncio",
         http="h11",

@@ -1,0 +1,1 @@
+"""The studio: a web page where people train, look, mix and compare tuners."""

@@ -1,0 +1,1 @@
+"""The tab Library: tuner files with thumbnails and facts."""

@@ -1,0 +1,1 @@
+"""The tab Train: images, settings, the queue of runs."""
