@@ -146,9 +146,7 @@ class Store:
         except OSError as error:
             raise RestuneError(f"{path} cannot be read ({error.strerror}); change its permissions.") from error
         except ValidationError as error:
-            raise RestuneError(
-                f"{path} is damaged; delete it to order the runs by their numbers, no run is lost."
-            ) from error
+            raise RestuneError(f"{path} is damaged; delete it to order the runs by number, no run is lost.") from error
 
     def _write_order(self, order: _Order) -> None:
         write_record(self.folder / _ORDER_FILE, order)

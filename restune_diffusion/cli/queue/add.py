@@ -33,7 +33,7 @@ class AddOptions:
         added = queue.add_config(self.config, name=self.name)
         runs = queue.runs()
         before = sum(run.state in ("waiting", "running") for run in runs[: [run.id for run in runs].index(added.id)])
-        print(f"Added run {added.id}, {added.name}; {counted(before, 'run')} before it.")
+        print(f"Added run {added.id} ({added.name}); {counted(before, 'run')} before it.")
         if living_supervisor(queue.folder) is None:
             print("Nothing works on the queue now; `restune queue run` starts its runs.")
 

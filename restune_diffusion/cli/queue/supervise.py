@@ -48,4 +48,4 @@ class RunOptions(QueueOptions):
 
 def _show(run: QueuedRun) -> None:
     message = "" if run.message is None else f": {run.message}"
-    print(f"Run {run.id}, {run.name}, is {run.state}{message}", flush=True)
+    print(f"Run {run.id} ({run.name}): {run.state}{message}", flush=True)
