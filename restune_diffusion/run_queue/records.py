@@ -60,9 +60,10 @@ class Record(_File):
 
 
 class ProcessRecord(_File):
-    """Process of a run: `group` leads the session in which the training process `pid` runs."""
+    """Process of a run: `group` leads the session in which the training process `pid` runs, on the machine `host`."""
 
     attempt: int
+    host: str
     group: int
     pid: int
 

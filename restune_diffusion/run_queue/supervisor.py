@@ -180,8 +180,10 @@ class Supervisor:
 
         before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
         try:
-            for number in before:
-                signal.signal(number, stop)
+            for number, handler in before.items():
+                # As in the background of a shell, where Ctrl-C is for others.
+                if handler is not signal.SIG_IGN:
+                    signal.signal(number, stop)
             yield
         finally:
             for number, handler in before.items():

@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from socket import gethostname
 from typing import Any
 
 import psutil
@@ -144,7 +145,9 @@ def test_a_process_with_the_number_of_an_ended_run_is_left_alone(queue: RunQueue
         record = read_record(folder / RECORD_FILE, Record)
         running = {"state": "running", "attempt": 1, "started": now()}
         write_record(folder / RECORD_FILE, record.model_copy(update=running))
-        (folder / PROCESS_FILE).write_text(json.dumps({"attempt": 1, "group": other.pid, "pid": other.pid}))
+        (folder / PROCESS_FILE).write_text(
+            json.dumps({"attempt": 1, "host": gethostname(), "group": other.pid, "pid": other.pid})
+        )
         found = queue.get("1")
         assert (found.state, found.pid) == ("waiting", None)
         queue.cancel("1", now=True)
@@ -153,6 +156,22 @@ def test_a_process_with_the_number_of_an_ended_run_is_left_alone(queue: RunQueue
     finally:
         other.kill()
         other.wait()
+
+
+def test_a_run_on_another_machine_is_left_to_its_supervisor(
+    queue: RunQueue, settings: MakeSettings, scripts: Scripts, supervise: Supervise, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = queue.add(settings("a"))
+    scripts["a"] = UNTIL_INTERRUPTED
+    supervise()
+    wait_for(lambda: queue.get("1").pid is not None and list(run.output.glob("started-*")))
+    with monkeypatch.context() as elsewhere:
+        elsewhere.setattr(launching, "gethostname", lambda: "elsewhere")
+        queue.cancel("1", now=True)
+        time.sleep(0.6)
+        assert queue.get("1").stopping
+    wait_for_state(queue, "1", "stopped")
+    assert (run.output / "interruptions").read_text() == "1"
 
 
 def test_one_supervisor_works_on_a_queue(queue: RunQueue, supervise: Supervise) -> None:
