@@ -101,9 +101,23 @@ def shared_copy(tensor: Tensor) -> Tensor:
 
 
 class Trainer:
-    """Float32 weights, optimizer, EMA and checkpoints, with one worker per core."""
+    """Float32 weights, optimizer, EMA and checkpoints, with one worker per core.
 
-    def __init__(self, job: Job, settings: argparse.Namespace, keys: Sequence[str]) -> None:
+    Args:
+        job: the stage.
+        settings: options of the stage.
+        keys: names of the metrics that the job returns.
+        schedule: function of step, number of steps, peak and warmup to the learning rate; `learning_rate` by default.
+    """
+
+    def __init__(
+        self,
+        job: Job,
+        settings: argparse.Namespace,
+        keys: Sequence[str],
+        schedule: Callable[[int, int, float, int], float] | None = None,
+    ) -> None:
+        self.schedule = schedule or learning_rate
         module = job.build()
         self.flat, self.keys, self.settings, self.steps = Flat(module), keys, settings, 0
         self.master = self.flat.gather(module)
@@ -149,7 +163,7 @@ class Trainer:
         settings, norm = self.settings, float(gradient.norm()) / self.shared.micro
         gradient *= min(1.0, settings.clip / (norm + 1e-6)) / self.shared.micro
         self.steps += 1
-        lr = learning_rate(self.steps, settings.steps, settings.lr, settings.warmup)
+        lr = self.schedule(self.steps, settings.steps, settings.lr, settings.warmup)
         self.optimizers.step(lr)
         self.ema.lerp_(self.master, 1 - min(settings.ema, (1 + self.steps) / (10 + self.steps)))
         self.shared.values.copy_(self.master)
@@ -182,8 +196,20 @@ class Trainer:
             getattr(self, name).copy_(tensor)
         self.steps = json.loads((self.checkpoint / "state.json").read_text())["step"]
 
-    def run(self, export: Callable[[dict[str, Tensor]], None], export_every: int) -> None:
-        """Train to the last step, with regular log lines, checkpoints and exports."""
+    def run(
+        self,
+        export: Callable[[dict[str, Tensor]], None],
+        export_every: int | Callable[[], bool],
+        stop: Callable[[], bool] = lambda: False,
+    ) -> None:
+        """Train to the last step, with regular log lines, checkpoints and exports.
+
+        Args:
+            export: called with the averaged weights after each checkpoint.
+            export_every: steps between checkpoints, or a function that tells after each step whether one is due.
+            stop: tells after each step whether to end early, with a checkpoint.
+        """
+        due = export_every if callable(export_every) else lambda: self.steps % export_every == 0
         started, first, settings = time.time(), self.steps, self.settings
         while self.steps < settings.steps:
             numbers = self.step()
@@ -195,9 +221,12 @@ class Trainer:
                 # The number of images per step is a setting that can change in a resumed run.
                 pace = {"images_per_step": settings.micro * settings.batch, "images_per_second": speed}
                 append(self.log, {"step": self.steps, **numbers, **pace, "seconds": seconds})
-            if self.steps % export_every == 0 or self.steps >= settings.steps:
+            stopped = stop()
+            if due() or stopped or self.steps >= settings.steps:
                 self.save()
                 export(self.averaged())
+            if stopped:
+                break
         self.close()
 
     def close(self) -> None:
@@ -205,6 +234,11 @@ class Trainer:
         for worker in self.workers:
             worker.terminate()
             worker.join()
+
+
+def constant_rate(step: int, steps: int, peak: float, warmup: int) -> float:
+    """Return the learning rate of a step in a run without an end: linear warmup, then the peak."""
+    return peak * min(1.0, step / max(1, warmup))
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup: int) -> float:
