@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import shutil
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -56,6 +58,7 @@ class Shared:
 def work(rank: int, job: Job, shared: Shared) -> None:
     """Run a worker process: compute gradients of micro-batches until the trainer ends it."""
     torch.set_num_threads(1)
+    threading.Thread(target=end_with_parent, daemon=True).start()
     module = job.build().to(job.dtype)
     flat = Flat(module)
     gradients = torch.zeros(flat.size, dtype=job.dtype)
@@ -79,6 +82,14 @@ def work(rank: int, job: Job, shared: Shared) -> None:
                 shared.reports[rank] += numbers
             shared.counts[rank] += 1
         shared.gate.wait(1200)
+
+
+def end_with_parent() -> None:
+    """End this process when the trainer is gone: killed, it cannot terminate its workers."""
+    parent = mp.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def micro_seed(seed: int, step: int, index: int) -> int:

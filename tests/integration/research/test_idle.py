@@ -1,5 +1,6 @@
 """The stage `idle` as a process: it survives its death, pauses, and yields the processor."""
 
+import contextlib
 import json
 import os
 import signal
@@ -7,6 +8,7 @@ import subprocess
 import sys
 import time
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -24,6 +26,17 @@ def threads():
     """The command takes all cores; the other tests have one thread."""
     yield
     torch.set_num_threads(1)
+
+
+def wait_until(condition):
+    end = time.monotonic() + 120
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.1)
+
+
+def running(pids):
+    return [pid for pid in pids if psutil.pid_exists(pid)]
 
 
 class Idle:
@@ -52,15 +65,19 @@ class Idle:
         return json.loads(state.read_text())["step"] if state.exists() else 0
 
     def wait_for(self, condition):
-        end = time.monotonic() + 120
-        while not condition():
+        def met():
             assert self.process.poll() is None, self.process.stderr.read().decode()
-            assert time.monotonic() < end
-            time.sleep(0.1)
+            return condition()
+
+        wait_until(met)
 
     def children(self):
-        listed = subprocess.run(["ps", "--ppid", str(self.process.pid), "-o", "args="], capture_output=True, text=True)
-        return [line for line in listed.stdout.splitlines() if "spawn_main" in line]
+        """Process ids of the living workers."""
+        found = []
+        for child in psutil.Process(self.process.pid).children():
+            with contextlib.suppress(psutil.Error):  # it ends, or has ended
+                found += [child.pid] * ("spawn_main" in str(child.cmdline()))
+        return found
 
     def __enter__(self):
         return self
@@ -75,9 +92,12 @@ def test_the_stage_survives_its_death_pauses_and_ends(icons, tmp_path):
     work = tmp_path / "work"
     with Idle(icons, work) as first:
         first.wait_for(lambda: first.step >= 1)
+        workers = first.children()
+        assert len(workers) == 1
         with pytest.raises(SystemExit, match=f"Process {first.process.pid} trains in"):
             main(first.command[2:])
     reached = first.step
+    wait_until(lambda: not running(workers))
     with Idle(icons, work) as second:
         second.wait_for(lambda: second.step > reached)
         main([*second.command[2:], "--pause"])
