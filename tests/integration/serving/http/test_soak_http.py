@@ -148,7 +148,7 @@ class Client:
         """A tuner whose file may be missing or broken."""
         body = self.openai_body({**self.settings(), "tuner": self.chance.choice(CHANGING)})
         status, _ = self.ask("/v1/images/generations", body)
-        return status, status in (200, 400, 404)
+        return status, status in (200, 400, 404, 422)
 
     def refused(self) -> tuple[Any, bool]:
         body = self.openai_body(self.settings(), **self.chance.choice([{"steps": 0}, {"model": "../x"}, {"n": "x"}]))
