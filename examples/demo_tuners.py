@@ -1,0 +1,50 @@
+"""The two tuners of the examples, for the bundled base: black ink on white, and white chalk on blue."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from PIL import Image, ImageOps
+
+from restune_diffusion.storage.base_files.location import BUNDLED_BASE
+from restune_diffusion.training import TrainConfig, train
+
+IMAGES = BUNDLED_BASE.parent / "demo"
+STYLES = ("ink", "chalk")
+
+
+def demo_tuners(folder: Path, steps: int = 150) -> list[Path]:
+    """Return the files of both tuners in a folder; train the tuners that are missing, a minute each on a CPU."""
+    files = [folder / f"{style}.safetensors" for style in STYLES]
+    for style, file in zip(STYLES, files, strict=True):
+        if not file.exists():
+            images = IMAGES if style == "ink" else chalk_images(folder / "chalk-images")
+            train(
+                TrainConfig(
+                    base=str(BUNDLED_BASE),
+                    data=images,
+                    trigger_word=f"{style} style",
+                    output=folder,
+                    name=style,
+                    preset="style",
+                    steps=steps,
+                    learning_rate=2e-3,
+                    checkpoint_every=0,
+                    log_with="none",
+                )
+            )
+    return files
+
+
+def chalk_images(folder: Path) -> Path:
+    """Write the images of the demo as white lines on blue, with captions that end in `chalk style`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    entries = [json.loads(line) for line in (IMAGES / "metadata.jsonl").read_text("utf-8").splitlines()]
+    for entry in entries:
+        gray = Image.open(IMAGES / entry["file_name"]).convert("L")
+        ImageOps.colorize(gray, "white", (20, 60, 160)).save(folder / entry["file_name"])
+        entry["text"] = entry["text"].replace("ink style", "chalk style")
+    text = "".join(json.dumps(entry) + "\n" for entry in entries)
+    (folder / "metadata.jsonl").write_text(text, "utf-8")
+    return folder
