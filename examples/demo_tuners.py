@@ -11,7 +11,11 @@ from restune_diffusion.storage.base_files.location import BUNDLED_BASE
 from restune_diffusion.training import TrainConfig, train
 
 IMAGES = BUNDLED_BASE.parent / "demo"
-STYLES = ("ink", "chalk")
+STYLES: dict[str, tuple[str, str | tuple[int, int, int]]] = {
+    "ink": ("black", "white"),
+    "chalk": ("white", (20, 60, 160)),
+}
+"""Colors of the lines and of the background."""
 
 
 def demo_tuners(folder: Path, steps: int = 150) -> list[Path]:
@@ -19,11 +23,10 @@ def demo_tuners(folder: Path, steps: int = 150) -> list[Path]:
     files = [folder / f"{style}.safetensors" for style in STYLES]
     for style, file in zip(STYLES, files, strict=True):
         if not file.exists():
-            images = IMAGES if style == "ink" else chalk_images(folder / "chalk-images")
             train(
                 TrainConfig(
                     base=str(BUNDLED_BASE),
-                    data=images,
+                    data=icons(folder / f"{style}-icons", style),
                     trigger_word=f"{style} style",
                     output=folder,
                     name=style,
@@ -37,14 +40,15 @@ def demo_tuners(folder: Path, steps: int = 150) -> list[Path]:
     return files
 
 
-def chalk_images(folder: Path) -> Path:
-    """Write the images of the demo as white lines on blue, with captions that end in `chalk style`."""
+def icons(folder: Path, style: str) -> Path:
+    """Write the icons of the demo in the colors of a style, with captions that end in its name."""
     folder.mkdir(parents=True, exist_ok=True)
+    line, paper = STYLES[style]
     entries = [json.loads(line) for line in (IMAGES / "metadata.jsonl").read_text("utf-8").splitlines()]
     for entry in entries:
         gray = Image.open(IMAGES / entry["file_name"]).convert("L")
-        ImageOps.colorize(gray, "white", (20, 60, 160)).save(folder / entry["file_name"])
-        entry["text"] = entry["text"].replace("ink style", "chalk style")
+        ImageOps.colorize(gray, line, paper).save(folder / entry["file_name"])
+        entry["text"] = entry["text"].replace("ink style", f"{style} style")
     text = "".join(json.dumps(entry) + "\n" for entry in entries)
     (folder / "metadata.jsonl").write_text(text, "utf-8")
     return folder

@@ -24,7 +24,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", default=str(BUNDLED_BASE))
     parser.add_argument("--tuners", nargs="+", type=Path, help="files; by default two for the bundled base")
-    parser.add_argument("--prompt", default="red heart, ink style")
+    parser.add_argument("--prompt", default="red heart")
     parser.add_argument("--output", type=Path, default=Path("outputs/many-styles"))
     parser.add_argument("--steps", type=int, default=150, help="training steps of the default tuners")
     parser.add_argument("--inference-steps", type=int, default=20)

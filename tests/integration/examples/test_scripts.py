@@ -16,7 +16,7 @@ from PIL import Image
 
 from restune_diffusion import ResConfig, SkipConfig, Tuner, read_info, save_tuner
 
-from ...conftest import ROOT, TINY_BASE, randomize
+from ...conftest import ROOT, randomize
 
 EXAMPLES = ROOT / "examples"
 ROUNDING = 2
@@ -145,11 +145,11 @@ def test_the_tuners_of_the_examples_are_trained_once(run, tmp_path):
     run(*arguments)
     written = {style: (tmp_path / f"{style}.safetensors").stat().st_mtime_ns for style in ("ink", "chalk")}
     assert [read_info(tmp_path / f"{style}.safetensors").trigger_words for style in written] == [
-        ("ink style",),
-        ("chalk style",),
+        ["ink style"],
+        ["chalk style"],
     ]
-    # White lines on blue, where the ink is black on white.
-    chalk, ink = (pixels(folder / "fox.png") for folder in (tmp_path / "chalk-images", TINY_BASE.parent / "demo"))
+    # The background of each.
+    chalk, ink = (pixels(tmp_path / f"{style}-icons" / "fox.png") for style in ("chalk", "ink"))
     assert (chalk[0, 0] == (20, 60, 160)).all()
     assert (ink[0, 0] == 255).all()
     run(*arguments)
