@@ -19,19 +19,19 @@ PAGES = (
     "examples/README.md",
 )
 """Pages outside `docs/` that are part of the site, as patterns relative to the repository."""
-SUFFIXES = (".md", ".png", ".svg", ".json")
+SUFFIXES = (".png", ".svg", ".json")
+"""Files that are taken over from the folders of these pages."""
 _LINK = re.compile(r"(!?)\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^)\s]+)\)")
 
 
 def on_files(files: Files, config: Any) -> Files:
     """Add the pages from outside `docs/`, with the images and tables beside them."""
-    for pattern in PAGES:
-        for page in sorted(ROOT.glob(pattern)):
-            for path in (page, *page.parent.rglob("*")):
-                name = path.relative_to(ROOT).as_posix()
-                if path.suffix in SUFFIXES and path.is_file() and files.get_file_from_path(name) is None:
-                    if path is page or path.suffix != ".md":
-                        files.append(File.generated(config, name, abs_src_path=str(path)))
+    for page in (page for pattern in PAGES for page in sorted(ROOT.glob(pattern))):
+        beside = [] if page.parent == ROOT else page.parent.rglob("*")
+        for path in (page, *(path for path in beside if path.suffix in SUFFIXES)):
+            name = path.relative_to(ROOT).as_posix()
+            if files.get_file_from_path(name) is None:
+                files.append(File.generated(config, name, abs_src_path=str(path)))
     return files
 
 
@@ -39,7 +39,6 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
     """Rewrite links between pages that are elsewhere in the repository; a link to a file without a page is text."""
     own = page.file.src_uri
     source = own if files.get_file_from_path(own).generated_by else f"docs/{own}"
-    # A first heading is the page's title; model cards have their facts before it.
     return _LINK.sub(lambda match: _link(match, source, own, files), markdown)
 
 
