@@ -101,7 +101,7 @@ class Idle:
 class HeldOut:
     """Denoising error of icons that the stage does not train on, with the same noise each time.
 
-    Stages before this one trained on them, so the error tells how this stage changes the weights, not how well the
+    Stages before this one trained on them, so the error shows the change by this stage, and not how well the
     model knows icons that it never saw.
 
     Args:
