@@ -240,7 +240,7 @@ def test_hundreds_of_random_operations_leave_nothing(components, tmp_path):
     assert not any(reference() is not None for reference in life.deleted)
     # Everything was done, and the base was empty again and again.
     assert life.done.total() == OPERATIONS
-    assert min(life.done.values()) > 3
+    assert min(life.done.values()) > OPERATIONS // 300
     assert life.empty > OPERATIONS // 50
     # Caches of Python and torch are filled in the first quarter and must not grow after it.
     assert max(counts[1:]) <= counts[0]
