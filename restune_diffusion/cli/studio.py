@@ -74,6 +74,7 @@ class StudioOptions(BaseModel):
             from ..studio.app import build_app
             from ..studio.context import StudioContext, StudioSettings
             from .quiet import quiet_libraries
+            from .train import read_train_command
 
             quiet_libraries()
             settings = StudioSettings(
@@ -85,6 +86,7 @@ class StudioOptions(BaseModel):
                 data_folders=tuple(folder.resolve() for folder in self.data_folders),
                 password_digest=None if password is None else key_digest(password.encode()),
                 max_upload_mib=self.max_upload_mib,
+                read_command=read_train_command,
             )
             host, port = bound.getsockname()[:2]
             address = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import stat
 import zipfile
@@ -141,8 +140,12 @@ def _common_folder(names: list[str]) -> str:
     """Return the folder at the front of all names, with its `/`, or an empty text."""
     if not names or any("/" not in name for name in names):
         return ""
-    shared = os.path.commonprefix([name.rpartition("/")[0] + "/" for name in names])
-    return shared[: shared.rfind("/") + 1]
+    shared = ""
+    for parts in zip(*(name.split("/")[:-1] for name in names), strict=False):
+        if len(set(parts)) > 1:
+            break
+        shared += f"{parts[0]}/"
+    return shared
 
 
 def _copy(source: IO[bytes], target: Path, most: int, name: str) -> int:
@@ -153,7 +156,7 @@ def _copy(source: IO[bytes], target: Path, most: int, name: str) -> int:
             written += len(chunk)
             if written > most:
                 raise DataError(
-                    f"{name} unpacks to more than the limit of {readable_size(most)}; divide it into several zip files."
+                    f"{name} unpacks to more than the limit of {readable_size(most)}; divide it into several files."
                 )
             file.write(chunk)
     return written

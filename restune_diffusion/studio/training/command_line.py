@@ -13,13 +13,11 @@ def command_arguments(settings: Mapping[str, Any]) -> list[str]:
     """Return the arguments of `restune train` for settings by flat name.
 
     Args:
-        settings: settings; those of a family or of the validation are a mapping. A value of None is left out.
+        settings: settings; those of a family or of the validation are a mapping.
     """
     arguments: list[str] = []
     for name, value in flat(settings):
         group, dot, field = name.replace("_", "-").rpartition(".")
-        if value is None:
-            continue
         if isinstance(value, bool):
             arguments.append(f"--{group}{dot}{'' if value else 'no-'}{field}")
         elif isinstance(value, list | tuple):

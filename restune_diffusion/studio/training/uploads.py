@@ -146,8 +146,8 @@ def _check_metadata(folder: Path, files: Sequence[Path]) -> None:
             drive = bool(re.match(r"[A-Za-z]:", value))
             if parts.is_absolute() or ".." in parts.parts or drive:
                 raise DataError(
-                    f"{path.relative_to(folder).as_posix()} names {printable(value, 60)}, which is outside the upload; "
-                    "name only files beside it."
+                    f"{path.relative_to(folder).as_posix()} names {printable(value, 60)}, which is outside the "
+                    "upload; name only files beside it."
                 )
 
 
