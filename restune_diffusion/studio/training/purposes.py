@@ -41,14 +41,14 @@ _BY_KEY = {purpose.key: purpose for purpose in PURPOSES}
 
 # Measured on the bundled base (docs/studio.md): long enough to see the style, short enough to wait for it.
 _BUNDLED: dict[str, dict[str, Any]] = {
-    "style": {"learning_rate": 1e-3, "res.width": 32},
+    "style": {"learning_rate": 1e-3, "res.width": 32, "batch_size": 8},
     "subject": {"learning_rate": 1e-3, "text_learning_rate": 5e-3, "batch_size": 4},
     "control": {"learning_rate": 1e-3, "batch_size": 8},
     "low-memory": {"learning_rate": 5e-3, "batch_size": 8, "gradient_accumulation_steps": 1},
     "lora": {"learning_rate": 1e-3},
     "quality": {"learning_rate": 5e-4, "gradient_accumulation_steps": 1},
 }
-_BUNDLED_STEPS = 120
+_BUNDLED_STEPS = 240
 _BUNDLED_GUIDANCE = 4.0
 _CONTROL_STEPS = 10_000
 _SAMPLED = 4

@@ -128,7 +128,7 @@ def test_suggestions_follow_base_data_and_device():
     assert suggested_steps("style", other, 40, 4) == 1000
     assert suggested_steps("style", other, 5, 4) == 250
     assert suggested_steps("subject", other, 5, 1) == 800
-    assert suggested_steps("style", bundled, 40, 4) == 120
+    assert suggested_steps("style", bundled, 40, 4) == 240
     on_gpu = suggestion("style", other, 40, Device(gpu=True, bf16=True))
     assert (on_gpu["mixed_precision"], on_gpu["learning_rate"], on_gpu["checkpoint_every"]) == ("bf16", 5e-4, 250)
     assert suggestion("low-memory", other, 40, Device())["mixed_precision"] == "no"
@@ -137,4 +137,4 @@ def test_suggestions_follow_base_data_and_device():
         values = suggestion(purpose, bundled, 24, Device())
         config = TrainConfig(**settings_of({**values, "name": "t"}, {}, {**PLACES, "base": bundled}, preset))
         assert purpose_of(config.preset, config.kinds) == purpose
-        assert config.steps == 120
+        assert config.steps == 240
