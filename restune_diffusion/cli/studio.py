@@ -69,14 +69,15 @@ class StudioOptions(BaseModel):
             if not folder.is_dir():
                 raise DataError(f"The data folder {folder} does not exist; give the path of a folder of images.")
         with bound_socket(self.host, self.port) as bound:
+            from .quiet import quiet_libraries
+
+            quiet_libraries()  # before the imports below, which emit warnings
             from ..serving.http.gate import key_digest
             from ..serving.http.server import run_server
             from ..studio.app import build_app
             from ..studio.context import StudioContext, StudioSettings
-            from .quiet import quiet_libraries
             from .train import read_train_command
 
-            quiet_libraries()
             settings = StudioSettings(
                 home=home.resolve(),
                 base=str(Path(base).resolve()) if Path(base).exists() else base,

@@ -8,12 +8,14 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from ...data.caption_edits.rules import CaptionEdit
-from ...utils.errors import UsageError
+from ...utils.errors import RestuneError, UsageError
 from .desk import InspectedData, TrainingDesk
-from .markup import data_sheet_html, hint_html
+from .markup import data_sheet_html, hint_html, problem_html
+from .notes import note
 from .uploads import describe_upload
 
 HEADERS = ["Image", "Caption"]
+NO_FACTS = {"images": 0, "without": 0}
 Rows = list[list[str]]
 """Rows of the table: image and caption."""
 
@@ -33,8 +35,10 @@ class DataPanel:
     name: Any
     check: Any
     sheet: Any
+    cropped: Any
     thumbnails: Any
     upload_note: Any
+    captions: Any
     table: Any
     caption_note: Any
     find: Any
@@ -86,7 +90,7 @@ def build_data_panel(desk: TrainingDesk) -> DataPanel:
     folders = desk.data_folders()
     gr.Markdown("## 1. Images")
     with gr.Row():
-        with gr.Column(min_width=280):
+        with gr.Column(min_width=280, scale=1):
             files = gr.File(
                 label="Drop images, or a zip of them",
                 file_count="multiple",
@@ -99,7 +103,7 @@ def build_data_panel(desk: TrainingDesk) -> DataPanel:
                 max_length=64,
                 elem_id="train-folder-name",
             )
-        with gr.Column(min_width=280):
+        with gr.Column(min_width=280, scale=1):
             folder = gr.Dropdown(
                 folders,
                 value=None,
@@ -108,13 +112,24 @@ def build_data_panel(desk: TrainingDesk) -> DataPanel:
                 elem_id="train-folder",
             )
             check = gr.Button("Check the images again", elem_id="train-check")
-            upload_note = gr.HTML(elem_id="train-upload-note")
-    facts = gr.State({"images": 0, "without": 0})
-    sheet = gr.HTML(elem_id="train-sheet")
-    with gr.Accordion("The images as they are cropped for training", open=False):
+            upload_note = gr.HTML(elem_id="train-upload-note", visible=False)
+    facts = gr.State(NO_FACTS)
+    sheet = gr.HTML(elem_id="train-sheet", visible=False)
+    with gr.Accordion("The images as they are cropped for training", open=False, visible=False) as cropped:
         thumbnails = gr.Image(
-            label="Training images", interactive=False, type="pil", elem_id="train-thumbnails", buttons=[]
+            label="Training images", interactive=False, type="pil", buttons=["fullscreen"], elem_id="train-thumbnails"
         )
+    with gr.Column(visible=False, elem_id="train-step-captions") as captions:
+        parts = _build_captions()
+    return DataPanel(
+        folder=folder, facts=facts, files=files, name=name, check=check, sheet=sheet, thumbnails=thumbnails,
+        cropped=cropped, upload_note=upload_note, captions=captions, **parts,
+    )  # fmt: skip
+
+
+def _build_captions() -> dict[str, Any]:
+    import gradio as gr
+
     gr.Markdown("## 2. Captions")
     gr.HTML(
         hint_html(
@@ -155,12 +170,11 @@ def build_data_panel(desk: TrainingDesk) -> DataPanel:
     with gr.Row():
         use_names = gr.Button("Use file names where a caption is missing", elem_id="train-use-names", min_width=200)
         save = gr.Button("Save captions", variant="primary", elem_id="train-save-captions", min_width=160)
-    caption_note = gr.HTML(elem_id="train-caption-note")
-    return DataPanel(
-        folder=folder, facts=facts, files=files, name=name, check=check, sheet=sheet, thumbnails=thumbnails,
-        upload_note=upload_note, table=table, caption_note=caption_note, find=find, replace=replace, regex=regex,
-        replace_all=replace_all, prefix=prefix, add_prefix=add_prefix, use_names=use_names, save=save,
-    )  # fmt: skip
+    caption_note = gr.HTML(elem_id="train-caption-note", visible=False)
+    return {
+        "table": table, "caption_note": caption_note, "find": find, "replace": replace, "regex": regex,
+        "replace_all": replace_all, "prefix": prefix, "add_prefix": add_prefix, "use_names": use_names, "save": save,
+    }  # fmt: skip
 
 
 class DataHandlers:
@@ -181,19 +195,28 @@ class DataHandlers:
             return gr.skip(), gr.skip(), gr.skip(), gr.skip()
         upload = self.desk.upload(files, name)
         choices = gr.update(choices=self.desk.data_folders(), value=str(upload.folder))
-        return choices, hint_html(describe_upload(upload)), None, ""
+        return choices, note(hint_html(describe_upload(upload))), None, ""
 
     def inspect(self, folder: str | None, base: str, values: Mapping[str, Any]) -> tuple[Any, ...]:
-        """Return sheet, thumbnails, table and facts of a folder."""
-        data = self.desk.inspect(folder, base, values)
+        """Return the updates of the panel for a folder; a message instead of the facts if it has no images."""
+        import gradio as gr
+
+        try:
+            data = self.desk.inspect(folder, base, values)
+        except RestuneError as error:
+            hidden = gr.update(visible=False)
+            return note(problem_html(str(error))), hidden, None, [], NO_FACTS, hidden
         without = data.table.without
         facts = {"images": len(data.sheet.entries), "without": without}
-        return data_sheet_html(data.sheet, without), data.image, table_rows(data), facts
+        sheet = note(data_sheet_html(data.sheet, without))
+        seen = gr.update(visible=True)
+        return sheet, seen, data.image, table_rows(data), facts, seen
 
     def replace(self, rows: Rows, find: str, replacement: str, regex: bool) -> Rows:
         """Return the rows with a text replaced."""
         return edited_rows(rows, CaptionEdit(find=find, replace=replacement, regex=regex))
 
-    def save(self, folder: str | None, rows: Rows) -> str:
+    def save(self, folder: str | None, rows: Rows) -> Any:
         """Save the captions and return a note."""
-        return hint_html(self.desk.save_captions(folder, {str(name): str(text or "") for name, text in rows if name}))
+        captions = {str(name): str(text or "") for name, text in rows if name}
+        return note(hint_html(self.desk.save_captions(folder, captions)))

@@ -13,8 +13,6 @@ from ...data.config import DataConfig
 from ...data.data_sheet import DataSheet
 from ...data.files import list_images
 from ...storage.base_files.location import BUNDLED_BASE
-from ...training.advice.memory_estimate import MemoryEstimate, estimate_memory
-from ...training.callbacks.sample_request import request_samples
 from ...training.config.train_config import TrainConfig
 from ...utils.display import counted
 from ...utils.errors import DataError, RestuneError, UsageError
@@ -28,6 +26,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from ...run_queue import QueuedRun
+    from ...training.advice.memory_estimate import MemoryEstimate
 
 _LOG_LINES = 40
 _LOG_BYTES = 64_000
@@ -206,6 +205,8 @@ class TrainingDesk:
 
     def memory(self, config: TrainConfig) -> MemoryEstimate | None:
         """Return the memory of a step of a run; None if it is not known."""
+        from ...training.advice.memory_estimate import estimate_memory
+
         try:
             return estimate_memory(config)
         except RestuneError:
@@ -258,6 +259,8 @@ class TrainingDesk:
         """
         if run.state != "running":
             raise UsageError(f"{run.name} is not running, so it generates no samples; resume it first.")
+        from ...training.callbacks.sample_request import request_samples
+
         request_samples(run.output)
 
     def add_to_library(self, tuner: Path) -> Path:

@@ -1,4 +1,4 @@
-"""Step 4 of the tab: the list of runs, and the progress of the chosen one."""
+"""The page Runs of the tab: the list of runs, and the progress of the chosen one."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ from ...run_queue.queue import QueuedRun
 from ...utils.errors import UsageError
 from .desk import TrainingDesk, last_lines
 from .markup import hint_html, run_html, run_label
+from .notes import note
 from .progress import RunProgress, read_progress
 
 SECONDS = 2.0
 """Time between two looks at the folders of the runs."""
 ACTIONS = ("stop", "resume", "sample", "earlier", "library", "remove")
-_NONE = "No run yet. Start one in step 3; it goes on if you close this page."
+_NONE = "No run yet. Start one on the page New run; it goes on if you close the browser."
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class RunsPanel:
 
     runs: Any
     details: Any
-    note: Any
+    message: Any
     buttons: dict[str, Any]
     seen: Any
     timer: Any
@@ -41,7 +42,6 @@ def build_runs_panel() -> RunsPanel:
     """Add the components to the page that is being built."""
     import gradio as gr
 
-    gr.Markdown("## 4. Runs")
     runs = gr.Radio(
         [], label="Runs in their order", info="One runs at a time on each device.", elem_id="train-runs", visible=False
     )
@@ -55,12 +55,12 @@ def build_runs_panel() -> RunsPanel:
     }
     with gr.Row():
         buttons = {
-            action: gr.Button(label, elem_id=f"train-{action}", min_width=130, interactive=False, size="md")
+            action: gr.Button(label, elem_id=f"train-{action}", min_width=130, visible=False, size="md")
             for action, label in labels.items()
         }
-    note = gr.HTML(elem_id="train-run-note")
+    message = gr.HTML(elem_id="train-run-note", visible=False)
     details = gr.HTML(hint_html(_NONE), elem_id="train-run")
-    return RunsPanel(runs, details, note, buttons, gr.State(None), gr.Timer(SECONDS))
+    return RunsPanel(runs, details, message, buttons, gr.State(None), gr.Timer(SECONDS))
 
 
 def chosen_run(runs: Sequence[QueuedRun], run_id: str | None) -> QueuedRun | None:
@@ -123,19 +123,19 @@ class RunHandlers:
             gr.update(choices=choices, value=now[1], visible=bool(runs)) if new_list else gr.skip(),
             html if html != before[2] else gr.skip(),
             *(
-                gr.update(interactive=allowed[action]) if now[3] != before[3] else gr.skip()
+                gr.update(visible=allowed[action]) if now[3] != before[3] else gr.skip()
                 for action in ACTIONS
             ),
             now if now != before else gr.skip(),
         )  # fmt: skip
 
-    def act(self, action: str) -> Callable[[str | None], str]:
+    def act(self, action: str) -> Callable[[str | None], Any]:
         """Return the handler of a button, which returns a note."""
 
-        def handler(run_id: str | None) -> str:
+        def handler(run_id: str | None) -> Any:
             if not run_id:
                 raise UsageError("No run is chosen; choose one in the list.")
-            return hint_html(getattr(self, f"_{action}")(run_id))
+            return note(hint_html(getattr(self, f"_{action}")(run_id)))
 
         return handler
 

@@ -88,11 +88,11 @@ def build_settings_panel(desk: TrainingDesk) -> SettingsPanel:
                 for field in (each for each in fields if each.section == section):
                     inputs[field.name] = _input(field, first[field.name], kinds)
     others = gr.State({})
-    memory = gr.HTML(elem_id="train-memory")
-    problem = gr.HTML(elem_id="train-problem")
+    memory = gr.HTML(elem_id="train-memory", visible=False)
+    problem = gr.HTML(elem_id="train-problem", visible=False)
     with gr.Row():
         start = gr.Button("Start training", variant="primary", elem_id="train-start")
-    start_note = gr.HTML(elem_id="train-start-note")
+    start_note = gr.HTML(elem_id="train-start-note", visible=False)
     with gr.Accordion("The same run as a command, and as a file", open=False, elem_id="train-text"):
         command = gr.Textbox(
             label="Command",
@@ -120,7 +120,7 @@ def build_settings_panel(desk: TrainingDesk) -> SettingsPanel:
             elem_id="train-pasted",
         )
         read = gr.Button("Fill the form from it", elem_id="train-read")
-        read_note = gr.HTML(elem_id="train-read-note")
+        read_note = gr.HTML(elem_id="train-read-note", visible=False)
     return SettingsPanel(
         purpose=purpose, base=base, inputs=inputs, others=others, memory=memory, problem=problem, command=command,
         yaml=yaml, pasted=pasted, read=read, read_note=read_note, start=start, start_note=start_note,

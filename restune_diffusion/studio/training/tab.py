@@ -16,6 +16,7 @@ from .desk import PlannedRun, TrainingDesk
 from .fields import all_fields
 from .form import form_values, other_settings
 from .markup import hint_html, memory_html, problem_html
+from .notes import note
 from .pasted import check_places, read_pasted
 from .purposes import purpose_of, sample_prompts, suggested_steps, suggestion
 from .runs_panel import ACTIONS, RunHandlers, RunsPanel, build_runs_panel
@@ -23,6 +24,7 @@ from .settings_panel import SettingsPanel, build_settings_panel
 from .style import STYLE
 from .uploads import remove_leftovers
 
+_NEW, _RUNS = "new", "runs"
 _QUIET: dict[str, Any] = {"show_progress": "hidden"}
 
 
@@ -40,13 +42,16 @@ def build_tab(context: StudioContext) -> None:
         # Runs that waited when the machine went down go on; a damaged queue is reported when the page asks for it.
         desk.supervise()
     gr.HTML(STYLE, elem_id="train-style")
-    data = build_data_panel(desk)
-    settings = build_settings_panel(desk)
-    runs = build_runs_panel()
+    with gr.Tabs(elem_id="train-pages") as pages:
+        with gr.Tab("New run", id=_NEW):
+            data = build_data_panel(desk)
+            settings = build_settings_panel(desk)
+        with gr.Tab("Runs", id=_RUNS):
+            runs = build_runs_panel()
     _connect_data(desk, data, settings)
     _connect_settings(desk, data, settings)
     _connect_text(desk, data, settings)
-    _connect_runs(desk, data, settings, runs)
+    _connect_runs(desk, _Form(desk, data, settings), settings, runs, pages)
 
 
 class _Form:
@@ -96,21 +101,17 @@ def _connect_data(desk: TrainingDesk, data: DataPanel, settings: SettingsPanel) 
     form = _Form(desk, data, settings)
 
     def inspect(*given: Any) -> Any:
-        if not given[2]:
-            return gr.skip(), gr.skip(), gr.skip(), gr.skip(), gr.skip()
-        try:
-            return *handlers.inspect(given[2], given[1], form.values(given)), ""
-        except RestuneError as error:
-            # The page shows no facts of another folder beside the message.
-            return problem_html(str(error)), None, [], {"images": 0, "without": 0}, ""
+        return handlers.inspect(given[2], given[1], form.values(given))
 
-    shown = [data.sheet, data.thumbnails, data.table, data.facts, data.caption_note]
+    shown = [data.sheet, data.cropped, data.thumbnails, data.table, data.facts, data.captions]
     data.files.upload(
         shown_as_message(handlers.store),
         [data.files, data.name],
         [data.folder, data.upload_note, data.files, data.name],
     )
-    data.folder.change(shown_as_message(inspect), form.inputs, shown)
+    data.folder.change(shown_as_message(inspect), form.inputs, shown).then(
+        lambda: note(""), outputs=data.caption_note, **_QUIET
+    )
     data.check.click(shown_as_message(inspect), form.inputs, shown)
     gr.on(fn=lambda: gr.update(choices=desk.data_folders()), outputs=data.folder, **_QUIET)
     data.replace_all.click(
@@ -119,7 +120,7 @@ def _connect_data(desk: TrainingDesk, data: DataPanel, settings: SettingsPanel) 
     data.add_prefix.click(shown_as_message(with_prefix), [data.table, data.prefix], data.table)
     data.use_names.click(shown_as_message(with_names), data.table, data.table)
     data.save.click(shown_as_message(handlers.save), [data.folder, data.table], data.caption_note).success(
-        shown_as_message(lambda *given: inspect(*given)[:4]), form.inputs, shown[:4]
+        shown_as_message(inspect), form.inputs, shown
     )
 
 
@@ -187,16 +188,16 @@ def _connect_text(desk: TrainingDesk, data: DataPanel, settings: SettingsPanel) 
 
     form = _Form(desk, data, settings)
 
-    def show(*given: Any) -> tuple[str, str, str]:
+    def show(*given: Any) -> tuple[str, str, Any]:
         planned = form.plan(given)
-        return command_line(planned.settings), to_yaml(dict(planned.settings)), problem_html(planned.problem)
+        return command_line(planned.settings), to_yaml(dict(planned.settings)), note(problem_html(planned.problem))
 
-    def show_memory(*given: Any) -> str:
+    def show_memory(*given: Any) -> Any:
         config = form.plan(given).config
         if config is None:
-            return ""
+            return note("")
         device = "the graphics card" if desk.device.gpu else "this machine"
-        return memory_html(desk.memory(config), desk.free_memory(), device)
+        return note(memory_html(desk.memory(config), desk.free_memory(), device))
 
     def fill(text: str, *given: Any) -> list[Any]:
         read_command = desk.context.settings.read_command
@@ -206,9 +207,9 @@ def _connect_text(desk: TrainingDesk, data: DataPanel, settings: SettingsPanel) 
         config = read_pasted(text, places, read_command)
         config = check_places(config, desk.workspace, desk.bases)
         others = other_settings(config)
-        note = "The form is filled."
+        text_note = "The form is filled."
         if others:
-            note += " Settings without a field stay as they are: " + ", ".join(others) + "."
+            text_note += " Settings without a field stay as they are: " + ", ".join(others) + "."
         folder = str(config.data.folder)
         known = folder in [path for _, path in desk.data_folders()]
         return [
@@ -216,7 +217,7 @@ def _connect_text(desk: TrainingDesk, data: DataPanel, settings: SettingsPanel) 
             gr.update(choices=list(dict.fromkeys([*desk.bases, config.base])), value=config.base),
             gr.update(value=folder if known else given[2]),
             others,
-            hint_html(note),
+            note(hint_html(text_note)),
             *form.updates(form_values(config)),
         ]
 
@@ -245,28 +246,31 @@ def _connect_text(desk: TrainingDesk, data: DataPanel, settings: SettingsPanel) 
     )
 
 
-def _connect_runs(desk: TrainingDesk, data: DataPanel, settings: SettingsPanel, runs: RunsPanel) -> None:
+def _connect_runs(desk: TrainingDesk, form: _Form, settings: SettingsPanel, runs: RunsPanel, pages: Any) -> None:
     import gradio as gr
 
-    form = _Form(desk, data, settings)
     handlers = RunHandlers(desk)
     refresh = shown_as_message(handlers.refresh)
     shown = [runs.runs, runs.details, *(runs.buttons[action] for action in ACTIONS), runs.seen]
     looked_at = [runs.runs, runs.seen]
 
-    def start(*given: Any) -> tuple[Any, str]:
+    def start(*given: Any) -> tuple[Any, ...]:
         run = desk.start(form.plan(given))
-        label = hint_html(f"{run.name} is in the queue; step 4 shows it. It goes on if you close this page.")
-        return gr.update(choices=[(each.name, each.id) for each in desk.runs()], value=run.id, visible=True), label
+        message = note(hint_html(f"{run.name} is in the queue. It goes on if you close this page."))
+        choices = [(each.name, each.id) for each in desk.runs()]
+        return gr.update(choices=choices, value=run.id, visible=True), message, message, gr.update(selected=_RUNS)
 
-    settings.start.click(shown_as_message(start), form.inputs, [runs.runs, settings.start_note]).success(
-        refresh, looked_at, shown, **_QUIET
-    )
+    def open_page() -> tuple[Any, ...]:
+        active = any(run.state in ("waiting", "running") for run in desk.runs())
+        return *handlers.refresh(None, None), gr.update(selected=_RUNS) if active else gr.skip()
+
+    started = [runs.runs, settings.start_note, runs.message, pages]
+    settings.start.click(shown_as_message(start), form.inputs, started).success(refresh, looked_at, shown, **_QUIET)
     for action, button in runs.buttons.items():
-        button.click(shown_as_message(handlers.act(action)), runs.runs, runs.note).success(
+        button.click(shown_as_message(handlers.act(action)), runs.runs, runs.message).success(
             refresh, looked_at, shown, **_QUIET
         )
     runs.runs.input(refresh, looked_at, shown, **_QUIET)
     runs.timer.tick(refresh, looked_at, shown, **_QUIET)
     # Without triggers: when the page is opened.
-    gr.on(fn=shown_as_message(lambda: handlers.refresh(None, None)), outputs=shown, **_QUIET)
+    gr.on(fn=shown_as_message(open_page), outputs=[*shown, pages], **_QUIET)
