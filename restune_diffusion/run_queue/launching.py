@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from socket import gethostname
 
 from ..utils.errors import RestuneError, UsageError
 from .locks import acquire
@@ -114,7 +115,8 @@ def process_of(record: Record, folder: Path) -> ProcessRecord | None:
 def send(record: Record, folder: Path, number: signal.Signals) -> bool:
     """Send a signal to the training process of a living run, and return whether it was sent.
 
-    The run's lock is held, so a process of its session lives, and the system has given its number to no other.
+    The run's lock is held, so a process of its session lives, and the system has given its number to no other. Where
+    machines share the folder, only that of the process sends.
 
     Args:
         record: record of the run, with its present state.
@@ -122,7 +124,7 @@ def send(record: Record, folder: Path, number: signal.Signals) -> bool:
         number: the signal.
     """
     process = process_of(record, folder)
-    if process is None:
+    if process is None or process.host != gethostname():
         return False
     try:
         os.killpg(process.group, number)

@@ -12,6 +12,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from socket import gethostname
 
 from ..utils.display import printable
 from .records import EXIT_FILE, LOG_FILE, PROCESS_FILE, ExitRecord, ProcessRecord, now, write_record
@@ -41,7 +42,10 @@ def main(folder: Path, attempt: int, lock: int, command: Sequence[str]) -> int:
     except OSError as error:
         code, message = 127, f"{command[0]} cannot be started: {error.strerror}."
     else:
-        write_record(folder / PROCESS_FILE, ProcessRecord(attempt=attempt, group=os.getpid(), pid=process.pid))
+        write_record(
+            folder / PROCESS_FILE,
+            ProcessRecord(attempt=attempt, host=gethostname(), group=os.getpid(), pid=process.pid),
+        )
         code = process.wait()
         message = last_error(log, start)
     write_record(folder / EXIT_FILE, ExitRecord(attempt=attempt, code=code, ended=now(), message=message))

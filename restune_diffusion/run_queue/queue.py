@@ -173,7 +173,8 @@ class RunQueue:
     def send_stop(self, entry: Entry, record: Record) -> None:
         """Send Ctrl-C to a run that was asked to stop, once; call it with the queue locked.
 
-        A process that has just been started is interrupted by the supervisor a moment later.
+        A process that has just been started, or runs on another machine, is interrupted by its supervisor a moment
+        later.
         """
         if record.stop == "asked" and send(record, entry.folder, signal.SIGINT):
             self.store.write(entry, record.model_copy(update={"stop": "sent"}))

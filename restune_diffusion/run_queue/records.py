@@ -34,7 +34,7 @@ class Record(_File):
         name: name in the queue.
         output: output folder.
         result: file that the run writes last; shows that it has finished.
-        state: state, which for a run whose process has ended meanwhile is still `running`.
+        state: state when the record was written; it is `running` until the end of the process is read.
         attempt: number of times that the process was started.
         resume: whether the next start continues from the newest checkpoint.
         device: device of the last start.
@@ -60,9 +60,10 @@ class Record(_File):
 
 
 class ProcessRecord(_File):
-    """Process of a run: `group` leads the session in which the training process `pid` runs."""
+    """Process of a run: `group` leads the session in which the training process `pid` runs, on the machine `host`."""
 
     attempt: int
+    host: str
     group: int
     pid: int
 

@@ -45,8 +45,8 @@ def settled(record: Record, folder: Path) -> Record:
             message = f"The run was interrupted; it continues {start}."
             return record.model_copy(update={**changes, "state": "waiting", "deaths": deaths, "message": message})
         message = (
-            f"The process ended {MOST_DEATHS} times without a new checkpoint and without an error, as when memory runs out; "
-            f"read {folder / LOG_FILE}, lower the batch size, or save checkpoints more often."
+            f"The process ended {MOST_DEATHS} times without a new checkpoint and without an error, as if memory ran "
+            f"out; read {folder / LOG_FILE}, lower the batch size, or save checkpoints more often."
         )
         return record.model_copy(update={**changes, "state": "failed", "deaths": 0, "message": message})
     message = ending.message if ending is not None and ending.message else "The process wrote no message."

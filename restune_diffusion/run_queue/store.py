@@ -65,6 +65,7 @@ class Store:
             raise RestuneError(
                 f"The folder of the queue {folder} cannot be created ({error.strerror}); choose another."
             ) from error
+        self._read: dict[Path, tuple[tuple[int, int], Record]] = {}
 
     def locked(self) -> AbstractContextManager[None]:
         """Context manager that keeps other processes and threads from changing the queue."""
@@ -84,7 +85,7 @@ class Store:
         if not run_id.isdecimal() or not folder.is_dir():
             raise UsageError(f"There is no run {run_id} in the queue {self.folder}; `restune queue list` lists them.")
         try:
-            saved = read_record(folder / RECORD_FILE, Record)
+            saved = self._record(folder / RECORD_FILE)
         except RestuneError as error:
             return Entry(run_id, folder, None, problem=str(error))
         return Entry(run_id, folder, settled(saved, folder), saved)
@@ -131,6 +132,19 @@ class Store:
         shutil.rmtree(doomed, ignore_errors=True)
         self._write_order(_Order(next=next_id, order=ids))
 
+    def _record(self, path: Path) -> Record:
+        """Return the content of a file; one that has not changed is not read again, as supervisors ask often."""
+        try:
+            found = path.stat()
+        except OSError:
+            return read_record(path, Record)
+        # Each write makes a new file.
+        version = found.st_ino, found.st_mtime_ns
+        known = self._read.get(path)
+        if known is None or known[0] != version:
+            known = self._read[path] = version, read_record(path, Record)
+        return known[1]
+
     def _ids(self) -> Sequence[str]:
         """Return the numbers of the runs in their order; those that the file of the order lacks come last."""
         found = {path.name for path in (self.folder / _RUNS).glob("*") if path.name.isdecimal()}
@@ -146,9 +160,7 @@ class Store:
         except OSError as error:
             raise RestuneError(f"{path} cannot be read ({error.strerror}); change its permissions.") from error
         except ValidationError as error:
-            raise RestuneError(
-                f"{path} is damaged; delete it to order the runs by their numbers, no run is lost."
-            ) from error
+            raise RestuneError(f"{path} is damaged; delete it to order the runs by number, no run is lost.") from error
 
     def _write_order(self, order: _Order) -> None:
         write_record(self.folder / _ORDER_FILE, order)

@@ -7,7 +7,7 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -15,8 +15,8 @@ from types import FrameType
 from ..utils.errors import RestuneError
 from .launching import check_devices, launch, lock_run
 from .locks import acquire, is_held
-from .queue import RunQueue
-from .records import Record, now
+from .queue import QueuedRun, RunQueue
+from .records import Record, State, now
 from .states import checkpoints_of
 from .store import Entry
 
@@ -53,14 +53,19 @@ class Supervisor:
         queue: the queue.
         devices: device of each run at a time: `auto` leaves the choice to the run, `cpu`, or a GPU such as `cuda:0`. A
             name may occur several times.
+        on_change: called with each run whose state has changed, and at first with those that are running.
 
     Raises:
         UsageError: if a device is not valid.
     """
 
-    def __init__(self, queue: RunQueue, devices: Sequence[str] = ("auto",)) -> None:
+    def __init__(
+        self, queue: RunQueue, devices: Sequence[str] = ("auto",), on_change: Callable[[QueuedRun], None] | None = None
+    ) -> None:
         self.queue = queue
         self.devices = check_devices(devices)
+        self._on_change = on_change
+        self._states: dict[str, State] = {}
         self._stop = threading.Event()
         self._children: list[subprocess.Popen[bytes]] = []
 
@@ -87,8 +92,10 @@ class Supervisor:
                         elif limit is not None and time.monotonic() - idle_since >= limit:
                             os.close(lock)
                             lock = -1
-                            return
+                            break
+                    self._report()
                     self._stop.wait(_POLL_SECONDS)
+            self._report()
         finally:
             if lock >= 0:
                 os.close(lock)
@@ -130,6 +137,15 @@ class Supervisor:
             self._start(entry, record, device)
         return any(record is not None and record.state in ("waiting", "running") for _, record in entries)
 
+    def _report(self) -> None:
+        if self._on_change is None:
+            return
+        for run in self.queue.runs():
+            before = self._states.get(run.id, "waiting" if run.state == "running" else run.state)
+            self._states[run.id] = run.state
+            if run.state != before:
+                self._on_change(run)
+
     def _start(self, entry: Entry, record: Record, device: str) -> None:
         starting = record.model_copy(
             update={
@@ -164,8 +180,10 @@ class Supervisor:
 
         before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
         try:
-            for number in before:
-                signal.signal(number, stop)
+            for number, handler in before.items():
+                # As in the background of a shell, where Ctrl-C is for others.
+                if handler is not signal.SIG_IGN:
+                    signal.signal(number, stop)
             yield
         finally:
             for number, handler in before.items():
