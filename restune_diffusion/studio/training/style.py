@@ -38,11 +38,12 @@ STYLE = """<style>
 .key.held-out::before { background: #c2410c; }
 .samples { overflow-x: auto; margin: .75rem 0; }
 .samples table { border-collapse: separate; border-spacing: .4rem; }
-.samples td, .samples th, .samples table { border: none !important; background: none !important; padding: .2rem; }
+.samples tr, .samples td, .samples th, .samples table { border: none !important; background: none !important; padding: .2rem; }
 .samples th { font-weight: 500; text-align: left; font-size: .9rem; color: var(--body-text-color-subdued); }
 .samples th[scope=row] { min-width: 6rem; max-width: 14rem; overflow-wrap: anywhere; vertical-align: top; }
 .samples img { display: block; width: 8rem; height: auto; border-radius: .4rem; image-rendering: auto; }
 .log { max-height: 16rem; overflow: auto; white-space: pre-wrap; font-size: .8rem; }
+#train-pages, #train-run { width: 100%; }
 #train-runs .wrap, #train-purpose .wrap { flex-direction: column; align-items: stretch; }
 </style>"""
 """Style sheet; every color is that of the page's theme, or has the contrast of WCAG AA on both of its backgrounds."""
