@@ -38,7 +38,8 @@ STYLE = """<style>
 .key.held-out::before { background: #c2410c; }
 .samples { overflow-x: auto; margin: .75rem 0; }
 .samples table { border-collapse: separate; border-spacing: .4rem; }
-.samples tr, .samples td, .samples th, .samples table { border: none !important; background: none !important; padding: .2rem; }
+.samples tr, .samples td, .samples th, .samples table { border: none !important; background: none !important;
+  padding: .2rem; }
 .samples th { font-weight: 500; text-align: left; font-size: .9rem; color: var(--body-text-color-subdued); }
 .samples th[scope=row] { min-width: 6rem; max-width: 14rem; overflow-wrap: anywhere; vertical-align: top; }
 .samples img { display: block; width: 8rem; height: auto; border-radius: .4rem; image-rendering: auto; }
