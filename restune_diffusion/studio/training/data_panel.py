@@ -12,7 +12,7 @@ from ...utils.errors import RestuneError, UsageError
 from .desk import InspectedData, TrainingDesk
 from .markup import data_sheet_html, hint_html, problem_html
 from .notes import note
-from .uploads import describe_upload
+from .uploading.uploads import describe_upload
 
 HEADERS = ["Image", "Caption"]
 NO_FACTS = {"images": 0, "without": 0}

@@ -17,10 +17,10 @@ from ...training.config.train_config import TrainConfig
 from ...utils.display import counted
 from ...utils.errors import DataError, RestuneError, UsageError
 from ..context import StudioContext
-from .fields import acts_on_text, all_fields, takes_conditions
-from .form import settings_of
-from .purposes import Device, preset_of
-from .uploads import Upload, store_upload
+from .settings.fields import acts_on_text, all_fields, takes_conditions
+from .settings.form import settings_of
+from .settings.purposes import Device, preset_of
+from .uploading.uploads import Upload, store_upload
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -224,7 +224,7 @@ class TrainingDesk:
     # Runs
 
     def start(self, planned: PlannedRun) -> QueuedRun:
-        """Add a run to the queue and see that the queue is worked through.
+        """Add a run to the queue, and start a process that works through the queue.
 
         Raises:
             RestuneError: if the settings are not valid, or a check of `restune train` fails.
@@ -282,7 +282,7 @@ class TrainingDesk:
         return path
 
     def supervise(self) -> None:
-        """See that a process works through the queue, if there is something to do."""
+        """Start a process that works through the queue, unless one lives or there is nothing to do."""
         from ...run_queue import ensure_supervisor
 
         if any(run.state in ("waiting", "running") for run in self.runs()):

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from .desk import TrainingDesk
-from .fields import Field, all_fields
-from .form import default_config, form_values
-from .purposes import PURPOSES, is_bundled, suggestion
+from .settings.fields import Field, all_fields
+from .settings.form import default_config, form_values
+from .settings.purposes import PURPOSES, is_bundled, suggestion
 
 SECTIONS = {
     "tuner": "Tuner: where and how much it changes",

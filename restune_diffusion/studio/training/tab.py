@@ -10,19 +10,19 @@ from ...utils.errors import RestuneError, UsageError
 from ...utils.yaml_file import to_yaml
 from ..context import StudioContext
 from ..messages import shown_as_message
-from .command_line import command_line
 from .data_panel import DataHandlers, DataPanel, build_data_panel, with_names, with_prefix
 from .desk import PlannedRun, TrainingDesk
-from .fields import all_fields
-from .form import form_values, other_settings
 from .markup import hint_html, memory_html, problem_html
 from .notes import note
-from .pasted import check_places, read_pasted
-from .purposes import purpose_of, sample_prompts, suggested_steps, suggestion
 from .runs_panel import ACTIONS, RunHandlers, RunsPanel, build_runs_panel
+from .settings.command_line import command_line
+from .settings.fields import all_fields
+from .settings.form import form_values, other_settings
+from .settings.pasted import check_places, read_pasted
+from .settings.purposes import purpose_of, sample_prompts, suggested_steps, suggestion
 from .settings_panel import SettingsPanel, build_settings_panel
 from .style import STYLE
-from .uploads import remove_leftovers
+from .uploading.uploads import remove_leftovers
 
 _NEW, _RUNS = "new", "runs"
 _QUIET: dict[str, Any] = {"show_progress": "hidden"}

@@ -9,11 +9,11 @@ import yaml
 
 from restune_diffusion.cli.train import read_train_command
 from restune_diffusion.storage.base_files.location import BUNDLED_BASE
-from restune_diffusion.studio.training.command_line import command_arguments, command_line
-from restune_diffusion.studio.training.fields import all_fields
-from restune_diffusion.studio.training.form import form_values, other_settings, settings_of
-from restune_diffusion.studio.training.pasted import check_places, read_pasted
-from restune_diffusion.studio.training.purposes import Device, purpose_of, suggested_steps, suggestion
+from restune_diffusion.studio.training.settings.command_line import command_arguments, command_line
+from restune_diffusion.studio.training.settings.fields import all_fields
+from restune_diffusion.studio.training.settings.form import form_values, other_settings, settings_of
+from restune_diffusion.studio.training.settings.pasted import check_places, read_pasted
+from restune_diffusion.studio.training.settings.purposes import Device, purpose_of, suggested_steps, suggestion
 from restune_diffusion.studio.workspace import Workspace
 from restune_diffusion.training import TrainConfig
 from restune_diffusion.utils.errors import RestuneError, UsageError

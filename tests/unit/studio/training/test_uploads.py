@@ -6,8 +6,8 @@ import zipfile
 
 import pytest
 
-from restune_diffusion.studio.training.archives import ArchiveLimits
-from restune_diffusion.studio.training.uploads import describe_upload, remove_leftovers, store_upload
+from restune_diffusion.studio.training.uploading.archives import ArchiveLimits
+from restune_diffusion.studio.training.uploading.uploads import describe_upload, remove_leftovers, store_upload
 from restune_diffusion.utils.errors import DataError, UsageError
 
 from .archives import huge_image, image_bytes, write_zip

@@ -10,13 +10,13 @@ from typing import Any, TypeAlias
 
 from pydantic import BaseModel
 
-from ...storage.base_files.location import is_hub_id
-from ...training.config.config_file import given_settings
-from ...training.config.train_config import TrainConfig
-from ...utils.display import printable
-from ...utils.errors import UsageError
-from ...utils.yaml_file import parse_yaml
-from ..workspace import Workspace
+from ....storage.base_files.location import is_hub_id
+from ....training.config.config_file import given_settings
+from ....training.config.train_config import TrainConfig
+from ....utils.display import printable
+from ....utils.errors import UsageError
+from ....utils.yaml_file import parse_yaml
+from ...workspace import Workspace
 
 CommandReader: TypeAlias = Callable[[Sequence[str], Mapping[str, Any]], TrainConfig]
 """Function from the arguments of `restune train`, and defaults for required settings, to a config."""

@@ -8,8 +8,8 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from ...training.config.train_config import TrainConfig, current_settings
-from ...utils.settings_merge import layered
+from ....training.config.train_config import TrainConfig, current_settings
+from ....utils.settings_merge import layered
 from .fields import Field, all_fields
 
 CUSTOM = "custom"

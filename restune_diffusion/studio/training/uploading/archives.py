@@ -12,9 +12,9 @@ from lzma import LZMAError
 from pathlib import Path, PurePosixPath
 from typing import IO
 
-from ...data.refusals import Refused
-from ...utils.display import printable, readable_size
-from ...utils.errors import DataError
+from ....data.refusals import Refused
+from ....utils.display import printable, readable_size
+from ....utils.errors import DataError
 
 _END_RECORD = b"PK\x05\x06"
 _END_BYTES = 22

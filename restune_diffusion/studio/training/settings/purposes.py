@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ...storage.base_files.location import BUNDLED_BASE
-from ...training.config.length.resolve import DEFAULT_STEPS
-from ...training.config.length.rule import EpochsRule
-from ...training.config.presets import PRESETS
+from ....storage.base_files.location import BUNDLED_BASE
+from ....training.config.length.resolve import DEFAULT_STEPS
+from ....training.config.length.rule import EpochsRule
+from ....training.config.presets import PRESETS
 from .form import CUSTOM, default_config, form_values
 
 

@@ -17,13 +17,13 @@ from typing import Any
 
 from PIL import Image
 
-from ...data.conventions.caption_files import is_caption_file
-from ...data.conventions.image_suffixes import missing_reader
-from ...data.files import is_image, list_files
-from ...data.metadata import METADATA_CSV, METADATA_FILE
-from ...data.refusals import Refused
-from ...utils.display import counted, printable
-from ...utils.errors import DataError, UsageError
+from ....data.conventions.caption_files import is_caption_file
+from ....data.conventions.image_suffixes import missing_reader
+from ....data.files import is_image, list_files
+from ....data.metadata import METADATA_CSV, METADATA_FILE
+from ....data.refusals import Refused
+from ....utils.display import counted, printable
+from ....utils.errors import DataError, UsageError
 from .archives import ArchiveLimits, remove_tree, unpack_archive
 
 _INCOMING = ".incoming-"

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from functools import reduce
 from typing import Any, Literal, TypeAlias, get_args
 
-from ...imaging.conditions import MAKERS
-from ...training.config.train_config import SETTINGS, TrainConfig, current_settings
-from ...tuners.registry import ConditionedConfig, tuner_families, tuner_family
+from ....imaging.conditions import MAKERS
+from ....training.config.train_config import SETTINGS, TrainConfig, current_settings
+from ....tuners.registry import ConditionedConfig, tuner_families, tuner_family
 
 Kinds: TypeAlias = Sequence[str]
 """Families of the tuner to train."""

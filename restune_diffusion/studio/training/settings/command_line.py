@@ -6,7 +6,7 @@ import shlex
 from collections.abc import Mapping
 from typing import Any
 
-from ...utils.settings_merge import flat
+from ....utils.settings_merge import flat
 
 
 def command_arguments(settings: Mapping[str, Any]) -> list[str]:
