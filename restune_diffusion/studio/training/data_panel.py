@@ -206,7 +206,7 @@ class DataHandlers:
         except RestuneError as error:
             hidden = gr.update(visible=False)
             return note(problem_html(str(error))), hidden, None, [], NO_FACTS, hidden
-        without = data.table.without
+        without = data.without
         facts = {"images": len(data.sheet.entries), "without": without}
         sheet = note(data_sheet_html(data.sheet, without))
         seen = gr.update(visible=True)

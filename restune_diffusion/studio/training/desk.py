@@ -40,6 +40,11 @@ class InspectedData:
     image: Image
     table: CaptionTable
 
+    @property
+    def without(self) -> int:
+        """Number of training images without a caption of their own."""
+        return sum(not self.table.captions.get(entry.name) for entry in self.sheet.entries)
+
 
 @dataclass(frozen=True)
 class PlannedRun:

@@ -65,7 +65,7 @@ def build_settings_panel(desk: TrainingDesk) -> SettingsPanel:
     )
     bases = desk.bases
     base = gr.Dropdown(
-        [(_base_label(each), each) for each in bases],
+        base_choices(bases),
         value=bases[0],
         label="Base",
         info="The model that the tuner changes. It stays as it is; a tuner fits this base alone.",
@@ -127,8 +127,10 @@ def build_settings_panel(desk: TrainingDesk) -> SettingsPanel:
     )  # fmt: skip
 
 
-def _base_label(base: str) -> str:
-    return "The bundled small base: icons of 64 pixels, to try things out" if is_bundled(base) else base
+def base_choices(bases: Sequence[str]) -> list[tuple[str, str]]:
+    """Return bases with their labels, each once."""
+    bundled = "The bundled small base: icons of 64 pixels, to try things out"
+    return [(bundled if is_bundled(base) else base, base) for base in dict.fromkeys(bases)]
 
 
 def _input(field: Field, value: Any, kinds: Sequence[str]) -> Any:

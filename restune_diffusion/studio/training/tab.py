@@ -20,7 +20,7 @@ from .settings.fields import all_fields
 from .settings.form import form_values, other_settings
 from .settings.pasted import check_places, read_pasted
 from .settings.purposes import purpose_of, sample_prompts, suggested_steps, suggestion
-from .settings_panel import SettingsPanel, build_settings_panel
+from .settings_panel import SettingsPanel, base_choices, build_settings_panel
 from .style import STYLE
 from .uploading.uploads import remove_leftovers
 
@@ -41,7 +41,7 @@ def build_tab(context: StudioContext) -> None:
     with suppress(RestuneError):
         # Runs that waited when the machine went down go on; a damaged queue is reported when the page asks for it.
         desk.supervise()
-    gr.HTML(STYLE, elem_id="train-style")
+    gr.HTML(STYLE, elem_id="train-style", visible="hidden")
     with gr.Tabs(elem_id="train-pages") as pages:
         with gr.Tab("New run", id=_NEW):
             data = build_data_panel(desk)
@@ -214,7 +214,7 @@ def _connect_text(desk: TrainingDesk, data: DataPanel, settings: SettingsPanel) 
         known = folder in [path for _, path in desk.data_folders()]
         return [
             purpose_of(config.preset, config.kinds),
-            gr.update(choices=list(dict.fromkeys([*desk.bases, config.base])), value=config.base),
+            gr.update(choices=base_choices([*desk.bases, config.base]), value=config.base),
             gr.update(value=folder if known else given[2]),
             others,
             note(hint_html(text_note)),

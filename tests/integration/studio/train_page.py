@@ -19,7 +19,7 @@ from ...conftest import ROOT
 
 DEMO = ROOT / "restune_diffusion" / "assets" / "demo"
 # The machine may be busy with other tests.
-PATIENCE_SECONDS = 180
+PATIENCE_SECONDS = 400
 
 
 def zip_of_icons(path: Path, count: int, further: dict[str, bytes] | None = None) -> Path:
