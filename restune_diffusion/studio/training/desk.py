@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -114,8 +116,14 @@ class TrainingDesk:
     # Data
 
     def upload(self, files: Sequence[str], name: str = "") -> Upload:
-        """Store uploaded files as a new data folder; see `store_upload`."""
-        return store_upload([Path(file) for file in files], self.workspace.data, name)
+        """Store uploaded files as a new data folder; see `store_upload`.
+
+        Raises:
+            UsageError: if a file is not one that was uploaded.
+        """
+        uploads = Path(os.environ.get("GRADIO_TEMP_DIR") or Path(tempfile.gettempdir()) / "gradio")
+        paths = [self.workspace.inside(file, uploads) for file in files]
+        return store_upload(paths, self.workspace.data, name)
 
     def inspect(self, path: str | None, base: str, values: Mapping[str, Any]) -> InspectedData:
         """Read a data folder as training will.
