@@ -40,7 +40,7 @@ class QueuedRun:
         started: time of the last start.
         ended: time at which the last process ended.
         pid: training process of a running run.
-        message: sentence about an error or an interruption.
+        message: error of a failed run, or the checkpoint from which an interrupted run continues.
         command: command of the process.
         device: device of the last start.
         stopping: whether a running run has been asked to stop.

@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from datetime import datetime
 from pathlib import Path
 from types import FrameType
 
@@ -65,7 +66,7 @@ class Supervisor:
         self.queue = queue
         self.devices = check_devices(devices)
         self._on_change = on_change
-        self._states: dict[str, State] = {}
+        self._seen: dict[str, tuple[State, datetime | None]] = {}
         self._stop = threading.Event()
         self._children: list[subprocess.Popen[bytes]] = []
 
@@ -141,9 +142,11 @@ class Supervisor:
         if self._on_change is None:
             return
         for run in self.queue.runs():
-            before = self._states.get(run.id, "waiting" if run.state == "running" else run.state)
-            self._states[run.id] = run.state
-            if run.state != before:
+            ended = run.state not in ("waiting", "running")
+            before = self._seen.get(run.id, (run.state, run.started) if ended else ("waiting", None))
+            self._seen[run.id] = (run.state, run.started)
+            # A run that was interrupted and started again is running as before.
+            if run.state != before[0] or (run.state == "running" and run.started != before[1]):
                 self._on_change(run)
 
     def _start(self, entry: Entry, record: Record, device: str) -> None:
@@ -155,7 +158,6 @@ class Supervisor:
                 "stop": "no",
                 "started": now(),
                 "ended": None,
-                "message": None,
                 "reached": checkpoints_of(record.output),
             }
         )

@@ -44,7 +44,7 @@ class StudioContext:
         self.workspace = Workspace(settings.home, settings.data_folders)
         self.workspace.create()
         self.lock = threading.Lock()
-        """Held while the pipeline is used: one generation at a time."""
+        """Held during a use of the pipeline: one generation at a time."""
         self._pipeline: Any = None
         self._base = settings.base
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from restune_diffusion.run_queue import RunQueue
+from restune_diffusion.run_queue import RunQueue, living_supervisor
 from restune_diffusion.storage.base_files.location import BUNDLED_BASE
 from restune_diffusion.training import read_config
 
@@ -64,6 +66,22 @@ def test_another_folder_is_another_queue(restune: Restune, home: Path, tmp_path:
     assert restune("queue", "run", "--queue", tmp_path / "empty", "--until-empty")[0] == 0
     assert [run.name for run in RunQueue(tmp_path / "other").runs()] == ["one"]
     assert not (home / "queue").exists()
+
+
+def test_a_supervisor_in_the_background_is_named_and_a_second_one_is_refused(restune: Restune, home: Path) -> None:
+    code, shown, errors = restune("queue", "run", "--background", "--devices", "cpu")
+    process = living_supervisor(home / "queue")
+    assert process is not None
+    try:
+        assert (code, shown, errors) == (0, f"Process {process} works on the queue {home}/queue.\n", "")
+        code, _, errors = restune("queue", "run")
+        assert (code, errors) == (
+            1,
+            f"restune: Process {process} already works on the queue {home}/queue; leave the runs to it, or end it "
+            "first.\n",
+        )
+    finally:
+        os.kill(process, signal.SIGTERM)
 
 
 @pytest.mark.parametrize(

@@ -116,7 +116,10 @@ def test_a_process_killed_by_others_is_started_again_until_it_has_made_no_progre
 ) -> None:
     run = queue.add(settings("a"))
     scripts["a"] = "os.kill(os.getpid(), signal.SIGKILL)"
-    Supervisor(queue).run(until_empty=True)
+    shown: list[tuple[str, str | None]] = []
+    Supervisor(queue, on_change=lambda run: shown.append((run.state, run.message))).run(until_empty=True)
+    again = ("running", "The run was interrupted; it continues from the beginning.")
+    assert shown[:-1] == [("running", None), again, again]
     assert queue.get("1").state == "failed"
     assert "ended 3 times without a new checkpoint" in str(queue.get("1").message)
     assert len(list(run.output.glob("started-*"))) == 3
