@@ -104,7 +104,7 @@ def run_label(run: QueuedRun, progress: RunProgress) -> str:
 
 
 def run_html(run: QueuedRun, progress: RunProgress, log: str) -> str:
-    """Return the details of a run: state, numbers, plot and samples.
+    """Return the details of a run: state, numbers, plot and log.
 
     Args:
         run: the run.
@@ -124,7 +124,6 @@ def run_html(run: QueuedRun, progress: RunProgress, log: str) -> str:
             loss_plot(
                 progress.series.get("loss", []), progress.series.get("validation_loss", []), progress.steps or 0
             ),
-            _samples(progress),
             f'<details><summary>Log</summary><pre class="log">{escape(log)}</pre></details>' if log else "",
         ]
     )
@@ -174,7 +173,8 @@ def _numbers(run: QueuedRun, progress: RunProgress) -> str:
     return f'<div class="numbers">{boxes}</div>'
 
 
-def _samples(progress: RunProgress) -> str:
+def samples_html(progress: RunProgress) -> str:
+    """Return the samples of a run as a table of prompts and steps; nothing before there are some."""
     if not progress.samples:
         return ""
     steps = chosen_steps(sorted(progress.samples), _MOST_COLUMNS)

@@ -9,7 +9,7 @@ from typing import Any
 from ...run_queue.queue import QueuedRun
 from ...utils.errors import UsageError
 from .desk import TrainingDesk, last_lines
-from .markup import hint_html, run_html, run_label
+from .markup import hint_html, run_html, run_label, samples_html
 from .notes import note
 from .progress import RunProgress, read_progress
 
@@ -26,12 +26,14 @@ class RunsPanel:
     Attributes:
         runs: the list; its value is the id of the chosen run.
         details: progress of the chosen run.
+        samples: its samples, apart, so that images are not loaded again with every number.
         buttons: buttons by action.
         seen: what the page shows, so that only changes are sent.
     """
 
     runs: Any
     details: Any
+    samples: Any
     message: Any
     buttons: dict[str, Any]
     seen: Any
@@ -60,7 +62,8 @@ def build_runs_panel() -> RunsPanel:
         }
     message = gr.HTML(elem_id="train-run-note", visible=False)
     details = gr.HTML(hint_html(_NONE), elem_id="train-run")
-    return RunsPanel(runs, details, message, buttons, gr.State(None), gr.Timer(SECONDS))
+    samples = gr.HTML(elem_id="train-samples", visible=False)
+    return RunsPanel(runs, details, samples, message, buttons, gr.State(None), gr.Timer(SECONDS))
 
 
 def chosen_run(runs: Sequence[QueuedRun], run_id: str | None) -> QueuedRun | None:
@@ -103,7 +106,7 @@ class RunHandlers:
         self.desk = desk
 
     def refresh(self, run_id: str | None, seen: Any) -> tuple[Any, ...]:
-        """Return updates of list, details, buttons and `seen`; nothing is sent that the page shows already."""
+        """Return updates of the panel and `seen`; nothing is sent that the page shows already."""
         import gradio as gr
 
         runs = self.desk.runs()
@@ -111,17 +114,19 @@ class RunHandlers:
         chosen = chosen_run(runs, run_id)
         choices = [(run_label(run, progress[run.id]), run.id) for run in runs]
         if chosen is None:
-            html, allowed = hint_html(_NONE), dict.fromkeys(ACTIONS, False)
+            html, samples, allowed = hint_html(_NONE), "", dict.fromkeys(ACTIONS, False)
         else:
             shown = progress[chosen.id]
             html = run_html(chosen, shown, last_lines(chosen.log) if chosen.state == "failed" else "")
+            samples = samples_html(shown)
             allowed = allowed_actions(chosen, shown, runs.index(chosen))
-        now = (choices, chosen and chosen.id, html, tuple(allowed.values()))
-        before = seen or (None, None, None, None)
+        now = (choices, chosen and chosen.id, html, tuple(allowed.values()), samples)
+        before = seen or (None,) * 5
         new_list = now[:2] != tuple(before[:2]) or run_id != now[1]
         return (
             gr.update(choices=choices, value=now[1], visible=bool(runs)) if new_list else gr.skip(),
             html if html != before[2] else gr.skip(),
+            note(samples) if samples != before[4] else gr.skip(),
             *(
                 gr.update(visible=allowed[action]) if now[3] != before[3] else gr.skip()
                 for action in ACTIONS

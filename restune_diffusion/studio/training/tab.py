@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
@@ -38,9 +39,8 @@ def build_tab(context: StudioContext) -> None:
 
     desk = TrainingDesk(context)
     remove_leftovers(context.workspace.data)
-    with suppress(RestuneError):
-        # Runs that waited when the machine went down go on; a damaged queue is reported when the page asks for it.
-        desk.supervise()
+    # Runs that waited when the machine went down go on. The page need not wait for that.
+    threading.Thread(target=_supervise, args=(desk,), daemon=True).start()
     gr.HTML(STYLE, elem_id="train-style", visible="hidden")
     with gr.Tabs(elem_id="train-pages") as pages:
         with gr.Tab("New run", id=_NEW):
@@ -52,6 +52,12 @@ def build_tab(context: StudioContext) -> None:
     _connect_settings(desk, data, settings)
     _connect_text(desk, data, settings)
     _connect_runs(desk, _Form(desk, data, settings), settings, runs, pages)
+
+
+def _supervise(desk: TrainingDesk) -> None:
+    # A damaged queue is reported when a page asks for its runs.
+    with suppress(RestuneError):
+        desk.supervise()
 
 
 class _Form:
@@ -251,7 +257,7 @@ def _connect_runs(desk: TrainingDesk, form: _Form, settings: SettingsPanel, runs
 
     handlers = RunHandlers(desk)
     refresh = shown_as_message(handlers.refresh)
-    shown = [runs.runs, runs.details, *(runs.buttons[action] for action in ACTIONS), runs.seen]
+    shown = [runs.runs, runs.details, runs.samples, *(runs.buttons[action] for action in ACTIONS), runs.seen]
     looked_at = [runs.runs, runs.seen]
 
     def start(*given: Any) -> tuple[Any, ...]:

@@ -90,7 +90,7 @@ def test_a_dropped_zip_is_trained_to_the_end_over_a_reload_a_stop_and_a_resume(s
     page.await_text("run", "finished")
     until(lambda: page.page.locator("#train-library").is_visible(), "the tuner can be added")
     assert metrics(run) == list(range(1, 151))
-    images = page.page.locator("#train-run .samples img")
+    images = page.page.locator("#train-samples img")
     sampled = sorted(int(path.name[5:]) for path in (run.output / "samples").iterdir())
     assert images.count() == len(sampled) >= 4
     asked = [step for step in sampled if step % 40 and step not in (0, 150)]

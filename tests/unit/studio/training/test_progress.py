@@ -11,7 +11,7 @@ from restune_diffusion.run_queue import QueuedRun
 from restune_diffusion.studio.training.data_panel import edited_rows, with_names, with_prefix
 from restune_diffusion.studio.training.desk import last_lines
 from restune_diffusion.studio.training.loss_plot import loss_plot
-from restune_diffusion.studio.training.markup import duration, memory_html, run_html, run_label
+from restune_diffusion.studio.training.markup import duration, memory_html, run_html, run_label, samples_html
 from restune_diffusion.studio.training.progress import read_progress
 from restune_diffusion.studio.training.runs_panel import allowed_actions, chosen_run
 from restune_diffusion.training.advice.memory_estimate import MemoryEstimate
@@ -68,7 +68,7 @@ def test_text_of_a_run_is_never_markup(make_run):
     folder = run.output / "samples" / "step-000000"
     folder.mkdir(parents=True)
     (folder / "00.png").write_bytes(b"")
-    html = run_html(run, read_progress(run), "log <img src=x>")
+    html = run_html(run, read_progress(run), "log <img src=x>") + samples_html(read_progress(run))
     for text in ("<script>", "<img src=x>", "<b>fox", "ink <i>"):
         assert text not in html
     assert "it &lt;script&gt;failed" in html
