@@ -65,15 +65,15 @@ def build_list_panel() -> ListPanel:
     """Add the search and the cards to the page."""
     import gradio as gr
 
-    with gr.Row(equal_height=True):
+    with gr.Row(equal_height=False):
         search = gr.Textbox(
             label="Search",
             placeholder="Name, trigger word, base or kind",
             elem_id="library-search",
             scale=4,
         )
-        reload = gr.Button("Reload", elem_id="library-reload", scale=0, min_width=120)
-    cards = gr.HTML("", elem_id="library-cards", js_on_load=SELECT_CARD)
+        reload = gr.Button("Reload", elem_id="library-reload", scale=0, min_width=110)
+    cards = gr.HTML("", elem_id="library-cards", js_on_load=SELECT_CARD, apply_default_css=False)
     return ListPanel(search, reload, cards, gr.State(None))
 
 
@@ -85,7 +85,7 @@ def build_tuner_panel() -> TunerPanel:
         gr.Markdown("## Selected tuner")
         with gr.Row():
             with gr.Column(scale=3, min_width=300):
-                facts = gr.HTML("", elem_id="library-facts", js_on_load=None)
+                facts = gr.HTML("", elem_id="library-facts", js_on_load=None, apply_default_css=False)
             with gr.Column(scale=2, min_width=280):
                 new_name = gr.Textbox(
                     label="Name", info="A slash puts the tuner into a folder: styles/ink.", elem_id="library-new-name"
@@ -132,7 +132,7 @@ def build_compare_panel() -> ComparePanel:
         guidance = gr.Slider(0, 20, 7.5, step=0.5, label="Guidance", info="How strictly the prompt is followed.",
                              elem_id="library-guidance")  # fmt: skip
     start = gr.Button("Compare with the base", variant="primary", elem_id="library-compare")
-    result = gr.HTML("", elem_id="library-compared", js_on_load=None)
+    result = gr.HTML("", elem_id="library-compared", js_on_load=None, apply_default_css=False)
     return ComparePanel(first, second, prompt, seed, count, steps, guidance, start, result)
 
 
@@ -143,7 +143,7 @@ def build_files_panel() -> FilesPanel:
     with gr.Accordion("Add tuners", open=True, elem_id="library-add"), gr.Row():
         with gr.Column(min_width=280):
             upload = gr.File(
-                label="Import files (tuners, or LoRA files of diffusers and kohya, as .safetensors)",
+                label="Import tuners or LoRA files (.safetensors)",
                 file_count="multiple",
                 height=160,
                 elem_id="library-upload",

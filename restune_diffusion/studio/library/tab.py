@@ -62,10 +62,10 @@ class LibraryDesk:
         self.shelf = Shelf(context.workspace)
         shutil.rmtree(context.workspace.cache / _DOWNLOADS, ignore_errors=True)
 
-    def cards(self, query: str, name: str | None) -> str:
+    def cards(self, query: str | None, name: str | None) -> str:
         """Return the cards of the tuners that match a search."""
-        entries = self.shelf.entries(query)
-        return cards_html(entries, self._problem, name) if entries else empty_html(query)
+        entries = self.shelf.entries(query or "")
+        return cards_html(entries, self._problem, name) if entries else empty_html(query or "")
 
     def details(self, name: str) -> str:
         """Return the facts of a tuner."""
@@ -133,7 +133,7 @@ def _connect(
         *lists,
     ]
 
-    def show(query: str, name: str | None) -> list[Any]:
+    def show(query: str | None, name: str | None) -> list[Any]:
         """Return updates of everything that depends on the folder and the selected tuner."""
         names = desk.shelf.library.names()
         name = name if name in names else None
@@ -145,27 +145,33 @@ def _connect(
         hidden = gr.update(visible=False, value=None)
         return [desk.cards(query, name), name, gr.update(visible=name is not None), facts, new_name, hidden, *choices]
 
-    def select(query: str, event: gr.EventData) -> list[Any]:
-        return [*show(query, event._data.get("value")), event._data.get("value")]
+    def select(query: str | None, event: Any) -> list[Any]:
+        updates = show(query, event._data.get("value"))
+        # The selected tuner is also the first one to compare.
+        updates[page.index(comparison.first)] = gr.update(choices=desk.shelf.library.names(), value=updates[1])
+        return updates
 
-    def rename(query: str, name: str, new_name: str) -> list[Any]:
+    # Gradio passes the event to an argument of this type; the name `gr` is not known outside this function.
+    select.__annotations__["event"] = gr.EventData
+
+    def rename(query: str | None, name: str, new_name: str) -> list[Any]:
         return show(query, desk.shelf.rename(name, new_name))
 
-    def delete(query: str, name: str) -> list[Any]:
+    def delete(query: str | None, name: str) -> list[Any]:
         desk.shelf.delete(name)
         gr.Info(f"{name} is in the trash; open “Trash” to restore it.")
         return show(query, None)
 
-    def restore(query: str, name: str | None, trash_id: str | None) -> list[Any]:
+    def restore(query: str | None, name: str | None, trash_id: str | None) -> list[Any]:
         restored = desk.shelf.restore(_chosen(trash_id))
         gr.Info(f"{restored} is in the library again.")
         return show(query, name)
 
-    def remove(query: str, name: str | None, trash_id: str | None) -> list[Any]:
+    def remove(query: str | None, name: str | None, trash_id: str | None) -> list[Any]:
         gr.Info(f"{desk.shelf.remove_for_good(_chosen(trash_id))} is deleted.")
         return show(query, name)
 
-    def upload(query: str, name: str | None, paths: list[str] | None) -> list[Any]:
+    def upload(query: str | None, name: str | None, paths: list[str] | None) -> list[Any]:
         names, reasons = desk.import_files(paths or [])
         for reason in reasons:
             gr.Warning(reason, duration=None)
@@ -173,7 +179,7 @@ def _connect(
             gr.Info(f"{counted(len(names), 'tuner')} imported: {', '.join(names)}.")
         return [*show(query, names[0] if names else name), None]
 
-    def add_run(query: str, run_tuner: str | None) -> list[Any]:
+    def add_run(query: str | None, run_tuner: str | None) -> list[Any]:
         name = desk.shelf.add_from_run(_chosen(run_tuner))
         gr.Info(f"The library has {name} now.")
         return show(query, name)
@@ -185,7 +191,7 @@ def _connect(
     def start(first: str | None, second: str | None, *values: Any) -> str:
         return desk.compare([each for each in (first, second) if each], _settings(*values))
 
-    def make_thumbnail(query: str, name: str, *values: Any) -> list[Any]:
+    def make_thumbnail(query: str | None, name: str, *values: Any) -> list[Any]:
         desk.make_thumbnail(name, _settings(*values))
         return show(query, name)
 
@@ -195,7 +201,7 @@ def _connect(
     gr.on(fn=shown_as_message(show), inputs=[query, chosen], outputs=page, **_QUIET)
     listing.reload.click(shown_as_message(show), [query, chosen], page, **_QUIET)
     query.change(desk.cards, [query, chosen], listing.cards, trigger_mode="always_last", **_QUIET)
-    listing.cards.select(shown_as_message(select), query, [*page, comparison.first], **_QUIET)
+    listing.cards.select(shown_as_message(select), query, page, **_QUIET)
     selected.rename.click(shown_as_message(rename), [query, chosen, selected.new_name], page, **_QUIET)
     selected.delete.click(shown_as_message(delete), [query, chosen], page, **_QUIET)
     selected.prepare.click(shown_as_message(prepare), [chosen, selected.layout], selected.download)
