@@ -63,7 +63,7 @@ def empty_html(query: str) -> str:
 def _card(entry: TunerEntry, problem: str | None, is_selected: bool) -> str:
     chips = "".join(f'<span class="tuner-chip">{escape(_family(each))}</span>' for each in entry.families)
     words = f"<small>Trigger words: {escape(', '.join(entry.trigger_words))}</small>" if entry.trigger_words else ""
-    fit = '<span class="tuner-chip tuner-bad">Does not fit</span>' if problem else ""
+    fit = '<span class="tuner-chip tuner-bad">Cannot be used</span>' if problem else ""
     base = f"<small>Base: {escape(entry.base)}</small>" if entry.base else ""
     return (
         f'<button type="button" class="tuner-card" data-tuner="{escape(entry.name)}" '

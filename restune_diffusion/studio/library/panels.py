@@ -145,7 +145,7 @@ def build_files_panel() -> FilesPanel:
             upload = gr.File(
                 label="Import tuners or LoRA files (.safetensors)",
                 file_count="multiple",
-                height=160,
+                height=200,
                 elem_id="library-upload",
             )
         with gr.Column(min_width=280):

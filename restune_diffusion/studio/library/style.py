@@ -5,7 +5,8 @@ STYLE = """
 #library-reload { align-self: end; }
 .tuner-cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(15rem, 1fr)); gap: 1rem;
   padding: 4px; }
-.tuner-card { display: flex; flex-direction: column; align-items: stretch; font: inherit; padding: 0; overflow: hidden; text-align: left; cursor: pointer;
+.tuner-card { display: flex; flex-direction: column; align-items: stretch; padding: 0; overflow: hidden;
+  font: inherit; text-align: left; cursor: pointer;
   border: 1px solid var(--border-color-primary); border-radius: 12px; color: var(--body-text-color);
   background: var(--background-fill-primary); }
 .tuner-card:hover { border-color: var(--primary-500); }
@@ -13,7 +14,8 @@ STYLE = """
 .tuner-card img, .tuner-blank { width: 100%; height: 9rem; object-fit: cover; background: #fff; }
 .tuner-blank { display: grid; place-items: center; font-size: 3rem; font-weight: 600;
   color: var(--body-text-color-subdued); background: var(--background-fill-secondary); }
-.tuner-text { display: flex; text-align: left; flex-direction: column; gap: .3rem; padding: .75rem 1rem 1rem; min-width: 0; }
+.tuner-text { display: flex; flex-direction: column; gap: .3rem; padding: .75rem 1rem 1rem; min-width: 0;
+  text-align: left; }
 .tuner-text strong { font-size: 1.05rem; overflow-wrap: anywhere; }
 .tuner-text small { color: var(--body-text-color-subdued); overflow-wrap: anywhere; font-size: .85rem; }
 .tuner-chip { display: inline-block; margin-right: .35rem; padding: 0 .6rem; border-radius: 999px; font-size: .8rem;

@@ -206,9 +206,13 @@ def _connect(
     selected.delete.click(shown_as_message(delete), [query, chosen], page, **_QUIET)
     selected.prepare.click(shown_as_message(prepare), [chosen, selected.layout], selected.download)
     selected.layout.change(lambda: gr.update(visible=False, value=None), outputs=selected.download, **_QUIET)
-    selected.thumbnail.click(shown_as_message(make_thumbnail), [query, chosen, *numbers], page)
-    files.upload.upload(shown_as_message(upload), [query, chosen, files.upload], [*page, files.upload])
-    files.add_run.click(shown_as_message(add_run), [query, files.run_tuner], page)
+    selected.thumbnail.click(
+        shown_as_message(make_thumbnail), [query, chosen, *numbers], page, show_progress_on=selected.facts
+    )
+    files.upload.upload(
+        shown_as_message(upload), [query, chosen, files.upload], [*page, files.upload], show_progress_on=files.upload
+    )
+    files.add_run.click(shown_as_message(add_run), [query, files.run_tuner], page, show_progress_on=files.run_tuner)
     files.restore.click(shown_as_message(restore), [query, chosen, files.deleted], page, **_QUIET)
     files.remove.click(shown_as_message(remove), [query, chosen, files.deleted], page, **_QUIET)
     comparison.start.click(shown_as_message(start), [comparison.first, comparison.second, *numbers], comparison.result)
