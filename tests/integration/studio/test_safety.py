@@ -108,31 +108,6 @@ def test_a_page_of_another_site_cannot_use_the_session(locked, session, headers)
     assert answer.status_code == 403
 
 
-def test_wrong_passwords_are_slowed(tmp_path):
-    with StudioProcess(tmp_path / "home", env={"RESTUNE_PASSWORD": PASSWORD}) as studio:
-        statuses: list[int] = []
-
-        def guess(number: int) -> None:
-            answer = requests.post(f"{studio.url}/login", data={"password": f"guess {number}"}, timeout=10)
-            statuses.append(answer.status_code)
-
-        threads = [threading.Thread(target=guess, args=(number,)) for number in range(20)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        # Also in parallel only five are looked at.
-        assert sorted(statuses) == [401] * 5 + [429] * 15
-        answer = requests.post(f"{studio.url}/login", data={"password": PASSWORD}, timeout=10, allow_redirects=False)
-        if answer.status_code == 429:
-            assert "too many" in answer.text
-            time.sleep(int(answer.headers["retry-after"]))
-            answer = requests.post(
-                f"{studio.url}/login", data={"password": PASSWORD}, timeout=10, allow_redirects=False
-            )
-        assert answer.status_code == 303
-
-
 def test_the_description_of_the_page_has_no_secret(locked, session):
     text = session.get(f"{locked.url}/config", timeout=10).text + session.get(locked.url, timeout=10).text
     assert PASSWORD not in text
@@ -184,7 +159,7 @@ def test_a_crafted_event_cannot_name_a_tuner_elsewhere(studio):
     assert call(studio.url, client, function, ["", "../../outside"]).status_code == 200
     message = result(studio.url, client)
     assert message["success"] is False
-    assert "No run has the tuner" in json.dumps(message)
+    assert "not in the list" in json.dumps(message)
     assert "Traceback" not in json.dumps(message)
     assert list((studio.home / "tuners").rglob("outside*")) == []
 
@@ -205,3 +180,27 @@ def test_no_description_of_an_api_and_no_editor_exist(studio):
         assert requests.get(studio.url + route, timeout=10).status_code == 404, route
     information = requests.get(f"{studio.url}/gradio_api/info", timeout=10).json()
     assert information == {"named_endpoints": {}, "unnamed_endpoints": {}}
+
+
+def test_wrong_passwords_are_slowed(locked):
+    statuses: list[int] = []
+
+    def guess(number: int) -> None:
+        answer = requests.post(f"{locked.url}/login", data={"password": f"guess {number}"}, timeout=10)
+        statuses.append(answer.status_code)
+
+    threads = [threading.Thread(target=guess, args=(number,)) for number in range(20)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    # Only five are looked at, or a sixth if the machine took a second for them.
+    assert statuses.count(401) in (5, 6)
+    assert statuses.count(429) == 20 - statuses.count(401)
+    while True:
+        answer = requests.post(f"{locked.url}/login", data={"password": PASSWORD}, timeout=10, allow_redirects=False)
+        if answer.status_code != 429:
+            break
+        assert "too many wrong passwords" in answer.text
+        time.sleep(int(answer.headers["retry-after"]))
+    assert answer.status_code == 303
