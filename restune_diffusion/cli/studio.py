@@ -47,8 +47,7 @@ class StudioOptions(BaseModel):
     port: int = Field(default=7860, ge=0, le=65535)
     """Port to listen on; 0 chooses a free one."""
     password: str | None = None
-    """Password of the page, for the user `restune`. The variable RESTUNE_PASSWORD keeps it out of the list of
-    processes."""
+    """Password of the page. The variable RESTUNE_PASSWORD keeps it out of the list of processes."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """Compute device; `auto` uses a GPU if there is one."""
     dtype: Literal["auto", "fp32", "fp16", "bf16"] = "auto"
