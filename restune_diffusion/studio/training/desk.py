@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from ...data.files import list_images
 from ...storage.base_files.location import BUNDLED_BASE
 from ...training.config.train_config import TrainConfig
 from ...utils.display import counted
-from ...utils.errors import DataError, RestuneError, UsageError
+from ...utils.errors import RestuneError, UsageError
 from ..context import StudioContext
 from .settings.fields import acts_on_text, all_fields, takes_conditions
 from .settings.form import settings_of
@@ -276,23 +275,15 @@ class TrainingDesk:
 
         request_samples(run.output)
 
-    def add_to_library(self, tuner: Path) -> Path:
-        """Copy a finished tuner into the library, under a free name, and return its path."""
-        number, path = 1, self.workspace.tuners / tuner.name
-        while path.exists():
-            number += 1
-            path = self.workspace.tuners / f"{tuner.stem}-{number}{tuner.suffix}"
-        temporary = path.with_name(f".{path.name}.tmp")
-        try:
-            shutil.copyfile(tuner, temporary)
-            temporary.rename(path)
-        except OSError as error:
-            raise DataError(
-                f"{tuner.name} cannot be copied to the library ({error.strerror}); free some space."
-            ) from error
-        finally:
-            temporary.unlink(missing_ok=True)
-        return path
+    def add_to_library(self, tuner: Path) -> str:
+        """Copy a finished tuner into the library and return its name there.
+
+        Raises:
+            RestuneError: if the file is damaged, or cannot be copied.
+        """
+        from ..library.shelf import Shelf
+
+        return Shelf(self.workspace).add_from_run(f"{tuner.parent.name}/{tuner.stem}")
 
     def supervise(self) -> None:
         """Start a process that works through the queue, unless one lives or there is nothing to do."""

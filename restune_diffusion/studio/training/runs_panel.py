@@ -170,8 +170,7 @@ class RunHandlers:
         tuner = read_progress(run).tuner
         if tuner is None:
             raise UsageError(f"{run.name} has no finished tuner; wait until it is finished.")
-        path = self.desk.add_to_library(tuner)
-        return f"{path.name} is in the library. The tab Generate uses it."
+        return f"{self.desk.add_to_library(tuner)} is in the library. The tab Generate uses it."
 
     def _remove(self, run_id: str) -> str:
         run = self.desk.context.queue.get(run_id)

@@ -100,7 +100,7 @@ def test_a_dropped_zip_is_trained_to_the_end_over_a_reload_a_stop_and_a_resume(s
     until(lambda: images.first.evaluate("image => image.naturalWidth") == 64, "the sample is loaded")
     shoot(page, shots, "finished")
     page.press("library")
-    page.await_text("run-note", "ink.safetensors is in the library")
+    page.await_text("run-note", "ink is in the library")
     facts = read_info(studio.home / "tuners" / "ink.safetensors").training
     assert (facts["steps"], facts["images"], facts["trigger_words"]) == (150, 6, ["ink style"])
 

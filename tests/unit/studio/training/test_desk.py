@@ -11,7 +11,6 @@ from restune_diffusion.run_queue import RunQueue
 from restune_diffusion.storage.base_files.location import BUNDLED_BASE
 from restune_diffusion.storage.tuner_file import read_info
 from restune_diffusion.studio.context import StudioContext, StudioSettings
-from restune_diffusion.studio.training import desk as desk_module
 from restune_diffusion.studio.training.desk import TrainingDesk
 from restune_diffusion.studio.training.settings.purposes import Device, suggestion
 from restune_diffusion.training import train
@@ -104,11 +103,3 @@ def test_only_uploaded_files_are_stored(desk, tmp_path, monkeypatch):
     assert desk.upload([str(tmp_path / "cache" / "fox.png")]).images == 1
     with pytest.raises(UsageError, match="outside the folders"):
         desk.upload([str(DEMO / "fox.png")])
-
-
-def test_a_tuner_does_not_replace_another_in_the_library(desk, tmp_path):
-    (tmp_path / "ink.safetensors").write_bytes(b"new")
-    (desk.workspace.tuners / "ink.safetensors").write_bytes(b"old")
-    assert desk.add_to_library(tmp_path / "ink.safetensors").name == "ink-2.safetensors"
-    assert (desk.workspace.tuners / "ink.safetensors").read_bytes() == b"old"
-    assert desk_module.last_lines(tmp_path / "none") == ""
