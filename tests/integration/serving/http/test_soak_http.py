@@ -28,7 +28,7 @@ from restune_diffusion import RestuneStableDiffusionPipeline, SkipConfig, Tuner,
 from restune_diffusion.pipelines.schedulers import named_scheduler
 
 from ....conftest import randomize
-from ....serving_base import write_tuners
+from ....serving_base import library_tuner, write_tuners
 from ....serving_process import ServerProcess, wait_for
 
 SECONDS = float(os.environ.get("RESTUNE_SOAK_SECONDS", "12"))
@@ -199,7 +199,7 @@ def by_the_pipeline(pipe: Any, folder: Path, settings: dict[str, Any]) -> Image.
     )
     own.set_progress_bar_config(disable=True)
     try:
-        own.load_tuner_weights(folder / f"{settings['tuner']}.safetensors", "style")
+        own.load_tuner_weights(library_tuner(pipe, folder / f"{settings['tuner']}.safetensors"), "style")
         own.set_tuners("style", settings["weight"])
         return own(
             settings["prompt"],
@@ -233,6 +233,7 @@ def test_mixed_traffic_gets_right_answers_and_nothing_stays(pipe, tmp_path):
         stop.set()
         for client in clients:
             client.thread.join()
+        assert server.process.poll() is None, (server.process.returncode, server.output)
         wait_for(lambda: metric(server, "restune_running_images") == 0)
         assert metric(server, "restune_queue_length") == 0
         assert metric(server, "restune_decoding_images") == 0
