@@ -205,8 +205,8 @@ def _table(found: Sequence[dict[str, Any]]) -> list[str]:
     return [
         *table,
         "",
-        "All times are processor time. Relative: to one row. "
-        f"Images/s is calculated for {STEPS} steps from rows/s and the time of a decoding. Memory is the peak of the process beyond its models; the engine's estimate for "
+        f"All times are processor time. Relative: to one row. Images/s is calculated for {STEPS} steps from rows/s "
+        "and the time of a decoding. Memory is the peak of the process beyond its models; the engine's estimate for "
         f"`Limits.memory_bytes` is, for {', and for '.join(estimates)}.",
     ]
 
