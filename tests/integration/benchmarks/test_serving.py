@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import serving_capacity
 from benchmarks.serving import __main__ as command
+from benchmarks.serving import capacity
 
 
 def test_all_contestants_generate_the_same_images(tmp_path):
@@ -26,7 +26,7 @@ def test_all_contestants_generate_the_same_images(tmp_path):
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux alone reports the peak of the memory")
 def test_capacity_counts_full_calls_with_and_without_tuners(tmp_path):
     output = tmp_path / "capacity"
-    serving_capacity.main(["--dry", "--base", "restune-tiny", "--rows", "1", "8", "--output", str(output)])
+    capacity.main(["--dry", "--base", "restune-tiny", "--rows", "1", "8", "--output", str(output)])
     rows = json.loads(output.with_suffix(".json").read_text())["rows"]
     assert [(row["tuners"], row["rows"], row["rows_per_call"]) for row in rows] == [
         (False, 1, 1.0), (False, 8, 8.0), (True, 1, 1.0), (True, 8, 8.0),

@@ -1,6 +1,6 @@
 """Measure the engine's throughput and memory against the rows of a U-Net call; print and write the table.
 
-    python -m benchmarks.serving_capacity --output benchmarks/results/serving_capacity
+    python -m benchmarks.serving.capacity --output benchmarks/results/serving_capacity
 
 Each image takes one row, because guidance is off. For each number of rows, the engine serves as many images in one
 batch. Needs Linux, which reports the peak of a process's memory.
@@ -104,7 +104,7 @@ def main(argv: list[str] | None = None) -> None:
     facts = ", ".join(
         f"{base} ({settings[base].steps} steps, median of {settings[base].turns} turns)" for base in arguments.base
     )
-    publish("benchmarks.serving_capacity", found, [*table, *_table(found)], facts, arguments.output)
+    publish("benchmarks.serving.capacity", found, [*table, *_table(found)], facts, arguments.output)
 
 
 def measure(workload: Workload, base: str, setting: Setting, rows: Sequence[int]) -> list[dict[str, Any]]:
