@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
-from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 from ...utils.atomic_write import atomic_write
 from ...utils.errors import RestuneError
 from ..http.starting import ServerSettings
-from .app import NAME, ClusterSettings, build, ray_config
+from .app import NAME, ClusterSettings, application, ray_config
 
 
 def check_ray() -> None:
@@ -39,17 +39,39 @@ def run_on_ray(server: ServerSettings, cluster: ClusterSettings, host: str, port
         ended.set()
 
     if not ray.is_initialized():
-        ray.init(log_to_driver=False, logging_level="warning")
+        try:
+            ray.init(log_to_driver=False, logging_level="warning")
+        except ConnectionError as error:
+            raise RestuneError(
+                f"No Ray cluster answers at {os.environ.get('RAY_ADDRESS')}; correct RAY_ADDRESS, or unset it to "
+                "start a cluster on this machine."
+            ) from error
     serve.start(http_options={"host": host, "port": port})
-    serve.run(build({"server": asdict(server), "cluster": asdict(cluster)}), name=NAME, route_prefix="/")
-    # Ray has set handlers of its own, which end the process at once.
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, end)
-    print(f"Serving {Path(server.base).name} at http://{host}:{port} on Ray", flush=True)
-    ended.wait()
-    serve.delete(NAME)
-    serve.shutdown()
-    ray.shutdown()
+    try:
+        _deploy(server, cluster)
+        # Ray has set handlers of its own, which end the process at once.
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, end)
+        print(f"Serving {Path(server.base).name} at http://{host}:{port} on Ray", flush=True)
+        ended.wait()
+    finally:
+        serve.delete(NAME)
+        # The cluster may serve other applications.
+        if not serve.status().applications:
+            serve.shutdown()
+        ray.shutdown()
+
+
+def _deploy(server: ServerSettings, cluster: ClusterSettings) -> None:
+    from ray import serve
+
+    try:
+        serve.run(application(server, cluster), name=NAME, route_prefix="/")
+    except RuntimeError as error:
+        raise RestuneError(
+            f"The application did not start on Ray ({str(error).strip().splitlines()[0]}); the logs of the replicas have "
+            "the reason."
+        ) from error
 
 
 def write_ray_config(path: Path, server: ServerSettings, cluster: ClusterSettings, host: str, port: int) -> None:
