@@ -69,8 +69,8 @@ def _deploy(server: ServerSettings, cluster: ClusterSettings) -> None:
         serve.run(application(server, cluster), name=NAME, route_prefix="/")
     except RuntimeError as error:
         raise RestuneError(
-            f"The application did not start on Ray ({str(error).strip().splitlines()[0]}); the logs of the replicas have "
-            "the reason."
+            f"The application did not start on Ray ({str(error).strip().splitlines()[0]}); the logs of the replicas "
+            "have the reason."
         ) from error
 
 

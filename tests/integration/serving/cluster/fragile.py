@@ -1,0 +1,21 @@
+"""Replica whose engine can be made to fail."""
+
+from __future__ import annotations
+
+import ctypes
+
+from restune_diffusion.serving.cluster.replica import EngineReplica
+
+
+def end_thread_of(engine) -> None:
+    """Raise SystemExit in the thread of an engine, at its next instruction."""
+    ident = ctypes.c_ulong(engine._thread.ident)
+    assert ctypes.pythonapi.PyThreadState_SetAsyncExc(ident, ctypes.py_object(SystemExit)) == 1
+
+
+class FragileReplica(EngineReplica):
+    """Replica whose engine ends when it is told to."""
+
+    def end_engine(self) -> None:
+        """End the thread of the engine."""
+        end_thread_of(self._engine)
