@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import io
+import os
 import signal
 import threading
 import time
@@ -29,13 +30,15 @@ from restune_diffusion.serving.cluster.run import write_ray_config
 from restune_diffusion.serving.http.gate import key_digest
 from restune_diffusion.serving.http.starting import ServerSettings
 
-from ....conftest import TINY_BASE
+from ....conftest import ROOT, TINY_BASE
+from ....fragile_replica import FragileReplica
 from ....serving_process import ServerProcess, unused_port, wait_for
-from .fragile import FragileReplica
 
 ray = pytest.importorskip("ray")
 KEY = "key-of-the-test"
 BROKEN = "The replicas ended while they worked on the request; send it again."
+PATIENCE = 240
+"""Seconds for the start of replicas on a busy machine; a quiet one takes a tenth."""
 # Short delays; the sizes are those of the tiny base.
 QUICK = {
     "target_ongoing_requests": 2,
@@ -55,6 +58,8 @@ def cluster():
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
         patch.setenv("RAY_AUTH_MODE", "disabled")
         patch.setenv("OMP_NUM_THREADS", "1")
+        # The replicas of the tests are a class of the tests.
+        patch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]))
         for kind in ("HANDLE", "REPLICA"):
             patch.setenv(f"RAY_SERVE_{kind}_AUTOSCALING_METRIC_PUSH_INTERVAL_S", "0.3")
         ray.init(
@@ -90,7 +95,7 @@ class Service:
     def __init__(self, port, files):
         self.port, self.files = port, files
         self.url = f"http://127.0.0.1:{port}"
-        self.client = openai.OpenAI(base_url=f"{self.url}/v1", api_key=KEY, max_retries=0, timeout=120)
+        self.client = openai.OpenAI(base_url=f"{self.url}/v1", api_key=KEY, max_retries=0, timeout=PATIENCE)
 
     def settings(self, **changes):
         digest = key_digest(KEY.encode()).hex()
@@ -102,33 +107,32 @@ class Service:
         return self.client.images.generate(prompt="a fox", extra_body=extra, **values).data[0].seed
 
     def replicas(self):
-        """Return the numbers of replicas by state."""
+        """Return the numbers of replicas by state; none while the application is being deployed."""
         from ray import serve
 
-        deployment = serve.status().applications[NAME].deployments["Engine"]
-        return {str(getattr(state, "value", state)): count for state, count in deployment.replica_states.items()}
+        app = serve.status().applications[NAME]
+        states = app.deployments["Engine"].replica_states if app.status == "RUNNING" else {}
+        return {state.value: count for state, count in states.items()}
 
     def metric(self, name):
         """Return the values of a metric by replica."""
-        text = httpx.get(f"{self.url}/metrics", headers={"authorization": f"Bearer {KEY}"}, timeout=60).text
+        text = httpx.get(f"{self.url}/metrics", headers={"authorization": f"Bearer {KEY}"}, timeout=PATIENCE).text
         samples = [sample for family in text_string_to_metric_families(text) for sample in family.samples]
         return {sample.labels["replica"]: sample.value for sample in samples if sample.name == name}
 
     @contextmanager
-    def traffic(self, clients, **values):
-        """Send requests, each client one after the other, and yield the list of their errors and seconds."""
-        ended, seconds = threading.Event(), []
+    def traffic(self, clients, pause, **values):
+        """Send requests, each client one after the other, and yield the seeds of their images; none may fail."""
+        ended, done = threading.Event(), []
 
         def work():
-            while not ended.is_set():
-                start = time.monotonic()
-                self.generate(**values)
-                seconds.append(time.monotonic() - start)
+            while not ended.wait(pause):
+                done.append(self.generate(**values))
 
         with ThreadPoolExecutor(clients) as pool:
             workers = [pool.submit(work) for _ in range(clients)]
             try:
-                yield seconds
+                yield done
             finally:
                 ended.set()
         for worker in workers:
@@ -138,7 +142,7 @@ class Service:
 def test_the_command_serves_on_a_cluster_and_leaves_it(cluster, files, pipe):
     env = {"RESTUNE_API_KEY": KEY, "RAY_ADDRESS": cluster}
     with ServerProcess("--tuners", str(files), "--ray", env=env, free_port=True) as server:
-        client = openai.OpenAI(base_url=f"{server.url}/v1", api_key=KEY, max_retries=0, timeout=120)
+        client = openai.OpenAI(base_url=f"{server.url}/v1", api_key=KEY, max_retries=0, timeout=PATIENCE)
         settings = {"steps": 2, "guidance": 4.0, "seed": 5}
         answer = client.images.generate(prompt="a red apple", extra_body=settings)
         generator = torch.Generator().manual_seed(5)
@@ -152,18 +156,18 @@ def test_the_command_serves_on_a_cluster_and_leaves_it(cluster, files, pipe):
         events = list(client.images.generate(prompt="a", stream=True, partial_images=1, extra_body=settings))
         assert [event.type.rpartition(".")[2] for event in events] == ["partial_image", "completed"]
         server.process.send_signal(signal.SIGTERM)
-        assert server.process.wait(120) == 0, server.output
+        assert server.process.wait(PATIENCE) == 0, server.output
     wait_for(lambda: not [name for name in ray.util.list_named_actors(all_namespaces=True) if "Engine" in str(name)])
 
 
 def test_load_starts_a_second_replica_and_silence_stops_it(service):
     assert service.replicas() == {"RUNNING": 1}
-    with service.traffic(clients=6, steps=10) as seconds:
-        wait_for(lambda: service.replicas().get("RUNNING") == 2, 90)
+    with service.traffic(clients=6, pause=0, steps=10) as done:
+        wait_for(lambda: service.replicas().get("RUNNING") == 2, PATIENCE)
         # The second one gets requests too.
         wait_for(lambda: sorted(count > 0 for count in service.metric("restune_images_total").values()) == [True] * 2)
-    assert len(seconds) > 6
-    wait_for(lambda: service.replicas() == {"RUNNING": 1}, 60)
+    assert len(done) > 6
+    wait_for(lambda: service.replicas() == {"RUNNING": 1}, PATIENCE)
     assert service.generate(seed=3) == 3
 
 
@@ -174,12 +178,12 @@ def test_a_replica_whose_engine_has_stopped_is_replaced(service):
     with ThreadPoolExecutor(1) as pool:
         running = pool.submit(service.generate, steps=150)
         wait_for(lambda: service.metric("restune_running_images")[before] == 1)
-        serve.get_deployment_handle("Engine", NAME).end_engine.remote().result(timeout_s=60)
+        serve.get_deployment_handle("Engine", NAME).end_engine.remote().result(timeout_s=PATIENCE)
         with pytest.raises(openai.InternalServerError, match=BROKEN) as error:
-            running.result(60)
+            running.result(PATIENCE)
     assert error.value.status_code == 503
     assert httpx.get(f"{service.url}/readyz").status_code == 503
-    wait_for(lambda: httpx.get(f"{service.url}/readyz").status_code == 200, 90)
+    wait_for(lambda: httpx.get(f"{service.url}/readyz").status_code == 200, PATIENCE)
     assert service.generate(seed=4) == 4
     assert before not in service.metric("restune_images_total")
 
@@ -199,13 +203,13 @@ def test_a_changed_file_is_deployed_under_traffic_without_a_failed_request(servi
         "127.0.0.1",
         service.port,
     )
-    with service.traffic(clients=3) as seconds:
+    with service.traffic(clients=3, pause=0.1) as done:
         # What `serve deploy` sends to the dashboard, which does this with it.
         _get_global_client().deploy_apps(ServeDeploySchema.model_validate(yaml.safe_load(path.read_text())))
-        wait_for(lambda: service.replicas() == {"RUNNING": 2}, 120)
+        wait_for(lambda: service.replicas() == {"RUNNING": 2}, PATIENCE)
         wait_for(lambda: len(service.metric("restune_images_total")) == 2)
-        done = len(seconds)
-        wait_for(lambda: len(seconds) > done + 6)
+        before = len(done)
+        wait_for(lambda: len(done) > before + 6)
     with pytest.raises(openai.BadRequestError, match="this server allows 100"):
         service.generate(steps=101)
 
@@ -249,5 +253,5 @@ def test_a_killed_replica_loses_no_request_and_its_stream_ends_with_an_error(ser
         ray.kill(ray.get_actor(f"SERVE_REPLICA::{NAME}#Engine#{replica}", namespace="serve"))
         with pytest.raises(openai.APIError, match=BROKEN):
             list(stream)
-        assert [answer.result(120) for answer in answers] == list(range(12))
+        assert [answer.result(PATIENCE) for answer in answers] == list(range(12))
     assert replica not in service.metric("restune_images_total")

@@ -1,4 +1,4 @@
-"""Replica whose engine can be made to fail."""
+"""Engines that stop, as after an error that is not the fault of a request."""
 
 from __future__ import annotations
 
@@ -14,8 +14,7 @@ def end_thread_of(engine) -> None:
 
 
 class FragileReplica(EngineReplica):
-    """Replica whose engine ends when it is told to."""
+    """Replica on Ray Serve whose engine stops when it is told to."""
 
     def end_engine(self) -> None:
-        """End the thread of the engine."""
         end_thread_of(self._engine)
