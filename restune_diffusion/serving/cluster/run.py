@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import threading
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,11 +15,26 @@ from ...utils.errors import RestuneError
 from ..http.starting import ServerSettings
 from .app import NAME, ClusterSettings, application, ray_config
 
+_ADDRESS = "RAY_ADDRESS"
+_CONNECT_SECONDS = 5.0
+
 
 def check_ray() -> None:
-    """Raise `RestuneError` if Ray Serve is not installed."""
+    """Check Ray before the libraries are imported.
+
+    Raises:
+        RestuneError: if Ray Serve is not installed, or the cluster of RAY_ADDRESS does not answer.
+    """
     if find_spec("ray") is None:
         raise RestuneError("--ray needs Ray Serve; run pip install 'restune-diffusion[serve-ray]'.")
+    address = os.environ.get(_ADDRESS, "")
+    host, _, port = address.rpartition(":")
+    if port.isdigit() and "/" not in host:
+        try:
+            # Ray itself tries for minutes.
+            socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_SECONDS).close()
+        except (OSError, OverflowError) as error:
+            raise _no_cluster(address) from error
 
 
 def run_on_ray(server: ServerSettings, cluster: ClusterSettings, host: str, port: int) -> None:
@@ -42,10 +58,7 @@ def run_on_ray(server: ServerSettings, cluster: ClusterSettings, host: str, port
         try:
             ray.init(log_to_driver=False, logging_level="warning")
         except ConnectionError as error:
-            raise RestuneError(
-                f"No Ray cluster answers at {os.environ.get('RAY_ADDRESS')}; correct RAY_ADDRESS, or unset it to "
-                "start a cluster on this machine."
-            ) from error
+            raise _no_cluster(os.environ.get(_ADDRESS, "")) from error
     serve.start(http_options={"host": host, "port": port})
     try:
         _deploy(server, cluster)
@@ -60,6 +73,12 @@ def run_on_ray(server: ServerSettings, cluster: ClusterSettings, host: str, port
         if not serve.status().applications:
             serve.shutdown()
         ray.shutdown()
+
+
+def _no_cluster(address: str) -> RestuneError:
+    return RestuneError(
+        f"No Ray cluster answers at {address}; correct {_ADDRESS}, or unset it to start a cluster on this machine."
+    )
 
 
 def _deploy(server: ServerSettings, cluster: ClusterSettings) -> None:
