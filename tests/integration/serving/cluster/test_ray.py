@@ -111,8 +111,7 @@ class Service:
         from ray import serve
 
         app = serve.status().applications[NAME]
-        states = app.deployments["Engine"].replica_states if app.status == "RUNNING" else {}
-        return {state.value: count for state, count in states.items()}
+        return dict(app.deployments["Engine"].replica_states) if app.status == "RUNNING" else {}
 
     def metric(self, name):
         """Return the values of a metric by replica."""
