@@ -211,7 +211,7 @@ class Engine:
         try:
             self._compute_steps()
         except BaseException as error:
-            # Errors of requests and of steps do not arrive here, but for example SystemExit of a library does.
+            # Errors of requests and steps are handled inside; a SystemExit of a library is not.
             logger.critical("The thread of the engine has ended by an error.", exc_info=error)
             with self._lock:
                 self._failed = True

@@ -143,7 +143,7 @@ class Forwarder:
         await send({"type": "http.response.body", "body": response.body})
 
     async def _of_all(self, method: str, *arguments: Any) -> list[Any]:
-        """Return the results of a method of all replicas; those that end meanwhile are left out.
+        """Return the results of a method of all replicas; those that end during the call are left out.
 
         Raises:
             DeploymentUnavailableError: if there is no replica.

@@ -33,7 +33,7 @@ def merged_metrics(texts: Mapping[str, str]) -> bytes:
     Args:
         texts: metrics of each replica in this format, by the replica's id.
     """
-    # A registry would ask for the metrics once more to know their names, unless it is told not to.
+    # Without this, a registry collects all metrics once more to know their names.
     registry = CollectorRegistry(auto_describe=False)
     registry.register(_Merged(texts))
     return generate_latest(registry)
