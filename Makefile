@@ -1,4 +1,4 @@
-.PHONY: install install-lowest peers demo test test-all test-lowest lint style
+.PHONY: install install-lowest peers demo test test-all test-lowest lint style docs
 
 install:
 	python -m pip install -c constraints.txt -e ".[dev]"
@@ -39,6 +39,10 @@ lint:
 	ruff check .
 	ruff format --check .
 	mypy
+
+# The documentation as a site in build/site; a broken link is an error.
+docs:
+	NO_MKDOCS_2_WARNING=1 python -m mkdocs build --strict --quiet
 
 style:
 	ruff check --fix .

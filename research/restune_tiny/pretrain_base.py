@@ -14,6 +14,7 @@ Stages; all except the quick ones can be resumed (interrupt the command and run 
     python research/restune_tiny/pretrain_base.py refine data/icons work --start work/export --tokenizer TOKENIZER \
         --export work/last
     python research/restune_tiny/pretrain_base.py blend work/export work/last work/blend
+    python research/restune_tiny/pretrain_base.py idle data/icons work --compile
     python research/restune_tiny/pretrain_base.py samples work/blend samples.png
     python research/restune_tiny/pretrain_base.py curve work curve.png --stage unet
 
@@ -24,6 +25,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -37,6 +39,7 @@ from research.restune_tiny.parts.curve import PLOTS, draw_curve
 from research.restune_tiny.stages.autoencoder import train_decoder, train_vae
 from research.restune_tiny.stages.colours import train_colours
 from research.restune_tiny.stages.denoiser import export_checkpoint, train_unet
+from research.restune_tiny.stages.idle import train_idle
 from research.restune_tiny.stages.judge import train_judge
 from research.restune_tiny.stages.latents import encode_latents
 from research.restune_tiny.stages.pipeline import blend_pipelines
@@ -44,6 +47,7 @@ from research.restune_tiny.stages.redraw import redraw_latents
 from research.restune_tiny.stages.refine import train_refine
 from research.restune_tiny.stages.samples import draw_samples
 from research.restune_tiny.stages.text import train_text
+from restune_diffusion.storage.base_files.location import BUNDLED_BASE
 
 
 def add_training_options(parser: argparse.ArgumentParser, **defaults: Any) -> None:
@@ -98,6 +102,19 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     unet.add_argument("--export-every", type=int, default=500, help="steps between exports and checkpoints")
     unet.add_argument("--repeats", type=int, default=2, help="noise levels per image of a micro-batch")
     unet.set_defaults(run=train_unet)
+    idle = stages.add_parser("idle", help="train U-Net and text encoder further while the processor stands idle")
+    add_training_options(idle, steps=1_000_000, batch=64, micro=2, lr=3e-4, warmup=100, ema=0.9995)
+    idle.add_argument("--repeats", type=int, default=2, help="noise levels per image of a micro-batch")
+    idle.add_argument("--held-out", type=float, default=0.05, help="fraction of the icons to measure the error on")
+    idle.add_argument("--checkpoint-minutes", type=float, default=10, help="minutes between checkpoints")
+    idle.add_argument(
+        "--priority", choices=("idle", "normal"), default="idle", help="idle: compute when no other process does"
+    )
+    for flag, number in (("pause", signal.SIGUSR1), ("resume", signal.SIGUSR2)):
+        idle.add_argument(
+            f"--{flag}", dest="signal", action="store_const", const=number, help=f"{flag} the process of this folder"
+        )
+    idle.set_defaults(run=train_idle, workers=1)
     judge = stages.add_parser("judge", help="train the latent classifier required by the stage refine")
     judge.add_argument("--steps", type=int, default=3000, help="total optimizer steps")
     judge.add_argument("--batch", type=int, default=128, help="batch size")
@@ -156,10 +173,13 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         stage.add_argument("--export", type=Path, required=True, help="output folder of the pipeline")
     for stage in (latents, unet, refine, export):
         stage.add_argument("--start", type=Path, help="continue from this exported pipeline")
+    idle.add_argument("--start", type=Path, default=BUNDLED_BASE, help="first weights (default: the bundled ones)")
+    idle.add_argument("--export", type=Path, help="output folder of the pipeline (default: WORK/export)")
+    idle.add_argument("--tokenizer", type=Path, default=BUNDLED_BASE / "tokenizer", help="default: the bundled one")
     redraw.add_argument("--start", type=Path, required=True, help="exported pipeline to sample from")
     for stage in (redraw, text, unet, refine, export):
         stage.add_argument("--tokenizer", type=Path, required=True, help="folder of the CLIP tokenizer")
-    for stage in (redraw, text, unet, refine):
+    for stage in (redraw, text, unet, idle, refine):
         stage.add_argument(
             "--variants",
             type=float,
@@ -167,7 +187,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
             metavar=("DRAWN", "MOVED", "SMALLER", "COLOUR"),
             help="sampling weight of each variant of an image; default: 0.5 0.22 0.14 0.14",
         )
-    for stage in (latents, redraw, text, unet, judge, colours, refine, export):
+    for stage in (latents, redraw, text, unet, idle, judge, colours, refine, export):
         stage.add_argument("icons", type=Path, help="folder written by prepare_icons.py")
         stage.add_argument("work", type=Path, help="folder for checkpoints and results")
     latents.add_argument("--seed", type=int, default=0)

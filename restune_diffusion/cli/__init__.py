@@ -1,4 +1,4 @@
-"""The command line: `restune train | data | generate | grid | evaluate | report | inspect | demo`."""
+"""The command line: `restune train | queue | data | generate | grid | evaluate | report | inspect | demo`."""
 
 from __future__ import annotations
 

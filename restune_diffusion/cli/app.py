@@ -23,11 +23,14 @@ from .guard import run_guarded
 from .inspect import InspectOptions
 from .merge import MergeOptions
 from .options.flag_check import check_flags
+from .queue.command import ACTIONS as QUEUE_ACTIONS
+from .queue.command import QUEUE_HELP, QueueCommand, parse_queue_options
 from .report import ReportOptions
 from .serve.command import ServeOptions
 from .studio import StudioOptions
 
 if TYPE_CHECKING:
+    from .queue.add import AddOptions
     from .train import TrainOptions
 
 TRAIN_HELP = """Train a tuner on a folder of images.
@@ -63,6 +66,7 @@ Command: TypeAlias = (
     | Annotated[EvaluateOptions, tyro.conf.subcommand("evaluate")]
     | Annotated[ReportOptions, tyro.conf.subcommand("report")]
     | Annotated[DataCommand, tyro.conf.subcommand("data", description=DATA_HELP)]
+    | Annotated[QueueCommand, tyro.conf.subcommand("queue", description=QUEUE_HELP)]
     | Annotated[InspectOptions, tyro.conf.subcommand("inspect")]
     | Annotated[ConvertOptions, tyro.conf.subcommand("convert")]
     | Annotated[MergeOptions, tyro.conf.subcommand("merge")]
@@ -78,6 +82,7 @@ _COMMANDS: dict[str, type[BaseModel]] = {
     "evaluate": EvaluateOptions,
     "report": ReportOptions,
     **{f"data {action}": options for action, options in ACTIONS.items()},
+    **{f"queue {action}": options for action, options in QUEUE_ACTIONS.items()},
     "inspect": InspectOptions,
     "convert": ConvertOptions,
     "merge": MergeOptions,
@@ -100,7 +105,7 @@ def main(args: Sequence[str] | None = None) -> None:
     sys.exit(run_guarded(lambda: parse(given).run()))
 
 
-def parse(args: Sequence[str]) -> Command | TrainOptions:
+def parse(args: Sequence[str]) -> Command | TrainOptions | AddOptions:
     """Return the options of the chosen command; `train` also accepts a YAML file of settings."""
     if args[:1] == ["train"]:
         from .train import parse_train_options
@@ -108,6 +113,8 @@ def parse(args: Sequence[str]) -> Command | TrainOptions:
         return parse_train_options(TRAIN_HELP, args[1:], prog="restune train")
     if args[:1] == ["data"]:
         return parse_data_options(args[1:])
+    if args[:1] == ["queue"]:
+        return parse_queue_options(args[1:])
     if args and args[0] in _COMMANDS:
         check_flags(args[0], _COMMANDS[args[0]], args[1:])
     elif args and args[0] not in ("-h", "--help"):

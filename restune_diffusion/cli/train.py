@@ -12,21 +12,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 from pydantic import ValidationError
 
-from ..storage.base_files.check import check_base
-from ..training.callbacks.tracker_names import check_tracker
 from ..training.config.config_file import given_settings
 from ..training.config.length.precedence import LENGTHS, without_replaced_length
 from ..training.config.presets import PRESETS
 from ..training.config.teacher.data import NO_DATA
-from ..training.config.teacher.files import check_teacher_files
 from ..training.config.train_config import SETTINGS, TrainConfig
 from ..training.config.tuner_settings import TUNER_ALIASES, command_line_class, with_families
-from ..training.output_folder import check_output
+from ..training.early_checks import check_before_training
 from ..utils.display import counted
 from ..utils.errors import UsageError
 from ..utils.setting_groups import close_groups, first_refused_setting
 from .foreign_flags.translate import translate
-from .options.early_checks import check_data, check_precision, check_writable
 from .options.flag_check import check_flags
 from .options.help_page import help_page
 from .options.interruption import stoppable
@@ -60,17 +56,7 @@ class TrainOptions(_Flags):
     def run(self) -> None:
         """Train a tuner, or the tuners of a sweep, and print their paths."""
         config = self.settings()
-        check_teacher_files(config.teacher)
-        if not config.teacher.generates:
-            check_data(config.data.folder)
-        if isinstance(config.validation.holdout, Path):
-            check_data(config.validation.holdout, "folder of held-out images")
-        check_writable(config.output)
-        if config.sweep is None:
-            check_output(config)
-        check_tracker(config.log_with)
-        check_base(config.base, config.vae)
-        check_precision(config.memory.mixed_precision, cpu=config.memory.cpu)
+        check_before_training(config)
         with stoppable(lambda: "--resume continues a training run from its newest checkpoint"):
             self._train(config)
 
@@ -145,6 +131,23 @@ def parse_train_options(
         args=args,
         default=unchecked(options, close_groups(with_families(TrainConfig), {**required, **settings})),
     )
+
+
+def read_train_command(arguments: Sequence[str], defaults: Mapping[str, Any]) -> TrainConfig:
+    """Return the settings of a command line of `restune train`, for a page that shows them.
+
+    Args:
+        arguments: arguments after `train`.
+        defaults: values of the required settings, for a command that does not name them.
+
+    Raises:
+        RestuneError: if a flag or a value is not valid.
+    """
+    try:
+        return parse_train_options(None, arguments, prog="restune train", defaults=defaults).settings()
+    except SystemExit as error:
+        # tyro has printed the reason in a box; the checks before it find almost all mistakes.
+        raise UsageError("The command cannot be read; try it in a terminal, which shows the place.") from error
 
 
 def _translated(args: Sequence[str]) -> list[str]:

@@ -47,7 +47,8 @@ class Lpips(nn.Module):
         """Return the distance of each pair of images.
 
         Args:
-            a, b: float images, N x 3 x H x W in [0, 1]; those under 64 pixels are enlarged to 64.
+            a: float images, N x 3 x H x W in [0, 1]; those under 64 pixels are enlarged to 64.
+            b: images of the same shape.
 
         Returns:
             N distances in float32, 0 for equal images.

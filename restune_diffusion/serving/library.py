@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -61,11 +61,14 @@ class TunerEntry:
 class TunerLibrary:
     """Folder of tuner files: own files, and LoRA files of diffusers and kohya's sd-scripts.
 
-    A new or changed file is used without a restart. Nothing outside the folder can be named. Safe to use from any
-    thread.
+    A new or changed file is used without a restart. Nothing outside the folder can be named, apart from the given
+    files. Safe to use from any thread.
 
     Args:
-        folder: the folder; its subfolders are included, hidden files and folders are not.
+        folder: the folder; its subfolders are included, hidden files and folders are not. None for the given files
+            alone.
+        files: further tuner files by name, such as those of repositories on the Hub; a file of the folder with the
+            same name is not used.
         capacity: largest number of tuners that are kept in memory.
         max_bytes: largest size of the tuners that are kept in memory; None sets no limit.
 
@@ -74,10 +77,16 @@ class TunerLibrary:
     """
 
     def __init__(
-        self, folder: str | os.PathLike[str], *, capacity: int | None = 64, max_bytes: int | None = None
+        self,
+        folder: str | os.PathLike[str] | None,
+        *,
+        files: Mapping[str, Path] | None = None,
+        capacity: int | None = 64,
+        max_bytes: int | None = None,
     ) -> None:
-        self.folder = Path(folder).expanduser().resolve()
-        if not self.folder.is_dir():
+        self.folder = None if folder is None else Path(folder).expanduser().resolve()
+        self._given = dict(files or {})
+        if self.folder is not None and not self.folder.is_dir():
             raise TunerFileError(f"The tuner library {folder} is not a folder; create it, or name another.")
         self._capacity, self._max_bytes = capacity, max_bytes
         self._lock = threading.Lock()
@@ -174,6 +183,9 @@ class TunerLibrary:
 
     def _files(self) -> Iterator[tuple[str, Path]]:
         """Yield names and paths of the tuner files; a link that leaves the folder is not one."""
+        yield from self._given.items()
+        if self.folder is None:
+            return
         count = 0
         for folder, folders, files in os.walk(self.folder):
             folders[:] = sorted(each for each in folders if not each.startswith("."))
@@ -184,19 +196,24 @@ class TunerLibrary:
                 count += 1
                 if count > _MAX_FILES:
                     return
-                yield path.relative_to(self.folder).as_posix().removesuffix(_SUFFIX), path
+                name = path.relative_to(self.folder).as_posix().removesuffix(_SUFFIX)
+                if name not in self._given:
+                    yield name, path
 
     def _path(self, name: object) -> Path | None:
         """Return the path of a name, or None if it names nothing inside the folder."""
         if not isinstance(name, str) or not 0 < len(name) <= _MAX_NAME or not name.isprintable() or "\\" in name:
             return None
+        if name in self._given:
+            return self._given[name]
         # An empty step is that of an absolute path; a step with a dot in front is hidden, or leads upwards.
         if any(not step or step.startswith(".") for step in name.split("/")):
             return None
-        path = self.folder / f"{name}{_SUFFIX}"
-        return path if self._is_inside(path) else None
+        path = None if self.folder is None else self.folder / f"{name}{_SUFFIX}"
+        return path if path is not None and self._is_inside(path) else None
 
     def _is_inside(self, path: Path) -> bool:
+        assert self.folder is not None
         try:
             return path.is_file() and path.resolve().is_relative_to(self.folder)
         except (OSError, ValueError, RuntimeError):

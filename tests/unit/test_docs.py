@@ -17,6 +17,7 @@ PAGES = sorted(
     for pattern in (
         "*.md",
         "docs/*.md",
+        "examples/*.md",
         "benchmarks/**/*.md",
         "integrations/**/*.md",
         "restune_diffusion/assets/*/*.md",

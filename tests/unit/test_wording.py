@@ -13,8 +13,8 @@ import pytest
 
 from ..conftest import ROOT
 
-CODE = ("restune_diffusion", "train", "pipelines", "integrations", "benchmarks", "research")
-PAGES = ("README.md", "CONTRIBUTING.md", "docs/*.md", "integrations/**/*.md", "benchmarks/*.md")
+CODE = ("restune_diffusion", "train", "pipelines", "examples", "integrations", "benchmarks", "research")
+PAGES = ("README.md", "CONTRIBUTING.md", "docs/*.md", "examples/*.md", "integrations/**/*.md", "benchmarks/*.md")
 # What to write instead stands behind each phrase.
 PHRASES = {
     r"\banew\b": "again",

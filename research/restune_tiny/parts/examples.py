@@ -20,6 +20,16 @@ def caption_source(settings: argparse.Namespace) -> Captions:
     return Captions(load_icons(settings.icons).records, CLIPTokenizer.from_pretrained(settings.tokenizer))
 
 
+def held_out_icons(count: int, share: float) -> Tensor:
+    """Return the numbers of the icons that a stage does not train on: the same ones in each run.
+
+    Args:
+        count: number of icons.
+        share: fraction of them, from 0 to 1.
+    """
+    return torch.randperm(count, generator=torch.Generator().manual_seed(0))[: round(count * share)].sort().values
+
+
 class Examples:
     """Random batches of latents with captions."""
 
@@ -29,6 +39,9 @@ class Examples:
         self.latents, self.colours = data["latents"], data["colours"]
         self.seed = data.get("seed")  # files of earlier versions lack it
         self.chances = load_icons(settings.icons).weights
+        # Stages without held-out icons lack the option.
+        self.held_out = held_out_icons(len(self.chances), getattr(settings, "held_out", 0.0))
+        self.chances[self.held_out] = 0
         self.variant_chances, self.palette = torch.tensor(settings.variants or VARIANT_WEIGHTS), list(COLOURS)
 
     def batch(self, seed: int, size: int) -> tuple[Tensor, Tensor, list[int]]:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import shutil
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -56,6 +58,7 @@ class Shared:
 def work(rank: int, job: Job, shared: Shared) -> None:
     """Run a worker process: compute gradients of micro-batches until the trainer ends it."""
     torch.set_num_threads(1)
+    threading.Thread(target=end_with_parent, daemon=True).start()
     module = job.build().to(job.dtype)
     flat = Flat(module)
     gradients = torch.zeros(flat.size, dtype=job.dtype)
@@ -81,6 +84,14 @@ def work(rank: int, job: Job, shared: Shared) -> None:
         shared.gate.wait(1200)
 
 
+def end_with_parent() -> None:
+    """End this process when the trainer is gone: killed, it cannot terminate its workers."""
+    parent = mp.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
 def micro_seed(seed: int, step: int, index: int) -> int:
     """Return the seed of a micro-batch; its randomness depends only on its step and index."""
     return seed * 1_000_003 + step * 64 + index
@@ -101,9 +112,23 @@ def shared_copy(tensor: Tensor) -> Tensor:
 
 
 class Trainer:
-    """Float32 weights, optimizer, EMA and checkpoints, with one worker per core."""
+    """Float32 weights, optimizer, EMA and checkpoints, with one worker per core.
 
-    def __init__(self, job: Job, settings: argparse.Namespace, keys: Sequence[str]) -> None:
+    Args:
+        job: the stage.
+        settings: options of the stage.
+        keys: names of the metrics that the job returns.
+        schedule: function of step, number of steps, peak and warmup to the learning rate; `learning_rate` by default.
+    """
+
+    def __init__(
+        self,
+        job: Job,
+        settings: argparse.Namespace,
+        keys: Sequence[str],
+        schedule: Callable[[int, int, float, int], float] | None = None,
+    ) -> None:
+        self.schedule = schedule or learning_rate
         module = job.build()
         self.flat, self.keys, self.settings, self.steps = Flat(module), keys, settings, 0
         self.master = self.flat.gather(module)
@@ -149,7 +174,7 @@ class Trainer:
         settings, norm = self.settings, float(gradient.norm()) / self.shared.micro
         gradient *= min(1.0, settings.clip / (norm + 1e-6)) / self.shared.micro
         self.steps += 1
-        lr = learning_rate(self.steps, settings.steps, settings.lr, settings.warmup)
+        lr = self.schedule(self.steps, settings.steps, settings.lr, settings.warmup)
         self.optimizers.step(lr)
         self.ema.lerp_(self.master, 1 - min(settings.ema, (1 + self.steps) / (10 + self.steps)))
         self.shared.values.copy_(self.master)
@@ -182,8 +207,20 @@ class Trainer:
             getattr(self, name).copy_(tensor)
         self.steps = json.loads((self.checkpoint / "state.json").read_text())["step"]
 
-    def run(self, export: Callable[[dict[str, Tensor]], None], export_every: int) -> None:
-        """Train to the last step, with regular log lines, checkpoints and exports."""
+    def run(
+        self,
+        export: Callable[[dict[str, Tensor]], None],
+        export_every: int | Callable[[], bool],
+        stop: Callable[[], bool] = lambda: False,
+    ) -> None:
+        """Train to the last step, with regular log lines, checkpoints and exports.
+
+        Args:
+            export: called with the averaged weights after each checkpoint.
+            export_every: steps between checkpoints, or a function that tells after each step whether one is due.
+            stop: tells after each step whether to end early, with a checkpoint.
+        """
+        due = export_every if callable(export_every) else lambda: self.steps % export_every == 0
         started, first, settings = time.time(), self.steps, self.settings
         while self.steps < settings.steps:
             numbers = self.step()
@@ -195,9 +232,12 @@ class Trainer:
                 # The number of images per step is a setting that can change in a resumed run.
                 pace = {"images_per_step": settings.micro * settings.batch, "images_per_second": speed}
                 append(self.log, {"step": self.steps, **numbers, **pace, "seconds": seconds})
-            if self.steps % export_every == 0 or self.steps >= settings.steps:
+            stopped = stop()
+            if due() or stopped or self.steps >= settings.steps:
                 self.save()
                 export(self.averaged())
+            if stopped:
+                break
         self.close()
 
     def close(self) -> None:
@@ -205,6 +245,11 @@ class Trainer:
         for worker in self.workers:
             worker.terminate()
             worker.join()
+
+
+def constant_rate(step: int, steps: int, peak: float, warmup: int) -> float:
+    """Return the learning rate of a step in a run without an end: linear warmup, then the peak."""
+    return peak * min(1.0, step / max(1, warmup))
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup: int) -> float:

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from ...serving.http.server import bound_socket, check_serve_extra, is_loopback
 from ...storage.base_files.check import check_base
-from ...storage.base_files.location import BUNDLED_BASE
+from ...storage.base_files.location import BUNDLED_BASE, is_hub_id
 from ...utils.errors import DataError, UsageError
 from ..options.early_checks import check_device
 
@@ -41,6 +41,8 @@ class ServeOptions(BaseModel):
     the bundled small base if not given."""
     tuners: Path | None = None
     """Folder of tuner files and LoRA files; files that are added or changed later are served too."""
+    tuner_repos: tuple[str, ...] = ()
+    """Tuners on the Hub by repository id, such as `artist/ink`; downloaded at the start, and named by the id."""
     vae: str | None = None
     """Autoencoder (VAE) instead of the base's own: a folder of an AutoencoderKL, a safetensors file, or a hub
     repository id."""
@@ -127,6 +129,12 @@ class ServeOptions(BaseModel):
         check_base(self.base_source, self.vae)
         if self.tuners is not None and not self.tuners.is_dir():
             raise DataError(f"The tuner folder {self.tuners} does not exist; give the path of a folder.")
+        for repository in self.tuner_repos:
+            if not is_hub_id(repository):
+                raise UsageError(
+                    f"--tuner-repos {repository} is not a repository id such as artist/ink; put files on this machine "
+                    "into the folder of --tuners."
+                )
         check_device(self.device)
 
     def _serve(self, bound: socket.socket, key: str | None) -> None:

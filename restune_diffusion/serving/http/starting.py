@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
@@ -18,6 +17,7 @@ class ServerSettings:
 
     base: str
     tuners: str | None = None
+    tuner_repos: tuple[str, ...] = ()
     vae: str | None = None
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     dtype: Literal["auto", "fp32", "fp16", "bf16"] = "auto"
@@ -54,18 +54,22 @@ def start_app(settings: ServerSettings) -> ServingApp:
     """Load a base, start its engine, and return the application; close `service.engine` at the end.
 
     Raises:
-        RestuneError: if the base, the device or the tuner folder does not exist.
+        RestuneError: if the base, the device or the tuner folder does not exist, or a tuner cannot be downloaded.
     """
     from ...pipelines.load_base import load_placed
+    from ...storage.sources import tuner_file
     from ..engine import Engine
     from ..library import TunerLibrary
     from ..limits import Limits
     from .app import ServingApp
     from .service import Service
 
+    # First, because the base takes longer to load.
+    library = None
+    if settings.tuners is not None or settings.tuner_repos:
+        library = TunerLibrary(settings.tuners, files={each: tuner_file(each) for each in settings.tuner_repos})
     pipeline = load_placed(settings.base, settings.device, settings.dtype, settings.vae)
     pipeline.set_progress_bar_config(disable=True)
-    library = None if settings.tuners is None else TunerLibrary(Path(settings.tuners))
     limits = Limits(
         max_rows=settings.max_rows,
         max_queue=settings.max_queue,

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from restune_diffusion.cli.options import early_checks
 from restune_diffusion.cli.options.early_checks import check_device, check_precision, check_writable, has_cuda
+from restune_diffusion.utils.early_checks import folders, machine
 from restune_diffusion.utils.errors import RestuneError, TrainingError
 
 CASES = [
@@ -98,7 +98,7 @@ def test_a_folder_is_tested_by_writing_to_it(tmp_path: Path, monkeypatch: pytest
     def read_only(**given: object) -> None:
         raise OSError(30, "Read-only file system")
 
-    monkeypatch.setattr(early_checks.tempfile, "TemporaryDirectory", read_only)
+    monkeypatch.setattr(folders.tempfile, "TemporaryDirectory", read_only)
     with pytest.raises(TrainingError, match=r"cannot be written to \(Read-only file system\); choose another"):
         check_writable(tmp_path / "a")
 
@@ -123,9 +123,9 @@ def test_cuda_is_told_from_the_build_and_the_driver(
             count._obj.value = driver  # type: ignore[attr-defined]
             return 0
 
-    monkeypatch.setattr(early_checks, "version", lambda name: build)
-    monkeypatch.setattr(early_checks.ctypes, "CDLL", Driver)
-    monkeypatch.setattr(early_checks.sys, "platform", "linux")
+    monkeypatch.setattr(machine, "version", lambda name: build)
+    monkeypatch.setattr(machine.ctypes, "CDLL", Driver)
+    monkeypatch.setattr(machine.sys, "platform", "linux")
     assert has_cuda() == expected
     if expected:
         check_device("cuda")

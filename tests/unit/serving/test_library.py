@@ -123,3 +123,17 @@ def test_a_library_serves_one_base(base, folder):
         library.bind(other)
     with pytest.raises(TunerFileError, match="not a folder"):
         TunerLibrary(folder / "skip.safetensors")
+
+
+def test_given_files_are_named_beside_the_folder_or_without_one(base, folder, tuners, tmp_path):
+    given = {"artist/ink": tuners / "res.safetensors", "skip": tuners / "bypass.safetensors"}
+    library = TunerLibrary(folder, files=given)
+    assert library.names() == ["artist/ink", "skip", "styles/dog", "styles/new/lora"]
+    assert library.entry("skip").families == ("bypass",)
+    alone = TunerLibrary(None, files=given)
+    alone.bind(base)
+    assert [entry.name for entry in alone.list()] == ["artist/ink", "skip"]
+    assert alone.load("artist/ink")[1].configs[0].part == "res"
+    for name in ("styles/dog", "artist", "../secret"):
+        with pytest.raises(TunerNameError, match="it has: artist/ink, skip"):
+            alone.entry(name)

@@ -1,0 +1,1 @@
+"""`restune queue`: training runs that start one after another."""

@@ -1,0 +1,1 @@
+"""Checks before the libraries are imported, which takes seconds."""

@@ -1,0 +1,3 @@
+from ...training_fixtures import base, images
+
+__all__ = ["base", "images"]
