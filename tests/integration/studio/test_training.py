@@ -200,6 +200,7 @@ def test_a_killed_studio_leaves_the_run_alone_and_two_browsers_see_it_in_the_nex
             pages[1].press("remove")
             for page in pages:
                 page.await_text("run", "No run yet")
+                page.page.close()
         assert list(run.output.glob("checkpoint-*"))
     finally:
         end_queue(home)
