@@ -236,7 +236,6 @@ def test_mixed_traffic_gets_right_answers_and_nothing_stays(pipe, tmp_path):
         wait_for(lambda: metric(server, "restune_running_images") == 0)
         assert metric(server, "restune_queue_length") == 0
         assert metric(server, "restune_decoding_images") == 0
-        assert metric(server, "restune_images_failed_total") == 0
         assert metric(server, "restune_attached_tuners") <= 16
         grown = server.resident_bytes - memory
         assert process.num_fds() <= files + CLIENTS
@@ -246,6 +245,9 @@ def test_mixed_traffic_gets_right_answers_and_nothing_stays(pipe, tmp_path):
                    "MiB after a third": memory / 2**20, "MiB grown": grown / 2**20, "evictions":
                    metric(server, "restune_tuner_cache_evictions_total")}  # fmt: skip
         print(json.dumps(figures, indent=1))
+        # A file that is broken between the arrival of a request and its first step.
+        broken = sum(count for name, count in statuses.items() if name.startswith("changing 4"))
+        assert metric(server, "restune_images_failed_total") <= broken
         assert [each for client in clients for each in client.wrong] == []
         assert "Traceback" not in server.output
         assert grown < MOST_GROWTH
