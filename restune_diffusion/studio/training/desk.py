@@ -139,8 +139,10 @@ class TrainingDesk:
 
         folder = self.folder(path)
         table = read_table(folder)
-        resolution = values.get("resolution")
-        frame = read_frame(base if Path(base).is_dir() else None, None if resolution is None else int(resolution))
+        resolution = str(values.get("resolution") or "").strip()
+        # The form names a value that is not a number.
+        side = int(resolution) if resolution.isdecimal() and int(resolution) else None
+        frame = read_frame(base if Path(base).is_dir() else None, side)
         trigger = self._trigger(values)
         config = DataConfig(
             folder=folder,

@@ -77,10 +77,12 @@ def build_settings_panel(desk: TrainingDesk) -> SettingsPanel:
     inputs: dict[str, Any] = {}
     kinds = first["tuner"]
     basic = [field for field in fields if field.section == "run"]
-    for pair in (basic[number : number + 2] for number in range(0, len(basic), 2)):
-        with gr.Row():
-            for field in pair:
-                inputs[field.name] = _input(field, first[field.name], kinds)
+    # One row, so that fields that do not matter leave no gap.
+    with gr.Row():
+        for field in (each for each in basic if each.kind != "lines"):
+            inputs[field.name] = _input(field, first[field.name], kinds)
+    for field in (each for each in basic if each.kind == "lines"):
+        inputs[field.name] = _input(field, first[field.name], kinds)
     with gr.Accordion("More settings", open=False, elem_id="train-more"):
         for section, title in SECTIONS.items():
             gr.Markdown(f"### {title}")
@@ -147,7 +149,7 @@ def _input(field: Field, value: Any, kinds: Sequence[str]) -> Any:
     }
     if field.kind == "lines":
         return gr.Textbox(lines=2, max_lines=6, **common)
-    if field.kind == "text":
+    if field.kind in ("text", "optional"):
         return gr.Textbox(max_lines=1, **common)
     if field.kind == "integer":
         return gr.Number(step=1, **common)

@@ -36,15 +36,18 @@ STYLE = """<style>
 .key { margin-right: 1rem; font-size: .9rem; } .key::before { content: ""; display: inline-block; width: 1.2rem;
   height: 3px; vertical-align: middle; margin-right: .4rem; background: var(--primary-600, #0d9488); }
 .key.held-out::before { background: #c2410c; }
-.samples { overflow-x: auto; margin: .75rem 0; }
+.samples { overflow-x: auto; margin: .75rem 0; contain: inline-size; width: 100%; }
 .samples table { border-collapse: separate; border-spacing: .4rem; }
 .samples tr, .samples td, .samples th, .samples table { border: none !important; background: none !important;
   padding: .2rem; }
 .samples th { font-weight: 500; text-align: left; font-size: .9rem; color: var(--body-text-color-subdued); }
 .samples th[scope=row] { min-width: 6rem; max-width: 14rem; overflow-wrap: anywhere; vertical-align: top; }
-.samples img { display: block; width: 8rem; height: auto; border-radius: .4rem; image-rendering: auto; }
-.log { max-height: 16rem; overflow: auto; white-space: pre-wrap; font-size: .8rem; }
-#train-pages, #train-run { width: 100%; }
+.samples img { display: block; width: 8rem; min-width: 5rem; max-width: none !important; height: auto;
+  border-radius: .4rem; }
+.log { max-height: 16rem; overflow: auto; white-space: pre-wrap; overflow-wrap: anywhere; font-size: .8rem; }
+#train-pages, #train-run, #train-samples { width: 100%; min-width: 0; max-width: 100%; }
+#train-pages > *, #train-pages [role=tabpanel] > * { min-width: 0; max-width: 100%; }
+#train-bucketing, #train-flip, #train-gradient-checkpointing { flex-grow: 1; min-width: min(100%, 220px); }
 #train-runs .wrap, #train-purpose .wrap { flex-direction: column; align-items: stretch; }
 </style>"""
 """Style sheet; every color is that of the page's theme, or has the contrast of WCAG AA on both of its backgrounds."""

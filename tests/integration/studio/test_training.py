@@ -40,8 +40,9 @@ def icons(tmp_path_factory):
 
 
 def shoot(page, shots, name):
-    if shots is not None:
-        page.page.screenshot(path=shots / f"{name}.png", full_page=True)
+    for width in (390, 1440) if shots is not None else ():
+        page.page.set_viewport_size({"width": width, "height": 900})
+        page.page.screenshot(path=shots / f"train-{name}-{width}.png", full_page=True)
 
 
 def metrics(run):
@@ -200,6 +201,7 @@ def test_a_killed_studio_leaves_the_run_alone_and_two_browsers_see_it_in_the_nex
             pages[1].press("remove")
             for page in pages:
                 page.await_text("run", "No run yet")
+                page.page.close()
         assert list(run.output.glob("checkpoint-*"))
     finally:
         end_queue(home)

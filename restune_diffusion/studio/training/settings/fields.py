@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import reduce
 from typing import Any, Literal, TypeAlias, get_args
@@ -14,7 +15,7 @@ from ....tuners.registry import ConditionedConfig, tuner_families, tuner_family
 Kinds: TypeAlias = Sequence[str]
 """Families of the tuner to train."""
 Section: TypeAlias = Literal["run", "tuner", "learning", "images", "samples", "memory"]
-Kind: TypeAlias = Literal["text", "lines", "integer", "number", "choice", "several", "switch"]
+Kind: TypeAlias = Literal["text", "lines", "integer", "number", "optional", "choice", "several", "switch"]
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class Field:
     def holds(self, config: TrainConfig) -> bool:
         """Return whether the input can show the value in a config; the page keeps other values unchanged."""
         value = self._value(config)
-        if self.kind in ("integer", "number"):
+        if self.kind in ("integer", "number", "optional"):
             return value is None or isinstance(value, int | float)
         return self.name != "text.initializers" or len(value) <= 1
 
@@ -65,6 +66,8 @@ class Field:
             return [value] if isinstance(value, str) else list(value)
         if self.kind == "lines":
             return "\n".join(value)
+        if self.kind == "optional":
+            return "" if value is None else f"{value:g}"
         if self.kind == "text":
             return " ".join(value) if isinstance(value, tuple) else value or ""
         return value
@@ -84,9 +87,19 @@ class Field:
             return [line.strip() for line in str(value).splitlines() if line.strip()]
         if self.kind == "several":
             return list(value)
+        if self.kind == "optional":
+            return _number(str(value).strip())
         if self.kind == "integer" and float(value) == int(value):
             return int(value)
         return value.strip() if isinstance(value, str) else value
+
+
+def _number(text: str) -> int | float | str:
+    """Return a number, or the text itself, which the settings then refuse with a reason."""
+    for kind in (int, float):
+        with suppress(ValueError):
+            return kind(text)
+    return text
 
 
 def has(*families: str) -> Callable[[Kinds], bool]:
@@ -111,7 +124,9 @@ def learns_from_features(kinds: Kinds) -> bool:
 
 def family_choices() -> tuple[tuple[str, str | None], ...]:
     """Return the registered families with labels."""
-    return tuple((f"{family.name}: {family.summary.split(';')[0]}", family.name) for family in tuner_families())
+    return tuple(
+        (f"{family.name}: {family.summary.split(' (')[0].split(';')[0]}", family.name) for family in tuner_families()
+    )
 
 
 def all_fields() -> tuple[Field, ...]:
@@ -188,7 +203,7 @@ def _tuner() -> tuple[Field, ...]:
             "res.grad_depth",
             "Last blocks only",
             "Tune only the last N blocks of the base: less memory. Empty tunes all.",
-            "integer",
+            "optional",
             "tuner",
             (),
             has("res"),
@@ -214,7 +229,7 @@ _LEARNING = (
         "text_learning_rate",
         "Learning rate of the new word",
         "Empty uses the rate above.",
-        "number",
+        "optional",
         "learning",
         matters=acts_on_text,
     ),
@@ -234,12 +249,12 @@ _LEARNING = (
         "learning",
         tuple((name.replace("_", " "), name) for name in get_args(SETTINGS["lr_scheduler"].field.annotation)),
     ),
-    Field("ema_decay", "Average of the weights", "0.999 is usual; empty keeps none.", "number", "learning"),
+    Field("ema_decay", "Average of the weights", "0.999 is usual; empty keeps none.", "optional", "learning"),
     Field("seed", "Seed", "The same seed and settings give the same tuner.", "integer", "learning"),
 )
 
 _IMAGES = (
-    Field("resolution", "Size of the images", "Side in pixels; empty is that of the base.", "integer", "images"),
+    Field("resolution", "Size of the images", "Side in pixels; empty is that of the base.", "optional", "images"),
     Field("bucketing", "Keep the shape of the images", "Otherwise the middle square is used.", "switch", "images"),
     Field("flip", "Mirror images at random", "Not for text or faces with a parting.", "switch", "images"),
     Field(
@@ -271,7 +286,7 @@ _SAMPLES = (
         "validation.holdout",
         "Images to hold out",
         "Their loss shows when the tuner begins to memorize; empty holds out none.",
-        "integer",
+        "optional",
         "samples",
     ),
     Field(
@@ -304,7 +319,7 @@ _MEMORY = (
         "feature_cache",
         "Cached samples per image",
         "Writes what the base computes to disk once, then trains fast. Empty caches nothing.",
-        "integer",
+        "optional",
         "memory",
         matters=learns_from_features,
     ),

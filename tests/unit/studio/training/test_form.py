@@ -59,11 +59,19 @@ def test_only_what_differs_from_the_preset_is_shown():
 
 def test_settings_that_do_not_matter_for_the_tuner_are_left_out():
     values = form_values(TrainConfig(**PLACES, preset="style"))
-    values |= {"text.tokens": "<x>", "skip.ratio": 3, "feature_cache": 4}
+    values |= {"text.tokens": "<x>", "skip.ratio": 3, "feature_cache": "4"}
     assert settings_of(values, {}, PLACES, "style") == {**PLACES, "preset": "style"}
     matter = {field.name for field in all_fields() if field.matters(["bypass"])}
     assert {"bypass.ratio", "feature_cache", "trigger_word"} <= matter
     assert not {"res.width", "skip.ratio", "text.tokens", "text_learning_rate", "gradient_checkpointing"} & matter
+
+
+@pytest.mark.parametrize(("text", "value"), [("", None), (" 0.5 ", 0.5), ("4", 4), ("many", "many"), ("0", 0)])
+def test_a_number_that_may_be_missing_is_read_from_text(text, value):
+    field = next(field for field in all_fields() if field.name == "ema_decay")
+    assert field.parsed(text) == value
+    assert field.of(TrainConfig(**PLACES)) == ""
+    assert field.of(TrainConfig(**PLACES, ema_decay=0.999)) == "0.999"
 
 
 def test_a_command_on_several_lines_with_foreign_flags_is_translated():
