@@ -103,6 +103,8 @@ def make_theme() -> Any:
         checkbox_label_background_fill_selected="*primary_700",
         checkbox_label_background_fill_selected_dark="*primary_700",
         checkbox_label_text_color_selected="white",
+        checkbox_border_color="*neutral_500",
+        checkbox_border_color_dark="*neutral_400",
         slider_color="*primary_600",
         slider_color_dark="*primary_500",
     )

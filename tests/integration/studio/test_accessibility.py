@@ -7,7 +7,7 @@ import pytest
 axe_module = pytest.importorskip("axe_playwright_python.sync_playwright")
 
 TABS = ("Train", "Generate", "Library")
-OF_GRADIO: dict[str, str] = {}
+OF_GRADIO = {"aria-prohibited-attr": "an empty gallery or image has a label on a div without a role"}
 """Rules that Gradio's own components break, with the reason why they cannot be mended here."""
 
 
@@ -16,7 +16,6 @@ OF_GRADIO: dict[str, str] = {}
 def test_axe_finds_nothing_serious(studio, open_page, name, theme, shots):
     page = open_page(f"{studio.url}?__theme={theme}").page
     page.get_by_role("tab", name=name).click()
-    page.wait_for_load_state("networkidle")
     page.wait_for_timeout(700)
     if shots is not None:
         page.screenshot(path=shots / f"{name.lower()}-{theme}.png", full_page=True)
@@ -44,9 +43,7 @@ def test_the_keyboard_reaches_every_tab(studio, open_page):
     page = open_page(studio.url).page
     page.get_by_role("tab", name="Train").focus()
     for name in TABS[1:]:
-        page.keyboard.press(
-            "Tab" if page.get_by_role("tab", name=name).get_attribute("tabindex") == "0" else "ArrowRight"
-        )
+        page.keyboard.press("Tab")
         focused = page.evaluate("document.activeElement.textContent.trim()")
         assert focused == name
         page.keyboard.press("Enter")

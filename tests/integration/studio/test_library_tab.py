@@ -65,16 +65,16 @@ def test_a_tuner_is_found_renamed_deleted_and_restored(tab, studio):
     select(tab, "ink")
     assert card(tab, "ink").get_attribute("aria-pressed") == "true"
     assert "Fits the base" in tab.locator("#library-facts").inner_text()
-    tab.get_by_label("Name", exact=True).fill("styles/tinte")
-    tab.get_by_role("button", name="Rename").click()
+    tab.locator("#library-new-name textarea, #library-new-name input").first.fill("styles/tinte")
+    tab.locator("#library-rename").click()
     card(tab, "styles/tinte").wait_for()
     tab.get_by_role("button", name="Move to trash").click()
     card(tab, "styles/tinte").wait_for(state="detached")
     assert not (studio.home / "tuners" / "styles" / "tinte.safetensors").exists()
-    tab.get_by_role("button", name="Trash", exact=True).click()
-    tab.get_by_label("Deleted tuner").click()
+    tab.locator("#library-trash button").first.click()
+    tab.locator("#library-deleted input").click()
     tab.get_by_role("option", name="styles/tinte").click()
-    tab.get_by_role("button", name="Restore").click()
+    tab.locator("#library-restore").click()
     card(tab, "styles/tinte").wait_for()
     assert (studio.home / "tuners" / "styles" / "tinte.safetensors").is_file()
 
@@ -98,7 +98,7 @@ def test_files_are_imported_or_refused_with_a_sentence(tab, studio, files):
 
 def test_a_lora_is_downloaded_in_the_layout_of_other_programs(tab, tmp_path):
     select(tab, "lora")
-    tab.get_by_label("LoRA (ComfyUI, A1111)").check()
+    tab.get_by_label("LoRA for ComfyUI, A1111").check()
     tab.get_by_role("button", name="Prepare download").click()
     with tab.expect_download() as download:
         tab.locator("#library-download").click()
