@@ -59,7 +59,7 @@ class TrainConfig(FamilyFields):
     name: str = setting("tuner", affects="output", pattern=r"^[\w][\w.\- ]*$", expected=_NAME)
     """Name of the tuner, which is written to OUTPUT/NAME.safetensors."""
     preset: PresetName | None = setting(None, affects="output")
-    """Named set of settings for one purpose, listed above and in docs/training.md. The settings in --config and flags
+    """Named set of settings for one purpose, listed above and in docs/training/presets.md. Settings in --config and flags
     override it."""
 
     tuner: FamilyName | tuple[FamilyName, ...] = "skip"
