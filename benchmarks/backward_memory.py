@@ -22,6 +22,7 @@ from diffusers import UNet2DConditionModel
 from peft import LoraConfig
 
 from restune_diffusion import BypassConfig, ResConfig, SkipConfig, Tuner, attach
+from restune_diffusion.training.advice.memory_estimate import kept_storages
 from restune_diffusion.tuners.configs import PartConfig
 
 if TYPE_CHECKING:
@@ -48,20 +49,6 @@ def build_unet() -> UNet2DConditionModel:
     for parameter in unet.parameters():
         parameter.data.uniform_(-0.02, 0.02, generator=generator)
     return unet
-
-
-@contextmanager
-def kept_storages() -> Iterator[dict[int, torch.UntypedStorage]]:
-    """Context manager that records the storages autograd saves inside it, parameters included, keyed by `_cdata`."""
-    storages: dict[int, torch.UntypedStorage] = {}
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        storages[storage._cdata] = storage  # the reference prevents reuse of the address
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        yield storages
 
 
 def kept_bytes(forward: Callable[[], torch.Tensor], parameters: set[int]) -> int:

@@ -15,10 +15,11 @@ from typing import Any
 
 import torch
 
-from benchmarks.preset_memory import BASES, build_unet, kept_bytes
+from benchmarks.preset_memory import BASES
 from benchmarks.results_file import publish
 from restune_diffusion import BypassConfig, ResConfig, SkipConfig, Tuner, attach
 from restune_diffusion.training import TrainConfig
+from restune_diffusion.training.advice.memory_estimate import build_unet, kept_bytes
 from restune_diffusion.tuners.configs import PartConfig
 
 

@@ -18,13 +18,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
-from diffusers import UNet2DConditionModel
-from torch._subclasses.fake_tensor import FakeTensorMode
-
-from benchmarks.backward_memory import SD15, kept_storages
+from benchmarks.backward_memory import SD15
 from restune_diffusion import Tuner, attach
+from restune_diffusion.pipelines.load_base import PRECISIONS
 from restune_diffusion.training import TrainConfig
+from restune_diffusion.training.advice.memory_estimate import build_unet, kept_bytes
 from restune_diffusion.training.build import tuner_autocast
 from restune_diffusion.training.config.presets import PRESETS
 
@@ -49,45 +47,13 @@ BASES: dict[str, tuple[dict[str, Any], int, int]] = {
     "SD 2.1": (_SD21, 768, 340_387_840),
     "SDXL": (_SDXL, 1024, 123_060_480 + 694_659_840),
 }
-_DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-def kept_bytes(unet: Any, config: TrainConfig, side: int) -> int:
-    """Return the bytes that autograd saves in one forward pass of a batch, each storage once, without parameters."""
-    held = {parameter.untyped_storage()._cdata: parameter for parameter in unet.parameters()}
-    dtype, batch = _DTYPES[config.memory.mixed_precision], config.batch_size
-    added = {}
-    if unet.config.addition_embed_type == "text_time":
-        pooled = unet.config.projection_class_embeddings_input_dim - 6 * unet.config.addition_time_embed_dim
-        added = {
-            "text_embeds": torch.randn(batch, pooled, dtype=dtype),
-            "time_ids": torch.randn(batch, 6, dtype=dtype),
-        }
-    latents = torch.randn(batch, 4, side // 8, side // 8, dtype=dtype)
-    text = torch.randn(batch, 77, unet.config.cross_attention_dim, dtype=dtype)
-    timesteps = torch.zeros(batch, dtype=torch.long)
-    with kept_storages() as storages:
-        unet(latents, timesteps, text, added_cond_kwargs=added or None)
-    return sum(storage.nbytes() for key, storage in storages.items() if key not in held)
-
-
-def build_unet(structure: dict[str, Any], dtype: torch.dtype) -> tuple[Any, FakeTensorMode]:
-    """Return a frozen U-Net without values, and the fake tensor mode to run it in."""
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        with mode:
-            return UNet2DConditionModel(**structure).eval().requires_grad_(False), mode
-    finally:
-        torch.set_default_dtype(before)
 
 
 def count(base: str, preset: Any) -> dict[str, Any]:
     """Return the training memory of a preset on a base in bytes, by purpose."""
     structure, side, text_parameters = BASES[base]
     config = TrainConfig(base=base, data=Path("data"), output=Path("out"), preset=preset)
-    dtype = _DTYPES[config.memory.mixed_precision]
+    dtype = PRECISIONS[config.memory.mixed_precision]
     unet, mode = build_unet(structure, dtype)
     tuner = Tuner.for_base(unet, *[part for part in config.parts if part.part != "text"])
     tuner.autocast = tuner_autocast(config.memory.mixed_precision, unet)

@@ -35,13 +35,14 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from benchmarks.backward_memory import SD15, kept_storages
+from benchmarks.backward_memory import SD15
 from benchmarks.diffusers_lora import Settings, train_lora
 from benchmarks.results_file import publish
 from restune_diffusion import ResConfig
 from restune_diffusion.data.captions import find_examples
 from restune_diffusion.hooks.manager import TunerManager
 from restune_diffusion.training import TrainConfig, train
+from restune_diffusion.training.advice.memory_estimate import kept_storages
 
 ASSETS = Path(__file__).parents[1] / "restune_diffusion" / "assets"
 IMAGES = ASSETS / "demo"

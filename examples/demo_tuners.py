@@ -43,11 +43,11 @@ def demo_tuners(folder: Path, steps: int = 150) -> list[Path]:
 def icons(folder: Path, style: str) -> Path:
     """Write the icons of the demo in the colors of a style, with captions that end in its name."""
     folder.mkdir(parents=True, exist_ok=True)
-    line, paper = STYLES[style]
+    ink, paper = STYLES[style]
     entries = [json.loads(line) for line in (IMAGES / "metadata.jsonl").read_text("utf-8").splitlines()]
     for entry in entries:
         gray = Image.open(IMAGES / entry["file_name"]).convert("L")
-        ImageOps.colorize(gray, line, paper).save(folder / entry["file_name"])
+        ImageOps.colorize(gray, ink, paper).save(folder / entry["file_name"])
         entry["text"] = entry["text"].replace("ink style", f"{style} style")
     text = "".join(json.dumps(entry) + "\n" for entry in entries)
     (folder / "metadata.jsonl").write_text(text, "utf-8")

@@ -87,7 +87,7 @@ def alone(pipeline: Any, folder: Path, request: ImageRequest, seed: int) -> torc
         arguments |= {"mask_image": request.mask, **size}
     try:
         for name, _ in request.active_tuners:
-            pipe.load_tuner_weights(_tuner(pipeline, folder / f"{name}.safetensors"), name)
+            pipe.load_tuner_weights(library_tuner(pipeline, folder / f"{name}.safetensors"), name)
         pipe.set_tuners([name for name, _ in request.active_tuners], [weight for _, weight in request.active_tuners])
         if "control" in dict(request.active_tuners):
             arguments["tuner_image"] = request.conditions
@@ -141,7 +141,8 @@ def mask() -> Image.Image:
     return masks(1)[0]
 
 
-def _tuner(pipeline: Any, path: Path) -> Tuner:
+def library_tuner(pipeline: Any, path: Path) -> Tuner:
+    """Return the tuner in a file of `write_tuners`; a LoRA file is converted."""
     if path.stem not in ("lora", "diffusers"):
         return load_tuner(path)
     text = describe_text(text_encoders(pipeline))

@@ -28,7 +28,7 @@ class ServerProcess:
             "restune_diffusion",
             "serve",
             "--port",
-            str(_free_port() if free_port else 0),
+            str(unused_port() if free_port else 0),
             "--device",
             "cpu",
             *arguments,
@@ -70,7 +70,7 @@ class ServerProcess:
         return int(pages) * os.sysconf("SC_PAGE_SIZE")
 
 
-def _free_port() -> int:
+def unused_port() -> int:
     """Return a port that is free now; Ray does not choose one."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

@@ -113,13 +113,15 @@ def bypass_ratio(unet: Any, budget: int) -> float:
 
 
 def res_width(unet: Any, budget: int, config: ResConfig | None = None) -> int:
-    """Return the adapter width whose parameter count is nearest to a budget; without a config, of dual res tuners."""
+    """Return the adapter width whose parameter count is nearest to a budget; without a config, of dual res tuners.
+
+    The parameter count is linear in the width.
+    """
     base, config = describe_base(unet), config or ResConfig()
-
-    def miss(width: int) -> int:
-        return abs(Tuner.empty((config.model_copy(update={"width": width}),), base).num_parameters() - budget)
-
-    return min(range(2, 129), key=miss)
+    least, next_one = (
+        Tuner.empty((config.model_copy(update={"width": width}),), base).num_parameters() for width in (2, 3)
+    )
+    return min(max(2, 2 + round((budget - least) / (next_one - least))), 128)
 
 
 def lora_rank(unet: Any, targets: tuple[str, ...], budget: int) -> int:

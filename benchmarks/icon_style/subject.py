@@ -86,6 +86,12 @@ class SubjectRun:
         return features
 
     @cached_property
+    def true_features(self) -> Tensor:
+        """Features of the true images of the held-out prompts."""
+        features: Tensor = self.inception(to_pixels([render(scene.svg) for scene in self.asked]))
+        return features
+
+    @cached_property
     def base_drift(self) -> Tensor:
         """Samples of the base for the drift prompts."""
         return self._draw("base-leak", list(DRIFT_PROMPTS), None)
@@ -123,14 +129,13 @@ class SubjectRun:
         features = self.inception(images)
         taught = torch.nn.functional.normalize(self.taught_features, dim=1)
         near = torch.nn.functional.normalize(features, dim=1) @ taught.T
-        true_features = self.inception(to_pixels([render(scene.svg) for scene in self.asked]))
         kept = [
             background_fidelity(image, scene.background)
             for image, scene in zip(to_images(images), self.asked, strict=True)
         ]
         return {
             "subject": mean(near),
-            "true": mean(similarity(features, true_features)),
+            "true": mean(similarity(features, self.true_features)),
             "prompt": sum(kept) / len(kept),
         }
 

@@ -38,7 +38,7 @@ def on_files(files: Files, config: Any) -> Files:
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str:
     """Rewrite links between pages that are elsewhere in the repository; a link to a file without a page is text."""
     own = page.file.src_uri
-    source = own if files.get_file_from_path(own).generated_by else f"docs/{own}"
+    source = own if page.file.generated_by else f"docs/{own}"
     return _LINK.sub(lambda match: _link(match, source, own, files), markdown)
 
 

@@ -47,8 +47,7 @@ class StudioOptions(BaseModel):
     port: int = Field(default=7860, ge=0, le=65535)
     """Port to listen on; 0 chooses a free one."""
     password: str | None = None
-    """Password of the page, for the user `restune`. The variable RESTUNE_PASSWORD keeps it out of the list of
-    processes."""
+    """Password of the page. The variable RESTUNE_PASSWORD keeps it out of the list of processes."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """Compute device; `auto` uses a GPU if there is one."""
     dtype: Literal["auto", "fp32", "fp16", "bf16"] = "auto"
@@ -69,13 +68,15 @@ class StudioOptions(BaseModel):
             if not folder.is_dir():
                 raise DataError(f"The data folder {folder} does not exist; give the path of a folder of images.")
         with bound_socket(self.host, self.port) as bound:
+            from .quiet import quiet_libraries
+
+            quiet_libraries()  # before the imports below, which emit warnings
             from ..serving.http.gate import key_digest
             from ..serving.http.server import run_server
             from ..studio.app import build_app
             from ..studio.context import StudioContext, StudioSettings
-            from .quiet import quiet_libraries
+            from .train import read_train_command
 
-            quiet_libraries()
             settings = StudioSettings(
                 home=home.resolve(),
                 base=str(Path(base).resolve()) if Path(base).exists() else base,
@@ -85,6 +86,7 @@ class StudioOptions(BaseModel):
                 data_folders=tuple(folder.resolve() for folder in self.data_folders),
                 password_digest=None if password is None else key_digest(password.encode()),
                 max_upload_mib=self.max_upload_mib,
+                read_command=read_train_command,
             )
             host, port = bound.getsockname()[:2]
             address = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"

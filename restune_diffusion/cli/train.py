@@ -133,6 +133,23 @@ def parse_train_options(
     )
 
 
+def read_train_command(arguments: Sequence[str], defaults: Mapping[str, Any]) -> TrainConfig:
+    """Return the settings of a command line of `restune train`, for a page that shows them.
+
+    Args:
+        arguments: arguments after `train`.
+        defaults: values of the required settings, for a command that does not name them.
+
+    Raises:
+        RestuneError: if a flag or a value is not valid.
+    """
+    try:
+        return parse_train_options(None, arguments, prog="restune train", defaults=defaults).settings()
+    except SystemExit as error:
+        # tyro has printed the reason in a box; the checks before it find almost all mistakes.
+        raise UsageError("The command cannot be read; try it in a terminal, which shows the place.") from error
+
+
 def _translated(args: Sequence[str]) -> list[str]:
     """Return arguments with the flags of diffusers or kohya replaced by ours; the new command goes to stderr."""
     own = {name.replace("-", "_") for name in (*SETTINGS, "config", "help")}

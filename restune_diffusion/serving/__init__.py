@@ -6,7 +6,7 @@ from ..utils.lazy_names import lazy_names
 
 if TYPE_CHECKING:
     from .engine import Engine
-    from .errors import QueueFull, RequestCancelled, RequestFailed, RequestRefused
+    from .errors import EngineStopped, QueueFull, RequestCancelled, RequestFailed, RequestRefused
     from .library import TunerEntry, TunerLibrary
     from .limits import Limits
     from .requests import ImageRequest
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Engine",
     "EngineStats",
+    "EngineStopped",
     "GeneratedImage",
     "ImageRequest",
     "Limits",
@@ -32,7 +33,7 @@ __all__ = [
 
 _MODULES = {
     "engine": ("Engine",),
-    "errors": ("QueueFull", "RequestCancelled", "RequestFailed", "RequestRefused"),
+    "errors": ("EngineStopped", "QueueFull", "RequestCancelled", "RequestFailed", "RequestRefused"),
     "library": ("TunerEntry", "TunerLibrary"),
     "limits": ("Limits",),
     "requests": ("ImageRequest",),

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from .errors import QueueFull, RequestCancelled, RequestFailed, RequestRefused
+from .errors import EngineStopped, QueueFull, RequestCancelled, RequestFailed, RequestRefused
 from .execution.admission import Admittance
 from .execution.batching import Admission, Batches
 from .execution.decoding import Decoder
@@ -74,6 +74,13 @@ class Engine:
         self._ending = False
         self._finishing = False
         self._closed = False
+        self._failed = False
+
+    @property
+    def alive(self) -> bool:
+        """Whether the thread of the engine computes steps: False before `start`, and after an error that ended it."""
+        thread = self._thread
+        return thread is not None and thread.is_alive() and not self._failed
 
     def submit(self, request: ImageRequest) -> Ticket:
         """Accept a request, from any thread.
@@ -85,6 +92,7 @@ class Engine:
             TunerFileError: if the file of a tuner is broken.
             ConditionError: if a control tuner has no condition image.
             RequestCancelled: if the engine is closed or stops.
+            EngineStopped: if its thread has ended by an error.
         """
         return self.submit_all([request])[0]
 
@@ -93,6 +101,8 @@ class Engine:
         try:
             jobs = [self._admittance.job(request) for request in requests]
             with self._lock:
+                if self._failed:
+                    raise EngineStopped
                 if self._closed or self._ending:
                     raise RequestCancelled("The engine is shutting down; send the request to another one.")
                 if len(self._waiting) + len(jobs) > self.limits.max_queue:
@@ -138,7 +148,7 @@ class Engine:
                 raise RequestCancelled("The engine is closed; create another one.")
             if self._thread is not None:
                 return
-            self._ending = self._finishing = False
+            self._ending = self._finishing = self._failed = False
             self._readers = ThreadPoolExecutor(1, thread_name_prefix="restune-tuner-files")
             self._thread = threading.Thread(target=self._run, name="restune-engine", daemon=True)
             self._thread.start()
@@ -171,13 +181,12 @@ class Engine:
             self._closed = True
         self.stop(finish=False)
         with self._stepping:
-            error = RequestCancelled("The engine was closed before the image was done.")
-            with self._lock:
-                jobs = [*self._waiting, *self._running, *self._decoding]
-                self._waiting, self._decoding = [], []
-            for job in jobs:
-                self._end(job, error)
+            self._end_all(RequestCancelled("The engine was closed before the image was done."))
             self._denoiser.close()
+
+    def attached_tuners(self) -> list[str]:
+        """Return the names of the tuners that are attached to the base, the most recently used first."""
+        return self._denoiser.attached_tuners()
 
     def stats(self) -> EngineStats:
         """Return a copy of the counters."""
@@ -199,6 +208,16 @@ class Engine:
         self.close()
 
     def _run(self) -> None:
+        try:
+            self._compute_steps()
+        except BaseException as error:
+            # Errors of requests and steps are handled inside; a SystemExit of a library is not.
+            logger.critical("The thread of the engine has ended by an error.", exc_info=error)
+            with self._lock:
+                self._failed = True
+            self._end_all(EngineStopped())
+
+    def _compute_steps(self) -> None:
         while True:
             with self._lock:
                 if self._ending and not (self._finishing and self._has_work()):
@@ -331,6 +350,13 @@ class Engine:
             self._stats.done += 1
             self._stats.add_latency(total)
         ticket._finish(result)
+
+    def _end_all(self, error: BaseException) -> None:
+        with self._lock:
+            jobs = [*self._waiting, *self._running, *self._decoding]
+            self._waiting, self._decoding = [], []
+        for job in jobs:
+            self._end(job, error)
 
     def _end(self, job: Job, error: BaseException) -> None:
         """End a request with an error, and free what it uses."""

@@ -17,3 +17,10 @@ class RequestFailed(RestuneError):
 
 class RequestCancelled(RestuneError):
     """An accepted request was cancelled, or the engine was closed before it was done."""
+
+
+class EngineStopped(RestuneError):
+    """The thread of the engine has ended by an error, so it computes no request any more."""
+
+    def __init__(self) -> None:
+        super().__init__("The engine has stopped after an error; its log has the reason, and a restart is needed.")

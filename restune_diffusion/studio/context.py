@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -12,6 +12,7 @@ from .workspace import Workspace
 
 if TYPE_CHECKING:
     from ..run_queue import RunQueue
+    from ..training.config.train_config import TrainConfig
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,8 @@ class StudioSettings:
     password_digest: bytes | None = None
     """Digest of the password, from the function `key_digest`; None without a password."""
     max_upload_mib: int = 512
+    read_command: Callable[[Sequence[str], Mapping[str, Any]], TrainConfig] | None = None
+    """Parser of the arguments of `restune train`, with defaults for its required settings."""
 
 
 class StudioContext:

@@ -51,9 +51,14 @@ class Workspace:
         """Folder of the queue of runs."""
         return self.home / "queue"
 
+    @property
+    def cache(self) -> Path:
+        """Uploaded files before they are used, and copies of files that the page shows; emptied regularly."""
+        return self.home / "cache"
+
     def create(self) -> None:
         """Create the folders that do not exist."""
-        for folder in (self.tuners, self.runs, self.data, self.images, self.trash, self.queue):
+        for folder in (self.tuners, self.runs, self.data, self.images, self.trash, self.queue, self.cache):
             folder.mkdir(parents=True, exist_ok=True)
 
     def inside(self, path: str | Path, *roots: Path) -> Path:

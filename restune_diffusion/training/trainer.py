@@ -21,6 +21,7 @@ from .callbacks.best import BestFile, EarlyStop
 from .callbacks.config_record import ConfigFile
 from .callbacks.drift import DriftProbe
 from .callbacks.reporting import MetricsLog, Progress, ProgressBar, SheetFile, describe_plan
+from .callbacks.sample_request import RequestedSamples
 from .callbacks.tracking import start_trackers
 from .callbacks.tuner_files import FinalFile, StepFiles
 from .callbacks.validation import ValidationSamples
@@ -132,8 +133,18 @@ def run_callbacks(
     metrics = CheckpointMetrics(inputs.metrics, log.note, show)
     # What measures comes before what acts on measurements. Checkpoints come last, so that a saved step implies that
     # all files of its other callbacks are complete.
-    files = [loss, metrics, BestFile(), EarlyStop(), drift, FinalFile(), StepFiles(), samples, Checkpoints()]
-    return [log, UpdateAverage(), ConfigFile(), SheetFile(), *shown, *files]
+    files = [
+        loss,
+        metrics,
+        BestFile(),
+        EarlyStop(),
+        drift,
+        FinalFile(),
+        StepFiles(),
+        samples,
+        RequestedSamples(samples),
+    ]
+    return [log, UpdateAverage(), ConfigFile(), SheetFile(), *shown, *files, Checkpoints()]
 
 
 @contextmanager

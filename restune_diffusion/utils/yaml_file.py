@@ -41,7 +41,21 @@ def read_yaml(path: Path) -> YamlFile:
     Raises:
         SettingsError: if the file cannot be read, is not valid YAML, has a duplicate name, or is not a mapping.
     """
-    text = _text(path)
+    return parse_yaml(_text(path), path)
+
+
+def parse_yaml(text: str, path: Path) -> YamlFile:
+    """Read a text with one top-level mapping, using PyYAML's safe loader.
+
+    Args:
+        text: the text.
+        path: its file, or a name for error messages.
+
+    Raises:
+        SettingsError: if it is too long, not valid YAML, has a duplicate name, or is not a mapping.
+    """
+    if len(text) > _MOST_BYTES:
+        raise SettingsError(f"{path} is larger than {_MOST_BYTES:,} bytes, the limit for a settings file.")
     try:
         _check_depth(path, text)
         root = yaml.compose(text, Loader=yaml.SafeLoader)

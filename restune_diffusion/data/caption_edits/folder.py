@@ -46,14 +46,14 @@ class EditPlan:
         folder: the data folder.
         captions: number of captions that were read.
         changes: captions that change.
-        contents: bytes before and after, of each file that changes.
+        contents: bytes before and after, of each file that changes; None before for a new file.
         refused: files and rows that are left as they are, with the reason.
     """
 
     folder: Path
     captions: int = 0
     changes: list[Change] = field(default_factory=list)
-    contents: dict[Path, tuple[bytes, bytes]] = field(default_factory=dict)
+    contents: dict[Path, tuple[bytes | None, bytes]] = field(default_factory=dict)
     refused: list[Refused] = field(default_factory=list)
 
     def write(self, backup: Path | None = None) -> None:
@@ -74,15 +74,20 @@ class EditPlan:
                 _write(path, after)
         except BaseException:
             for path in written:
-                if path.read_bytes() != self.contents[path][0]:
-                    _write(path, self.contents[path][0])
+                before = self.contents[path][0]
+                if before is None:
+                    if path.is_file():
+                        path.unlink()
+                elif path.read_bytes() != before:
+                    _write(path, before)
             raise
 
     def _write_backup(self, backup: Path) -> None:
         content = io.BytesIO()
         with zipfile.ZipFile(content, "w", zipfile.ZIP_DEFLATED) as archive:
             for path, (before, _) in self.contents.items():
-                archive.writestr(path.relative_to(self.folder).as_posix(), before)
+                if before is not None:
+                    archive.writestr(path.relative_to(self.folder).as_posix(), before)
         _write(backup, content.getvalue())
 
 

@@ -5,20 +5,28 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from typing import Any
 
+from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from ray.exceptions import RayActorError
-from starlette.responses import Response
+from ray.serve.exceptions import DeploymentUnavailableError, RequestCancelledError
+from starlette.responses import JSONResponse, Response
 
 from ..http.errors import RequestError
 from ..http.gate import Application, Gate, Receive, Scope, Send, respond
 from ..http.starting import ServerSettings, http_limits
 from .hints import wanted_tuners
+from .metrics import merged_metrics
+from .replica import UNAVAILABLE
 
 TRIES = 3
 """Replicas that a request is sent to, one after the other, if they end before they answer."""
 _SCOPE = ("type", "http_version", "method", "path", "raw_path", "query_string", "scheme")
+# Requests about the whole server, which the ingress answers.
+_OWN = frozenset({"/healthz", "/readyz", "/metrics"})
+_BROADCAST_SECONDS = 10.0
+_ENDED = RequestError("The replicas ended while they worked on the request; send it again.", 503, retry_after=5)
 _PROGRESS = "/sdapi/v1/progress"
 # State of A1111's clients, which each replica has for itself.
 _OF_ALL = frozenset({_PROGRESS, *(f"/sdapi/v1/{name}" for name in ("interrupt", "skip", "options"))})
@@ -69,37 +77,124 @@ class Forwarder:
         body = (await receive()).get("body", b"")
         plain = {name: scope[name] for name in _SCOPE if name in scope}
         plain["headers"] = [(bytes(name), bytes(value)) for name, value in scope["headers"]]
-        if scope["path"] in _OF_ALL and (scope["method"] == "POST" or scope["path"] == _PROGRESS):
-            await self._ask_all(plain, body, send)
-            return
+        try:
+            if scope["path"] in _OWN:
+                await self._answer_itself(scope["path"], send)
+            elif scope["path"] in _OF_ALL and (scope["method"] == "POST" or scope["path"] == _PROGRESS):
+                await self._ask_all(plain, body, send)
+            else:
+                await self._forward(plain, body, receive, send)
+        except (DeploymentUnavailableError, TimeoutError):
+            await respond(
+                send, RequestError("No replica answers now; try again later.", 503, retry_after=5), scope["path"]
+            )
+
+    async def _forward(self, scope: dict[str, Any], body: bytes, receive: Receive, send: Send) -> None:
+        """Send a request to a replica, and to others if that one ends."""
+        response, tuners, avoid = HeldResponse(send), wanted_tuners(body), list[str]()
         for _ in range(TRIES):
-            started = False
-            stream = self._answer.remote(plain, body, tuners=wanted_tuners(body))
+            response.forget()
+            stream = self._answer.remote(scope, body, tuners=tuners, avoid=avoid)
             watch = asyncio.ensure_future(_cancel_when_gone(stream, receive))
             try:
                 async for message in stream:
-                    started = True
+                    if message["type"] == UNAVAILABLE:
+                        avoid.append(message["replica"])
+                        break
                     if message["type"] == "http.response.body" and not message.get("more_body"):
                         # A client that leaves now has its whole response.
                         watch.cancel()
-                    await send(message)
+                    await response.add(message)
+                else:
+                    return
+            except RequestCancelledError:
+                # The client has left, so nobody waits for a response.
                 return
             except RayActorError:
-                if started:
-                    raise
+                if response.complete:
+                    return
+                if response.begun:
+                    await response.end(_ENDED.openai_event())
+                    return
             finally:
                 watch.cancel()
-        refusal = RequestError(
-            "The replicas ended while they worked on the request; send it again.", 503, retry_after=5
-        )
-        await respond(send, refusal, scope["path"])
+        await respond(send, _ENDED, scope["path"])
 
     async def _ask_all(self, scope: dict[str, Any], body: bytes, send: Send) -> None:
         """Send a request to all replicas, and answer with the response of one; for progress, of one that works."""
-        answers = await self._replicas.broadcast("reply", scope, body).results_async()
+        answers = [each for each in await self._of_all("reply", scope, body) if each[0]["type"] != UNAVAILABLE]
+        if not answers:
+            raise TimeoutError
         chosen = max(answers, key=_job_count) if scope["path"] == _PROGRESS else answers[0]
         for message in chosen:
             await send(message)
+
+    async def _answer_itself(self, path: str, send: Send) -> None:
+        """Answer a request about the whole server."""
+        if path == "/healthz":
+            response: Response = JSONResponse({"status": "ok"})
+        elif path == "/readyz":
+            ready = any(await self._of_all("ready"))
+            response = JSONResponse({"status": "ready" if ready else "not ready"}, 200 if ready else 503)
+        else:
+            content = merged_metrics(dict(sorted(await self._of_all("metrics"))))
+            response = Response(content, media_type=CONTENT_TYPE_LATEST)
+        await send({"type": "http.response.start", "status": response.status_code, "headers": response.raw_headers})
+        await send({"type": "http.response.body", "body": response.body})
+
+    async def _of_all(self, method: str, *arguments: Any) -> list[Any]:
+        """Return the results of a method of all replicas; those that end during the call are left out.
+
+        Raises:
+            DeploymentUnavailableError: if there is no replica.
+            TimeoutError: if one does not answer.
+        """
+        response = self._replicas.broadcast(method, *arguments)
+        results = await response.results_async(timeout_s=_BROADCAST_SECONDS, return_exceptions=True)
+        return [result for result in results if not isinstance(result, Exception)]
+
+
+class HeldResponse:
+    """Response that is held back until it is complete, so that another replica can still give it.
+
+    A stream of events is sent from its first event on.
+
+    Args:
+        send: ASGI function of the connection.
+    """
+
+    def __init__(self, send: Send) -> None:
+        self._send = send
+        self._held: list[MutableMapping[str, Any]] = []
+        self._is_stream = False
+        self.begun = False
+        """Whether a part has been sent."""
+        self.complete = False
+        """Whether all has been sent."""
+
+    async def add(self, message: MutableMapping[str, Any]) -> None:
+        """Add an ASGI message of the response."""
+        self._held.append(message)
+        if message["type"] == "http.response.start":
+            headers = {bytes(name).lower(): bytes(value) for name, value in message["headers"]}
+            self._is_stream = headers.get(b"content-type", b"").startswith(b"text/event-stream")
+            return
+        last = not message.get("more_body")
+        if last or (self._is_stream and message.get("body")):
+            self.begun, self.complete = True, last
+            for each in self._held:
+                await self._send(each)
+            self._held = []
+
+    async def end(self, text: str) -> None:
+        """End a stream of events with another event."""
+        self.complete = True
+        # The replica may have ended within an event.
+        await self._send({"type": "http.response.body", "body": b"\n\n" + text.encode()})
+
+    def forget(self) -> None:
+        """Drop what is held, before another replica answers."""
+        self._held = []
 
 
 def _job_count(messages: Sequence[Mapping[str, Any]]) -> int:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections import OrderedDict
 from collections.abc import AsyncIterator, MutableMapping, Sequence
 from typing import Any
 
+from ..errors import EngineStopped
 from ..http.starting import ServerSettings, start_app
 
-_REMEMBERED = 16
-"""Tuners that a replica reports; an engine keeps about as many attached."""
+UNAVAILABLE = "restune.unavailable"
+"""Type of the only message of a replica whose engine has stopped: another replica can answer the request."""
 
 
 class EngineReplica:
@@ -23,27 +23,36 @@ class EngineReplica:
 
     def __init__(self, settings: dict[str, Any]) -> None:
         self._app = start_app(ServerSettings(**settings))
-        self._recent: OrderedDict[str, None] = OrderedDict()
+        self._engine = self._app.service.engine
 
     def check_health(self) -> None:
-        """Raise an error if the engine cannot take requests; Ray Serve then replaces the replica."""
-        self._app.service.engine.stats()
+        """Raise `EngineStopped` if the engine computes no requests; Ray Serve then replaces the replica."""
+        if not self._engine.alive:
+            raise EngineStopped
 
     def record_routing_stats(self) -> dict[str, Any]:
-        """Return the tuners that were used last, for `TunerRouter`."""
-        return {"tuners": list(self._recent)}
+        """Return the tuners that the engine holds and whether it works, for `TunerRouter`."""
+        return {"tuners": self._engine.attached_tuners(), "alive": self._engine.alive}
+
+    def metrics(self) -> tuple[str, str]:
+        """Return the id of the replica, and its metrics in Prometheus's text format."""
+        return self._name, self._app.metrics.text().decode()
+
+    def ready(self) -> bool:
+        """Return whether the engine works."""
+        return self._engine.alive
 
     async def answer(
-        self, scope: dict[str, Any], body: bytes, tuners: Sequence[str] = ()
+        self, scope: dict[str, Any], body: bytes, tuners: Sequence[str] = (), avoid: Sequence[str] = ()
     ) -> AsyncIterator[MutableMapping[str, Any]]:
-        """Yield the ASGI messages of the response to a request.
+        """Yield the ASGI messages of the response to a request; `UNAVAILABLE` alone if the engine has stopped.
 
         Args:
             scope: ASGI scope of the request.
             body: its whole body.
-            tuners: names of the tuners that it seems to want.
+            tuners: names of the tuners that it seems to want, for `TunerRouter`.
+            avoid: ids of replicas that could not answer it, for `TunerRouter`.
         """
-        self._remember(tuners)
         messages: asyncio.Queue[MutableMapping[str, Any] | None] = asyncio.Queue()
         gone = asyncio.Event()
         unread = [{"type": "http.request", "body": body, "more_body": False}]
@@ -61,6 +70,9 @@ class EngineReplica:
         task.add_done_callback(lambda _: messages.put_nowait(None))
         try:
             while (message := await messages.get()) is not None:
+                if message.get("status") == 503 and not self._engine.alive:
+                    yield {"type": UNAVAILABLE, "replica": self._name}
+                    return
                 yield message
         finally:
             # The client has gone, or the response is complete.
@@ -72,13 +84,13 @@ class EngineReplica:
         """Return the ASGI messages of the response to a short request, for all replicas at once."""
         return [message async for message in self.answer(scope, body)]
 
-    def _remember(self, tuners: Sequence[str]) -> None:
-        for name in tuners:
-            self._recent[name] = None
-            self._recent.move_to_end(name)
-        while len(self._recent) > _REMEMBERED:
-            self._recent.popitem(last=False)
+    @property
+    def _name(self) -> str:
+        """Id of the replica."""
+        from ray import serve
+
+        return str(serve.get_replica_context().replica_id.unique_id)
 
     def __del__(self) -> None:
-        if hasattr(self, "_app"):
-            self._app.service.engine.close()
+        if hasattr(self, "_engine"):
+            self._engine.close()

@@ -94,6 +94,11 @@ class Attachments:
     def __len__(self) -> int:
         return len(self._slots)
 
+    def names(self) -> list[str]:
+        """Return the names in the library of the attached tuners, the most recently used first."""
+        slots = sorted(self._slots.values(), key=lambda slot: -slot.last_used)
+        return list(dict.fromkeys(slot.key[0] for slot in slots))
+
     def take(self, request: ImageRequest, loaded: Loaded) -> list[Use] | None:
         """Attach the tuners of a request and keep them in use, or return None while too many others are in use.
 

@@ -117,6 +117,10 @@ class Denoiser:
         stats.tuner_hits, stats.tuner_misses, stats.tuner_evictions = counts.hits, counts.misses, counts.evictions
         stats.text_hits, stats.text_misses = self._text.hits, self._text.misses
 
+    def attached_tuners(self) -> list[str]:
+        """Return the names of the attached tuners, the most recently used first; safe to call from any thread."""
+        return self._attachments.names()
+
     def close(self) -> None:
         """Detach all tuners."""
         self._attachments.close()

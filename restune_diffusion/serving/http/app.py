@@ -31,7 +31,7 @@ class ServingApp:
 
     def __init__(self, service: Service, key_digest: bytes | None = None) -> None:
         self.service = service
-        metrics = Metrics(service.engine)
+        self.metrics = metrics = Metrics(service.engine)
         api = _api(service, metrics)
         self.behind_gate: Application = metrics.counted(api)
         """Application for requests that another gate has let in."""
@@ -60,7 +60,7 @@ def _api(service: Service, metrics: Metrics) -> FastAPI:
 
     @api.get("/readyz")
     async def readyz() -> JSONResponse:
-        if service.ready:
+        if service.ready and service.engine.alive:
             return JSONResponse({"status": "ready"})
         return JSONResponse({"status": "not ready"}, 503)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from .errors import RequestError
 
@@ -106,15 +106,28 @@ class Txt2ImgBody(BaseModel, extra="ignore"):
     height: int | None = Field(default=None, ge=1)
     send_images: bool = True
     override_settings: dict[str, Any] | None = None
-    # Functions that this server does not have; a request that asks for one is refused.
+    # Saving on the server: many clients ask for it in every request, so it is refused only without `send_images`.
     save_images: bool | None = False
+    # Functions that this server does not have; a request that asks for one is refused.
     enable_hr: bool | None = False
     restore_faces: bool | None = False
     tiling: bool | None = False
     subseed_strength: Number | None = 0.0
+    seed_resize_from_w: int | None = 0
+    seed_resize_from_h: int | None = 0
+    refiner_checkpoint: str | None = None
+    infotext: str | None = None
     styles: list[Any] | None = None
     script_name: str | None = None
     alwayson_scripts: dict[str, Any] | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _null_is_the_default(cls, values: Any) -> Any:
+        """Drop null fields, for which A1111 takes its defaults."""
+        if not isinstance(values, Mapping):
+            return values
+        return {name: value for name, value in values.items() if value is not None}
 
 
 class Img2ImgBody(Txt2ImgBody):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 from ...utils.display import printable
@@ -52,6 +53,10 @@ class RequestError(RestuneError):
         """Return the body in OpenAI's shape."""
         error_type = _TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
         return {"error": {"message": str(self), "type": error_type, "param": self.param, "code": self.code}}
+
+    def openai_event(self) -> str:
+        """Return the server-sent event that ends a stream of OpenAI's API."""
+        return f"event: error\ndata: {json.dumps({'type': 'error', **self.openai_body()})}\n\n"
 
     def a1111_body(self) -> dict[str, Any]:
         """Return the body in A1111's shape."""

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...utils.errors import BaseMismatchError, RestuneError, TunerFileError, TunerNameError
-from ..errors import QueueFull, RequestCancelled, RequestFailed
+from ..errors import EngineStopped, QueueFull, RequestCancelled, RequestFailed
 from ..requests import ImageRequest
 from ..tickets import GeneratedImage, Progress, Ticket
 from .errors import RequestError
@@ -26,7 +26,15 @@ if TYPE_CHECKING:
     from ..library import TunerEntry, TunerLibrary
 
 RANDOM_SEEDS = 2**32
-_STATUS = {QueueFull: 429, TunerNameError: 404, TunerFileError: 422, BaseMismatchError: 422, RequestFailed: 500}
+_STATUS = {
+    QueueFull: 429,
+    TunerNameError: 404,
+    TunerFileError: 422,
+    BaseMismatchError: 422,
+    RequestFailed: 500,
+    EngineStopped: 503,
+}
+_RETRY_AFTER = {429: 2, 503: 5}
 
 
 @dataclass
@@ -95,7 +103,7 @@ class Service:
         status = next((status for kind, status in _STATUS.items() if isinstance(error, kind)), 400)
         codes = {429: "rate_limit_exceeded", 404: "model_not_found"}
         return RequestError(
-            self._without_folder(str(error)), status, code=codes.get(status), retry_after=2 if status == 429 else None
+            self._without_folder(str(error)), status, code=codes.get(status), retry_after=_RETRY_AFTER.get(status)
         )
 
     def _without_folder(self, message: str) -> str:

@@ -62,6 +62,11 @@ class ValidationSamples(Callback):
         if run.stopped_early is None or self._last != run.step:
             self._sample(run, run.config.file)
 
+    def sample(self, run: TrainState) -> None:
+        """Generate samples from the state after a step, unless they exist."""
+        if self._last != run.step:
+            self._sample_from_state(run)
+
     def _sample_from_state(self, run: TrainState) -> None:
         if run.step == 0 and self._start:
             self._write(run, self._start)

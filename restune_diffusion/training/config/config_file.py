@@ -65,7 +65,7 @@ def read_config(path: Path | str, **overrides: Any) -> TrainConfig:
 
 
 def given_settings(
-    path: Path | None,
+    path: Path | YamlFile | None,
     preset: str | None = None,
     defaults: Mapping[str, Any] | None = None,
     tuner: Sequence[str] | None = None,
@@ -75,7 +75,7 @@ def given_settings(
     Each setting is checked on its own. Precedence, from high to low: file, `defaults`, preset.
 
     Args:
-        path: path of the YAML file, if there is one.
+        path: path of the YAML file, or what was read from it, if there is one.
         preset: name of a preset; replaces the one that the file names.
         defaults: default settings of the calling script.
         tuner: tuner families and aliases; they replace those of the file.
@@ -83,7 +83,8 @@ def given_settings(
     Raises:
         SettingsError: if the file cannot be read or a setting in it is invalid; includes the line number.
     """
-    given = _opened(read_yaml(path)) if path is not None else _Given({}, {}, {})
+    file = read_yaml(path) if isinstance(path, Path) else path
+    given = _opened(file) if file is not None else _Given({}, {}, {})
     named: dict[str, Any] = {"preset": preset} if preset is not None else {}
     if tuner:
         named["tuner"] = tuple(tuner) if len(tuner) > 1 else tuner[0]

@@ -115,12 +115,13 @@ def read_run_folder(path: Path) -> RunFolder:
         config=read_config(path / CONFIG_FILE),
         series=read_metrics(metrics),
         logged=logged,
-        samples=_find_samples(path / "samples"),
+        samples=find_samples(path / "samples"),
         data=read_data_sheet(path),
     )
 
 
-def _find_samples(folder: Path) -> dict[int, dict[int, Path]]:
+def find_samples(folder: Path) -> dict[int, dict[int, Path]]:
+    """Return the sample images of each step of a run, by the number of their prompt."""
     found: dict[int, dict[int, Path]] = {}
     for step in folder.glob("step-*"):
         name = _SAMPLES.fullmatch(step.name)

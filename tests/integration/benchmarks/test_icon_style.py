@@ -7,7 +7,7 @@ import torch
 from benchmarks.icon_style.__main__ import BaseCommand
 from benchmarks.icon_style.base import base_prompts, distances, recognized
 from benchmarks.icon_style.data import CONCEPTS as TEST_CONCEPTS
-from benchmarks.icon_style.data import to_images, to_pixels
+from benchmarks.icon_style.data import IconData, to_images, to_pixels
 from benchmarks.icon_style.judges import (
     IconClassifier,
     Judges,
@@ -18,7 +18,7 @@ from benchmarks.icon_style.judges import (
 )
 from benchmarks.icon_style.methods import batch_loss, bypass_variants, contestants, held_out_loss, tune
 from benchmarks.icon_style.report import COLUMNS, mean_and_spread, table, write_report
-from benchmarks.icon_style.runner import Settings, StyleRun, read_strip, slug
+from benchmarks.icon_style.runner import CLOCK, Settings, StyleRun, read_strip, slug
 from benchmarks.icon_style.sampling import ImageSampler
 from benchmarks.icon_style.scores import Scorer, Yardsticks
 from benchmarks.icon_style.style_features import StyleFeatures
@@ -29,6 +29,8 @@ from research.restune_tiny.prepare_icons import plain
 from restune_diffusion.cli.run_demo import SUBJECTS
 from restune_diffusion.evaluation import InceptionFeatures, Lpips
 
+FEW = ("skip tuner", CLOCK, "biases only")
+"""Methods whose whole course is run; the other methods differ in what `start` returns, which one test runs for all."""
 TINY = Settings(steps=3, batch=2, inference_steps=2, concepts=4, drift_concepts=1, sweep=False)
 
 
@@ -43,7 +45,7 @@ def judges(icons):
     numbers = torch.arange(len(icons.known))
     sets = [icons.styles[name].pixels(icons.known) for name in styles]
     concept = fit_classifier(
-        IconClassifier, torch.cat(sets[:5])[None], numbers.repeat(5), len(numbers), undisturbed, epochs=12, seed=0
+        IconClassifier, torch.cat(sets[:5])[None], numbers.repeat(5), len(numbers), undisturbed, epochs=6, seed=0
     )
     of_style = torch.arange(7).repeat_interleave(len(icons.known))
     style = fit_style_classifier(torch.cat(sets)[None], of_style, 7)
@@ -181,13 +183,15 @@ def test_the_style_judge_tells_styles_of_concepts_that_it_never_saw(icons):
 
 
 def test_judges_are_trained_once_and_kept(icons, tiny_base, tmp_path):
+    few = IconData(icons.folder, test=icons.known[:4])
+    vars(few)["known"] = icons.known[:20]
     images = icons.styles["noto"].pixels(icons.known[:5])
-    first = load_judges(icons, tiny_base.vae, tmp_path, epochs=1)
+    first = load_judges(few, tiny_base.vae, tmp_path, epochs=1)
     written = (tmp_path / "style-judge.safetensors").stat().st_mtime_ns
-    again = load_judges(icons, tiny_base.vae, tmp_path, epochs=1)
+    again = load_judges(few, tiny_base.vae, tmp_path, epochs=1)
     assert (tmp_path / "style-judge.safetensors").stat().st_mtime_ns == written
     assert torch.equal(first.concept(images), again.concept(images))
-    load_judges(icons, tiny_base.vae, tmp_path, epochs=1, decoded=False)
+    load_judges(few, tiny_base.vae, tmp_path, epochs=1, decoded=False)
     assert (tmp_path / "style-judge.safetensors").stat().st_mtime_ns > written
 
 
@@ -232,19 +236,22 @@ def test_every_method_starts_at_the_base_learns_and_leaves_the_base_alone(
         trainable = method.start(tiny_base.unet, 0)
         with torch.no_grad():
             assert torch.allclose(batch_loss(trainable.unet, batch, run.objective), expected, rtol=1e-5)
-        fixed = {0: batch, 1: batch, 2: batch, 3: batch, 4: batch, 5: batch}
+        fixed = dict.fromkeys(range(3), batch)
         rate = method.learning_rates[-1]
-        course = tune(trainable, fixed, run.objective, steps=6, learning_rate=rate, warmup=0.1)  # type: ignore[arg-type]
+        course = tune(trainable, fixed, run.objective, steps=3, learning_rate=rate, warmup=0.1)  # type: ignore[arg-type]
         with torch.no_grad():
             assert batch_loss(trainable.unet, batch, run.objective) < 0.98 * expected, method.name
-        assert course.steps == 6
+        assert course.steps == 3
         assert course.seconds > 0
     assert all(torch.equal(value, before[name]) for name, value in tiny_base.unet.state_dict().items())
     assert not tiny_base.unet._forward_pre_hooks
 
 
 def test_the_first_six_have_equally_many_parameters(tiny_base):
-    budget, *others = [method.start(tiny_base.unet, 0).count for method in contestants(tiny_base.unet)[:6]]
+    methods = contestants(tiny_base.unet)
+    assert len(methods) == 10
+    assert set(FEW) <= {method.name for method in methods}
+    budget, *others = [method.start(tiny_base.unet, 0).count for method in methods[:6]]
     assert all(abs(count - budget) < 0.1 * budget for count in others)
 
 
@@ -325,10 +332,10 @@ def test_a_picture_depends_on_its_prompt_and_seed_alone(tiny_base):
 
 def test_a_run_gives_every_row_and_goes_on_where_it_was_left(icons, tiny_base, yardsticks, tmp_path, monkeypatch):
     run = StyleRun(tiny_base, icons, yardsticks, "openmoji", 0, TINY, tmp_path)
-    rows = run.run(log=lambda text: None)
+    rows = run.run(log=lambda text: None, only=FEW)
     methods = [row["method"] for row in rows if row["table"] == "steps"]
     assert [row["method"] for row in rows if row["table"] == "time"] == methods
-    assert len(methods) == 10
+    assert sorted(methods) == sorted(FEW)
     assert rows[0]["lpips"] == 0
     assert rows[1]["drift"] == 0
     assert all(row["drift"] > 0 for row in rows[2:])
@@ -339,7 +346,7 @@ def test_a_run_gives_every_row_and_goes_on_where_it_was_left(icons, tiny_base, y
 
     monkeypatch.setattr("benchmarks.icon_style.runner.tune", refuse)
     again = StyleRun(tiny_base, icons, yardsticks, "openmoji", 0, TINY, tmp_path)
-    assert again.run(log=lambda text: None) == rows
+    assert again.run(log=lambda text: None, only=FEW) == rows
     write_report(
         tmp_path / "out",
         rows,
@@ -351,14 +358,17 @@ def test_a_run_gives_every_row_and_goes_on_where_it_was_left(icons, tiny_base, y
     assert json.loads((tmp_path / "out" / "report.json").read_text())["rows"] == rows
 
 
-def test_the_subject_task_scores_the_true_pictures_best(tiny_base, yardsticks, tmp_path):
+def test_the_subject_task_scores_the_true_pictures_best(tiny_base, yardsticks, tmp_path, monkeypatch):
+    methods = contestants(tiny_base.unet)
+    few = [method for method in methods if method.name in FEW]
+    monkeypatch.setattr("benchmarks.icon_style.subject.contestants", lambda unet: few)
     task = SubjectRun(tiny_base, yardsticks.inception, yardsticks.lpips, TINY, 0, {}, tmp_path)
     rows = task.run()
     true, base = rows[:2]
     assert true["prompt"] == 1
     assert true["true"] == pytest.approx(1)
     assert true["subject"] > base["subject"] + 0.1
-    assert len(rows) == 12
+    assert [row["method"] for row in rows[2:]] == [method.name for method in few]
     assert all(row["leak"] > 0 for row in rows[2:])
 
 

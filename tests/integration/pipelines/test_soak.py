@@ -1,6 +1,7 @@
 """A long random life of one base: whatever is loaded, mixed, swapped and deleted, nothing stays."""
 
 import gc
+import os
 import random
 import weakref
 from collections import Counter
@@ -29,7 +30,8 @@ from restune_diffusion import (
 from ...conftest import TWO_LEVELS, make_unet, randomize
 from ...unit.hooks.test_attachment import assert_same, everything
 
-OPERATIONS = 1000
+OPERATIONS = int(os.environ.get("RESTUNE_OPERATIONS", "500"))
+"""1,000 passed too; CI takes fewer."""
 NAMES = ("a", "b", "c", "d")
 CONFIGS = {
     "skip": SkipConfig(ratio=0.25),
@@ -221,7 +223,7 @@ def resident_bytes():
     return psutil.Process().memory_info().rss
 
 
-def test_a_thousand_random_operations_leave_nothing(components, tmp_path):
+def test_hundreds_of_random_operations_leave_nothing(components, tmp_path):
     life = Life(components, tmp_path)
     counts, sizes = [], []
     for _ in range(4):
@@ -238,8 +240,8 @@ def test_a_thousand_random_operations_leave_nothing(components, tmp_path):
     assert not any(reference() is not None for reference in life.deleted)
     # Everything was done, and the base was empty again and again.
     assert life.done.total() == OPERATIONS
-    assert min(life.done.values()) > 3
-    assert life.empty > 20
+    assert min(life.done.values()) > OPERATIONS // 300
+    assert life.empty > OPERATIONS // 50
     # Caches of Python and torch are filled in the first quarter and must not grow after it.
     assert max(counts[1:]) <= counts[0]
     assert sizes[-1] - sizes[0] < 8 * 2**20

@@ -26,6 +26,8 @@ from .malformed import MUTATIONS, SEEDS, Mutant, big_mutants, make_seeds, mutant
 from .malformed_headers import CONTROL
 
 MIB = 2**20
+FILES = int(os.environ.get("RESTUNE_MALFORMED_FILES", "4000"))
+"""10,000 passed too; CI takes fewer."""
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -133,7 +135,7 @@ class Memory:
 
 
 @pytest.mark.timeout(600)
-def test_ten_thousand_malformed_files(seeds, tmp_path, request):
+def test_thousands_of_malformed_files(seeds, tmp_path, request):
     unet, text, inputs = tiny_unet(), tiny_text(), make_inputs(size=8)
     path = tmp_path / "mutant.safetensors"
     outcomes: dict[str, Counter[str]] = {name: Counter() for name in MUTATIONS}
@@ -149,7 +151,7 @@ def test_ten_thousand_malformed_files(seeds, tmp_path, request):
     request.addfinalizer(gc.unfreeze)
     gc.collect()
     memory = Memory()
-    for mutant in mutants(seeds, 10_000):
+    for mutant in mutants(seeds, FILES):
         try:
             tuner = check(mutant, path)
         except Exception as error:
@@ -166,11 +168,11 @@ def test_ten_thousand_malformed_files(seeds, tmp_path, request):
                 unet(*inputs)
             ran += 1
     assert memory.growth() < 64 * MIB
-    assert sum(each.total() for each in outcomes.values()) == 10_000
+    assert sum(each.total() for each in outcomes.values()) == FILES
     # The mutations cover their targets: each one occurs many times, with refused and loaded files.
-    assert min(each.total() for each in outcomes.values()) >= 50
+    assert min(each.total() for each in outcomes.values()) >= FILES // 200
     assert [name for name in MIXED if not outcomes[name]["refused"] or not outcomes[name]["loaded"]] == []
-    assert ran >= 50
+    assert ran >= FILES // 200
 
 
 MIXED = (

@@ -6,9 +6,10 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 
-from benchmarks import backward_memory, preset_memory
+from benchmarks import backward_memory
 from restune_diffusion.hooks.attachment import attach
 from restune_diffusion.training import TrainConfig
+from restune_diffusion.training.advice.memory_estimate import build_unet, kept_bytes
 from restune_diffusion.tuners.tuner import Tuner
 
 STRUCTURE = {
@@ -28,6 +29,6 @@ def test_what_is_counted_without_values_is_what_is_kept_with_them(kind: str) -> 
     with attach(real, Tuner.for_base(real, *config.parts)):
         parameters = {parameter.untyped_storage().data_ptr() for parameter in real.parameters()}
         expected = backward_memory.kept_bytes(lambda: real(*inputs).sample, parameters)
-    fake, mode = preset_memory.build_unet(STRUCTURE, torch.float32)
+    fake, mode = build_unet(STRUCTURE, torch.float32)
     with attach(fake, Tuner.for_base(fake, *config.parts)), mode:
-        assert preset_memory.kept_bytes(fake, config, 64) == expected > 10_000
+        assert kept_bytes(fake, config, 64) == expected > 10_000

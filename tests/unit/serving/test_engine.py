@@ -22,6 +22,7 @@ from restune_diffusion import (
 )
 from restune_diffusion.serving import (
     Engine,
+    EngineStopped,
     ImageRequest,
     QueueFull,
     RequestCancelled,
@@ -32,6 +33,7 @@ from restune_diffusion.serving import (
 from restune_diffusion.serving.execution.memory import decoding_bytes, row_bytes
 
 from ...conftest import randomize
+from ...fragile_replica import end_thread_of
 from ...serving_base import assert_as_alone, gray, image
 
 
@@ -313,3 +315,34 @@ def test_the_time_of_a_step_is_accounted_for(base, tuners):
     stats = engine.stats()
     assert sum(stats.latency_counts) == stats.done == 1
     engine.close()
+
+
+def test_an_error_that_ends_the_thread_ends_all_requests_and_refuses_new_ones(make_engine):
+    engine = make_engine(max_rows=2)
+    assert not engine.alive
+    engine.start()
+    assert engine.alive
+    running, waiting = (engine.submit(ask(seed=seed, steps=150)) for seed in range(2))
+    end_thread_of(engine)
+    for ticket in (running, waiting):
+        with pytest.raises(EngineStopped):
+            ticket.result(60)
+    assert not engine.alive
+    with pytest.raises(EngineStopped, match="a restart is needed"):
+        engine.submit(ask())
+    assert engine.stats().failed == 2
+    engine.stop()
+    engine.start()
+    assert engine.alive
+    assert engine.submit(ask(seed=7)).result(60).seed == 7
+
+
+def test_the_engine_names_the_tuners_that_are_attached(make_engine):
+    engine = make_engine(max_attached=2)
+    for name, held in (("skip", ["skip"]), ("res", ["res", "skip"]), ("skip", ["skip", "res"])):
+        engine.submit(tuned(name))
+        finish(engine)
+        assert engine.attached_tuners() == held
+    engine.submit(tuned("bypass"))
+    finish(engine)
+    assert engine.attached_tuners() == ["bypass", "skip"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 from collections.abc import Mapping
 from typing import Any
@@ -16,13 +17,23 @@ _PREVIEWS, _EVERY, _MODEL, _CLIP = (
     "sd_model_checkpoint",
     "CLIP_stop_at_last_layers",
 )
+_CHECKPOINT_END = re.compile(r"(\.safetensors|\.ckpt)?( \[[0-9a-f]{6,64}\])?$")
 # Options of A1111 whose only value here changes nothing.
 _FIXED: Mapping[str, tuple[Any, ...]] = {
     _CLIP: (1,),
     "samples_format": ("png",),
-    "sd_vae": ("Automatic", "None"),
+    "sd_vae": ("Automatic", "None", "", None),
     "eta_noise_seed_delta": (0,),
+    "randn_source": ("CPU",),
+    "enable_pnginfo": (True,),
+    "forge_additional_modules": ([], None),
 }
+# Options about files, previews and functions that are refused elsewhere: no value changes an image of this server.
+_WITHOUT_EFFECT = frozenset({
+    "samples_save", "grid_save", "save_to_dirs", "show_progress_type", "show_progress_grid", "code_former_weight",
+    "live_preview_refresh_period", "live_previews_image_format", "face_restoration_model", "upscaler_for_img2img",
+    "sd_checkpoint_hash",
+})  # fmt: skip
 
 
 class Options:
@@ -63,15 +74,22 @@ def check_settings(values: Mapping[str, Any], service: Service) -> None:
     """Raise `RequestError` if an option of A1111 is unknown, or has a value that is not possible here."""
     for name, value in values.items():
         if name == _MODEL:
-            if not isinstance(value, str) or value not in service.base_names:
-                raise RequestError(
-                    f"The checkpoint `{str(value)[:80]}` does not exist; this server has `{service.base.name}`.", 404
-                )
+            _check_checkpoint(value, service)
         elif name in _FIXED:
             if value not in _FIXED[name]:
                 raise RequestError(f"`{name}` has only the value {_FIXED[name][0]!r} on this server.", param=name)
-        elif name not in (_PREVIEWS, _EVERY):
+        elif name not in (_PREVIEWS, _EVERY, *_WITHOUT_EFFECT):
             raise RequestError(f"The option `{name[:80]}` does not exist on this server; leave it out.", param=name)
+
+
+def _check_checkpoint(value: Any, service: Service) -> None:
+    """Raise `RequestError` if a checkpoint is not the base, whose name clients may give with file suffix and hash."""
+    known = service.base_names
+    if value in (None, "") or (isinstance(value, str) and (value in known or _CHECKPOINT_END.sub("", value) in known)):
+        return
+    raise RequestError(
+        f"The checkpoint `{str(value)[:80]}` does not exist; this server has `{service.base.name}`.", 404
+    )
 
 
 def refuse_missing_functions(body: Txt2ImgBody, service: Service) -> None:
@@ -81,9 +99,14 @@ def refuse_missing_functions(body: Txt2ImgBody, service: Service) -> None:
         "restore_faces": body.restore_faces,
         "tiling": body.tiling,
         "subseed_strength": body.subseed_strength,
-        "styles": body.styles,
+        "seed_resize_from_w": (body.seed_resize_from_w or 0) > 0,
+        "seed_resize_from_h": (body.seed_resize_from_h or 0) > 0,
+        "refiner_checkpoint": body.refiner_checkpoint not in (None, "", "None"),
+        "infotext": body.infotext,
+        "styles": any(body.styles or ()),
         "script_name": body.script_name,
-        "save_images": body.save_images,
+        # With the images in the response, the client gets what it waits for.
+        "save_images": body.save_images and not body.send_images,
         "alwayson_scripts": any(map(_is_used, (body.alwayson_scripts or {}).values())),
     }
     for name, value in wanted.items():
@@ -93,6 +116,14 @@ def refuse_missing_functions(body: Txt2ImgBody, service: Service) -> None:
 
 
 def _is_used(script: Any) -> bool:
-    """Return whether a script has arguments that turn it on."""
+    """Return whether the arguments of a script turn it on.
+
+    The switch is the first argument, as of ADetailer, or `enabled` of each unit, as of ControlNet.
+    """
     arguments = script.get("args") if isinstance(script, Mapping) else script
-    return bool(arguments) and arguments != [False]
+    if not arguments:
+        return False
+    units = arguments if isinstance(arguments, list) else [arguments]
+    return units[0] is not False and any(
+        not isinstance(unit, Mapping) or unit.get("enabled") is not False for unit in units
+    )

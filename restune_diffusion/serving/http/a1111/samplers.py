@@ -54,7 +54,8 @@ def schedule_types() -> list[dict[str, Any]]:
 
 def _sampler(label: str) -> tuple[str, str | None]:
     """Return the name of a scheduler and the spacing that a label of older versions ends with."""
-    lower = label.lower()
+    # Aliases of A1111 begin with `k_`: `k_euler_a`.
+    lower = label.lower().removeprefix("k_")
     names = {text.lower(): name for name, text in sampler_labels().items()}
     names |= {name: name for name in SCHEDULER_NAMES}
     if lower in names:

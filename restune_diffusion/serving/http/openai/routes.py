@@ -225,7 +225,7 @@ async def _stream(
         extra_facts = {"usage": _NO_TOKENS, "seed": generated.seed}
         yield _event(f"{event}.completed", _described(generated.image, content, file_format) | extra_facts)
     except RestuneError as error:
-        yield _event("error", service.refusal(error).openai_body())
+        yield service.refusal(error).openai_event()
     except asyncio.CancelledError:
         raise
     finally:

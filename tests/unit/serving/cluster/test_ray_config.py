@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 
+import httpx
 import pytest
 import yaml
 
@@ -14,6 +15,8 @@ from restune_diffusion.serving.cluster.hints import wanted_tuners
 from restune_diffusion.serving.http.gate import key_digest
 from restune_diffusion.serving.http.starting import ServerSettings
 from restune_diffusion.utils.errors import RestuneError
+
+from ....serving_process import unused_port
 
 
 def test_a_config_file_for_serve_deploy_has_all_settings_and_no_key(tmp_path, capsys):
@@ -41,6 +44,14 @@ def test_ray_that_is_not_installed_is_one_sentence(monkeypatch):
         parse(["serve", "--ray"]).run()
 
 
+def test_a_cluster_that_does_not_answer_is_one_sentence(monkeypatch):
+    pytest.importorskip("ray")
+    address = f"127.0.0.1:{unused_port()}"
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    with pytest.raises(RestuneError, match=f"No Ray cluster answers at {address}; correct RAY_ADDRESS, or unset it"):
+        parse(["serve", "--ray"]).run()
+
+
 @pytest.mark.parametrize(
     ("body", "tuners"),
     [
@@ -53,6 +64,18 @@ def test_ray_that_is_not_installed_is_one_sentence(monkeypatch):
 )
 def test_the_tuners_of_a_request_are_guessed(body, tuners):
     assert wanted_tuners(json.dumps(body).encode()) == tuners
+
+
+def test_the_tuners_of_a_form_are_guessed():
+    fields = [
+        ("model", "water:0.8+ink"),
+        ("prompt", "a fox"),
+        ("tuners[][name]", "people/ann"),
+        ("image", "x" * 300_000),
+    ]
+    for ordered in (fields, fields[::-1]):
+        request = httpx.Request("POST", "http://host", files=[(name, (None, value)) for name, value in ordered])
+        assert wanted_tuners(request.read()) == ["ink", "people/ann", "water"]
 
 
 def test_a_body_that_is_not_json_wants_no_tuners():

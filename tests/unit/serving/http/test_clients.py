@@ -21,6 +21,7 @@ from restune_diffusion.pipelines.schedulers import named_scheduler
 from restune_diffusion.serving import Engine, ImageRequest
 
 from ....serving_process import ServerProcess, wait_for
+from .a1111_payloads import PAYLOADS
 
 KEY = "key-of-the-test"
 
@@ -84,10 +85,13 @@ def assert_equal(served: Image.Image, expected: Image.Image) -> None:
     assert difference.max() <= 1
 
 
-def get(server, path, key=KEY):
+def get(server, path, key=KEY, body=None):
     headers = {"authorization": f"Bearer {key}"} if key else {}
+    data = None
+    if body is not None:
+        headers["content-type"], data = "application/json", json.dumps(body).encode()
     try:
-        with urllib.request.urlopen(urllib.request.Request(server.url + path, headers=headers)) as response:
+        with urllib.request.urlopen(urllib.request.Request(server.url + path, data, headers)) as response:
             return response.status, response.read().decode()
     except urllib.error.HTTPError as error:
         return error.code, error.read().decode()
@@ -233,6 +237,28 @@ def test_webui_generates_with_tuners_of_the_prompt(webui, pipe, files):
     shown = webui.png_info(result.image)
     assert shown.info == result.info["infotexts"][0]
     assert shown.parameters["Seed"] == "4"
+
+
+@pytest.mark.parametrize("name", PAYLOADS)
+def test_bodies_with_the_defaults_of_a1111s_clients_give_the_image(server, pipe, name):
+    status, text = get(server, "/sdapi/v1/txt2img", body=PAYLOADS[name])
+    assert status == 200, text
+    pipe.scheduler = named_scheduler("euler", pipe.scheduler)
+    assert_equal(decoded(json.loads(text)["images"][0]), generated(pipe, "a red apple", 5, width=64, height=64))
+
+
+def test_webui_sends_its_defaults(webui, pipe, photo):
+    pipe.scheduler = named_scheduler("euler_a", pipe.scheduler)
+    image = webui.txt2img(prompt="a red apple", seed=5, steps=2, cfg_scale=4, width=64, height=64).image
+    assert_equal(image, generated(pipe, "a red apple", 5, width=64, height=64))
+    assert webui.img2img([photo], prompt="a ball", steps=2, width=64, height=64).image.size == (64, 64)
+
+
+def test_options_that_a_client_has_read_can_be_sent_back(server):
+    status, text = get(server, "/sdapi/v1/options")
+    values = json.loads(text) | {"samples_save": True, "sd_model_checkpoint": "restune-tiny.safetensors"}
+    assert (status, get(server, "/sdapi/v1/options", body=values)) == (200, (200, "{}"))
+    assert json.loads(get(server, "/sdapi/v1/options")[1]) == json.loads(text)
 
 
 def test_webui_changes_an_image_and_repaints_an_area(webui, pipe, photo):

@@ -1,0 +1,1 @@
+"""Uploads: checked, and stored as data folders."""
