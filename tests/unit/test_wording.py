@@ -14,7 +14,7 @@ import pytest
 from ..conftest import ROOT
 
 CODE = ("restune_diffusion", "train", "pipelines", "examples", "integrations", "benchmarks", "research")
-PAGES = ("README.md", "CONTRIBUTING.md", "docs/*.md", "examples/*.md", "integrations/**/*.md", "benchmarks/*.md")
+PAGES = ("README.md", "CONTRIBUTING.md", "docs/**/*.md", "examples/*.md", "integrations/**/*.md", "benchmarks/*.md")
 # What to write instead stands behind each phrase.
 PHRASES = {
     r"\banew\b": "again",

@@ -59,8 +59,8 @@ class TrainConfig(FamilyFields):
     name: str = setting("tuner", affects="output", pattern=r"^[\w][\w.\- ]*$", expected=_NAME)
     """Name of the tuner, which is written to OUTPUT/NAME.safetensors."""
     preset: PresetName | None = setting(None, affects="output")
-    """Named set of settings for one purpose, listed above and in docs/training.md. The settings in --config and flags
-    override it."""
+    """Named set of settings for one purpose, listed above and in docs/training/presets.md. Settings in --config and
+    flags override it."""
 
     tuner: FamilyName | tuple[FamilyName, ...] = "skip"
     """Tuner family; several families make one tuner with several parts. `command_line_class` lists the families."""
