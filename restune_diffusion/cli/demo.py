@@ -7,7 +7,8 @@ from pathlib import Path
 from pydantic import ConfigDict, Field
 
 from .options.interruption import stoppable
-from .options.outputs import OverwriteOption, free_path
+from ..pipelines.sampling.image_names import free_path
+from .options.outputs import OverwriteOption
 
 
 class DemoOptions(OverwriteOption):

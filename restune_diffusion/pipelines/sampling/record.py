@@ -15,7 +15,7 @@ from ...utils.weighted_path import split_weight
 from .mix import unique_names
 
 if TYPE_CHECKING:
-    from .sampling import SamplingOptions
+    from .settings import SamplingSettings
 
 _SHORT = 10  # hexadecimal digits of a model's hash in A1111
 _SHORT_LORA = 12
@@ -27,12 +27,12 @@ _FILES = {"tuner_mask", "init_image", "control_image", "control_from"}
 class RunRecord:
     """What the images of one command have in common; reads all files of tuners and the base once, for their hashes."""
 
-    def __init__(self, options: SamplingOptions, pipeline: Any) -> None:
+    def __init__(self, options: SamplingSettings, pipeline: Any) -> None:
         import diffusers
         import torch
 
         from ...imaging.generation_record import a1111_text
-        from ...pipelines.schedulers import scheduler_label
+        from ..schedulers import scheduler_label
 
         self._text = a1111_text
         self._options = options
@@ -87,7 +87,7 @@ class RunRecord:
         return facts, self._text(prompt, options.negative_prompt, self._pairs(seed, size))
 
     def _pairs(self, seed: int, size: tuple[int, int]) -> dict[str, object]:
-        from .sampling import DEFAULT_STRENGTH
+        from .settings import DEFAULT_STRENGTH
 
         options, base, vae = self._options, self._common["base"], self._common.get("vae", {})
         hashed = {tuner["name"]: tuner["sha256"][:_SHORT] for tuner in self._tuners if tuner["kind"] == "tuner"}
@@ -138,9 +138,9 @@ class RunRecord:
 
 
 def _sampling_fields() -> dict[str, Any]:
-    from .sampling import SamplingOptions
+    from .settings import SamplingSettings
 
-    return SamplingOptions.model_fields
+    return SamplingSettings.model_fields
 
 
 def _listed(values: dict[str, str]) -> str | None:
@@ -200,7 +200,7 @@ def _vae_record(vae: str, pipeline: Any) -> dict[str, str]:
     return {"name": public_name(vae), "sha256": _sha256(files)}
 
 
-def _image_hashes(options: SamplingOptions) -> dict[str, str]:
+def _image_hashes(options: SamplingSettings) -> dict[str, str]:
     """Return the hash of each image that the command reads, by the name of its file."""
     entries = [*options.tuner_mask, *options.control_image, *options.control_from]
     files = [] if options.init_image is None else [options.init_image]

@@ -1,4 +1,4 @@
-"""Tuner options of the command line: files, weights, sites, schedules, masks and guidance branches."""
+"""Tuners of a generation: files, weights, sites, schedules, masks and guidance branches."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from ...hooks.weights import TunerWeight
 
 
-class MixOptions(BaseModel):
+class MixSettings(BaseModel):
     """Tuner files and their weights.
 
     An option of one tuner starts with the tuner's name, `NAME:`. The name is the file name without its extension. It
@@ -93,7 +93,7 @@ def _distinct_depth(place: tuple[str, ...], places: list[tuple[str, ...]]) -> in
 
 
 def load_tuners(pipeline: Any, weights: dict[str, tuple[str, TunerWeight]], loras: int = 0) -> None:
-    """Load the tuners of a command line into a pipeline and set their weights.
+    """Load the tuners of a generation into a pipeline and set their weights.
 
     Args:
         pipeline: pipeline with the base.
