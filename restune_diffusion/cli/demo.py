@@ -6,8 +6,8 @@ from pathlib import Path
 
 from pydantic import ConfigDict, Field
 
-from .options.interruption import stoppable
 from ..pipelines.sampling.image_names import free_path
+from .options.interruption import stoppable
 from .options.outputs import OverwriteOption
 
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from ..pipelines.sampling.settings import generator
 from .options.early_checks import check_writable
 from .options.interruption import stoppable
 from .options.sampling import SamplingOptions
@@ -45,7 +46,6 @@ class GenerateOptions(SamplingOptions):
         from ..imaging.generation_record import png_chunks
         from ..pipelines.sampling.image_names import image_name, next_number
         from ..pipelines.sampling.record import RunRecord
-        from ..pipelines.sampling.settings import generator
         from ..utils.atomic_write import atomic_write
 
         record: RunRecord | None = None

@@ -41,7 +41,7 @@ class StudioContext:
         self.workspace = Workspace(settings.home, settings.data_folders)
         self.workspace.create()
         self.lock = threading.Lock()
-        """Held by whoever uses the pipeline: one generation at a time."""
+        """Lock around each use of the pipeline: one generation at a time."""
         self._pipeline: Any = None
         self._base = settings.base
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import math
 import re
@@ -53,7 +54,7 @@ class RunRecord:
         self._common: dict[str, Any] = {
             "restune_diffusion": __version__,
             "versions": {"torch": str(torch.__version__), "diffusers": diffusers.__version__},
-            "base": {"name": _public(options.base), "sha256": _sha256(_weights_of_base(options.base, pipeline))},
+            "base": {"name": public_base(options.base), "sha256": _sha256(_weights_of_base(options.base, pipeline))},
             **({"vae": _vae_record(options.vae, pipeline)} if options.vae is not None else {}),
             "tuners": self._tuners,
             "images": _image_hashes(options),
@@ -117,7 +118,7 @@ class RunRecord:
     def _flags(self, prompt: str, seed: int, size: tuple[int, int]) -> list[str]:
         """Return the flags of a command for this image alone."""
         options = self._options
-        flags = [f"--base={_public(options.base)}", f"--prompt={prompt}", f"--seed={seed}"]
+        flags = [f"--base={public_base(options.base)}", f"--prompt={prompt}", f"--seed={seed}"]
         flags += [f"--vae={public_name(options.vae)}"] if options.vae is not None else []
         for name in ("tuner", "lora"):
             files = [split_weight(argument) for argument in getattr(options, name)]
@@ -158,7 +159,7 @@ def _plain(config: Any) -> dict[str, Any]:
     }
 
 
-def _public(base: str) -> str:
+def public_base(base: str) -> str:
     """Return a hub id, or the last part of a path: an image that is shared must not reveal private paths."""
     path = Path(base).expanduser()
     return path.resolve().name if path.exists() else base
@@ -210,10 +211,24 @@ def _image_hashes(options: SamplingSettings) -> dict[str, str]:
     return {file.name: _sha256([file]) for file in files}
 
 
+def file_sha256(file: Path) -> str:
+    """Return the hash of a file's bytes; that of a file that has not changed is kept."""
+    return _sha256([file])
+
+
 def _sha256(files: list[Path]) -> str:
-    """Return the hash of the files' bytes one after the other; empty without files."""
+    """Return the hash of the files' bytes one after the other; empty without files.
+
+    The hash of files that have not changed is kept: a studio records one base of gigabytes for every image.
+    """
+    states = ((file, file.stat()) for file in files)
+    return _kept_sha256(tuple((file, state.st_mtime_ns, state.st_size, state.st_ino) for file, state in states))
+
+
+@functools.lru_cache(maxsize=256)
+def _kept_sha256(files: tuple[tuple[Path, int, int, int], ...]) -> str:
     digest = hashlib.sha256()
-    for file in files:
+    for file, *_ in files:
         with file.open("rb") as stream:
             while block := stream.read(1 << 20):
                 digest.update(block)

@@ -1,4 +1,4 @@
-"""Values of the form, and the settings of a generation that they stand for."""
+"""Values of the form, and the settings of a generation."""
 
 from __future__ import annotations
 
@@ -204,5 +204,3 @@ def _numbers(text: str) -> tuple[float, ...]:
         return tuple(float(part) for part in text.split(",") if part.strip())
     except ValueError:
         raise UsageError(f"The weights {text!r} are not numbers; write for example `0.5, 1`.") from None
-
-

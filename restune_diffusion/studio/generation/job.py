@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -97,14 +98,18 @@ class GenerationJob:
             finally:
                 pipeline.unload_tuner_weights()
 
-    def _turn(self) -> Any:
-        """Wait for the lock of the pipeline, which another browser may hold."""
+    @contextlib.contextmanager
+    def _turn(self) -> Iterator[None]:
+        """Context manager that waits for the lock of the pipeline, which another browser may hold."""
         lock = self._context.lock
         if not lock.acquire(blocking=False):
             self._report(Progress("Waiting for another generation to end."))
             while not lock.acquire(timeout=_PAUSE):
                 self._check_stopped()
-        return _Released(lock)
+        try:
+            yield
+        finally:
+            lock.release()
 
     def _own_pipeline(self, base: str) -> Any:
         """Return a pipeline with a scheduler of its own, so that the settings of one generation end with it."""
@@ -149,14 +154,15 @@ class GenerationJob:
         from ...pipelines.sampling.mix import unique_names
         from ...pipelines.sampling.record import RunRecord
 
-        rows: list[TunerRow | None] = sorted(values.tuners, key=lambda row: is_foreign(entries[row.name]))
-        names = dict(zip([r.name for r in rows if r], unique_names([path for path, _ in settings.files()]), strict=True))
-        rows = [None, *rows] if values.with_base else rows
+        chosen = sorted(values.tuners, key=lambda row: is_foreign(entries[row.name]))
+        names = unique_names([path for path, _ in settings.files()])
+        loaded = {row.name: name for row, name in zip(chosen, names, strict=True)}
+        rows: list[TunerRow | None] = [*([None] if values.with_base else []), *chosen]
         for seed in settings.seeds:
             for first in range(0, len(rows), _ROWS_AT_ONCE):
                 batch = rows[first : first + _ROWS_AT_ONCE]
                 self._call = f"Images {first + 1} to {first + len(batch)} of {len(rows)}: "
-                mixes = [None if row is None else {names[row.name]: row.weight} for row in batch]
+                mixes = [None if row is None else {loaded[row.name]: row.weight} for row in batch]
                 prompts = [settings.prompt[0]] * len(batch)
                 images = pipeline(
                     prompts,
@@ -231,19 +237,6 @@ class GenerationJob:
         with atomic_write(path) as file:
             image.save(file, format="PNG", pnginfo=chunks)
         self._report(Progress(f"{path.name} is saved.", None, (path, caption)))
-
-
-class _Released:
-    """Context manager that releases a lock that is held already."""
-
-    def __init__(self, lock: threading.Lock) -> None:
-        self._lock = lock
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, *_: object) -> None:
-        self._lock.release()
 
 
 def _chunks(record: tuple[dict[str, Any], str]) -> PngInfo:
