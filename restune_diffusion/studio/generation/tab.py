@@ -7,7 +7,7 @@ import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ...imaging.generation_record import read_record
 from ...serving.library import TunerLibrary
@@ -19,9 +19,6 @@ from .form import Form, new_seed
 from .job import GenerationJob, Progress, Stopped
 from .markup import STYLE, notes_html, state_html
 from .restore import restored
-
-if TYPE_CHECKING:
-    import gradio as gr
 
 
 def build_tab(context: StudioContext) -> None:
@@ -37,7 +34,7 @@ def build_tab(context: StudioContext) -> None:
     with gr.Row(equal_height=False):
         with gr.Column(scale=5, min_width=320):
             form = Form(context.base, library)
-        with gr.Column(scale=6, min_width=320):
+        with gr.Column(scale=6, min_width=320, elem_id="gen-result"):
             with gr.Row():
                 start = gr.Button("Generate", variant="primary", elem_id="gen-run")
                 stop = gr.Button("Stop", variant="stop", elem_id="gen-stop", interactive=False)
@@ -68,24 +65,26 @@ def build_tab(context: StudioContext) -> None:
             )
             notes = gr.HTML(elem_id="gen-notes")
 
-    jobs = RunningJobs()
-    outputs = [state, preview, gallery, start, stop, form["seed"]]
+    # The running generation of this page.
+    job = gr.State(None)
+    outputs = [state, preview, gallery, start, stop, form["seed"], job]
 
     @shown_as_message
-    def generate(request: gr.Request, *values: Any) -> Iterator[list[Any]]:
+    def generate(*values: Any) -> Iterator[list[Any]]:
         made, is_random = form.read(values)
         if is_random:
             made = replace(made, seed=new_seed())
-        yield from _updates(context, made, jobs, str(request.session_hash))
+        yield from _updates(context, made)
 
     start.click(generate, form.inputs, outputs, concurrency_limit=8, show_progress="hidden")
-    stop.click(lambda request: jobs.stop(str(request.session_hash)), None, None, queue=False)
+    stop.click(_stop, job, None, queue=False)
     form["mode"].change(form.of_mode, form["mode"], [form.of_batches, form.of_grids], queue=False)
     form.rows.chosen.input(
         shown_as_message(form.rows.on_choice),
         [form.rows.chosen, *form.rows.inputs],
         form.rows.outputs,
         show_progress="hidden",
+        trigger_mode="always_last",
     )
     form.rows.chosen.focus(form.rows.refreshed, None, form.rows.chosen, show_progress="hidden")
 
@@ -114,29 +113,13 @@ def build_tab(context: StudioContext) -> None:
     dropped.clear(lambda: "", None, notes, queue=False)
 
 
-class RunningJobs:
-    """The running generation of each open page."""
-
-    def __init__(self) -> None:
-        self._jobs: dict[str, GenerationJob] = {}
-
-    def add(self, session: str, job: GenerationJob) -> None:
-        """Note the job of a page."""
-        self._jobs[session] = job
-
-    def remove(self, session: str) -> None:
-        """Forget the job of a page."""
-        self._jobs.pop(session, None)
-
-    def stop(self, session: str) -> None:
-        """Stop the job of a page at its next step."""
-        job = self._jobs.get(session)
-        if job is not None:
-            job.stop()
+def _stop(job: GenerationJob | None) -> None:
+    if job is not None:
+        job.stop()
 
 
-def _updates(context: StudioContext, form: FormValues, jobs: RunningJobs, session: str) -> Iterator[list[Any]]:
-    """Yield the values of state, preview, gallery, both buttons and seed while a thread generates.
+def _updates(context: StudioContext, form: FormValues) -> Iterator[list[Any]]:
+    """Yield the values of state, preview, gallery, both buttons, seed and job while a thread generates.
 
     Raises:
         RestuneError: the error of the generation.
@@ -155,16 +138,15 @@ def _updates(context: StudioContext, form: FormValues, jobs: RunningJobs, sessio
             events.put(None)
 
     def update(text: str, **changes: Any) -> list[Any]:
-        names = ("preview", "gallery", "start", "stop", "seed")
+        names = ("preview", "gallery", "start", "stop", "seed", "job")
         return [state_html(text), *(changes.get(name, gr.skip()) for name in names)]
 
-    buttons = {"start": gr.Button(interactive=True), "stop": gr.Button(interactive=False)}
+    buttons = {"start": gr.Button(interactive=True), "stop": gr.Button(interactive=False), "job": None}
     made: list[tuple[str, str]] = []
-    jobs.add(session, job)
     thread = threading.Thread(target=work, name="generation", daemon=True)
     thread.start()
     try:
-        busy = {"start": gr.Button(interactive=False), "stop": gr.Button(interactive=True)}
+        busy = {"start": gr.Button(interactive=False), "stop": gr.Button(interactive=True), "job": job}
         yield update("Beginning.", seed=form.seed, gallery=[], **busy)
         while (event := events.get()) is not None:
             if isinstance(event, Stopped):
@@ -187,4 +169,3 @@ def _updates(context: StudioContext, form: FormValues, jobs: RunningJobs, sessio
     finally:
         # Also if the page was closed.
         job.stop()
-        jobs.remove(session)

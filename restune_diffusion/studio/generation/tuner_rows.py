@@ -80,7 +80,10 @@ class TunerRows:
 
     def on_choice(self, chosen: list[str] | None, *values: Any) -> list[Any]:
         """Handler of a new choice: a tuner that stays keeps its settings."""
-        return self.shown(moved_rows(self.read(values), (chosen or [])[:MOST_TUNERS]))
+        import gradio as gr
+
+        # The list itself stays as it is: the person may have chosen more by now.
+        return [gr.skip(), *self.shown(moved_rows(self.read(values), (chosen or [])[:MOST_TUNERS]))[1:]]
 
     def refreshed(self) -> Any:
         """Return the list with the tuners that the library has now."""
@@ -103,7 +106,7 @@ class TunerRows:
         import gradio as gr
 
         name = f"gen-tuner-{number}"
-        with gr.Group(visible=False, elem_id=name) as group:
+        with gr.Group(visible=False, elem_id=name, elem_classes="gen-tuner") as group:
             card = gr.HTML(elem_id=f"{name}-card", padding=True)
             weight = gr.Slider(
                 -1,
