@@ -28,7 +28,9 @@ def build_tab(context: StudioContext) -> None:
         context: state of the studio.
     """
     import gradio as gr
+    from gradio.context import Context
 
+    tab: Any = Context.block
     library = TunerLibrary(context.workspace.tuners)
     gr.HTML(STYLE, visible=True, padding=False, elem_id="gen-style")
     with gr.Row(equal_height=False):
@@ -86,7 +88,8 @@ def build_tab(context: StudioContext) -> None:
         show_progress="hidden",
         trigger_mode="always_last",
     )
-    form.rows.chosen.focus(form.rows.refreshed, None, form.rows.chosen, show_progress="hidden")
+    # A run may have written a tuner since the page was loaded. A refresh while the list is open would close it.
+    tab.select(form.rows.refreshed, None, form.rows.chosen, show_progress="hidden")
 
     def with_words(prompt: str, names: list[str]) -> str:
         words = [word for word in form.rows.words(names) if word not in (prompt or "")]
