@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict
 
-from ...utils.errors import RestuneError
+from ...utils.errors import BaseMismatchError, RestuneError
 from ...utils.weighted_path import split_weight
 
 if TYPE_CHECKING:
@@ -102,7 +102,11 @@ def load_tuners(pipeline: Any, weights: dict[str, tuple[str, TunerWeight]], lora
     """
     for number, (name, (path, _)) in enumerate(weights.items()):
         is_lora = number >= len(weights) - loras
-        pipeline.load_tuner_weights(_imported(pipeline, path) if is_lora else path, tuner_name=name)
+        try:
+            pipeline.load_tuner_weights(_imported(pipeline, path) if is_lora else path, tuner_name=name)
+        except BaseMismatchError as error:
+            # Which of several tuners it is.
+            raise BaseMismatchError(f"{name}: {error}") from error
     pipeline.set_tuners({name: weight for name, (_, weight) in weights.items()})
 
 

@@ -158,8 +158,9 @@ def sampling_settings(
             raise UsageError(
                 f"{values.share_steps} shared steps are more than the {values.steps} steps; share fewer of them."
             )
-        grid = {"mix": values.with_mix, "share_steps": values.share_steps}
-        return GridSettings(**given, **grid, **({"weights_of_columns": columns} if columns else {}))
+        given |= {"mix": values.with_mix, "share_steps": values.share_steps}
+        given |= {"weights_of_columns": columns} if columns else {}
+        return GridSettings(**given)
     except ValidationError as error:
         first = error.errors()[0]
         field_name = str(first["loc"][0]).replace("_", " ") if first["loc"] else "form"

@@ -51,7 +51,8 @@ def decoded_preview(pipeline: Any, latents: torch.Tensor) -> Image.Image | None:
     if not bool(torch.isfinite(latents).all()):
         return None
     vae = pipeline.vae
-    size = [max(1, round(side * min(1, _LARGEST_LATENT / max(latents.shape[2:])))) for side in latents.shape[2:]]
+    scale = min(1, _LARGEST_LATENT / max(latents.shape[2:]))
+    size = max(1, round(latents.shape[2] * scale)), max(1, round(latents.shape[3] * scale))
     # The decoder of XL overflows in fp16.
     upcast = vae.dtype == torch.float16 and vae.config.get("force_upcast", False)
     if upcast:

@@ -75,7 +75,7 @@ def _from_facts(facts: Mapping[str, Any], now: FormValues, entries: list[TunerEn
         "negative_prompt": _text(facts.get("negative_prompt")),
         "guidance_rescale": changes.get("guidance_rescale", 0.0),
         "clip_skip": changes.get("clip_skip"),
-        "scheduler": _scheduler((flags.get("scheduler") or [None])[0], notes),
+        "scheduler": _scheduler(next(iter(flags.get("scheduler", [])), None), notes),
         "images": 1,
         "mode": MIX,
         "init_image": None,
@@ -111,7 +111,7 @@ def _from_a1111(text: str, now: FormValues, entries: list[TunerEntry]) -> Restor
     except RestuneError:
         notes.append(f"Not used: Sampler {printable(pairs['Sampler'], _SHOWN)}, which is not known here.")
     tags = [split_weight(tag) for tag in LORA_TAG.findall(prompt)]
-    rows = []
+    rows: list[TunerRow] = []
     for name, weight in tags:
         found = _by_name(name, entries)
         if found is None:
