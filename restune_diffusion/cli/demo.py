@@ -6,8 +6,9 @@ from pathlib import Path
 
 from pydantic import ConfigDict, Field
 
+from ..pipelines.sampling.image_names import free_path
 from .options.interruption import stoppable
-from .options.outputs import OverwriteOption, free_path
+from .options.outputs import OverwriteOption
 
 
 class DemoOptions(OverwriteOption):

@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from ..pipelines.sampling.settings import generator
 from .options.early_checks import check_writable
 from .options.interruption import stoppable
-from .options.outputs import next_number
-from .options.sampling import SamplingOptions, generator
+from .options.sampling import SamplingOptions
 
 
 class GenerateOptions(SamplingOptions):
@@ -44,8 +44,9 @@ class GenerateOptions(SamplingOptions):
 
     def _images(self, pipeline: Any, arguments: dict[str, Any]) -> Iterator[Path]:
         from ..imaging.generation_record import png_chunks
+        from ..pipelines.sampling.image_names import image_name, next_number
+        from ..pipelines.sampling.record import RunRecord
         from ..utils.atomic_write import atomic_write
-        from .options.record import RunRecord
 
         record: RunRecord | None = None
         first = 0 if self.overwrite else next_number(self.output)
@@ -53,7 +54,7 @@ class GenerateOptions(SamplingOptions):
             for seed in self.seeds:
                 image = pipeline(prompt, generator=generator(seed), **arguments).images[0]
                 record = record or RunRecord(self, pipeline)
-                path = self.output / f"{number:02d}-seed{seed}.png"
+                path = self.output / image_name(number, seed)
                 with atomic_write(path) as file:
                     image.save(file, format="PNG", pnginfo=png_chunks(*record.of_image(prompt, seed, image.size)))
                 yield path

@@ -10,11 +10,12 @@ import torch
 from PIL import Image
 
 from ..imaging.conditions import MAKERS, condition_to_tensor, make_condition
+from ..imaging.image_files import read_layer
 from ..tuners.registry import ConditionedConfig
 from ..utils.errors import DataError
 from .conventions.partner_files import PartnerFiles
 from .example import Example
-from .image_files import Crop, centred, read_layer, same_shape
+from .image_files import Crop, centred, same_shape
 from .metadata import METADATA_FILE
 
 

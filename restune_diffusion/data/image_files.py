@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image, ImageOps
 
-from ..imaging.rgb import has_transparency, to_rgb, to_rgba
-from ..imaging.upright import decode_upright
-from ..utils.errors import DataError
+from ..imaging.image_files import read_layer
+from ..imaging.rgb import to_rgb
 
 _TOLERANCE = 0.02
 
@@ -70,30 +68,6 @@ def centred(original: tuple[int, int], size: tuple[int, int]) -> Crop:
 def same_shape(one: tuple[int, int], other: tuple[int, int]) -> bool:
     """Return whether two sizes (width, height) have the same aspect ratio, up to rounding."""
     return abs(one[0] * other[1] / (one[1] * other[0]) - 1) <= _TOLERANCE
-
-
-def read_layer(path: Path) -> tuple[Image.Image, bytes]:
-    """Return an image file as RGBA if it has transparency, otherwise as RGB, and the SHA-256 of its file.
-
-    The EXIF rotation is applied. For errors see `decode_layer`.
-    """
-    return decode_layer(path.read_bytes())
-
-
-def decode_layer(content: bytes) -> tuple[Image.Image, bytes]:
-    """Return an encoded image as RGBA if it has transparency, otherwise as RGB, and the SHA-256 of its bytes.
-
-    The EXIF rotation is applied. An animated image is reduced to its first frame.
-
-    Raises:
-        DataError: if the image has floating-point pixels. The message continues a sentence that starts with the name
-            of the image.
-    """
-    upright = decode_upright(content)
-    if upright.mode == "F":
-        raise DataError("has floating-point pixels, whose value range is unknown; save it with 8 or 16 bits")
-    layer = to_rgba(upright) if has_transparency(upright) else to_rgb(upright)
-    return layer, hashlib.sha256(content).digest()
 
 
 def read_image(path: Path) -> tuple[Image.Image, bytes]:

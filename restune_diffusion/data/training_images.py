@@ -10,12 +10,13 @@ import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 
+from ..imaging.image_files import decode_layer
 from ..imaging.rgb import to_rgb
 from ..utils.errors import DataError
 from .caption_variants.variants import CaptionVariants
 from .condition_source import ConditionSource
 from .example import Example
-from .image_files import Crop, SizeConditioning, decode_layer
+from .image_files import Crop, SizeConditioning
 from .image_transform import ImageTransform
 from .loss_masks import cropped_mask
 from .refusals import Refused

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated
@@ -13,8 +12,6 @@ from pydantic import BaseModel
 from ...utils.errors import RestuneError
 from ...utils.same_file import is_same_file
 from .early_checks import check_writable
-
-_NUMBER = re.compile(r"(\d+)-seed\d+")
 
 
 class OverwriteOption(BaseModel):
@@ -43,18 +40,3 @@ class OverwriteOption(BaseModel):
             if not self.overwrite and (any(output.iterdir()) if output.is_dir() else output.exists()):
                 raise RestuneError(f"{output} exists; choose another output, or add --overwrite to replace it.")
             check_writable(output.parent)
-
-
-def free_path(path: Path) -> Path:
-    """Return a path that does not exist: the given one, or the same with a number, as in `grid-2.png`."""
-    number, free = 1, path
-    while free.exists():
-        number += 1
-        free = path.with_stem(f"{path.stem}-{number}")
-    return free
-
-
-def next_number(folder: Path) -> int:
-    """Return the first number for new images in a folder, after those of its images `00-seed0.png`, `01-seed0.png`."""
-    names = (path.name for path in folder.glob("*.png"))
-    return 1 + max((int(match[1]) for name in names if (match := _NUMBER.match(name))), default=-1)

@@ -15,7 +15,7 @@ TunerWeights: TypeAlias = tuple[tuple[str, float], ...]
 
 BASE_NAME = "base"
 """Model name of the base without tuners."""
-_LORA = re.compile(r"<(?:lora|lyco):([^<>]*)>", re.IGNORECASE)
+LORA_TAG = re.compile(r"<(?:lora|lyco):([^<>]*)>", re.IGNORECASE)
 
 
 def tuners_of_model(model: str | None, known: Collection[str], base_names: Collection[str]) -> TunerWeights:
@@ -59,8 +59,8 @@ def tuners_of_prompt(prompt: str, known: Collection[str]) -> tuple[str, TunerWei
     Raises:
         RequestError: if a tag is malformed, or names an unknown tuner.
     """
-    tuners = tuple(_tuner_of_tag(tag, known) for tag in _LORA.findall(prompt))
-    return re.sub(r"[ \t]{2,}", " ", _LORA.sub("", prompt)).strip() if tuners else prompt, tuners
+    tuners = tuple(_tuner_of_tag(tag, known) for tag in LORA_TAG.findall(prompt))
+    return re.sub(r"[ \t]{2,}", " ", LORA_TAG.sub("", prompt)).strip() if tuners else prompt, tuners
 
 
 def checked_tuners(tuners: Iterable[tuple[str, float]], known: Collection[str], limits: Limits) -> TunerWeights:

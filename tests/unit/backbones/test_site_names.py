@@ -22,8 +22,8 @@ from restune_diffusion import (
 )
 from restune_diffusion.backbones import TextInfo
 from restune_diffusion.backbones.site_names import SiteName, SitePattern, match_sites
-from restune_diffusion.cli.options.mix import read_sites
 from restune_diffusion.hooks.weights import TunerWeight
+from restune_diffusion.pipelines.sampling.mix import read_sites
 
 from ...conftest import SD15, make_unet
 from ..hooks.test_transformers import make_pixart, make_vit

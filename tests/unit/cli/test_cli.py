@@ -21,8 +21,8 @@ from restune_diffusion import (
     read_info,
     save_tuner,
 )
-from restune_diffusion.cli.options.mix import unique_names
 from restune_diffusion.imaging.conditions import make_condition
+from restune_diffusion.pipelines.sampling.mix import unique_names
 from restune_diffusion.utils.weighted_path import split_weight
 
 Restune = Callable[..., tuple[int, str, str]]

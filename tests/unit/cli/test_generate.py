@@ -18,9 +18,9 @@ from PIL.PngImagePlugin import PngInfo
 
 from restune_diffusion import ResConfig, Tuner, save_tuner
 from restune_diffusion.cli import generate as generate_module
-from restune_diffusion.cli.options.mix import distinct_labels
 from restune_diffusion.conversion import convert
 from restune_diffusion.imaging.generation_record import a1111_text, parse_a1111, read_record
+from restune_diffusion.pipelines.sampling.mix import distinct_labels
 
 from ...conftest import randomize
 

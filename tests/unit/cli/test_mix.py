@@ -6,12 +6,12 @@ import pytest
 from PIL import Image
 
 from restune_diffusion import RestuneError, schedule
-from restune_diffusion.cli.options.mix import MixOptions
+from restune_diffusion.pipelines.sampling.mix import MixSettings
 
 
 def test_each_option_reaches_its_tuner(tmp_path: Path) -> None:
     Image.new("L", (4, 4), "white").save(tmp_path / "all.png")
-    options = MixOptions(
+    options = MixSettings(
         tuner=("a/water.safetensors:0.5", "b/ink.safetensors"),
         tuner_sites=("ink: skip.0-3=0.2, up.*=0",),
         tuner_schedule=("water: 0-0.5: 0>1, 0.5-1: 1", "ink:0.3-1: 1"),
@@ -33,7 +33,7 @@ def test_each_option_reaches_its_tuner(tmp_path: Path) -> None:
 
 
 def test_one_tuner_needs_no_name() -> None:
-    options = MixOptions(tuner=("ink.safetensors",), tuner_sites=("mid=0.5",), tuner_schedule=("0.3-1: 1",))
+    options = MixSettings(tuner=("ink.safetensors",), tuner_sites=("mid=0.5",), tuner_schedule=("0.3-1: 1",))
     ((_, weight),) = options.weights().values()
     assert weight.sites == {"mid": 0.5}
     assert weight.steps == schedule("0.3-1: 1")
@@ -54,4 +54,4 @@ def test_one_tuner_needs_no_name() -> None:
 )
 def test_invalid_options_are_reported(options: dict[str, tuple[str, ...]], message: str) -> None:
     with pytest.raises(RestuneError, match=message):
-        MixOptions(**options).weights()
+        MixSettings(**options).weights()

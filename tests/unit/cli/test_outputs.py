@@ -10,8 +10,8 @@ import pytest
 from PIL import Image
 
 from restune_diffusion import ResConfig, RestuneError, Tuner, load_tuner, save_tuner
-from restune_diffusion.cli.options.outputs import free_path, next_number
 from restune_diffusion.conversion import convert
+from restune_diffusion.pipelines.sampling.image_names import free_path, next_number
 from restune_diffusion.training import TrainConfig
 from restune_diffusion.training.output_folder import check_output
 from restune_diffusion.utils.errors import TrainingError

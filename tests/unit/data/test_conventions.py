@@ -23,11 +23,11 @@ from restune_diffusion.data.config import DataConfig
 from restune_diffusion.data.conventions.image_suffixes import readable_suffixes
 from restune_diffusion.data.data_sheet import DataSheet, Entry
 from restune_diffusion.data.example import Example
-from restune_diffusion.data.image_files import decode_layer
 from restune_diffusion.data.image_transform import ImageTransform
 from restune_diffusion.data.inspection import Frame, inspect_data
 from restune_diffusion.data.loss_masks import MaskFiles
 from restune_diffusion.data.training_images import load_samples
+from restune_diffusion.imaging.image_files import decode_layer
 from restune_diffusion.utils.errors import DataError
 
 BASE = Path(restune_diffusion.__file__).parent / "assets" / "restune-tiny"

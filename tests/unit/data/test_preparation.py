@@ -11,11 +11,12 @@ from PIL import Image
 
 from restune_diffusion.data.buckets import Buckets
 from restune_diffusion.data.example import Example
-from restune_diffusion.data.image_files import Crop, decode_layer, read_image
+from restune_diffusion.data.image_files import Crop, read_image
 from restune_diffusion.data.image_transform import ImageTransform
 from restune_diffusion.data.loss_masks import MaskFiles, alpha_mask, cropped_mask, latent_mask
 from restune_diffusion.data.refusals import Refused
 from restune_diffusion.data.training_images import Sample, load_samples
+from restune_diffusion.imaging.image_files import decode_layer
 from restune_diffusion.training import TrainConfig, train
 from restune_diffusion.training.latents.batches import Batches
 from restune_diffusion.training.latents.cache import build_cache

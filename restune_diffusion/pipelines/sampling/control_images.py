@@ -1,4 +1,4 @@
-"""Control images given on the command line."""
+"""Control images given as files."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ def read_control_images(
         DataError: if a file cannot be read.
     """
     from ...imaging.conditions import make_condition
-    from ...pipelines.control_images import condition_names
-    from .images import fitted_image, read_image
+    from ...imaging.image_files import fitted_image, open_image
+    from ..control_images import condition_names
 
     if not images and not sources:
         return None
     names = condition_names(pipeline)
-    control_images = {name: read_image(path) for name, path in (_split(entry, names) for entry in images)}
+    control_images = {name: open_image(path) for name, path in (_split(entry, names) for entry in images)}
     for name, path in (_split(entry, names) for entry in sources):
         # Computed at the generated size, as in training: edges of a large photo would fade when it is reduced.
-        control_images[name] = make_condition(name, fitted_image(read_image(path), size))
+        control_images[name] = make_condition(name, fitted_image(open_image(path), size))
     return control_images
 
 

@@ -1,4 +1,4 @@
-"""Tuner options of the command line: files, weights, sites, schedules, masks and guidance branches."""
+"""Tuners of a generation: files, weights, sites, schedules, masks and guidance branches."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict
 
-from ...utils.errors import RestuneError
+from ...utils.errors import BaseMismatchError, RestuneError
 from ...utils.weighted_path import split_weight
 
 if TYPE_CHECKING:
     from ...hooks.weights import TunerWeight
 
 
-class MixOptions(BaseModel):
+class MixSettings(BaseModel):
     """Tuner files and their weights.
 
     An option of one tuner starts with the tuner's name, `NAME:`. The name is the file name without its extension. It
@@ -93,7 +93,7 @@ def _distinct_depth(place: tuple[str, ...], places: list[tuple[str, ...]]) -> in
 
 
 def load_tuners(pipeline: Any, weights: dict[str, tuple[str, TunerWeight]], loras: int = 0) -> None:
-    """Load the tuners of a command line into a pipeline and set their weights.
+    """Load the tuners of a generation into a pipeline and set their weights.
 
     Args:
         pipeline: pipeline with the base.
@@ -102,7 +102,11 @@ def load_tuners(pipeline: Any, weights: dict[str, tuple[str, TunerWeight]], lora
     """
     for number, (name, (path, _)) in enumerate(weights.items()):
         is_lora = number >= len(weights) - loras
-        pipeline.load_tuner_weights(_imported(pipeline, path) if is_lora else path, tuner_name=name)
+        try:
+            pipeline.load_tuner_weights(_imported(pipeline, path) if is_lora else path, tuner_name=name)
+        except BaseMismatchError as error:
+            # Which of several tuners it is.
+            raise BaseMismatchError(f"{name}: {error}") from error
     pipeline.set_tuners({name: weight for name, (_, weight) in weights.items()})
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import math
 import re
@@ -15,7 +16,7 @@ from ...utils.weighted_path import split_weight
 from .mix import unique_names
 
 if TYPE_CHECKING:
-    from .sampling import SamplingOptions
+    from .settings import SamplingSettings
 
 _SHORT = 10  # hexadecimal digits of a model's hash in A1111
 _SHORT_LORA = 12
@@ -27,12 +28,12 @@ _FILES = {"tuner_mask", "init_image", "control_image", "control_from"}
 class RunRecord:
     """What the images of one command have in common; reads all files of tuners and the base once, for their hashes."""
 
-    def __init__(self, options: SamplingOptions, pipeline: Any) -> None:
+    def __init__(self, options: SamplingSettings, pipeline: Any) -> None:
         import diffusers
         import torch
 
         from ...imaging.generation_record import a1111_text
-        from ...pipelines.schedulers import scheduler_label
+        from ..schedulers import scheduler_label
 
         self._text = a1111_text
         self._options = options
@@ -53,7 +54,7 @@ class RunRecord:
         self._common: dict[str, Any] = {
             "restune_diffusion": __version__,
             "versions": {"torch": str(torch.__version__), "diffusers": diffusers.__version__},
-            "base": {"name": _public(options.base), "sha256": _sha256(_weights_of_base(options.base, pipeline))},
+            "base": {"name": public_base(options.base), "sha256": _sha256(_weights_of_base(options.base, pipeline))},
             **({"vae": _vae_record(options.vae, pipeline)} if options.vae is not None else {}),
             "tuners": self._tuners,
             "images": _image_hashes(options),
@@ -87,7 +88,7 @@ class RunRecord:
         return facts, self._text(prompt, options.negative_prompt, self._pairs(seed, size))
 
     def _pairs(self, seed: int, size: tuple[int, int]) -> dict[str, object]:
-        from .sampling import DEFAULT_STRENGTH
+        from .settings import DEFAULT_STRENGTH
 
         options, base, vae = self._options, self._common["base"], self._common.get("vae", {})
         hashed = {tuner["name"]: tuner["sha256"][:_SHORT] for tuner in self._tuners if tuner["kind"] == "tuner"}
@@ -117,7 +118,7 @@ class RunRecord:
     def _flags(self, prompt: str, seed: int, size: tuple[int, int]) -> list[str]:
         """Return the flags of a command for this image alone."""
         options = self._options
-        flags = [f"--base={_public(options.base)}", f"--prompt={prompt}", f"--seed={seed}"]
+        flags = [f"--base={public_base(options.base)}", f"--prompt={prompt}", f"--seed={seed}"]
         flags += [f"--vae={public_name(options.vae)}"] if options.vae is not None else []
         for name in ("tuner", "lora"):
             files = [split_weight(argument) for argument in getattr(options, name)]
@@ -138,9 +139,9 @@ class RunRecord:
 
 
 def _sampling_fields() -> dict[str, Any]:
-    from .sampling import SamplingOptions
+    from .settings import SamplingSettings
 
-    return SamplingOptions.model_fields
+    return SamplingSettings.model_fields
 
 
 def _listed(values: dict[str, str]) -> str | None:
@@ -158,7 +159,7 @@ def _plain(config: Any) -> dict[str, Any]:
     }
 
 
-def _public(base: str) -> str:
+def public_base(base: str) -> str:
     """Return a hub id, or the last part of a path: an image that is shared must not reveal private paths."""
     path = Path(base).expanduser()
     return path.resolve().name if path.exists() else base
@@ -200,7 +201,7 @@ def _vae_record(vae: str, pipeline: Any) -> dict[str, str]:
     return {"name": public_name(vae), "sha256": _sha256(files)}
 
 
-def _image_hashes(options: SamplingOptions) -> dict[str, str]:
+def _image_hashes(options: SamplingSettings) -> dict[str, str]:
     """Return the hash of each image that the command reads, by the name of its file."""
     entries = [*options.tuner_mask, *options.control_image, *options.control_from]
     files = [] if options.init_image is None else [options.init_image]
@@ -210,10 +211,24 @@ def _image_hashes(options: SamplingOptions) -> dict[str, str]:
     return {file.name: _sha256([file]) for file in files}
 
 
+def file_sha256(file: Path) -> str:
+    """Return the hash of a file's bytes; that of a file that has not changed is kept."""
+    return _sha256([file])
+
+
 def _sha256(files: list[Path]) -> str:
-    """Return the hash of the files' bytes one after the other; empty without files."""
+    """Return the hash of the files' bytes one after the other; empty without files.
+
+    The hash of files that have not changed is kept: a studio records one base of gigabytes for every image.
+    """
+    states = ((file, file.stat()) for file in files)
+    return _kept_sha256(tuple((file, state.st_mtime_ns, state.st_size, state.st_ino) for file, state in states))
+
+
+@functools.lru_cache(maxsize=256)
+def _kept_sha256(files: tuple[tuple[Path, int, int, int], ...]) -> str:
     digest = hashlib.sha256()
-    for file in files:
+    for file, *_ in files:
         with file.open("rb") as stream:
             while block := stream.read(1 << 20):
                 digest.update(block)

@@ -1,0 +1,1 @@
+"""Images from settings, for the command line and the studio: options, records and contact sheets."""
