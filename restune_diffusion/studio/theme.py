@@ -12,7 +12,7 @@ CSS = """
 .gradio-container button[role=tab].selected { color: var(--link-text-color); }
 .gradio-container .wrap span.or { color: var(--body-text-color-subdued); }
 .gradio-container button.lg { font-weight: 600; font-size: var(--text-md); padding: .5rem 1rem; }
-.gradio-container { max-width: 1280px !important; margin: 0 auto; }
+.gradio-container { box-sizing: border-box; width: 100%; max-width: 1280px !important; margin: 0 auto; }
 .studio-head { display: flex; flex-wrap: wrap; gap: .25rem 1.5rem; align-items: baseline; }
 .studio-head h1 { margin: 0; font-size: 1.6rem; font-weight: 700; letter-spacing: -.02em; }
 .studio-head p { margin: 0; color: var(--body-text-color-subdued); overflow-wrap: anywhere; }
