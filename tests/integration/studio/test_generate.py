@@ -94,13 +94,14 @@ class Tab:
 
     def images(self, before: str = "") -> list[Path]:
         """Wait for the end of the generation and return its images."""
-        state = self.page.locator("#gen-state")
+        state = self.page.locator("#gen-state p")
         playwright.expect(state).not_to_have_text(before)
-        playwright.expect(state).to_have_text(re.compile("Saved in|Not generated"))
+        # The first image waits for the base.
+        playwright.expect(state).to_have_text(re.compile("Saved in|Not generated"), timeout=3 * TIMEOUT)
         return [self.home / "images" / name for name in re.findall(r"[\w-]+\.png", state.inner_text())]
 
     def made(self) -> list[Path]:
-        before = self.page.locator("#gen-state").inner_text()
+        before = self.page.locator("#gen-state p").inner_text()
         self.start()
         return self.images(before)
 
