@@ -44,9 +44,12 @@ class Page:
         self.page = self.context.new_page()
         self.errors: list[str] = []
         self.elsewhere: list[str] = []
+        self.refused: list[str] = []
         self.page.on("console", lambda each: self.errors.append(each.text) if each.type == "error" else None)
         self.page.on("pageerror", lambda error: self.errors.append(str(error)))
         self.page.on("request", self._see)
+        # The console's message has no address.
+        self.page.on("response", lambda each: self.refused.append(each.url) if each.status >= 400 else None)
         self.page.goto(url)
 
     def _see(self, request: Any) -> None:
@@ -56,7 +59,7 @@ class Page:
     def close(self) -> None:
         """Close the page and check what the browser reported."""
         self.context.close()
-        assert self.errors == []
+        assert self.errors == [], self.refused
         assert self.elsewhere == []
 
 
