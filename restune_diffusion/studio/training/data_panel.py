@@ -88,7 +88,7 @@ def build_data_panel(desk: TrainingDesk) -> DataPanel:
     import gradio as gr
 
     folders = desk.data_folders()
-    gr.Markdown("## 1. Images")
+    gr.Markdown("## Images")
     with gr.Row():
         with gr.Column(min_width=280, scale=1):
             files = gr.File(
@@ -130,7 +130,7 @@ def build_data_panel(desk: TrainingDesk) -> DataPanel:
 def _build_captions() -> dict[str, Any]:
     import gradio as gr
 
-    gr.Markdown("## 2. Captions")
+    gr.Markdown("## Captions")
     gr.HTML(
         hint_html(
             "A caption names what an image shows, and leaves out what all images have in common. Changes in the table "

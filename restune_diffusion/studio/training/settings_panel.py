@@ -55,7 +55,7 @@ def build_settings_panel(desk: TrainingDesk) -> SettingsPanel:
     """
     import gradio as gr
 
-    gr.Markdown("## 3. What to learn")
+    gr.Markdown("## What to learn")
     purpose = gr.Radio(
         [(f"{each.label}. {each.info}", each.key) for each in PURPOSES],
         value=FIRST_PURPOSE,

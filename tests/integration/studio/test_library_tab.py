@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from playwright.sync_api import expect
 
 from restune_diffusion import ResConfig, SkipConfig, Tuner, load_tuner, save_tuner
 from restune_diffusion.conversion.bases import describe_checkpoint
@@ -65,7 +66,9 @@ def test_a_tuner_is_found_renamed_deleted_and_restored(tab, studio):
     select(tab, "ink")
     assert card(tab, "ink").get_attribute("aria-pressed") == "true"
     assert "Fits the base" in tab.locator("#library-facts").inner_text()
-    tab.locator("#library-new-name textarea, #library-new-name input").first.fill("styles/tinte")
+    new_name = tab.locator("#library-new-name textarea, #library-new-name input").first
+    expect(new_name).to_have_value("ink")
+    new_name.fill("styles/tinte")
     tab.locator("#library-rename").click()
     card(tab, "styles/tinte").wait_for()
     tab.get_by_role("button", name="Move to trash").click()

@@ -167,8 +167,8 @@ def test_what_cannot_be_used_is_answered_by_a_sentence(studio, open_page, tmp_pa
     until(lambda: page.value("steps") == "7", "the form is filled")
     assert "--steps 7 --tuner bypass --learning-rate 0.5" in until(lambda: page.value("command"), "the command")
     page.fold("More settings")
-    assert page.page.locator("#train-bypass-ratio").is_visible()
-    assert page.page.locator("#train-res-width").count() == 0 or not page.page.locator("#train-res-width").is_visible()
+    page.page.locator("#train-bypass-ratio").wait_for(state="visible")
+    page.page.locator("#train-res-width").wait_for(state="hidden")
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="kills processes as a Unix system does")
