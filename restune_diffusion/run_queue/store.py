@@ -86,7 +86,8 @@ class Store:
         folder = self.folder / _RUNS / run_id
         # The system refuses to look for a name that is too long.
         if not run_id.isdecimal() or len(run_id) > _MOST_DIGITS or not folder.is_dir():
-            raise UsageError(f"There is no run {printable(run_id, _MOST_DIGITS)} in the queue {self.folder}; `restune queue list` lists them.")
+            shown = printable(run_id, _MOST_DIGITS)
+            raise UsageError(f"There is no run {shown} in the queue {self.folder}; `restune queue list` lists them.")
         try:
             saved = self._record(folder / RECORD_FILE)
         except RestuneError as error:

@@ -7,6 +7,8 @@ import pytest
 from restune_diffusion.storage.base_files.location import BUNDLED_BASE
 from restune_diffusion.studio.app import build_page
 from restune_diffusion.studio.context import StudioContext, StudioSettings
+from restune_diffusion.studio.messages import shown_as_message
+from restune_diffusion.utils.errors import UsageError
 
 pytest.importorskip("gradio")
 
@@ -17,3 +19,14 @@ def test_no_function_of_the_page_bypasses_the_queue_whose_route_the_gate_knows(t
     assert functions
     # Gradio sends an event with queue=False to `run/predict`, which the gate refuses.
     assert [each.name for each in functions if each.queue is False] == []
+
+
+def test_a_message_shows_angle_brackets():
+    import gradio as gr
+
+    def fail() -> None:
+        raise UsageError("The token <cat> is unknown.")
+
+    with pytest.raises(gr.Error) as error:
+        shown_as_message(fail)()
+    assert error.value.message == "The token &lt;cat&gt; is unknown."

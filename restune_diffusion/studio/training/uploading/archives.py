@@ -21,8 +21,8 @@ _END_RECORD = b"PK\x05\x06"
 _END_BYTES = 22
 _LONGEST_COMMENT = 65_535
 _CHUNK = 1 << 20
-# Damaged entries give the errors of their decoders, NotImplementedError for an unknown method, IndexError for an empty
-# name, struct.error for a header that is cut off, and RuntimeError for a password that only the file's header asks for.
+# Damaged entries give the errors of their decoders, IndexError for an empty name, struct.error for a cut header, and
+# RuntimeError for an unknown method.
 _DAMAGED = (
     zipfile.BadZipFile, EOFError, OSError, ValueError, IndexError, RuntimeError, struct.error, zlib.error, LZMAError
 )  # fmt: skip
