@@ -11,6 +11,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from ..utils.atomic_write import atomic_write
+from ..utils.display import printable
 from ..utils.errors import RestuneError, UsageError
 from .locks import locked
 from .records import CONFIG_FILE, RECORD_FILE, Record, read_record, write_record
@@ -19,6 +20,7 @@ from .states import settled
 _ORDER_FILE = "queue.json"
 _LOCK_FILE = "queue.lock"
 _RUNS = "runs"
+_MOST_DIGITS = 40
 
 
 class _Order(BaseModel):
@@ -82,8 +84,10 @@ class Store:
             UsageError: if there is no such run.
         """
         folder = self.folder / _RUNS / run_id
-        if not run_id.isdecimal() or not folder.is_dir():
-            raise UsageError(f"There is no run {run_id} in the queue {self.folder}; `restune queue list` lists them.")
+        # The system refuses to look for a name that is too long.
+        if not run_id.isdecimal() or len(run_id) > _MOST_DIGITS or not folder.is_dir():
+            shown = printable(run_id, _MOST_DIGITS)
+            raise UsageError(f"There is no run {shown} in the queue {self.folder}; `restune queue list` lists them.")
         try:
             saved = self._record(folder / RECORD_FILE)
         except RestuneError as error:

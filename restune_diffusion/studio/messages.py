@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import html
 import inspect
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -37,4 +38,9 @@ def _messages() -> Iterator[None]:
     try:
         yield
     except RestuneError as error:
-        raise gr.Error(str(error), duration=None, print_exception=False) from error
+        raise gr.Error(as_html(str(error)), duration=None, print_exception=False) from error
+
+
+def as_html(text: str) -> str:
+    """Return a message as HTML, which Gradio takes messages for: a token such as `<cat>` would not be shown."""
+    return html.escape(text, quote=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Annotated
 
@@ -82,7 +83,7 @@ class MoveOptions(QueueOptions):
 
     def run(self) -> None:
         """Move the run."""
-        if not self.place.isdecimal() or int(self.place) == 0:
+        if not re.fullmatch(r"0*[1-9][0-9]{0,8}", self.place):
             raise UsageError(f"PLACE {self.place} is not valid; use a whole number above 0.")
         self.opened().move(self.number, int(self.place) - 1)
         print(f"Run {self.number} is moved.")

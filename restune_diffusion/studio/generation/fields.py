@@ -27,6 +27,8 @@ MODES = {
 }
 MOST_TUNERS = 8
 MOST_SEED = 2**32 - 1
+MOST_PIXELS = 2048
+"""Longest side of an image. A larger one can fill the memory of the machine, and no step ends at which it can stop."""
 _FULL = (0.0, 100.0)
 FOREIGN = "lora"
 """Family of a file of another program in the library."""
@@ -125,6 +127,9 @@ def sampling_settings(
     """
     if not values.prompts or not values.prompt.strip():
         raise UsageError("The prompt is empty; describe the image that you want.")
+    for name, side in (("width", values.width), ("height", values.height)):
+        if side is not None and side > MOST_PIXELS:
+            raise UsageError(f"The {name} of {side} pixels is too large; use {MOST_PIXELS} at most.")
     # The order of the command line: tuners, then LoRA files of other programs.
     rows = sorted(values.tuners, key=lambda row: is_foreign(entries[row.name]))
     names = unique_names([str(entries[row.name].path) for row in rows])

@@ -79,8 +79,8 @@ def build_tab(context: StudioContext) -> None:
         yield from _updates(context, made)
 
     start.click(generate, form.inputs, outputs, concurrency_limit=8, show_progress="hidden")
-    stop.click(_stop, job, None, queue=False)
-    form["mode"].change(form.of_mode, form["mode"], [form.of_batches, form.of_grids], queue=False)
+    stop.click(_stop, job, None, concurrency_limit=None, show_progress="hidden")
+    form["mode"].change(form.of_mode, form["mode"], [form.of_batches, form.of_grids], show_progress="hidden")
     form.rows.chosen.input(
         shown_as_message(form.rows.on_choice),
         [form.rows.chosen, *form.rows.inputs],
@@ -113,7 +113,7 @@ def build_tab(context: StudioContext) -> None:
         return [*form.shown(found.values), notes_html(f"Settings of {Path(path).name}.", found.notes)]
 
     dropped.upload(read, [dropped, *form.inputs], [*form.outputs, notes], show_progress="hidden")
-    dropped.clear(lambda: "", None, notes, queue=False)
+    dropped.clear(lambda: "", None, notes, show_progress="hidden")
 
 
 def _stop(job: GenerationJob | None) -> None:

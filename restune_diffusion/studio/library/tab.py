@@ -11,7 +11,7 @@ from typing import Any
 from ...utils.display import counted
 from ...utils.errors import RestuneError, TunerFileError, UsageError
 from ..context import StudioContext
-from ..messages import shown_as_message
+from ..messages import as_html, shown_as_message
 from .cards import cards_html, comparison_html, details_html, empty_html
 from .compare import ComparisonSettings, compare
 from .fit import problem_of
@@ -159,29 +159,29 @@ def _connect(
 
     def delete(query: str | None, name: str) -> list[Any]:
         desk.shelf.delete(name)
-        gr.Info(f"{name} is in the trash; open “Trash” to restore it.")
+        gr.Info(f"{as_html(name)} is in the trash; open “Trash” to restore it.")
         return show(query, None)
 
     def restore(query: str | None, name: str | None, trash_id: str | None) -> list[Any]:
         restored = desk.shelf.restore(_chosen(trash_id))
-        gr.Info(f"{restored} is in the library again.")
+        gr.Info(f"{as_html(restored)} is in the library again.")
         return show(query, name)
 
     def remove(query: str | None, name: str | None, trash_id: str | None) -> list[Any]:
-        gr.Info(f"{desk.shelf.remove_for_good(_chosen(trash_id))} is deleted.")
+        gr.Info(f"{as_html(desk.shelf.remove_for_good(_chosen(trash_id)))} is deleted.")
         return show(query, name)
 
     def upload(query: str | None, name: str | None, paths: list[str] | None) -> list[Any]:
         names, reasons = desk.import_files(paths or [])
         for reason in reasons:
-            gr.Warning(reason, duration=None)
+            gr.Warning(as_html(reason), duration=None)
         if names:
-            gr.Info(f"{counted(len(names), 'tuner')} imported: {', '.join(names)}.")
+            gr.Info(f"{counted(len(names), 'tuner')} imported: {as_html(', '.join(names))}.")
         return [*show(query, names[0] if names else name), None]
 
     def add_run(query: str | None, run_tuner: str | None) -> list[Any]:
         name = desk.shelf.add_from_run(_chosen(run_tuner))
-        gr.Info(f"The library has {name} now.")
+        gr.Info(f"The library has {as_html(name)} now.")
         return show(query, name)
 
     def prepare(name: str, layout: str) -> Any:

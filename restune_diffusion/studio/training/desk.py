@@ -30,6 +30,10 @@ if TYPE_CHECKING:
     from ...training.advice.memory_estimate import MemoryEstimate
 
 _LOG_LINES = 40
+_LONGEST_NAME = 120
+# The thumbnails of larger images can fill the memory of the machine.
+_MOST_PIXELS = 2048
+_DIGITS = 9
 _LOG_BYTES = 64_000
 
 
@@ -141,7 +145,9 @@ class TrainingDesk:
         table = read_table(folder)
         resolution = str(values.get("resolution") or "").strip()
         # The form names a value that is not a number.
-        side = int(resolution) if resolution.isdecimal() and int(resolution) else None
+        side = int(resolution[:_DIGITS]) or None if resolution.isdecimal() else None
+        if side is not None and side > _MOST_PIXELS:
+            raise UsageError(_too_large(side))
         frame = read_frame(base if Path(base).is_dir() else None, side)
         trigger = self._trigger(values)
         config = DataConfig(
@@ -187,6 +193,9 @@ class TrainingDesk:
             without: number of images without a caption.
         """
         name = str(values.get("name") or "").strip() or "tuner"
+        too_long = len(name.encode()) > _LONGEST_NAME
+        name = name.encode()[:_LONGEST_NAME].decode(errors="ignore")
+        values = {**values, "name": name}
         places = {"base": base, "data": data or "DATA", "output": str(self.free_output(name))}
         settings = settings_of(values, others, places, preset_of(purpose))
         kinds = _kinds(values)
@@ -209,7 +218,12 @@ class TrainingDesk:
         except RestuneError as error:
             return PlannedRun(settings, None, f"{str(error).rstrip('.')}.")
         problem = ""
-        if not data:
+        side = config.data.resolution
+        if too_long:
+            problem = "The name of the tuner is too long for a file; choose a shorter one."
+        elif side is not None and side > _MOST_PIXELS:
+            problem = _too_large(side)
+        elif not data:
             problem = "Choose images first, in step 1."
         elif without and not settings.get("prompt"):
             problem = (
@@ -306,6 +320,10 @@ class TrainingDesk:
         trigger = self._trigger(values)
         word = str(values.get("text.initializers") or "").strip() if acts_on_text(_kinds(values)) else ""
         return f"{trigger} {word}".strip() if trigger else ""
+
+
+def _too_large(side: int) -> str:
+    return f"The resolution of {side} pixels is too large; use {_MOST_PIXELS} at most."
 
 
 def last_lines(log: Path) -> str:

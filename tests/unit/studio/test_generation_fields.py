@@ -147,3 +147,9 @@ def test_a_card_shows_untrusted_text_as_text():
     assert "&lt;script&gt;" in html
     assert "<script>" not in html
     assert "&lt;b&gt;" in html
+
+
+def test_an_image_that_would_fill_the_memory_is_refused(entries):
+    assert settings_of(FormValues(BASE, prompt="a fox", width=2048), entries).width == 2048
+    with pytest.raises(UsageError, match="The height of 100000000 pixels is too large; use 2048 at most"):
+        settings_of(FormValues(BASE, prompt="a fox", height=10**8), entries)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import stat
+import struct
 import zipfile
 import zlib
 from collections.abc import Callable
@@ -20,6 +21,11 @@ _END_RECORD = b"PK\x05\x06"
 _END_BYTES = 22
 _LONGEST_COMMENT = 65_535
 _CHUNK = 1 << 20
+# Damaged entries give the errors of their decoders, IndexError for an empty name, struct.error for a cut header, and
+# RuntimeError for an unknown method.
+_DAMAGED = (
+    zipfile.BadZipFile, EOFError, OSError, ValueError, IndexError, RuntimeError, struct.error, zlib.error, LZMAError
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -80,8 +86,7 @@ def unpack_archive(
                 target.parent.mkdir(parents=True, exist_ok=True)
                 with opened.open(entry) as source:
                     left -= _copy(source, target, min(left, limits.file_bytes), name)
-    # Damaged entries give the errors of their decoders, and NotImplementedError for an unknown method.
-    except (zipfile.BadZipFile, NotImplementedError, EOFError, OSError, ValueError, zlib.error, LZMAError) as error:
+    except _DAMAGED as error:
         raise DataError(f"{name} cannot be unpacked ({_reason(error)}); make the zip file again.") from error
     return refused
 
@@ -163,6 +168,12 @@ def _copy(source: IO[bytes], target: Path, most: int, name: str) -> int:
 
 
 def _reason(error: BaseException) -> str:
+    if isinstance(error, FileExistsError):
+        return "two of its files have the same name"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror.lower()  # without the path, which is not that of the person's file
+    if isinstance(error, IndexError):
+        return "a file in it has no name"
     return printable(" ".join(str(error).split()) or type(error).__name__, 100)
 
 

@@ -141,7 +141,7 @@ def _check_metadata(folder: Path, files: Sequence[Path]) -> None:
     for path in files:
         if path.name.lower() not in (METADATA_FILE, METADATA_CSV):
             continue
-        for value in _named_files(path):
+        for value in _named_files(path, folder):
             parts = PurePosixPath(value.replace("\\", "/"))
             drive = bool(re.match(r"[A-Za-z]:", value))
             if parts.is_absolute() or ".." in parts.parts or drive:
@@ -151,10 +151,15 @@ def _check_metadata(folder: Path, files: Sequence[Path]) -> None:
                 )
 
 
-def _named_files(path: Path) -> Iterator[str]:
+def _named_files(path: Path, folder: Path) -> Iterator[str]:
     text = path.read_text("utf-8-sig", errors="replace")
     if path.name.lower() == METADATA_CSV:
-        rows: list[Any] = list(csv.DictReader(io.StringIO(text)))
+        try:
+            rows: list[Any] = list(csv.DictReader(io.StringIO(text)))
+        except csv.Error as error:
+            raise DataError(
+                f"{path.relative_to(folder).as_posix()} cannot be read ({error}); save the table again as CSV."
+            ) from error
     else:
         rows = [_parsed(line) for line in text.split("\n") if line.strip()]
     for row in rows:

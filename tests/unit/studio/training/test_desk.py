@@ -103,3 +103,24 @@ def test_only_uploaded_files_are_stored(desk, tmp_path, monkeypatch):
     assert desk.upload([str(tmp_path / "cache" / "fox.png")]).images == 1
     with pytest.raises(UsageError, match="outside the folders"):
         desk.upload([str(DEMO / "fox.png")])
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"name": "\u00e9" * 120}, "The name of the tuner is too long for a file; choose a shorter one."),
+        ({"name": " "}, ""),
+        ({"resolution": "99968"}, "The resolution of 99968 pixels is too large; use 2048 at most."),
+    ],
+)
+def test_values_that_the_system_cannot_take_are_one_sentence(desk, icons, changes, problem):
+    assert (
+        desk.plan("style", BASE, icons, values_of("style", trigger_word="x", **changes), {}, without=4).problem
+        == problem
+    )
+
+
+@pytest.mark.parametrize("resolution", ["99968", "9" * 5000])
+def test_thumbnails_do_not_fill_the_memory(desk, icons, resolution):
+    with pytest.raises(UsageError, match="use 2048 at most"):
+        desk.inspect(icons, BASE, values_of("style", resolution=resolution))

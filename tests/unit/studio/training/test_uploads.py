@@ -162,3 +162,31 @@ def test_old_leftovers_of_a_killed_process_are_removed(root):
     os.utime(root / ".incoming-old", (0, 0))
     remove_leftovers(root)
     assert sorted(path.name for path in root.iterdir()) == [".incoming-new", "kept"]
+
+
+@pytest.mark.parametrize(
+    ("files", "reason"),
+    [
+        ([("a.png", b"x"), ("a.png", b"y")], "two of its files have the same name"),
+        ([(f"{'a' * 300}.png", b"x")], r"\(file name too long\)"),
+        ([("metadata.csv", b"file_name,text\na.png," + b"x" * 200_000)], "metadata.csv cannot be read"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+def test_unusual_archives_are_one_sentence_without_internal_paths(tmp_path, root, files, reason):
+    with zipfile.ZipFile(tmp_path / "odd.zip", "w") as archive:
+        for name, content in files:
+            archive.writestr(name, content)
+    with pytest.raises(DataError, match=reason) as error:
+        store_upload([tmp_path / "odd.zip"], root)
+    assert str(tmp_path) not in str(error.value)
+    assert list(root.iterdir()) == []
+
+
+def test_an_entry_without_a_name_is_one_sentence(tmp_path, root):
+    with zipfile.ZipFile(tmp_path / "odd.zip", "w") as archive:
+        archive.writestr("a", b"x")
+    content = (tmp_path / "odd.zip").read_bytes()
+    (tmp_path / "odd.zip").write_bytes(content.replace(b"a" + content[-22:], b"\0" + content[-22:]))
+    with pytest.raises(DataError, match="a file in it has no name"):
+        store_upload([tmp_path / "odd.zip"], root)
