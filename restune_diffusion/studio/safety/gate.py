@@ -12,7 +12,7 @@ from urllib.parse import parse_qs, urlsplit
 from ...serving.http.errors import RequestError
 from ...serving.http.gate import Application, Receive, Scope, Send, check_local, key_digest
 from .login_page import login_page
-from .rules import EVENT_ROUTES, PageRules
+from .rules import JOIN, PageRules
 from .sessions import Attempts, Sessions
 
 _COOKIE = "restune_session"
@@ -82,7 +82,7 @@ class StudioGate:
                     return
                 raise RequestError("The studio needs its password; reload the page.", 401)
         self._rules.check_path(path)
-        if path.rstrip("/") in EVENT_ROUTES:
+        if path.rstrip("/") == JOIN:
             body = await _body(receive, _MOST_EVENT_BYTES)
             self._rules.check_body(body)
             receive = _replayed(body, receive)

@@ -16,12 +16,11 @@ from ...serving.http.errors import RequestError
 _ROUTES = re.compile(
     r"/|/config|/theme\.css|/favicon\.ico|/manifest\.json|/robots\.txt|/pwa_icon(/\d+)?"
     r"|/(assets|static|svelte)/.+"
-    r"|/gradio_api/(queue/(join|data)|run/predict|upload|upload_progress|heartbeat/[\w-]+|cancel|reset|app_id|startup-events"
+    r"|/gradio_api/(queue/(join|data)|upload|upload_progress|heartbeat/[\w-]+|cancel|reset|app_id|startup-events"
     r"|theme\.css|info|file=.+)/?",
     re.DOTALL,
 )
-EVENT_ROUTES = frozenset({"/gradio_api/queue/join", "/gradio_api/run/predict"})
-"""Routes whose bodies have the inputs of an event, with and without the queue."""
+JOIN = "/gradio_api/queue/join"
 _FILE = "/gradio_api/file="
 _MOST_DEPTH = 64
 # No SVG and no HTML: a browser runs the scripts in them.

@@ -44,7 +44,7 @@ def test_no_other_file_is_shown(rules, tmp_path, file):
     "path",
     ["/gradio_api/file=http://169.254.169.254/latest", "/gradio_api/file=cache/image.png", "/gradio_api/file=~/x",
      "/gradio_api/proxy=http://x", "/gradio_api/vibe-edit/", "/gradio_api/openapi.json", "/monitoring/summary",
-     "/gradio_api/run/x", "/gradio_api/call/predict", "/gradio_api/api/predict", "/gradio_api/file/x",
+     "/gradio_api/run/predict", "/gradio_api/call/predict", "/gradio_api/api/predict", "/gradio_api/file/x",
      "//config", "/config/../gradio_api/dev/reload", "/gradio_api/stream/x", "/docs"],
 )  # fmt: skip
 def test_routes_that_the_page_does_not_need_do_not_exist(rules, path):
