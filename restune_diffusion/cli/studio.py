@@ -72,7 +72,7 @@ class StudioOptions(BaseModel):
 
             quiet_libraries()  # before the imports below, which emit warnings
             from ..serving.http.gate import key_digest
-            from ..serving.http.server import run_server
+            from ..serving.http.server import address_of, run_server
             from ..studio.app import build_app
             from ..studio.context import StudioContext, StudioSettings
             from .train import read_train_command
@@ -88,14 +88,12 @@ class StudioOptions(BaseModel):
                 max_upload_mib=self.max_upload_mib,
                 read_command=read_train_command,
             )
-            host, port = bound.getsockname()[:2]
-            address = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
             run_server(
                 build_app(StudioContext(settings)),
                 bound,
                 drain=lambda: None,
                 grace_seconds=3,
-                on_start=lambda: print(f"The studio is open at {address}", flush=True),
+                on_start=lambda: print(f"The studio is open at {address_of(bound)}", flush=True),
                 lifespan="on",
             )
         print("The studio has ended. Runs that were started go on.", flush=True)

@@ -139,21 +139,19 @@ class ServeOptions(BaseModel):
 
     def _serve(self, bound: socket.socket, key: str | None) -> None:
         """Load the base, start the engine, and answer requests on a socket."""
-        from ...serving.http.server import run_server
+        from ...serving.http.server import address_of, run_server
         from ...serving.http.starting import start_app
         from ..quiet import quiet_libraries
 
         quiet_libraries()
         app = start_app(self.settings(key))
-        host, port = bound.getsockname()[:2]
-        address = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
         try:
             run_server(
                 app,
                 bound,
                 drain=app.drain,
                 grace_seconds=self.grace_seconds,
-                on_start=lambda: print(f"Serving {app.service.base.name} at {address}", flush=True),
+                on_start=lambda: print(f"Serving {app.service.base.name} at {address_of(bound)}", flush=True),
             )
         finally:
             app.service.engine.close()

@@ -70,7 +70,7 @@ class Gate:
             held.release()
 
     def _check(self, scope: Scope) -> None:
-        headers = _headers(scope)
+        headers = headers_of(scope)
         if scope["path"] in OPEN_PATHS:
             return
         if self._key is None:
@@ -100,7 +100,7 @@ class Gate:
         Raises:
             RequestError: if it is too large, too slow, or the server holds too many.
         """
-        declared = _headers(scope).get("content-length", "")
+        declared = headers_of(scope).get("content-length", "")
         if declared.isdigit() and len(declared) < 20:
             self._check_size(int(declared))
             held.add(int(declared))
@@ -123,7 +123,7 @@ class Gate:
 
     async def _discard_body(self, scope: Scope, receive: Receive) -> None:
         """Read the rest of a body of moderate size: most clients read the response only after they have sent it."""
-        if "expect" in _headers(scope):
+        if "expect" in headers_of(scope):
             return
         left = 4 * self.limits.body_bytes
         with contextlib.suppress(TimeoutError):
@@ -184,7 +184,7 @@ def check_local(scope: Scope) -> None:
     Raises:
         RequestError: if the request comes from such a page.
     """
-    headers = _headers(scope)
+    headers = headers_of(scope)
     host = _host_name(headers.get("host", ""))
     origin = headers.get("origin")
     if host not in LOOPBACK_NAMES or (origin is not None and _origin_name(origin) not in LOOPBACK_NAMES):
@@ -209,7 +209,8 @@ def key_digest(key: bytes) -> bytes:
     return hashlib.sha256(key).digest()
 
 
-def _headers(scope: Scope) -> dict[str, str]:
+def headers_of(scope: Scope) -> dict[str, str]:
+    """Return the headers of a request by lower-case name."""
     return {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 from ...serving.http.errors import RequestError
-from ...serving.http.gate import Application, Receive, Scope, Send, check_local, key_digest
+from ...serving.http.gate import Application, Receive, Scope, Send, check_local, headers_of, key_digest
 from .login_page import login_page
 from .rules import JOIN, PageRules
 from .sessions import Attempts, Sessions
@@ -67,7 +67,7 @@ class StudioGate:
             await _respond(send, error.status, str(error).encode(), text)
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
-        headers = _headers(scope)
+        headers = headers_of(scope)
         path, method = scope["path"], scope["method"]
         if self._digest is None:
             check_local(scope)
@@ -122,10 +122,6 @@ def _check_own_page(headers: Mapping[str, str], method: str) -> None:
     foreign = origin is not None and urlsplit(origin).netloc.lower() != headers.get("host", "").lower()
     if foreign or (method != "GET" and headers.get("sec-fetch-site") == "cross-site"):
         raise RequestError("The studio answers only its own page; open it by its own address.", 403)
-
-
-def _headers(scope: Scope) -> dict[str, str]:
-    return {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
 
 
 def _cookie_name(scope: Scope) -> str:
