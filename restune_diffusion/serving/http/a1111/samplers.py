@@ -21,7 +21,7 @@ def scheduler_of(sampler: str | None, schedule_type: str | None) -> str | None:
         schedule_type: A1111's name of a schedule type: `Automatic`, `Karras`, `Exponential` or `Beta`.
 
     Raises:
-        RequestError: if a name is unknown.
+        RequestError: if a name is unknown, or a schedule type comes without a sampler.
     """
     asked = (schedule_type or AUTOMATIC).strip().lower()
     if asked not in (AUTOMATIC, *SIGMA_NAMES):
@@ -30,6 +30,10 @@ def scheduler_of(sampler: str | None, schedule_type: str | None) -> str | None:
             param="scheduler",
         )
     if sampler is None or not sampler.strip():
+        if asked != AUTOMATIC:
+            raise RequestError(
+                f"The schedule type `{asked}` needs a sampler; send `sampler_name` with it.", param="scheduler"
+            )
         return None
     name, spacing = _sampler(sampler.strip())
     if asked != AUTOMATIC:

@@ -98,6 +98,12 @@ def test_samplers_of_a1111_are_schedulers(sampler, schedule, name):
     assert scheduler_of(sampler, schedule) == name
 
 
+def test_a_schedule_type_without_a_sampler_is_refused():
+    assert scheduler_of(None, "Automatic") is None
+    with pytest.raises(RequestError, match="The schedule type `karras` needs a sampler"):
+        scheduler_of("", "Karras")
+
+
 def test_every_listed_sampler_can_be_used():
     assert set(sampler_labels()) == set(SCHEDULER_NAMES)
     for sampler in samplers():
