@@ -109,7 +109,8 @@ def _from_a1111(text: str, now: FormValues, entries: list[TunerEntry]) -> Restor
     try:
         scheduler = scheduler_of(pairs.get("Sampler"), pairs.get("Schedule type"))
     except RestuneError:
-        notes.append(f"Not used: Sampler {printable(pairs['Sampler'], _SHOWN)}, which is not known here.")
+        asked = pairs.get("Sampler") or f"with the schedule type {pairs.get('Schedule type', '')}"
+        notes.append(f"Not used: Sampler {printable(asked, _SHOWN)}, which is not known here.")
     tags = [split_weight(tag) for tag in LORA_TAG.findall(prompt)]
     rows: list[TunerRow] = []
     for name, weight in tags:

@@ -141,6 +141,15 @@ def test_the_text_of_a1111_fills_the_form(entries):
     assert found.notes[-1] == "Not used: Face restoration X."
 
 
+@pytest.mark.parametrize("pairs", [{"Schedule type": "Karras"}, {"Schedule type": "slow"}, {"Sampler": "Warp"}])
+def test_a_sampler_of_a1111_that_is_not_known_is_named(entries, pairs):
+    text = a1111_text("a crown", "", {"Steps": 4, "Seed": 1, **pairs})
+    found = restored(GenerationRecord({}, text), FormValues(BASE), entries.values())
+    assert found.values.steps == 4
+    (name,) = pairs.values()
+    assert any(note.startswith("Not used: Sampler ") and name in note for note in found.notes)
+
+
 def test_a_card_shows_untrusted_text_as_text():
     entry = TunerEntry("x", Path("x"), "1", 1, 0.0, ("skip",), trigger_words=("<b>",), title="<script>")
     html = card_html(entry, "x")
