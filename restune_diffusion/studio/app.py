@@ -39,8 +39,8 @@ def build_page(context: StudioContext) -> gr.Blocks:
         gr.HTML(header_html(context.base, has_password=has_password), elem_id="studio-header")
         with gr.Tabs(elem_id="studio-tabs"):
             for name, build_tab in TABS:
-                with gr.Tab(name, id=name.lower()):
-                    build_tab(context)
+                with gr.Tab(name, id=name.lower()) as tab:
+                    build_tab(context, tab)
     # No function of the page is part of an API, and none is described.
     for function in page.fns.values():
         function.api_visibility = "private"

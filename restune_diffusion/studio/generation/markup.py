@@ -28,6 +28,8 @@ STYLE = """<style>
 .tuner-card .problem-of-tuner { border-left: 4px solid #b91c1c; padding-left: .5rem; color: var(--body-text-color); }
 .gen-state { min-height: 1.6rem; color: var(--body-text-color); margin: 0; overflow-wrap: anywhere; }
 .gen-notes { margin: 0; padding-left: 1.2rem; overflow-wrap: anywhere; }
+/* A large image is shown whole; the page scrolls, not the gallery. */
+#gen-images-made .grid-wrap { max-height: none !important; }
 .gen-tuner > .styler { background: var(--block-background-fill) !important; }
 @media (min-width: 900px) { #gen-result { position: sticky; top: 1rem; align-self: flex-start; } }
 </style>"""

@@ -21,16 +21,15 @@ from .markup import STYLE, notes_html, state_html
 from .restore import restored
 
 
-def build_tab(context: StudioContext) -> None:
+def build_tab(context: StudioContext, tab: Any) -> None:
     """Add the components and events of the tab to the page that is being built.
 
     Args:
         context: state of the studio.
+        tab: Gradio's tab; its selection refreshes the list of tuners.
     """
     import gradio as gr
-    from gradio.context import Context
 
-    tab: Any = Context.block
     library = TunerLibrary(context.workspace.tuners)
     gr.HTML(STYLE, visible=True, padding=False, elem_id="gen-style")
     with gr.Row(equal_height=False):

@@ -11,7 +11,7 @@ STYLE = """
   background: var(--background-fill-primary); }
 .tuner-card:hover { border-color: var(--primary-500); }
 .tuner-card[aria-pressed=true] { border-color: var(--primary-600); box-shadow: 0 0 0 2px var(--primary-600); }
-.tuner-card img, .tuner-blank { width: 100%; height: 9rem; object-fit: cover; background: #fff; }
+.tuner-card img, .tuner-blank { width: 100%; height: 9rem; object-fit: contain; background: #fff; }
 .tuner-blank { display: grid; place-items: center; font-size: 3rem; font-weight: 600;
   color: var(--body-text-color-subdued); background: var(--background-fill-secondary); }
 .tuner-text { display: flex; flex-direction: column; gap: .3rem; padding: .75rem 1rem 1rem; min-width: 0;

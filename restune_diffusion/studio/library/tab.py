@@ -33,11 +33,12 @@ _QUIET: dict[str, Any] = {"show_progress": "hidden"}
 _DOWNLOADS = "downloads"
 
 
-def build_tab(context: StudioContext) -> None:
+def build_tab(context: StudioContext, tab: Any) -> None:
     """Add the components and events of the tab to the page that is being built.
 
     Args:
         context: state of the studio.
+        tab: Gradio's tab; its selection refreshes the cards and lists.
     """
     import gradio as gr
 
@@ -47,7 +48,7 @@ def build_tab(context: StudioContext) -> None:
     selected = build_tuner_panel()
     comparison = build_compare_panel()
     files = build_files_panel()
-    _connect(desk, listing, selected, comparison, files)
+    _connect(desk, tab, listing, selected, comparison, files)
 
 
 class LibraryDesk:
@@ -118,7 +119,7 @@ def _settings(prompt: str, seed: float, count: float, steps: float, guidance: fl
 
 
 def _connect(
-    desk: LibraryDesk, listing: ListPanel, selected: TunerPanel, comparison: ComparePanel, files: FilesPanel
+    desk: LibraryDesk, tab: Any, listing: ListPanel, selected: TunerPanel, comparison: ComparePanel, files: FilesPanel
 ) -> None:
     import gradio as gr
 
@@ -199,6 +200,8 @@ def _connect(
     numbers = [comparison.prompt, comparison.seed, comparison.count, comparison.steps, comparison.guidance]
     # Without `fn` given in `gr.on`, the event is the loading of the page.
     gr.on(fn=shown_as_message(show), inputs=[query, chosen], outputs=page, **_QUIET)
+    # Runs and other pages add tuners.
+    tab.select(shown_as_message(show), [query, chosen], page, **_QUIET)
     listing.reload.click(shown_as_message(show), [query, chosen], page, **_QUIET)
     query.change(desk.cards, [query, chosen], listing.cards, trigger_mode="always_last", **_QUIET)
     listing.cards.select(shown_as_message(select), query, page, **_QUIET)

@@ -29,11 +29,12 @@ _NEW, _RUNS = "new", "runs"
 _QUIET: dict[str, Any] = {"show_progress": "hidden"}
 
 
-def build_tab(context: StudioContext) -> None:
+def build_tab(context: StudioContext, tab: Any) -> None:
     """Add the components and events of the tab to the page that is being built.
 
     Args:
         context: state of the studio.
+        tab: Gradio's tab; a timer refreshes this one, so its selection is not used.
     """
     import gradio as gr
 

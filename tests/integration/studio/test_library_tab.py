@@ -110,6 +110,13 @@ def test_a_lora_is_downloaded_in_the_layout_of_other_programs(tab, tmp_path):
     assert (tmp_path / "file.safetensors").read_bytes()[8:200].find(b"lora_unet_") > 0
 
 
+def test_a_tuner_from_elsewhere_is_there_when_the_tab_is_opened(tab, studio, files):
+    tab.get_by_role("tab", name="Train").click()
+    shutil.copy(files / "ink.safetensors", studio.home / "tuners" / "new.safetensors")
+    tab.get_by_role("tab", name="Library").click()
+    card(tab, "new").wait_for()
+
+
 def test_two_tuners_are_compared_with_the_base_on_the_same_seeds(tab):
     select(tab, "ink")
     tab.get_by_label("Second tuner").click()
