@@ -200,8 +200,8 @@ def _connect(
     numbers = [comparison.prompt, comparison.seed, comparison.count, comparison.steps, comparison.guidance]
     # Without `fn` given in `gr.on`, the event is the loading of the page.
     gr.on(fn=shown_as_message(show), inputs=[query, chosen], outputs=page, **_QUIET)
-    # Runs and other pages add tuners.
-    tab.select(shown_as_message(show), [query, chosen], page, **_QUIET)
+    # Runs and other pages add tuners. Only the cards: a selection that is made meanwhile stays.
+    tab.select(shown_as_message(desk.cards), [query, chosen], listing.cards, **_QUIET)
     listing.reload.click(shown_as_message(show), [query, chosen], page, **_QUIET)
     query.change(desk.cards, [query, chosen], listing.cards, trigger_mode="always_last", **_QUIET)
     listing.cards.select(shown_as_message(select), query, page, **_QUIET)
