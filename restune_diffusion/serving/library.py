@@ -275,7 +275,11 @@ class TunerLibrary:
         assert self._base is not None
         with open_tensors(path, "numpy") as file:
             is_ours = VERSION_KEY in (file.metadata() or {})
-        return load_tuner(path, dtype=self._cache.dtype) if is_ours else import_tuner(path, self._base)
+        tuner = load_tuner(path, dtype=self._cache.dtype) if is_ours else import_tuner(path, self._base)
+        # The file is mapped into memory, and one that is cut short in place would end the process with SIGBUS.
+        for tensor in (*tuner.parameters(), *tuner.buffers()):
+            tensor.data = tensor.data.clone()
+        return tuner
 
 
 def _version(path: Path) -> str | None:

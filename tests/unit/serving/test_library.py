@@ -137,3 +137,17 @@ def test_given_files_are_named_beside_the_folder_or_without_one(base, folder, tu
     for name in ("styles/dog", "artist", "../secret"):
         with pytest.raises(TunerNameError, match="it has: artist/ink, skip"):
             alone.entry(name)
+
+
+def test_a_loaded_tuner_does_not_depend_on_its_file(base, folder):
+    library = TunerLibrary(folder)
+    library.bind(base)
+    loaded = [library.load(name)[1] for name in ("skip", "styles/new/lora")]
+    if os.path.exists("/proc/self/maps"):
+        assert str(folder.resolve()) not in Path("/proc/self/maps").read_text()
+    before = [{name: tensor.clone() for name, tensor in tuner.state_dict().items()} for tuner in loaded]
+    for path in folder.rglob("*.safetensors"):
+        with path.open("r+b") as file:
+            file.truncate(0)
+    for tuner, kept in zip(loaded, before, strict=True):
+        assert all(torch.equal(tensor, kept[name]) for name, tensor in tuner.state_dict().items())
