@@ -66,7 +66,7 @@ def test_stacked_tuners_equal_tuners_one_by_one(kind: str, mix: str, monkeypatch
         wanted = output(unet)
     found = output(unet)
     assert (wanted - plain).abs().max() > 0.01
-    torch.testing.assert_close(found, wanted, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(found, wanted, atol=3e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -80,7 +80,7 @@ def test_branches_of_guidance_sites_and_memory_formats(kind: str, monkeypatch: p
     with monkeypatch.context() as alone:
         one_by_one(alone)
         wanted = output(unet)
-    torch.testing.assert_close(output(unet), wanted, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(output(unet), wanted, atol=3e-6, rtol=1e-5)
 
 
 def test_changed_parameters_dtypes_and_tuners_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -103,7 +103,7 @@ def test_changed_parameters_dtypes_and_tuners_are_seen(monkeypatch: pytest.Monke
             one_by_one(alone)
             wanted = output(unet)
         coarse = manager.tuner("a").dtype == torch.bfloat16
-        torch.testing.assert_close(output(unet), wanted, atol=2e-2 if coarse else 1e-6, rtol=1e-5)
+        torch.testing.assert_close(output(unet), wanted, atol=2e-2 if coarse else 3e-6, rtol=1e-5)
 
 
 def test_gradients_reach_every_tuner(monkeypatch: pytest.MonkeyPatch) -> None:

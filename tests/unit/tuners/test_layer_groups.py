@@ -127,7 +127,7 @@ def test_each_image_of_a_batch_has_its_weight(unet):
     for row, weight in enumerate((0.5, 0.0, 1.0)):
         alone = [x[row : row + 1] if x.dim() else x for x in inputs]
         with attach(unet, tuner, weight=weight):
-            torch.testing.assert_close(together[row : row + 1], unet(*alone).sample, rtol=0, atol=1e-5)
+            torch.testing.assert_close(together[row : row + 1], unet(*alone).sample, rtol=0, atol=3e-5)
 
 
 @pytest.mark.parametrize(("linear", "site"), [(False, "down.0.downsample.conv"), (False, "up.1.attn.0.proj_in"),
@@ -199,7 +199,7 @@ def test_frames_of_a_video_have_the_weight_of_their_image(unet):
     for row, weight in enumerate((1.0, 0.25)):
         with torch.no_grad(), attach(motion, tuner, weight=weight):
             alone = motion(latents[row : row + 1], time, text[3 * row : 3 * row + 3]).sample
-        torch.testing.assert_close(together[row : row + 1], alone, rtol=0, atol=1e-5)
+        torch.testing.assert_close(together[row : row + 1], alone, rtol=0, atol=3e-5)
     assert (together[0] - together[1]).abs().max() > 0.1
 
 
