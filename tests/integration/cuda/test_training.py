@@ -96,7 +96,7 @@ def test_losses_are_read_a_step_late_unless_the_state_is_used(config: MakeConfig
     for name in ("tuner.safetensors", "tuner-000003.safetensors"):
         states = [load_tuner(settings.output / name).state_dict() for settings in (here, there)]
         for key, value in states[0].items():
-            torch.testing.assert_close(states[1][key], value, rtol=1e-2, atol=1e-5)
+            torch.testing.assert_close(states[1][key], value, rtol=1e-2, atol=3e-5)
 
 
 @pytest.mark.parametrize("every", [1, 3])
