@@ -200,7 +200,7 @@ def _connect(
     numbers = [comparison.prompt, comparison.seed, comparison.count, comparison.steps, comparison.guidance]
     # Without `fn` given in `gr.on`, the event is the loading of the page.
     gr.on(fn=shown_as_message(show), inputs=[query, chosen], outputs=page, **_QUIET)
-    # Runs and other pages add tuners. Only the cards: a selection that is made meanwhile stays.
+    # Runs and other pages add tuners. Refresh the cards alone, so that a new selection stays.
     tab.select(shown_as_message(desk.cards), [query, chosen], listing.cards, **_QUIET)
     listing.reload.click(shown_as_message(show), [query, chosen], page, **_QUIET)
     query.change(desk.cards, [query, chosen], listing.cards, trigger_mode="always_last", **_QUIET)
