@@ -14,6 +14,7 @@ from ..storage.base_files.check import check_base
 from ..storage.base_files.location import BUNDLED_BASE
 from ..utils.errors import DataError, RestuneError, UsageError
 from .options.early_checks import check_device, check_writable
+from .queue.options import restune_home
 
 PASSWORD_VARIABLE = "RESTUNE_PASSWORD"
 _SHORTEST_PASSWORD = 8
@@ -59,7 +60,7 @@ class StudioOptions(BaseModel):
         """Serve the page until the process is asked to end."""
         password = self.password_of_page()
         base = str(BUNDLED_BASE) if self.base is None else self.base
-        home = self.home or Path(os.environ.get("RESTUNE_HOME") or Path.home() / "restune")
+        home = self.home or restune_home()
         _check_extra()
         check_base(base, self.vae)
         check_device(self.device)

@@ -30,5 +30,10 @@ def open_queue(folder: Path | None) -> RunQueue:
     # It imports the settings of training, which other commands do not need.
     from ...run_queue import RunQueue
 
-    home = Path(os.environ.get("RESTUNE_HOME") or Path.home() / "restune")
+    home = restune_home()
     return RunQueue(home / "queue" if folder is None else folder)
+
+
+def restune_home() -> Path:
+    """Return the folder of the studio and of the queue: RESTUNE_HOME, or ~/restune."""
+    return Path(os.environ.get("RESTUNE_HOME") or Path.home() / "restune")
