@@ -19,7 +19,7 @@ from benchmarks.preset_memory import BASES
 from benchmarks.results_file import publish
 from restune_diffusion import BypassConfig, ResConfig, SkipConfig, Tuner, attach
 from restune_diffusion.training import TrainConfig
-from restune_diffusion.training.advice.memory_estimate import build_unet, kept_bytes
+from restune_diffusion.training.advice.memory_estimate import build_unet, drop_values, kept_bytes
 from restune_diffusion.tuners.configs import PartConfig
 
 
@@ -41,8 +41,10 @@ def count(unet: Any, mode: Any, configs: tuple[PartConfig, ...]) -> dict[str, An
     """Return the parameter count of a tuner and the MiB that autograd saves in its step."""
     config = TrainConfig(base="base", data=Path("data"), output=Path("out"))
     tuner = Tuner.for_base(unet, *configs)
+    with mode:
+        drop_values(tuner)
     with attach(unet, tuner), mode:
-        kept = kept_bytes(unet, config, BASES["SD 1.5"][1])
+        kept = kept_bytes(unet, tuner, config, BASES["SD 1.5"][1])
     return {"parameters": tuner.num_parameters(), "MiB": kept / 2**20}
 
 

@@ -22,7 +22,7 @@ from benchmarks.backward_memory import SD15
 from restune_diffusion import Tuner, attach
 from restune_diffusion.pipelines.load_base import PRECISIONS
 from restune_diffusion.training import TrainConfig
-from restune_diffusion.training.advice.memory_estimate import build_unet, kept_bytes
+from restune_diffusion.training.advice.memory_estimate import build_unet, drop_values, kept_bytes
 from restune_diffusion.training.build import tuner_autocast
 from restune_diffusion.training.config.presets import PRESETS
 
@@ -57,8 +57,10 @@ def count(base: str, preset: Any) -> dict[str, Any]:
     unet, mode = build_unet(structure, dtype)
     tuner = Tuner.for_base(unet, *[part for part in config.parts if part.part != "text"])
     tuner.autocast = tuner_autocast(config.memory.mixed_precision, unet)
+    with mode:
+        drop_values(tuner)
     with attach(unet, tuner), mode:
-        kept = kept_bytes(unet, config, side)
+        kept = kept_bytes(unet, tuner, config, side)
     weights = sum(parameter.numel() for parameter in unet.parameters()) * dtype.itemsize
     trained = tuner.num_parameters() * 16
     text = text_parameters * dtype.itemsize if "text" in config.kinds else 0

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..utils.display import printable
 from ..utils.errors import RestuneError, TunerFileError, TunerNameError
+from .private_copy import private_copy, private_header
 
 if TYPE_CHECKING:
     from ..backbones import BaseInfo
@@ -237,15 +238,16 @@ class TunerLibrary:
         modified, size = (int(part) for part in version.split("-")[:2])
         entry = TunerEntry(name, path, version, size, modified / 1e9)
         try:
-            return self._read_entry(entry)
+            with private_header(path) as header:
+                return self._read_entry(entry, header)
         except RestuneError as error:
             return replace(entry, problem=_of_file(error, entry))
 
-    def _read_entry(self, entry: TunerEntry) -> TunerEntry:
+    def _read_entry(self, entry: TunerEntry, header: Path) -> TunerEntry:
         from ..conversion.formats import recognized_family
         from ..storage.header import VERSION_KEY, open_tensors, read_header
 
-        with open_tensors(entry.path, "numpy") as file:
+        with open_tensors(header, "numpy") as file:
             metadata: dict[str, str] = file.metadata() or {}
             keys = file.keys()
         if VERSION_KEY not in metadata:
@@ -254,7 +256,7 @@ class TunerLibrary:
                 raise TunerFileError("It is neither a tuner nor a LoRA of a known layout.")
             entry = replace(entry, families=(family,), trigger_words=_words(metadata))
             return _with_metadata(entry, metadata, metadata.get("ss_sd_model_name"))
-        info = read_header(entry.path)
+        info = read_header(header)
         if self._base is not None:
             info.base.check_fits(self._base)
             info.base.check_text_fits(self._base.text)
@@ -273,13 +275,10 @@ class TunerLibrary:
         from ..storage.tuner_file import load_tuner
 
         assert self._base is not None
-        with open_tensors(path, "numpy") as file:
-            is_ours = VERSION_KEY in (file.metadata() or {})
-        tuner = load_tuner(path, dtype=self._cache.dtype) if is_ours else import_tuner(path, self._base)
-        # The file is mapped into memory, and one that is cut short in place would end the process with SIGBUS.
-        for tensor in (*tuner.parameters(), *tuner.buffers()):
-            tensor.data = tensor.data.clone()
-        return tuner
+        with private_copy(path) as copy:
+            with open_tensors(copy, "numpy") as file:
+                is_ours = VERSION_KEY in (file.metadata() or {})
+            return load_tuner(copy, dtype=self._cache.dtype) if is_ours else import_tuner(copy, self._base)
 
 
 def _version(path: Path) -> str | None:

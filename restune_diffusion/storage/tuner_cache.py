@@ -139,9 +139,9 @@ class TunerCache:
         read = self._read_file
         tuner = load_tuner(path, dtype=self.dtype) if read is None else read(path).to(self.dtype)
         tuner.requires_grad_(False)
-        for parameter in tuner.parameters():
+        for tensor in (*tuner.parameters(), *tuner.buffers()):
             # load_tuner may return tensors mapped from the file, which may be truncated while the tuner is cached.
-            parameter.data = parameter.data.pin_memory() if self.pin_memory else parameter.data.clone()
+            tensor.data = tensor.data.pin_memory() if self.pin_memory else tensor.data.clone()
         tuner.shared = True
         return tuner
 

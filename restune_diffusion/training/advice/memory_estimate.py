@@ -101,12 +101,14 @@ def _estimate(key: str, resolution: int | None, hidden: _Hidden) -> MemoryEstima
         side = resolution or (size if isinstance(size, int) else min(size)) * structure.latent_scale
         tuner = Tuner.for_base(unet, *[part for part in config.parts if not part.acts_on_text_encoders])
         tuner.autocast = tuner_autocast(config.memory.mixed_precision, unet)
+        with mode:
+            drop_values(tuner)
         with attach(unet, tuner, ATTACHED_NAME), mode:
             manager = TunerManager.of(unet)
             if config.conditioned is not None and manager is not None:
                 shape = config.batch_size, config.conditioned.channels, side, side
                 manager.set_conditions(ATTACHED_NAME, [torch.rand(shape) for _ in config.conditioned.conditions])
-            kept = kept_bytes(unet, config, side, structure.latent_scale)
+            kept = kept_bytes(unet, tuner, config, side, structure.latent_scale)
     weights = sum(parameter.numel() for parameter in unet.parameters()) * dtype.itemsize
     if config.learns_from_text:
         weights += structure.text_parameters * dtype.itemsize
@@ -156,9 +158,17 @@ def _scale(vae: Mapping[str, Any]) -> int:
     return int(2 ** (len(vae["block_out_channels"]) - 1))
 
 
-def kept_bytes(unet: Any, config: TrainConfig, side: int, latent_scale: int = _ACTIVATION_SCALE) -> int:
-    """Return the bytes that autograd saves in one forward pass of a batch, each storage once, without parameters."""
-    held = {parameter.untyped_storage()._cdata: parameter for parameter in unet.parameters()}
+def kept_bytes(unet: Any, tuner: Tuner, config: TrainConfig, side: int, latent_scale: int = _ACTIVATION_SCALE) -> int:
+    """Return the bytes that autograd saves in one forward pass of a batch, each storage once, without parameters.
+
+    Args:
+        unet: U-Net without values.
+        tuner: the attached tuner, without values.
+        config: settings of the run.
+        side: side of the images in pixels.
+        latent_scale: pixels per position of the latents.
+    """
+    held = {parameter.untyped_storage()._cdata: parameter for parameter in (*unet.parameters(), *tuner.parameters())}
     dtype, batch = PRECISIONS[config.memory.mixed_precision], config.batch_size
     added = {}
     if unet.config.addition_embed_type == "text_time":
@@ -193,9 +203,22 @@ def build_unet(structure: Mapping[str, Any], dtype: torch.dtype) -> tuple[Any, F
     """Return a frozen U-Net without values, and the fake tensor mode to run it in."""
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     with mode:
-        unet = UNet2DConditionModel.from_config(dict(structure)).eval()
-        # torch's default dtype belongs to the whole process, and `to` cannot replace parameters without values.
-        for module in unet.modules():
-            for name, parameter in list(module.named_parameters(recurse=False)):
-                setattr(module, name, nn.Parameter(torch.empty_like(parameter, dtype=dtype), requires_grad=False))
+        unet = UNet2DConditionModel.from_config(dict(structure)).eval().requires_grad_(False)
+        # torch's default dtype belongs to the whole process, so the dtype is set here.
+        drop_values(unet, dtype)
     return unet, mode
+
+
+def drop_values(module: nn.Module, dtype: torch.dtype | None = None) -> None:
+    """Replace the parameters of a module by ones without values; call it in a fake tensor mode.
+
+    `Module.to` cannot do it: it swaps tensors, which those without values do not allow.
+
+    Args:
+        module: the module.
+        dtype: dtype of the parameters; their own if None.
+    """
+    for part in module.modules():
+        for name, parameter in list(part.named_parameters(recurse=False)):
+            empty = torch.empty_like(parameter, dtype=dtype)
+            setattr(part, name, nn.Parameter(empty, requires_grad=parameter.requires_grad))

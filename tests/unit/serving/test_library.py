@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -151,3 +153,47 @@ def test_a_loaded_tuner_does_not_depend_on_its_file(base, folder):
             file.truncate(0)
     for tuner, kept in zip(loaded, before, strict=True):
         assert all(torch.equal(tensor, kept[name]) for name, tensor in tuner.state_dict().items())
+
+
+def test_a_file_that_is_cut_short_while_it_is_read_is_refused_and_the_process_lives(base, folder):
+    """In a process of its own, which SIGBUS would end; a thread empties and fills the files in place all the time."""
+    program = """
+import sys, threading, time
+from pathlib import Path
+from restune_diffusion import RestuneError
+from restune_diffusion.serving import TunerLibrary
+from tests.serving_base import small_pipeline
+
+folder = Path(sys.argv[1])
+files = {path: path.read_bytes() for path in folder.rglob("*.safetensors")}
+stop = threading.Event()
+
+def rewrite():
+    while not stop.is_set():
+        for path, content in files.items():
+            path.write_bytes(b"")
+            path.write_bytes(content)
+
+library = TunerLibrary(folder)
+library.bind(small_pipeline())
+writer = threading.Thread(target=rewrite)
+writer.start()
+loaded = refused = 0
+for number in range(30):
+    library.list()
+    try:
+        library.load(("skip", "styles/new/lora")[number % 2])
+        loaded += 1
+    except RestuneError:
+        refused += 1
+stop.set()
+writer.join()
+print(loaded, refused)
+"""
+    root = Path(__file__).parents[3]
+    ended = subprocess.run([sys.executable, "-c", program, str(folder)], cwd=root, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+    assert sum(map(int, ended.stdout.split())) == 30
+    library = TunerLibrary(folder)
+    library.bind(base)
+    assert library.load("skip")[1].configs[0].part == "skip"

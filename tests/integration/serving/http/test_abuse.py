@@ -92,7 +92,7 @@ def wrong_webui_field(chance: random.Random) -> tuple[str, dict[str, str], bytes
     name, values = chance.choice([
         ("prompt", [f"<lora:x{name}:1>" for name in NAMES] + ["<lora:ink:x>", "<lora:ink:1:2>", 3]),
         ("batch_size", [0, -1, 17, 10**20, "x"]),
-        ("n_iter", [0, 17, None]),
+        ("n_iter", [0, 17, "x"]),
         ("width", [0, 7, 65, 10**9, "x"]),
         ("cfg_scale", [-1, 1e9, "x"]),
         ("seed", [2**63, "x", 1.5]),
