@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
 from pydantic import BaseModel, ConfigDict, Field
 
-from ..serving.http.server import bound_socket, is_loopback
+from ..serving.http.server import bound_socket
 from ..storage.base_files.check import check_base
 from ..storage.base_files.location import BUNDLED_BASE
 from ..utils.errors import DataError, RestuneError, UsageError
 from .options.early_checks import check_device, check_writable
+from .options.secret import secret_of_server
 from .queue.options import restune_home
 
 PASSWORD_VARIABLE = "RESTUNE_PASSWORD"
@@ -105,13 +105,10 @@ class StudioOptions(BaseModel):
         Raises:
             UsageError: if there is none although other machines reach the page, or it is too short.
         """
-        password = os.environ.get(PASSWORD_VARIABLE) if self.password is None else self.password
-        if password is None or (password == "" and self.password is None):
-            if not is_loopback(self.host):
-                raise UsageError(
-                    f"--host {self.host} lets other machines in, which needs a password; set {PASSWORD_VARIABLE} or "
-                    "give --password."
-                )
+        password = secret_of_server(
+            self.password, PASSWORD_VARIABLE, self.host, option="--password", what="a password"
+        )
+        if password is None:
             return None
         if len(password) < _SHORTEST_PASSWORD:
             raise UsageError(f"The password must have at least {_SHORTEST_PASSWORD} characters; choose a longer one.")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import socket
 from dataclasses import fields
 from pathlib import Path
@@ -11,11 +10,12 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 from pydantic import BaseModel, ConfigDict, Field
 
-from ...serving.http.server import bound_socket, check_serve_extra, is_loopback
+from ...serving.http.server import bound_socket, check_serve_extra
 from ...storage.base_files.check import check_base
 from ...storage.base_files.location import BUNDLED_BASE, is_hub_id
 from ...utils.errors import DataError, UsageError
 from ..options.early_checks import check_device
+from ..options.secret import secret_of_server
 
 if TYPE_CHECKING:
     from ...serving.http.starting import ServerSettings
@@ -105,13 +105,8 @@ class ServeOptions(BaseModel):
         Raises:
             UsageError: if there is none although other machines reach the server, or it is too weak.
         """
-        key = os.environ.get(KEY_VARIABLE) if self.api_key is None else self.api_key
-        if key is None or (key == "" and self.api_key is None):
-            if not is_loopback(self.host):
-                raise UsageError(
-                    f"--host {self.host} lets other machines in, which needs an API key; set {KEY_VARIABLE} or give "
-                    "--api-key."
-                )
+        key = secret_of_server(self.api_key, KEY_VARIABLE, self.host, option="--api-key", what="an API key")
+        if key is None:
             return None
         if len(key) < _SHORTEST_KEY or not key.isascii() or not key.isprintable() or key != key.strip():
             raise UsageError(

@@ -13,12 +13,9 @@ from pathlib import Path
 from ...utils.atomic_write import atomic_write
 from ...utils.errors import DataError
 from ..conventions.caption_files import CaptionFiles
-from ..conventions.label_files import label_of
 from ..example import check_caption
-from ..files import is_image, list_files
-from ..metadata import find_metadata
 from ..refusals import Refused
-from ..saved_dataset import is_saved_dataset
+from .editable import editable_folder
 
 _BREAK = re.compile(r"(\r\n|\n|\r)")
 
@@ -102,24 +99,13 @@ def plan_edit(folder: Path, edit: Callable[[str], str], caption_column: str = "t
     Raises:
         DataError: if the folder has no captions that can be edited, or an edited caption is empty.
     """
-    if not folder.is_dir():
-        raise DataError(f"The image folder {folder} does not exist; give the path of a folder of images.")
-    if is_saved_dataset(folder):
-        raise DataError(f"{folder} is a saved dataset; change its captions with the library `datasets` (`map`).")
-    plan = EditPlan(folder)
-    files = list_files(folder, plan.refused)
-    metadata = find_metadata(folder, files)
-    if metadata is not None and metadata.suffix.lower() == ".csv":
-        raise DataError(
-            f"The captions are in {metadata}; change them in a program for tables, or save the table as "
-            "metadata.jsonl."
-        )
-    if metadata is not None:
+    found = editable_folder(folder)
+    plan = EditPlan(folder, refused=found.refused)
+    if (metadata := found.metadata) is not None:
         _plan_file(plan, metadata, lambda text: _edited_rows(plan, metadata, text, edit, caption_column))
     else:
-        sidecars = CaptionFiles(files)
-        images = [path for path in files if is_image(path) and label_of(path) is None]
-        for sidecar in dict.fromkeys(path for image in images if (path := sidecars.of(image)) is not None):
+        sidecars = CaptionFiles(found.files)
+        for sidecar in dict.fromkeys(path for image in found.images if (path := sidecars.of(image)) is not None):
             _plan_file(plan, sidecar, lambda text, at=sidecar: _edited_lines(plan, at, text, edit))  # type: ignore[misc]
     if not plan.captions:
         first = f" ({plan.refused[0]})" if plan.refused else ""

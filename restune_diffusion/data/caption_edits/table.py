@@ -10,12 +10,10 @@ from typing import Any
 
 from ...utils.errors import DataError
 from ..conventions.caption_files import CaptionFiles
-from ..conventions.label_files import label_of
 from ..example import check_caption
 from ..files import is_image, list_files, read_text
-from ..metadata import find_metadata
 from ..refusals import Refused
-from ..saved_dataset import is_saved_dataset
+from .editable import editable_folder
 from .folder import Change, EditPlan
 
 
@@ -51,34 +49,22 @@ def read_table(folder: Path, caption_column: str = "text") -> CaptionTable:
     Raises:
         DataError: if the folder does not exist, or has its captions in a place that cannot be edited.
     """
-    if not folder.is_dir():
-        raise DataError(f"The image folder {folder} does not exist; give the path of a folder of images.")
-    if is_saved_dataset(folder):
-        raise DataError(f"{folder} is a saved dataset; change its captions with the library `datasets` (`map`).")
-    refused: list[Refused] = []
-    files = list_files(folder, refused)
-    metadata = find_metadata(folder, files)
-    if metadata is not None and metadata.suffix.lower() == ".csv":
-        raise DataError(
-            f"The captions are in {metadata.name}; change them in a program for tables, or save the table as "
-            "metadata.jsonl."
-        )
-    if metadata is not None:
-        captions: dict[str, str] = {}
-        for line in read_text(metadata).split("\n"):
+    found = editable_folder(folder)
+    captions: dict[str, str] = {}
+    if found.metadata is not None:
+        for line in read_text(found.metadata).split("\n"):
             row = _row(line)
-            if row is not None and (name := _image_of(folder, metadata, row)) is not None:
+            if row is not None and (name := _image_of(folder, found.metadata, row)) is not None:
                 captions[name] = _caption_of(row, caption_column)
-        return CaptionTable(folder, captions, metadata, tuple(refused))
-    sidecars = CaptionFiles(files)
-    captions = {}
-    for image in (path for path in files if is_image(path) and label_of(path) is None):
+        return CaptionTable(folder, captions, found.metadata, tuple(found.refused))
+    sidecars = CaptionFiles(found.files)
+    for image in found.images:
         sidecar = sidecars.of(image)
         try:
             captions[_name(folder, image)] = "" if sidecar is None else read_text(sidecar).strip()
         except DataError as error:
-            refused.append(Refused(str(sidecar), f"is left as it is: {str(error).rstrip('.')}"))
-    return CaptionTable(folder, captions, None, tuple(refused))
+            found.refused.append(Refused(str(sidecar), f"is left as it is: {str(error).rstrip('.')}"))
+    return CaptionTable(folder, captions, None, tuple(found.refused))
 
 
 def plan_table(table: CaptionTable, captions: Mapping[str, str], caption_column: str = "text") -> EditPlan:
