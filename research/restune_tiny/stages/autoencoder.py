@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from research.restune_tiny.parts.folders import replace_folder
 from research.restune_tiny.parts.icons import Icons, load_icons, on_background, shifted
 from research.restune_tiny.parts.layers import double_by_copies
+from research.restune_tiny.parts.precision import TRAINING_DTYPE
 from research.restune_tiny.parts.trainer import Trainer, micro_seed
 from research.restune_tiny.stages.redraw import REDRAWN, Redrawn
 from restune_diffusion.evaluation import Lpips
@@ -107,7 +108,7 @@ class VaeJob:
     """Train the VAE on shifted icons over plain colors."""
 
     settings: argparse.Namespace
-    dtype: torch.dtype = torch.bfloat16
+    dtype: torch.dtype = TRAINING_DTYPE
 
     def build(self) -> nn.Module:
         """Return a new VAE."""
@@ -126,7 +127,7 @@ class VaeJob:
             torch.manual_seed(micro_seed(settings.seed + 1, step, index))
             pixels = vae_batch(icons, settings.batch)
             noise = torch.randn(settings.batch, 16, 8, 8)
-            inputs = (tensor.to(torch.bfloat16, memory_format=torch.channels_last) for tensor in (pixels, noise))
+            inputs = (tensor.to(TRAINING_DTYPE, memory_format=torch.channels_last) for tensor in (pixels, noise))
             found, mean, logvar = (tensor.float() for tensor in forward(*inputs))
             loss = reconstruction_loss(found, pixels)
             kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()

@@ -15,6 +15,7 @@ from research.restune_tiny.parts.examples import Examples, caption_source
 from research.restune_tiny.parts.flat import Flat
 from research.restune_tiny.parts.layers import SharedTextAttention, double_by_copies
 from research.restune_tiny.parts.networks import TextAndUNet, new_scheduler
+from research.restune_tiny.parts.precision import TRAINING_DTYPE
 from research.restune_tiny.parts.trainer import Trainer, micro_seed
 from research.restune_tiny.stages.pipeline import export_pipeline, load_pipeline
 
@@ -24,7 +25,7 @@ class UNetJob:
     """Train text encoder and U-Net on stored latents."""
 
     settings: argparse.Namespace
-    dtype: torch.dtype = torch.bfloat16
+    dtype: torch.dtype = TRAINING_DTYPE
 
     def build(self) -> nn.Module:
         """Return a new U-Net, and the pretrained text encoder if there is one."""
@@ -62,7 +63,7 @@ def denoising_loss(predict: Callable[[Tensor, Tensor], Tensor], clean: Tensor, s
     """Return the weighted loss and the mean squared error of predicted velocities.
 
     Args:
-        predict: function of noisy latents in bfloat16 and N timesteps to velocities, N x 16 x 8 x 8.
+        predict: function of noisy latents in the training dtype and N timesteps to velocities, N x 16 x 8 x 8.
         clean: scaled latents, N x 16 x 8 x 8.
         signal: cumulative alphas at each of the 1,000 timesteps.
     """
@@ -73,7 +74,7 @@ def denoising_loss(predict: Callable[[Tensor, Tensor], Tensor], clean: Tensor, s
     noise = torch.randn_like(clean)
     noisy = alpha.sqrt() * clean + (1 - alpha).sqrt() * noise
     wanted = alpha.sqrt() * noise - (1 - alpha).sqrt() * clean
-    found = predict(noisy.to(torch.bfloat16), timesteps).float()
+    found = predict(noisy.to(TRAINING_DTYPE), timesteps).float()
     errors = (found - wanted).square().mean((1, 2, 3))
     # The weighting of v-prediction, reduced at low noise (as in min-SNR): captions matter at high noise, and vanishing
     # weights there would leave them unlearned.

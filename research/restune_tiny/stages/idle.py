@@ -18,6 +18,7 @@ from torch import Tensor
 from research.restune_tiny.parts.examples import Examples, caption_source
 from research.restune_tiny.parts.log import append
 from research.restune_tiny.parts.networks import TextAndUNet, new_scheduler
+from research.restune_tiny.parts.precision import TRAINING_DTYPE
 from research.restune_tiny.parts.trainer import Trainer, constant_rate
 from research.restune_tiny.stages.denoiser import UNetJob, denoising_loss
 from research.restune_tiny.stages.latents import encode_latents
@@ -129,7 +130,7 @@ class HeldOut:
         """
         module = TextAndUNet(self.vocabulary)
         module.load_state_dict(weights, strict=False)
-        module = module.to(torch.bfloat16).eval()
+        module = module.to(TRAINING_DTYPE).eval()
         signal_of_noise = new_scheduler().alphas_cumprod
         total = 0.0
         for start in range(0, len(self.latents), _BATCH):

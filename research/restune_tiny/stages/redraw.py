@@ -12,6 +12,7 @@ from torch import Tensor
 from research.restune_tiny.parts.examples import Examples
 from research.restune_tiny.parts.folders import write_tensors
 from research.restune_tiny.parts.icons import Icons
+from research.restune_tiny.parts.precision import TRAINING_DTYPE
 
 REDRAWN = "redrawn.safetensors"
 LAST_STEPS = (1, 2, 3, 4)
@@ -63,7 +64,7 @@ def redraw_latents(arguments: argparse.Namespace) -> None:
         raise SystemExit(f"The latents in {arguments.work} record no seed; run the stage latents again.")
     records = examples.captions.records
     pipeline = StableDiffusionPipeline.from_pretrained(arguments.start)
-    pipeline.unet.to(torch.bfloat16, memory_format=torch.channels_last)
+    pipeline.unet.to(TRAINING_DTYPE, memory_format=torch.channels_last)
     torch.manual_seed(arguments.seed)
     order = torch.randperm(len(records))
     every = order.repeat(-(-arguments.count // len(order)))[: arguments.count]

@@ -18,6 +18,7 @@ from torch import Tensor
 from research.restune_tiny.parts.examples import Examples
 from research.restune_tiny.parts.layers import SharedTextAttention, double_by_copies
 from research.restune_tiny.parts.networks import new_scheduler
+from research.restune_tiny.parts.precision import TRAINING_DTYPE
 from research.restune_tiny.parts.trainer import micro_seed
 from research.restune_tiny.stages.colours import COLOURS_FILE, Colours
 from research.restune_tiny.stages.denoiser import UNetJob, denoising_loss, train_exporting
@@ -119,7 +120,7 @@ class Studio:
         share = settings.guidance * len(taught) / settings.learning_steps
         noisy, moments = torch.randn(size, 16, 8, 8), []
         for index, timestep in enumerate(self.rotation.timesteps):
-            given, timesteps = noisy.to(torch.bfloat16), torch.full((size,), timestep)
+            given, timesteps = noisy.to(TRAINING_DTYPE), torch.full((size,), timestep)
             with torch.no_grad():
                 free = self.unet(given, timesteps, unnamed).float()
             with torch.set_grad_enabled(index in learning):
@@ -136,7 +137,7 @@ class Studio:
         verdict, numbers = self.verdict(drawn, picks)
         verdict.backward()
         stay = 2 * settings.stay / (settings.learning_steps * drawn.numel())
-        gradients = [(factor * drawn.grad + stay * change).to(torch.bfloat16) for _, change, factor in moments]
+        gradients = [(factor * drawn.grad + stay * change).to(TRAINING_DTYPE) for _, change, factor in moments]
         torch.autograd.backward([output for output, _, _ in moments], gradients)
         states.backward(named.grad)
         return numbers | {"change": sum(float(change.square().mean()) for _, change, _ in moments) / len(moments)}

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from research.restune_tiny.parts.examples import Examples, caption_source
 from research.restune_tiny.parts.folders import write_tensors
 from research.restune_tiny.parts.networks import TEXT_WIDTH, new_text_encoder
+from research.restune_tiny.parts.precision import TRAINING_DTYPE
 from research.restune_tiny.parts.trainer import Trainer, micro_seed
 
 TEXT_LENGTH = 40  # tokens in the pretraining of the text encoder; later positions start as padding
@@ -41,7 +42,7 @@ class TextJob:
     """Pretrain the text encoder before the U-Net; with a random one the U-Net learns to use captions very late."""
 
     settings: argparse.Namespace
-    dtype: torch.dtype = torch.bfloat16
+    dtype: torch.dtype = TRAINING_DTYPE
 
     def build(self) -> nn.Module:
         """Return a new text encoder with its heads."""
@@ -56,7 +57,7 @@ class TextJob:
         def run(step: int, index: int) -> dict[str, float]:
             latents, ids, records = draw.batch(micro_seed(settings.seed + 3, step, index), settings.batch)
             flat = latents.flatten(1)
-            look, similarity = module(ids[:, :TEXT_LENGTH], flat.to(torch.bfloat16))
+            look, similarity = module(ids[:, :TEXT_LENGTH], flat.to(TRAINING_DTYPE))
             error = F.mse_loss(look.float(), flat)
             # Images of one icon are one target.
             same = torch.tensor(records)

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from research.restune_tiny.parts.examples import caption_source
 from research.restune_tiny.parts.icons import load_icons
 from research.restune_tiny.parts.networks import TextAndUNet, new_scheduler
+from research.restune_tiny.parts.precision import TRAINING_DTYPE
 from research.restune_tiny.stages.colours import train_colours
 from research.restune_tiny.stages.judge import LatentJudge, label, train_judge
 from research.restune_tiny.stages.refine import RefineJob, Rotation, Studio
@@ -44,7 +45,7 @@ def denoiser(settings):
         for parameter in module.parameters():
             if not parameter.any():
                 parameter.normal_(std=0.02)
-    return module.to(torch.bfloat16).requires_grad_(True)
+    return module.to(TRAINING_DTYPE).requires_grad_(True)
 
 
 def test_a_drawing_takes_the_steps_of_ddim():
