@@ -15,16 +15,13 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from research.restune_tiny.icon_sources import PRETRAINING_SETS
+from research.restune_tiny.parts.precision import FAST_BFLOAT16
 
 from .data import IconData
 from .style_features import StyleFeatures
 
 RIDGE = 0.01
 """Chosen among 0.003, 0.01, 0.03 and 0.2 by the accuracy on true images of 160 held-out concepts."""
-
-# torch 2.11 cannot tell.
-FAST_BFLOAT16 = not hasattr(torch.cpu, "get_capabilities") or bool(torch.cpu.get_capabilities().get("avx512_bf16"))
-"""A processor without these instructions imitates bfloat16 and is many times slower with it than with float32."""
 
 
 class Residual(nn.Module):

@@ -35,7 +35,7 @@ def header_html(base: str, *, has_password: bool) -> str:
     log_out = '<form method="post" action="/logout"><button type="submit">Log out</button></form>'
     return (
         '<header class="studio-head"><h1>Restune studio</h1>'
-        f"<p>Base: {escape(public_name(base))}</p>{log_out if has_password else ''}</header>"
+        f"<p>Base at the start: {escape(public_name(base))}</p>{log_out if has_password else ''}</header>"
     )
 
 
