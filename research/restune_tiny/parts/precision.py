@@ -6,7 +6,6 @@ import torch
 
 # torch 2.11 cannot tell.
 FAST_BFLOAT16 = not hasattr(torch.cpu, "get_capabilities") or bool(torch.cpu.get_capabilities().get("avx512_bf16"))
-"""A processor without these instructions imitates bfloat16; a step then takes 68 times as long as in float32 (measured on
-an AMD EPYC with AVX2)."""
+"""A processor without these instructions imitates bfloat16: with AVX2 alone, a step takes 68 times as long as in float32."""
 
 TRAINING_DTYPE = torch.bfloat16 if FAST_BFLOAT16 else torch.float32
