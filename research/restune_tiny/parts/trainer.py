@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import math
 import os
@@ -64,12 +65,18 @@ def work(rank: int, job: Job, shared: Shared) -> None:
     gradients = torch.zeros(flat.size, dtype=job.dtype)
     flat.bind(module, shared.values, gradients)
     run = job.prepare(module)
-    for turn in range(shared.reports.shape[0]):
-        if turn == rank:  # in turn: the first worker compiles, the others use the compiler's cache
-            run(0, 0)
-        shared.gate.wait(1200)
+    with contextlib.suppress(threading.BrokenBarrierError):
+        for turn in range(shared.reports.shape[0]):
+            if turn == rank:  # in turn: the first worker compiles, the others use the compiler's cache
+                run(0, 0)
+            shared.gate.wait()
+        compute(rank, run, shared, gradients)
+
+
+def compute(rank: int, run: Callable[[int, int], dict[str, float]], shared: Shared, gradients: Tensor) -> None:
+    """Compute gradients of micro-batches until the gate breaks."""
     while True:
-        shared.gate.wait(1200)
+        shared.gate.wait()
         shared.counts[rank] = 0
         while (index := take(shared)) < shared.micro:
             gradients.zero_()
@@ -81,7 +88,7 @@ def work(rank: int, job: Job, shared: Shared) -> None:
                 shared.gradients[rank].add_(gradients)
                 shared.reports[rank] += numbers
             shared.counts[rank] += 1
-        shared.gate.wait(1200)
+        shared.gate.wait()
 
 
 def end_with_parent() -> None:
@@ -156,17 +163,37 @@ class Trainer:
         )
         arguments = [(rank, job, self.shared) for rank in range(workers)]
         self.workers = [context.Process(target=work, args=own, daemon=True) for own in arguments]
-        for worker in self.workers:
-            worker.start()
-        for _ in range(workers):
-            self.shared.gate.wait(1200)
+        self._closed = threading.Event()
+        try:
+            for worker in self.workers:
+                worker.start()
+            threading.Thread(target=self._watch, daemon=True).start()
+            for _ in range(workers):
+                self._wait()
+        except BaseException:
+            self.close()
+            raise
+
+    def _watch(self) -> None:
+        """Break the gate when a worker has ended: how long a step takes on a busy machine is unknown."""
+        while not self._closed.wait(1):
+            if not all(worker.is_alive() for worker in self.workers):
+                self.shared.gate.abort()
+                return
+
+    def _wait(self) -> None:
+        try:
+            self.shared.gate.wait()
+        except threading.BrokenBarrierError:
+            message = "A worker process has ended; run the command again to go on from the checkpoint."
+            raise SystemExit(message) from None
 
     @torch.no_grad()
     def step(self) -> dict[str, float]:
         """Run one optimizer step and return the workers' metrics, gradient norm and learning rate."""
         self.shared.step.value, self.shared.taken.value = self.steps, 0
-        self.shared.gate.wait(1200)
-        self.shared.gate.wait(1200)
+        self._wait()
+        self._wait()
         busy = [rank for rank, count in enumerate(self.shared.counts.tolist()) if count]
         gradient = self.gradient.copy_(self.shared.gradients[busy[0]])
         for rank in busy[1:]:
@@ -242,9 +269,11 @@ class Trainer:
 
     def close(self) -> None:
         """Terminate the workers, which otherwise wait for another step."""
+        self._closed.set()
         for worker in self.workers:
-            worker.terminate()
-            worker.join()
+            if worker.is_alive():
+                worker.terminate()
+                worker.join()
 
 
 def constant_rate(step: int, steps: int, peak: float, warmup: int) -> float:

@@ -63,7 +63,7 @@ class Idle:
 
     def __init__(self, settings: argparse.Namespace) -> None:
         self.settings = settings
-        self.paused = self.ended = False
+        self.paused = self.ended = self._starting = False
         self._checkpoint = time.monotonic()
         for number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._on_signal)
@@ -77,7 +77,8 @@ class Idle:
                 signal.pause()
                 continue
             # A paused process holds no worker and no compiled graph, so it takes no memory from a measurement.
-            trainer = Trainer(UNetJob(settings), settings, ("loss", "error"), constant_rate)
+            if (trainer := self._started()) is None:
+                continue
             if trainer.steps == 0:
                 held_out.record(trainer.averaged(), 0)
 
@@ -91,12 +92,29 @@ class Idle:
             if trainer.steps >= settings.steps:
                 return
 
+    def _started(self) -> Trainer | None:
+        """Return a trainer, or None if a signal came while it started, which takes minutes when it compiles."""
+        self._starting = True
+        try:
+            return Trainer(UNetJob(self.settings), self.settings, ("loss", "error"), constant_rate)
+        except _Signalled:
+            return None
+        finally:
+            self._starting = False
+
     def _is_due(self) -> bool:
         return time.monotonic() - self._checkpoint >= self.settings.checkpoint_minutes * 60
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self.paused = number == signal.SIGUSR1 or (self.paused and number != signal.SIGUSR2)
         self.ended = self.ended or number in (signal.SIGTERM, signal.SIGINT)
+        if self._starting and (self.paused or self.ended):
+            self._starting = False
+            raise _Signalled
+
+
+class _Signalled(Exception):
+    """Request to pause or end."""
 
 
 class HeldOut:

@@ -99,6 +99,12 @@ def test_the_stage_survives_its_death_pauses_and_ends(icons, tmp_path):
     reached = first.step
     wait_until(lambda: not running(workers))
     with Idle(icons, work) as second:
+        # It pauses at once also while it starts, which takes minutes when it compiles.
+        second.wait_for(second.children)
+        main([*second.command[2:], "--pause"])
+        second.wait_for(lambda: not second.children())
+        assert second.step == reached
+        main([*second.command[2:], "--resume"])
         second.wait_for(lambda: second.step > reached)
         main([*second.command[2:], "--pause"])
         second.wait_for(lambda: not second.children())

@@ -3,6 +3,7 @@ import contextlib
 import json
 import multiprocessing
 import threading
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -116,6 +117,16 @@ def trainer(tmp_path, monkeypatch):
     trainer = Trainer(Slopes(), argparse.Namespace(**settings), ("index", "before"))
     yield trainer
     trainer.close()
+
+
+def test_a_worker_that_ends_ends_the_trainer(trainer, monkeypatch):
+    trainer.step()
+    monkeypatch.setattr(trainer.workers[1], "is_alive", lambda: False)
+    end = time.monotonic() + 30
+    while not trainer.shared.gate.broken and time.monotonic() < end:
+        time.sleep(0.05)
+    with pytest.raises(SystemExit, match="A worker process has ended; run the command again"):
+        trainer.step()
 
 
 def test_step_averages_over_micro_batches_and_clips(trainer):
