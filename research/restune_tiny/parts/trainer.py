@@ -23,6 +23,7 @@ from research.restune_tiny.parts.flat import Flat
 from research.restune_tiny.parts.folders import replace_folder
 from research.restune_tiny.parts.log import append
 from research.restune_tiny.parts.optimizers import new_optimizers
+from research.restune_tiny.parts.yielding import die_with_parent
 
 
 class Job(Protocol):
@@ -59,6 +60,7 @@ class Shared:
 def work(rank: int, job: Job, shared: Shared) -> None:
     """Run a worker process: compute gradients of micro-batches until the trainer ends it."""
     torch.set_num_threads(1)
+    die_with_parent()
     threading.Thread(target=end_with_parent, daemon=True).start()
     module = job.build().to(job.dtype)
     flat = Flat(module)
@@ -268,11 +270,11 @@ class Trainer:
         self.close()
 
     def close(self) -> None:
-        """Terminate the workers, which otherwise wait for another step."""
+        """Kill the workers, which otherwise wait for another step."""
         self._closed.set()
         for worker in self.workers:
             if worker.is_alive():
-                worker.terminate()
+                worker.kill()  # also one that is stopped
                 worker.join()
 
 

@@ -8,6 +8,7 @@ import random
 import signal
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -20,6 +21,7 @@ from research.restune_tiny.parts.log import append
 from research.restune_tiny.parts.networks import TextAndUNet, new_scheduler
 from research.restune_tiny.parts.precision import TRAINING_DTYPE
 from research.restune_tiny.parts.trainer import Trainer, constant_rate
+from research.restune_tiny.parts.yielding import Yielding
 from research.restune_tiny.stages.denoiser import UNetJob, denoising_loss
 from research.restune_tiny.stages.latents import encode_latents
 from research.restune_tiny.stages.pipeline import export_pipeline
@@ -42,9 +44,10 @@ def train_idle(arguments: argparse.Namespace) -> None:
     if arguments.priority == "idle":
         yield_processor()
     idle = Idle(arguments)
-    if not (arguments.work / "latents.safetensors").exists():
-        encode_latents(arguments)
-    idle.run()
+    with Yielding() if arguments.priority == "idle" else nullcontext():
+        if not (arguments.work / "latents.safetensors").exists():
+            encode_latents(arguments)
+        idle.run()
 
 
 def yield_processor() -> None:

@@ -85,7 +85,7 @@ class OwnThread(threading.Thread):
         with contextlib.suppress(threading.BrokenBarrierError):
             super().run()
 
-    def terminate(self):
+    def kill(self):
         self.gate.abort()
 
 
