@@ -27,7 +27,7 @@ _SET_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of <sys/prctl.h>
 class Yielding:
     """Context manager that stops the children of this process while others compute, and resumes them at the end.
 
-    Children must have a positive nice value, because that is how their time is told from that of others.
+    Children must have a positive nice value, because the system counts niced time apart.
 
     Args:
         measure: function that waits and returns how many cores others have used; `others_in_interval` if None.
