@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from restune_diffusion import BypassConfig, RestuneStableDiffusionPipeline, Skip
 
 # Small models gain nothing from a second thread and slow down under load from other processes.
 torch.set_num_threads(1)
+# Nor do the processes that tests start: with two threads each they wait for each other's cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 ROOT = Path(__file__).parents[1]
 TINY_BASE = ROOT / "restune_diffusion" / "assets" / "restune-tiny"
