@@ -34,7 +34,7 @@ def cuda() -> Iterator[Any]:
 
 
 @pytest.hookimpl(tryfirst=True)
-def pytest_runtest_protocol(item: pytest.Item) -> bool | None:
+def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> bool | None:
     """Report a test of this folder as the inner process ran it."""
     # Hooks of a conftest see the tests of all folders here.
     if loaded() or _HERE not in item.path.parents:
@@ -43,6 +43,8 @@ def pytest_runtest_protocol(item: pytest.Item) -> bool | None:
     for report in _reports_of(item):
         item.ihook.pytest_runtest_logreport(report=report)
     item.ihook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
+    # What the test before this one shares with this folder, but not with the next test, is still set up.
+    item.session._setupstate.teardown_exact(nextitem)
     return True
 
 
