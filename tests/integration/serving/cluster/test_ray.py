@@ -37,7 +37,7 @@ from ....serving_process import ServerProcess, unused_port, wait_for
 ray = pytest.importorskip("ray")
 KEY = "key-of-the-test"
 BROKEN = "The replicas ended while they worked on the request; send it again."
-PATIENCE = 240
+PATIENCE = 420
 """Seconds for the start of replicas on a busy machine; a quiet one takes a tenth."""
 # Short delays; the sizes are those of the tiny base.
 QUICK = {
