@@ -48,7 +48,7 @@ def editable_folder(folder: Path) -> EditableFolder:
     metadata = find_metadata(folder, files)
     if metadata is not None and metadata.suffix.lower() == ".csv":
         raise DataError(
-            f"The captions are in {metadata}; change them in a program for tables, or save the table as "
+            f"The captions are in {metadata.name}; change them in a program for tables, or save the table as "
             "metadata.jsonl."
         )
     return EditableFolder(files, metadata, refused)

@@ -158,7 +158,7 @@ def test_a_loaded_tuner_does_not_depend_on_its_file(base, folder):
 def test_a_file_that_is_cut_short_while_it_is_read_is_refused_and_the_process_lives(base, folder):
     """In a process of its own, which SIGBUS would end; a thread empties and fills the files in place all the time."""
     program = """
-import sys, threading, time
+import sys, threading
 from pathlib import Path
 from restune_diffusion import RestuneError
 from restune_diffusion.serving import TunerLibrary
